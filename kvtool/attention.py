@@ -1,0 +1,563 @@
+"""The one place that knows how a transformers attention module is laid out.
+
+Two layouts are recognised, by structure:
+
+* **GQA** (Llama, Mistral, Qwen2, Qwen3): `q_proj k_proj v_proj o_proj`, optional biases, optional
+  `q_norm k_norm` per head. :class:`GroupedQueryAttention` exposes its stages
+  *project, normalise, rotate, attend, output*.
+* **MLA** (`deepseek_v3`): `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, and `q_proj` or
+  `q_a_proj q_a_layernorm q_b_proj`. :class:`MultiheadLatentAttention` exposes
+  *query, compress, rotate, output* and the two up-projections.
+
+:class:`FactoredAttention` is the same latent interface for a GQA module whose cache is factored by
+:class:`LatentFactors`; it is what a conversion *means*, before it is written for an engine.
+
+Everything else is refused by name, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvtool.errors import UnsupportedModelError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose attention is the plain GQA layout; each is checked by a test."""
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """What one attention layer computes, without its weights.
+
+    Attributes:
+        kind: `gqa` caches keys and values per KV head; `mla` one latent and one shared RoPE key.
+        head_dim: Size of a query and key head (for `mla`: `nope_dim + rope_dim`).
+        scaling: Factor on the scores before the softmax.
+        sliding_window: Window in tokens, `None` if the layer sees everything.
+        rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
+    """
+
+    kind: Literal["gqa", "mla"]
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    rank: int = 0
+    rope_dim: int = 0
+    nope_dim: int = 0
+    value_dim: int = 0
+
+    @property
+    def cached_values(self) -> int:
+        """Numbers kept per token by a runtime that stores what this layer really needs."""
+        if self.kind == "mla":
+            return self.rank + self.rope_dim
+        return 2 * self.kv_heads * self.head_dim
+
+
+def recognise(module: nn.Module, name: str) -> AttentionLayout:
+    """Reads the layout of a transformers attention module from its structure.
+
+    Raises:
+        UnsupportedModelError: The module has parts that neither layout has; they are named.
+    """
+    present = {child for child, _ in module.named_children()}
+    present |= {parameter for parameter, _ in module.named_parameters(recurse=False)}
+    mla = "kv_a_proj_with_mqa" in present
+    if mla:
+        needed = {"kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"}
+        needed |= {"q_proj"} if "q_proj" in present else {"q_a_proj", "q_a_layernorm", "q_b_proj"}
+        optional: set[str] = set()
+    else:
+        needed = {"q_proj", "k_proj", "v_proj", "o_proj"}
+        optional = {"q_norm", "k_norm"}
+    kind = type(module).__name__
+    if missing := needed - present:
+        raise UnsupportedModelError(
+            f"{name} ({kind}) has no {', '.join(sorted(missing))}: its attention is not known here"
+        )
+    if unknown := present - needed - optional:
+        raise UnsupportedModelError(
+            f"{name} ({kind}) has {', '.join(sorted(unknown))}, which kvtool does not know"
+        )
+    if getattr(module, "attn_logit_softcapping", None):
+        raise UnsupportedModelError(f"{name} ({kind}) caps its scores (softcap), not supported")
+    return _mla_layout(module) if mla else _gqa_layout(module, name)
+
+
+def _gqa_layout(module: Any, name: str) -> AttentionLayout:
+    head_dim = int(module.head_dim)
+    for norm in ("q_norm", "k_norm"):
+        if hasattr(module, norm) and getattr(module, norm).weight.numel() != head_dim:
+            raise UnsupportedModelError(
+                f"{name}.{norm} normalises all heads together, kvtool knows it per head only"
+            )
+    return AttentionLayout(
+        kind="gqa",
+        hidden_size=module.q_proj.in_features,
+        heads=module.q_proj.out_features // head_dim,
+        kv_heads=module.k_proj.out_features // head_dim,
+        head_dim=head_dim,
+        scaling=float(module.scaling),
+        qkv_bias=module.k_proj.bias is not None,
+        output_bias=module.o_proj.bias is not None,
+        qk_norm=hasattr(module, "k_norm"),
+        sliding_window=_sliding_window(module),
+    )
+
+
+def _sliding_window(module: Any) -> int | None:
+    """The window that the module's forward really applies; a config may hold one unused."""
+    if hasattr(module, "sliding_window"):
+        window: int | None = module.sliding_window
+    else:  # Mistral keeps it in the config only; Llama's config may have one that nothing reads
+        config = module.config
+        window = config.sliding_window if config.model_type == "mistral" else None
+    return window
+
+
+def _mla_layout(module: Any) -> AttentionLayout:
+    query = module.q_proj if module.q_proj is not None else module.q_b_proj
+    head_dim = int(module.qk_nope_head_dim + module.qk_rope_head_dim)
+    return AttentionLayout(
+        kind="mla",
+        hidden_size=module.kv_a_proj_with_mqa.in_features,
+        heads=query.out_features // head_dim,
+        kv_heads=1,
+        head_dim=head_dim,
+        scaling=float(module.scaling),
+        qkv_bias=module.kv_a_proj_with_mqa.bias is not None,
+        output_bias=module.o_proj.bias is not None,
+        rank=int(module.kv_lora_rank),
+        rope_dim=int(module.qk_rope_head_dim),
+        nope_dim=int(module.qk_nope_head_dim),
+        value_dim=int(module.v_head_dim),
+    )
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The list of decoder layers of a `*ForCausalLM` model."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not all(hasattr(x, "self_attn") for x in layers):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a stack of decoder layers with `self_attn`"
+        )
+    return list(layers)
+
+
+def describe(config: Any) -> list[AttentionLayout]:
+    """Layout of every layer from a transformers config alone; no weights are made.
+
+    Raises:
+        UnsupportedModelError: The model type or one of its layers is outside what kvtool knows.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if config.model_type not in (*FAMILIES, "deepseek_v3"):
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' is not supported",
+            hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 without experts",
+        )
+    if config.model_type == "deepseek_v3" and config.first_k_dense_replace < (
+        config.num_hidden_layers
+    ):
+        raise UnsupportedModelError("deepseek_v3 with mixture-of-experts layers is not supported")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return [
+        recognise(layer.self_attn, f"model.layers.{i}.self_attn")
+        for i, layer in enumerate(decoder_layers(model))
+    ]
+
+
+# --------------------------------------------------------------------------------------- RoPE
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding with fixed frequencies.
+
+    Attributes:
+        inv_freq: `[N]` fp32, radians per position; frequency `l` turns dims `l` and `l + N`.
+        scale: Factor that the model puts on cos and sin (1 but for yarn).
+    """
+
+    inv_freq: Tensor
+    scale: float = 1.0
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin of integer `positions [...]`, each `[..., 2N]` fp32."""
+        angles = positions[..., None].float() * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def rope_of(config: Any) -> Rope:
+    """The rotary embedding of a model, read from the module that transformers builds.
+
+    Raises:
+        UnsupportedModelError: The frequencies depend on the length of the text, or cover only a
+            part of the head.
+    """
+    from transformers import AutoModelForCausalLM
+
+    parameters = config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    length_dependent = kind == "dynamic" or (
+        kind == "longrope" and parameters["short_factor"] != parameters["long_factor"]
+    )
+    if length_dependent:
+        raise UnsupportedModelError(
+            f"RoPE of type '{kind}' changes its frequencies with the length of the text"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    module = type(model.model.rotary_emb)(config=config)
+    rope = Rope(module.inv_freq.float(), float(module.attention_scaling))
+    if config.model_type != "deepseek_v3":
+        head_dim = recognise(decoder_layers(model)[0].self_attn, "self_attn").head_dim
+        if 2 * rope.inv_freq.numel() != head_dim:
+            raise UnsupportedModelError("RoPE covers only a part of each head (partial rotary)")
+    return rope
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates `x [..., 2N]` by tables of the same trailing shape; dims `l`, `l + N` are a pair."""
+    real, imag = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((-imag, real), dim=-1), sin)
+
+
+# -------------------------------------------------------------------------------- GQA stages
+
+
+class GroupedQueryAttention(nn.Module):
+    """The stages of a GQA attention module, sharing its weights.
+
+    Q query heads, H KV heads, head size D; hidden states are `[B, T, hidden]`.
+    """
+
+    def __init__(self, module: Any, name: str) -> None:
+        super().__init__()
+        self.layout = recognise(module, name)
+        self.name = name
+        # One matrix for the three projections: a decode step is bound by the calls it makes. The
+        # module's own weights become views of it, so nothing is held twice.
+        parts = (module.q_proj, module.k_proj, module.v_proj)
+        self.qkv = nn.Linear(1, 1, bias=False, device="meta")
+        self.qkv.weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
+        self.sizes = [p.out_features for p in parts]
+        for part, rows in zip(parts, self.qkv.weight.split(self.sizes), strict=True):
+            part.weight = nn.Parameter(rows, requires_grad=False)
+        if self.layout.qkv_bias:
+            bias = torch.cat([p.bias for p in parts])
+            self.qkv.bias = nn.Parameter(bias, requires_grad=False)
+        self.o_proj = module.o_proj
+        self.q_norm = module.q_norm if self.layout.qk_norm else None
+        self.k_norm = module.k_norm if self.layout.qk_norm else None
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, Q, T, D]`, keys and values `[B, H, T, D]`, before norm and RoPE."""
+        split = self.qkv(hidden).split(self.sizes, dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, self.layout.head_dim)).transpose(1, 2) for x in split)
+        return q, k, v
+
+    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Applies the per-head RMSNorm of Qwen3; the identity elsewhere."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates queries and keys by tables `[B, 1, T, D]` (or broadcastable)."""
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Exact causal attention over the tokens at hand, `[B, Q, T, Dv]`."""
+        return causal_attention(q, k, v, self.layout.scaling, self.layout.sliding_window)
+
+    def output(self, context: Tensor) -> Tensor:
+        """Per-head results `[B, Q, T, Dv]` to hidden states `[B, T, hidden]`."""
+        result: Tensor = self.o_proj(context.transpose(1, 2).flatten(2))
+        return result
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None = None
+) -> Tensor:
+    """Softmax attention where query `i` of T sees keys up to `S - T + i`.
+
+    Args:
+        q: `[B, Q, T, D]`; k: `[B, H, S, D]`; v: `[B, H, S, Dv]`, S >= T, H divides Q.
+        scaling: Factor on the scores.
+        window: Sees only the last `window` keys, itself included.
+
+    Returns:
+        `[B, Q, T, Dv]`.
+    """
+    t, s, width = q.shape[2], k.shape[2], v.shape[-1]
+    if width < q.shape[-1]:
+        # The fused CPU kernel wants one head size; without it every score would be written out.
+        v = F.pad(v, (0, q.shape[-1] - width))
+    mask = None
+    if t == 1 and window is not None:
+        k, v = k[:, :, -window:], v[:, :, -window:]
+    elif t > 1 and (s > t or (window is not None and window < s)):
+        query_at = torch.arange(s - t, s, device=q.device)[:, None]
+        key_at = torch.arange(s, device=q.device)[None, :]
+        mask = key_at <= query_at
+        if window is not None:
+            mask &= key_at > query_at - window
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None and t > 1, scale=scaling, enable_gqa=True
+    )
+    return out[..., :width]
+
+
+# ----------------------------------------------------------------------------- latent stages
+
+
+@dataclass(frozen=True)
+class LatentFactors:
+    """What a conversion to MLA does to one GQA layer, independent of any engine.
+
+    With k̂ the concatenated normed pre-RoPE keys of all H heads (K = H·D numbers) and v the values:
+
+        latent  c    = down · [k̂ ; v]                     [r]
+        shared  k_pe = RoPE(rope · k̂)                     [d_r]
+        query   q_pe,i = RoPE(rope[:, block of head i's group] · q̂_i)
+        key     k_i  = [key_up[g(i)] · c ; k_pe],   value v_i = value_up[g(i)] · c
+        score        = scaling · ( q̂_i · key_up c + q_pe,i · k_pe )
+
+    Attributes:
+        rope: `[d_r, K]`; row `p` and row `p + d_r/2` are the pair turned by `inv_freq[p]`.
+        inv_freq: `[d_r/2]`.
+        down: `[r, 2K]`.
+        key_up: `[H, d_n, r]` with d_n = D, or 0 where every score comes from `k_pe`.
+        value_up: `[H, D, r]`.
+    """
+
+    rope: Tensor
+    inv_freq: Tensor
+    down: Tensor
+    key_up: Tensor
+    value_up: Tensor
+
+    def to(self, dtype: torch.dtype) -> LatentFactors:
+        """The same factors in another dtype; frequencies stay fp32 or better."""
+        return LatentFactors(
+            self.rope.to(dtype),
+            self.inv_freq,
+            self.down.to(dtype),
+            self.key_up.to(dtype),
+            self.value_up.to(dtype),
+        )
+
+    @property
+    def rank(self) -> int:
+        """Width r of the latent."""
+        return self.down.shape[0]
+
+
+class LatentAttention(nn.Module):
+    """What every latent layout offers; `[B, T, hidden]` in, heads last but one.
+
+    Attributes:
+        key_up: `[G, d_n, r]`, value_up: `[G, d_v, r]`: G distinct up-projections, each used by Q/G
+            consecutive query heads (a GQA-born model has G = H, not Q).
+    """
+
+    name: str
+    heads: int
+    rank: int
+    rope_dim: int
+    scaling: float
+    inv_freq: Tensor
+    key_up: Tensor
+    value_up: Tensor
+
+    def query(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`q_nope [B, T, Q, d_n]` and unrotated `q_pe [B, T, Q, d_r]`."""
+        raise NotImplementedError  # pragma: no cover
+
+    def compress(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent `c [B, T, r]` and unrotated shared key `k_pe [B, T, d_r]`."""
+        raise NotImplementedError  # pragma: no cover
+
+    def output(self, context: Tensor) -> Tensor:
+        """`[B, T, Q, d_v]` to hidden states `[B, T, hidden]`."""
+        raise NotImplementedError  # pragma: no cover
+
+    def expand(self, c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[B, G, S, d_n + d_r]` and values `[B, G, S, d_v]` of latents and rotated keys."""
+        k_nope = torch.einsum("bsr,gdr->bgsd", c, self.key_up)
+        shared = k_pe[:, None].expand(-1, k_nope.shape[1], -1, -1)
+        return torch.cat((k_nope, shared), dim=-1), torch.einsum("bsr,gdr->bgsd", c, self.value_up)
+
+    def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, c: Tensor, k_pe: Tensor) -> Tensor:
+        """Causal attention in expanded form (cheaper than absorbed for many queries).
+
+        Args:
+            q_nope: `[B, T, Q, d_n]`, q_pe: `[B, T, Q, d_r]` rotated.
+            c: `[B, S, r]`, k_pe: `[B, S, d_r]` rotated, S >= T.
+
+        Returns:
+            `[B, T, Q, d_v]`.
+        """
+        k, v = self.expand(c, k_pe)
+        q = torch.cat((q_nope, q_pe), dim=-1).transpose(1, 2)
+        return causal_attention(q, k, v, self.scaling).transpose(1, 2)
+
+
+class FactoredAttention(LatentAttention):
+    """A GQA module that caches what :class:`LatentFactors` keeps of its keys and values.
+
+    The original projections (biases, per-head norms) stay as they are, which makes this exact for
+    Qwen3 too: keys are normed first, then factored.
+    """
+
+    def __init__(self, gqa: GroupedQueryAttention, factors: LatentFactors) -> None:
+        super().__init__()
+        self.gqa = gqa
+        layout = gqa.layout
+        dtype = gqa.qkv.weight.dtype
+        self.name, self.heads, self.scaling = gqa.name, layout.heads, layout.scaling
+        self.rank, self.rope_dim = factors.rank, factors.rope.shape[0]
+        self.inv_freq = factors.inv_freq
+        self.down, self.rope = factors.down.to(dtype), factors.rope.to(dtype)
+        self.key_up, self.value_up = factors.key_up.to(dtype), factors.value_up.to(dtype)
+        # Columns of `rope` per KV head: the shared RoPE query of head i uses its group's block.
+        blocks = self.rope.view(self.rope_dim, layout.kv_heads, layout.head_dim)
+        self.rope_query = blocks.permute(1, 2, 0).contiguous()  # [H, D, d_r]
+
+    def query(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, _ = self.gqa.project(hidden)
+        return self._query(self.gqa.normalise(q, k)[0])
+
+    def _query(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        grouped = q.unflatten(1, (self.gqa.layout.kv_heads, -1))  # [B, H, g, T, D]
+        q_pe = torch.matmul(grouped, self.rope_query[:, None]).flatten(1, 2)
+        return q[..., : self.key_up.shape[1]].transpose(1, 2), q_pe.transpose(1, 2)
+
+    def compress(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.gqa.project(hidden)
+        return self._compress(self.gqa.normalise(q, k)[1], v)
+
+    def _compress(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys = k.transpose(1, 2).flatten(2)  # [B, T, K]
+        values = v.transpose(1, 2).flatten(2)
+        return F.linear(torch.cat((keys, values), dim=-1), self.down), F.linear(keys, self.rope)
+
+    def query_and_compress(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both at once: the projections are shared."""
+        q, k, v = self.gqa.project(hidden)
+        q, k = self.gqa.normalise(q, k)
+        return *self._query(q), *self._compress(k, v)
+
+    def output(self, context: Tensor) -> Tensor:
+        result: Tensor = self.gqa.o_proj(context.flatten(2))
+        return result
+
+
+class MultiheadLatentAttention(LatentAttention):
+    """The stages of a stock `deepseek_v3` attention module.
+
+    Read once at load: interleaved RoPE rows are put in half-split order; heads of a group whose
+    up-projections are equal (GQA-born) share one copy; latent columns that are zero everywhere
+    (padding to the engine's rank) are not stored, which changes nothing but the bytes.
+    """
+
+    def __init__(self, module: Any, name: str, inv_freq: Tensor) -> None:
+        super().__init__()
+        layout = recognise(module, name)
+        self.name, self.heads, self.scaling = name, layout.heads, layout.scaling
+        self.rope_dim, self.inv_freq = layout.rope_dim, inv_freq
+        nope, rope, rank = layout.nope_dim, layout.rope_dim, layout.rank
+        pairs = torch.arange(rope)
+        if module.config.rope_interleave:
+            pairs = pairs.view(-1, 2).t().flatten()
+
+        kv_a = module.kv_a_proj_with_mqa
+        up = module.kv_b_proj.weight.view(layout.heads, nope + layout.value_dim, rank)
+        self.rank = _used_rank(kv_a, up)
+        rows = torch.cat((torch.arange(self.rank), rank + pairs))
+        self.kv_a = _linear(kv_a.weight[rows], None if kv_a.bias is None else kv_a.bias[rows])
+        # RMSNorm takes its mean over all `rank` columns, zero ones included.
+        share = rank / self.rank
+        norm = module.kv_a_layernorm
+        self.norm_weight = norm.weight[: self.rank] * math.sqrt(share)
+        self.norm_eps = norm.variance_epsilon * share
+
+        head_rows = torch.cat((torch.arange(nope), nope + pairs))
+        self.query_norm: Callable[[Tensor], Tensor] | None = None
+        if module.q_proj is not None:
+            wide, bias = module.q_proj.weight, None
+            self.query_first = None
+        else:
+            self.query_first = module.q_a_proj
+            self.query_norm = module.q_a_layernorm
+            wide, bias = module.q_b_proj.weight, None
+        wide = wide.view(layout.heads, nope + rope, -1)[:, head_rows].flatten(0, 1)
+        self.query_last = _linear(wide, bias)
+        self.head_sizes = [nope, rope]
+
+        group = _shared_heads(up)
+        distinct = up[::group, :, : self.rank]
+        self.key_up = distinct[:, :nope].contiguous()
+        self.value_up = distinct[:, nope:].contiguous()
+        self.o_proj = module.o_proj
+
+    def query(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if self.query_first is not None and self.query_norm is not None:
+            hidden = self.query_norm(self.query_first(hidden))
+        q = self.query_last(hidden).unflatten(-1, (self.heads, -1))
+        q_nope, q_pe = q.split(self.head_sizes, dim=-1)
+        return q_nope, q_pe
+
+    def compress(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        c, k_pe = self.kv_a(hidden).split([self.rank, self.rope_dim], dim=-1)
+        return F.rms_norm(c, (self.rank,), self.norm_weight, self.norm_eps), k_pe
+
+    def output(self, context: Tensor) -> Tensor:
+        result: Tensor = self.o_proj(context.flatten(2))
+        return result
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _used_rank(kv_a: nn.Linear, up: Tensor) -> int:
+    """Latent columns up to the last one that is both written and read."""
+    rank = up.shape[-1]
+    written = kv_a.weight[:rank].ne(0).any(dim=1)
+    if kv_a.bias is not None:
+        written |= kv_a.bias[:rank].ne(0)
+    used = (written & up.ne(0).any(dim=1).any(dim=0)).nonzero()
+    return int(used.max()) + 1 if len(used) else 1
+
+
+def _shared_heads(up: Tensor) -> int:
+    """Largest group of consecutive heads with equal up-projections `[Q, d_n + d_v, r]`."""
+    heads = up.shape[0]
+    for group in range(heads, 1, -1):
+        if heads % group == 0:
+            grouped = up.unflatten(0, (-1, group))
+            if torch.equal(grouped, grouped[:, :1].expand_as(grouped)):
+                return group
+    return 1

@@ -1,0 +1,9 @@
+"""The runtime: the only thing that actually saves the memory.
+
+The host model is transformers' own, with its attention modules swapped for ours; the stores, the
+positions and the decode loop are ours.
+"""
+
+from kvtool.runtime.engine import Engine, KVCache, Sampling
+
+__all__ = ["Engine", "KVCache", "Sampling"]

@@ -1,0 +1,299 @@
+"""Prefill, decode and sampling over the stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import Rope, decoder_layers
+from kvtool.checkpoint import Checkpoint
+from kvtool.errors import UsageError
+from kvtool.runtime.host import load_host
+from kvtool.runtime.layers import Step
+from kvtool.runtime.stores import Store
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; `temperature` 0 is greedy. Processors are transformers' own."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def processors(self) -> list[Any]:
+        """transformers' logits processors, in the order its `generate` applies them."""
+        from transformers.generation import logits_process as g
+
+        chain: list[Any] = []
+        if self.repetition_penalty != 1.0:
+            chain.append(g.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature == 0.0:
+            return chain
+        if self.temperature != 1.0:
+            chain.append(g.TemperatureLogitsWarper(self.temperature))
+        if self.top_k > 0:
+            chain.append(g.TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            chain.append(g.TopPLogitsWarper(self.top_p))
+        if self.min_p > 0.0:
+            chain.append(g.MinPLogitsWarper(self.min_p))
+        return chain
+
+
+class KVCache:
+    """What the runtime keeps of `len(lengths)` sequences: one store per layer."""
+
+    def __init__(self, stores: list[Store], rows: int) -> None:
+        self.stores = stores
+        self.lengths = [0] * rows
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that memory is allocated for."""
+        return self.stores[0].capacity
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all planes of all layers, as allocated."""
+        return sum(store.allocated_bytes for store in self.stores)
+
+    def bytes_per_token(self) -> float:
+        """Allocated bytes per token of one row."""
+        return self.allocated_bytes / (len(self.lengths) * self.capacity)
+
+    def reserve(self, length: int) -> None:
+        """Makes sure that every row has room for `length` tokens, at least doubling."""
+        if length > self.capacity:
+            for store in self.stores:
+                store.grow(max(length, 2 * store.capacity))
+
+    def crop(self, row: int, length: int) -> None:
+        """Forgets everything of a row behind its first `length` tokens."""
+        self.lengths[row] = min(length, self.lengths[row])
+
+
+class Engine:
+    """A checkpoint, ready to run from its own cache.
+
+    Attributes:
+        max_context: Positions that the model was made for.
+        eos_ids: Tokens that end a text.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Any, attentions: list[Any]) -> None:
+        self.checkpoint = checkpoint
+        self.model = model
+        self.attentions = attentions
+        self.config = model.config
+        self.tokenizer = checkpoint.tokenizer()
+        self.max_context = int(self.config.max_position_embeddings)
+        self.vocab_size = int(self.config.vocab_size)
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self.eos_ids = _eos_ids(model, self.tokenizer)
+        self._ropes: list[Rope] = []
+        for attention in attentions:
+            attention.table = self._table_of(Rope(attention.inv_freq, attention.scale))
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> Engine:
+        """Loads a GQA, `deepseek_v3` or `kvtool_mla` checkpoint.
+
+        Raises:
+            UnsupportedModelError: The attention is not one that kvtool knows.
+            CheckpointError: The weights do not fit the config.
+        """
+        model, attentions = load_host(checkpoint, dtype, device)
+        return cls(checkpoint, model, attentions)
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for `batch_size` rows with room for `capacity` tokens each."""
+        stores = [attention.new_store(batch_size, capacity) for attention in self.attentions]
+        return KVCache(stores, batch_size)
+
+    @torch.inference_mode()
+    def extend(
+        self,
+        cache: KVCache,
+        ids: Tensor,
+        row: int = 0,
+        *,
+        all_logits: bool = False,
+        chunk: int = 512,
+    ) -> Tensor:
+        """Feeds `ids [T]` behind what a row already holds: a prompt, a later turn, a true text.
+
+        Args:
+            all_logits: Return the logits after every token, not only after the last.
+            chunk: Tokens per pass through the model; bounds the memory of activations.
+
+        Returns:
+            `[V]`, or `[T, V]` with `all_logits`, fp32.
+
+        Raises:
+            UsageError: The row would outgrow the model's context.
+        """
+        start = cache.lengths[row]
+        self._check_length(start + len(ids))
+        cache.reserve(start + len(ids))
+        collected: list[Tensor] = []
+        hidden = ids
+        for piece in ids.to(self.device).split(chunk):
+            start = cache.lengths[row]
+            end = start + len(piece)
+            positions = torch.arange(start, end, device=self.device)[None]
+            hidden = self._run(cache, piece[None], positions, row, [start], [end])
+            cache.lengths[row] = end
+            if all_logits:
+                collected.append(self._logits(hidden)[0])
+        if all_logits:
+            return torch.cat(collected)
+        return self._logits(hidden[:, -1:])[0, 0]
+
+    @torch.inference_mode()
+    def decode(self, cache: KVCache, ids: Tensor) -> Tensor:
+        """One token `ids [B]` for every row; returns the logits after it, `[B, V]` fp32."""
+        starts = list(cache.lengths)
+        lengths = [n + 1 for n in starts]
+        self._check_length(max(lengths))
+        cache.reserve(max(lengths))
+        positions = torch.tensor(starts, device=self.device)[:, None]
+        hidden = self._run(cache, ids.to(self.device)[:, None], positions, None, starts, lengths)
+        cache.lengths = lengths
+        return self._logits(hidden)[:, 0]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        cache: KVCache | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Continues several prompts; yields one token per prompt and step, `None` once finished.
+
+        Args:
+            prompts: Token ids. A row of `cache` that already holds the head of its prompt is
+                continued from there.
+            max_new_tokens: Tokens to draw per prompt.
+            seed: Same seed and same batch give the same text.
+            ignore_eos: Go on after a stop token.
+            cache: Kept by the caller for later turns; made here if not given.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        self._check_length(longest + max_new_tokens)
+        if cache is None:
+            cache = self.new_cache(len(prompts), longest + max_new_tokens)
+        draw = _Sampler(sampling, seed, self.device)
+        texts = [list(prompt) for prompt in prompts]
+        logits = torch.stack(
+            [
+                self.extend(cache, torch.tensor(text[cache.lengths[row] :]), row)
+                for row, text in enumerate(texts)
+            ]
+        )
+        running = [True] * len(texts)
+        for step in range(max_new_tokens):
+            drawn = draw(logits, texts)
+            yield [t if on else None for t, on in zip(drawn, running, strict=True)]
+            for row, token in enumerate(drawn):
+                texts[row].append(token)
+                running[row] &= ignore_eos or token not in self.eos_ids
+            if step + 1 == max_new_tokens or not any(running):
+                return
+            logits = self.decode(cache, torch.tensor(drawn))
+
+    def _run(
+        self,
+        cache: KVCache,
+        ids: Tensor,
+        positions: Tensor,
+        row: int | None,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+    ) -> Tensor:
+        """Token ids `[B, T]` through the decoder layers to final hidden states `[B, T, hidden]`."""
+        tables = []
+        for rope in self._ropes:
+            cos, sin = rope.tables(positions)
+            tables.append((cos.to(self.dtype), sin.to(self.dtype)))
+        step = Step(cache.stores, row, starts, lengths, tables)
+        hidden: Tensor = self.model.model.embed_tokens(ids)
+        for layer in decoder_layers(self.model):
+            hidden = layer(hidden, past_key_values=step)
+        normed: Tensor = self.model.model.norm(hidden)
+        return normed
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.lm_head(hidden)
+        return logits.float()
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_context:
+            raise UsageError(
+                f"{length} tokens do not fit the model's context of {self.max_context} tokens"
+            )
+
+    def _table_of(self, rope: Rope) -> int:
+        for i, known in enumerate(self._ropes):
+            if known.scale == rope.scale and torch.equal(known.inv_freq, rope.inv_freq):
+                return i
+        self._ropes.append(rope)
+        return len(self._ropes) - 1
+
+
+class _Sampler:
+    """Draws one token per row, with a generator per row so that rows do not disturb each other."""
+
+    def __init__(self, sampling: Sampling, seed: int | None, device: torch.device) -> None:
+        self.processors = sampling.processors()
+        self.greedy = sampling.temperature == 0.0
+        self.seed, self.device = seed, device
+        self.generators: list[torch.Generator] = []
+
+    def __call__(self, logits: Tensor, texts: Sequence[Sequence[int]]) -> list[int]:
+        while len(self.generators) < len(texts):
+            generator = torch.Generator(self.device)
+            if self.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(self.seed + len(self.generators))
+            self.generators.append(generator)
+        drawn = []
+        for row, text in enumerate(texts):
+            scores = logits[row : row + 1]
+            if self.processors:
+                ids = torch.tensor([list(text)], device=self.device)
+                for process in self.processors:
+                    scores = process(ids, scores)
+            if self.greedy:
+                drawn.append(int(scores.argmax()))
+            else:
+                weights = torch.softmax(scores, dim=-1)
+                drawn.append(int(torch.multinomial(weights, 1, generator=self.generators[row])))
+        return drawn
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Stop tokens of the generation config, or of the tokenizer where that names none."""
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        return set()
+    return set(eos) if isinstance(eos, list) else {int(eos)}

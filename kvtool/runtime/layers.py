@@ -1,0 +1,145 @@
+"""The attention modules that take the place of transformers' own inside the host model.
+
+Each is called by the host's decoder layer exactly as the module it replaces; the store and the
+positions come in as `past_key_values`, a :class:`Step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.attention import (
+    FactoredAttention,
+    GroupedQueryAttention,
+    LatentAttention,
+    rotate,
+)
+from kvtool.kernels.latent_attention import latent_decode_attention
+from kvtool.runtime.stores import DenseStore, LatentStore, Store
+
+
+@dataclass
+class Step:
+    """One call of the model: which rows, at which positions, into which stores.
+
+    Attributes:
+        stores: One per layer.
+        row: The single row being prefilled, or `None` when all rows take one token.
+        starts: Tokens already stored, per row in the call.
+        lengths: The same after this call.
+        tables: Cos and sin `[B, T, d]` per distinct RoPE of the model.
+    """
+
+    stores: list[Store]
+    row: int | None
+    starts: Sequence[int]
+    lengths: Sequence[int]
+    tables: list[tuple[Tensor, Tensor]]
+
+
+class RuntimeAttention(nn.Module):
+    """An attention module that reads and writes a store.
+
+    Attributes:
+        inv_freq: RoPE frequencies `[d/2]` of this layer.
+        scale: Factor on cos and sin.
+        table: Which of the step's RoPE tables belongs to this layer.
+    """
+
+    inv_freq: Tensor
+    scale: float = 1.0
+    table: int = 0
+
+    def new_store(self, rows: int, capacity: int) -> Store:
+        """An empty store for this layer."""
+        raise NotImplementedError  # pragma: no cover
+
+    def attention(self, hidden: Tensor, step: Step, store: Any) -> Tensor:
+        """`[B, T, hidden]` to `[B, T, hidden]`, storing the new tokens on the way."""
+        raise NotImplementedError  # pragma: no cover
+
+    def forward(
+        self, hidden_states: Tensor, past_key_values: Step, **_: Any
+    ) -> tuple[Tensor, None]:
+        """The signature under which transformers' decoder layers call their attention."""
+        store = past_key_values.stores[self.layer_index]
+        return self.attention(hidden_states, past_key_values, store), None
+
+    layer_index: int
+
+
+class DenseAttention(RuntimeAttention):
+    """Grouped-query attention over a dense store."""
+
+    def __init__(
+        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float
+    ) -> None:
+        super().__init__()
+        self.stages, self.layer_index = stages, index
+        self.inv_freq, self.scale = inv_freq, scale
+
+    def new_store(self, rows: int, capacity: int) -> DenseStore:
+        layout, weight = self.stages.layout, self.stages.qkv.weight
+        return DenseStore(rows, layout.kv_heads, capacity, layout.head_dim, weight)
+
+    def attention(self, hidden: Tensor, step: Step, store: DenseStore) -> Tensor:
+        stages, layout = self.stages, self.stages.layout
+        cos, sin = (table[:, None] for table in step.tables[self.table])
+        q, k, v = stages.project(hidden)
+        q, k = stages.normalise(q, k)
+        q, k = stages.rotate(q, k, cos, sin)
+        store.write(step.row, step.starts, {"keys": k, "values": v})
+        context = store.attend(q, step.row, step.lengths, layout.scaling, layout.sliding_window)
+        return stages.output(context)
+
+
+class LatentRuntimeAttention(RuntimeAttention):
+    """Latent attention over a latent store: absorbed for one new token, expanded for many."""
+
+    def __init__(self, stages: LatentAttention, index: int, scale: float) -> None:
+        super().__init__()
+        self.stages, self.layer_index = stages, index
+        self.inv_freq, self.scale = stages.inv_freq, scale
+        # Absorption multiplies by these at every step: the group axis goes first for `bmm`.
+        self.absorb_query = stages.key_up  # [G, d_n, r]
+        self.absorb_value = stages.value_up.transpose(1, 2).contiguous()  # [G, r, d_v]
+
+    def new_store(self, rows: int, capacity: int) -> LatentStore:
+        stages = self.stages
+        return LatentStore(rows, capacity, stages.rank, stages.rope_dim, stages.value_up)
+
+    def attention(self, hidden: Tensor, step: Step, store: LatentStore) -> Tensor:
+        stages = self.stages
+        if isinstance(stages, FactoredAttention):
+            q_nope, q_pe, c, k_pe = stages.query_and_compress(hidden)
+        else:
+            q_nope, q_pe = stages.query(hidden)
+            c, k_pe = stages.compress(hidden)
+        cos, sin = step.tables[self.table]
+        q_pe = rotate(q_pe, cos[:, :, None], sin[:, :, None])
+        k_pe = rotate(k_pe, cos, sin)
+        store.write(step.row, step.starts, {"latents": torch.cat((c, k_pe), dim=-1)})
+        if hidden.shape[1] == 1:
+            return stages.output(self._absorbed(q_nope, q_pe, store, step))
+        latents = store.planes["latents"][step.row, None, : step.lengths[0]]
+        c, k_pe = latents.split([stages.rank, stages.rope_dim], dim=-1)
+        return stages.output(stages.attend_expanded(q_nope, q_pe, c, k_pe))
+
+    def _absorbed(self, q_nope: Tensor, q_pe: Tensor, store: LatentStore, step: Step) -> Tensor:
+        """One token per row: q̃_i = W_UK,iᵀ q_i, attend in latent space, then W_UV,i."""
+        groups = self.absorb_query.shape[0]
+        latents = store.planes["latents"]
+        if step.row is not None:
+            latents = latents[step.row : step.row + 1]
+        grouped = q_nope[:, 0].unflatten(1, (groups, -1))  # [B, G, Q/G, d_n]
+        q = torch.cat((torch.matmul(grouped, self.absorb_query).flatten(1, 2), q_pe[:, 0]), dim=-1)
+        context = latent_decode_attention(
+            q, latents, self.stages.rank, step.lengths, self.stages.scaling
+        )  # [B, Q, r]
+        values = torch.matmul(context.unflatten(1, (groups, -1)), self.absorb_value)
+        return values.flatten(1, 2)[:, None]

@@ -1,0 +1,115 @@
+"""What the runtime keeps of the past, layer by layer.
+
+A store holds the planes of one layer for all sequences (rows). Rows are independent: each has its
+own length, and what lies past it is never read. Capacity is allocated up front and grows by
+doubling, so a decode step neither allocates nor copies the past.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import causal_attention
+from kvtool.kernels.decode_attention import decode_attention
+
+
+class Store(ABC):
+    """The planes of one layer; every plane is `[B, ..., capacity, width]`."""
+
+    planes: dict[str, Tensor]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all planes, as allocated."""
+        return sum(plane.numel() * plane.element_size() for plane in self.planes.values())
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row has room for."""
+        return next(iter(self.planes.values())).shape[-2]
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` tokens per row, keeping what is stored."""
+        for name, plane in self.planes.items():
+            larger = plane.new_empty((*plane.shape[:-2], capacity, plane.shape[-1]))
+            larger[..., : plane.shape[-2], :] = plane
+            self.planes[name] = larger
+
+    def write(self, row: int | None, starts: Sequence[int], states: dict[str, Tensor]) -> None:
+        """Writes new tokens behind the old ones.
+
+        Args:
+            row: The one row that `states` (batch 1) belongs to, or `None` for all rows.
+            starts: Tokens already stored, per row (one entry when `row` is given).
+            states: Per plane `[B, ..., T, width]`.
+        """
+        for name, new in states.items():
+            plane, tokens = self.planes[name], new.shape[-2]
+            if row is not None:
+                plane[row, ..., starts[0] : starts[0] + tokens, :] = new[0]
+            elif len(set(starts)) == 1:
+                plane[..., starts[0] : starts[0] + tokens, :] = new
+            else:
+                for b, start in enumerate(starts):
+                    plane[b, ..., start : start + tokens, :] = new[b]
+
+    @abstractmethod
+    def values_per_token(self) -> int:
+        """Numbers kept per token and row."""
+
+
+class DenseStore(Store):
+    """All rotated keys and all values of a GQA layer."""
+
+    def __init__(self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
+        shape = (rows, heads, capacity, head_dim)
+        self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
+
+    def values_per_token(self) -> int:
+        return sum(p.shape[1] * p.shape[-1] for p in self.planes.values())
+
+    def attend(
+        self,
+        q: Tensor,
+        row: int | None,
+        lengths: Sequence[int],
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attention of the newest tokens over everything stored, themselves included.
+
+        Args:
+            q: `[B, Q, T, D]`, rotated; T > 1 only with a single `row`.
+            lengths: Tokens per row, the new ones included.
+            window: Sliding window of the layer, if it has one.
+
+        Returns:
+            `[B, Q, T, D]`.
+        """
+        keys, values = self.planes["keys"], self.planes["values"]
+        if row is not None:
+            keys, values = keys[row : row + 1], values[row : row + 1]
+        if q.shape[2] > 1 or window is not None:
+            parts = [
+                causal_attention(
+                    q[b : b + 1], keys[b : b + 1, :, :n], values[b : b + 1, :, :n], scaling, window
+                )
+                for b, n in enumerate(lengths)
+            ]
+            return torch.cat(parts)
+        return decode_attention(q[:, :, 0], keys, values, lengths, scaling)[:, :, None]
+
+
+class LatentStore(Store):
+    """The latent and the rotated shared key of an MLA layer, side by side in one plane."""
+
+    def __init__(self, rows: int, capacity: int, rank: int, rope_dim: int, like: Tensor) -> None:
+        self.rank = rank
+        self.planes = {"latents": like.new_empty((rows, capacity, rank + rope_dim))}
+
+    def values_per_token(self) -> int:
+        return self.planes["latents"].shape[-1]

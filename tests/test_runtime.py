@@ -1,0 +1,242 @@
+"""The runtime computes what transformers computes, from a cache of exactly the bytes it states."""
+
+import pytest
+import torch
+from conftest import FAMILIES
+
+from kvtool.checkpoint import Checkpoint
+from kvtool.convert import mla
+from kvtool.errors import UsageError
+from kvtool.kernels.decode_attention import decode_attention
+from kvtool.kernels.latent_attention import latent_decode_attention
+from kvtool.runtime import Engine, Sampling
+from kvtool.runtime.layers import LatentRuntimeAttention
+
+STOCK = [*FAMILIES, "windowed"]
+LATENT = ["llama", "mistral", "qwen2", "qwen3", "llama-kvtool", "exact"]
+
+
+def tokens(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def open_stock(tiny, name) -> Checkpoint:
+    if name == "windowed":
+        return Checkpoint.open(str(tiny("mistral", sliding_window=24)))
+    return Checkpoint.open(str(tiny(name)))
+
+
+@pytest.fixture(scope="session")
+def latent(tiny, tmp_path_factory):
+    """``latent(name)``: an engine on a converted model."""
+    made = {}
+
+    def get(name: str) -> Engine:
+        if name not in made:
+            family = "llama" if name == "exact" else name.removesuffix("-kvtool")
+            target = "kvtool" if name in ("qwen3", "llama-kvtool") else "transformers"
+            options = mla.MlaOptions(
+                method="exact" if name == "exact" else "transmla",
+                target=target,
+                kv_budget=None if name == "exact" else "60%",
+                freqfold="auto" if name == "exact" else "2",
+                tokens=2048,
+            )
+            output = tmp_path_factory.mktemp("latent") / name
+            mla.convert(Checkpoint.open(str(tiny(family))), output, options)
+            made[name] = Engine.load(Checkpoint.open(str(output)))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(params=[*STOCK, *(f"latent-{name}" for name in LATENT)])
+def engine(request, tiny, latent) -> Engine:
+    if request.param.startswith("latent-"):
+        return latent(request.param.removeprefix("latent-"))
+    return Engine.load(open_stock(tiny, request.param))
+
+
+@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("chunk", [7, 64, 512])
+def test_prefill_in_chunks_equals_transformers(tiny, name, chunk):
+    checkpoint = open_stock(tiny, name)
+    ids = tokens(150)
+    with torch.inference_mode():
+        expected = checkpoint.load_transformers(torch.float32)(ids[None]).logits[0]
+    engine = Engine.load(checkpoint)
+    got = engine.extend(engine.new_cache(1, 150), ids, all_logits=True, chunk=chunk)
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in LATENT if n not in ("qwen3", "llama-kvtool")])
+def test_a_stock_mla_checkpoint_gives_the_logits_of_transformers(latent, name):
+    engine, ids = latent(name), tokens(150)
+    with torch.inference_mode():
+        expected = engine.checkpoint.load_transformers(torch.float32)(ids[None]).logits[0]
+    got = engine.extend(engine.new_cache(1, 150), ids, all_logits=True, chunk=64)
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-4)
+
+
+def test_decode_equals_prefill_for_rows_of_different_lengths(engine):
+    lengths, steps = (1, 24, 63, 25), 4
+    rows = [tokens(n + steps, seed=n) for n in lengths]
+    expected = [
+        engine.extend(engine.new_cache(1, len(ids)), ids, all_logits=True)[-steps:] for ids in rows
+    ]
+    cache = engine.new_cache(len(rows), 80)
+    poison(cache)
+    for row, (ids, n) in enumerate(zip(rows, lengths, strict=True)):
+        engine.extend(cache, ids[:n], row, chunk=16)
+    for step in range(steps):
+        now = torch.stack([ids[n + step] for ids, n in zip(rows, lengths, strict=True)])
+        got = engine.decode(cache, now)
+        wanted = torch.stack([logits[step] for logits in expected])
+        torch.testing.assert_close(got, wanted, atol=2e-3, rtol=1e-4)
+    assert cache.lengths == [n + steps for n in lengths]
+
+
+def test_decode_of_equal_lengths_equals_prefill(engine):
+    ids = tokens(40)
+    expected = engine.extend(engine.new_cache(1, 40), ids, all_logits=True)
+    cache = engine.new_cache(2, 40)
+    poison(cache)
+    for row in (0, 1):
+        engine.extend(cache, ids[:30], row)
+    for at in range(30, 40):
+        got = engine.decode(cache, ids[at].expand(2))
+        torch.testing.assert_close(got, expected[at].expand(2, -1), atol=2e-3, rtol=1e-4)
+
+
+def poison(cache) -> None:
+    """NaN wherever nothing was stored: reading it would show."""
+    for store in cache.stores:
+        for plane in store.planes.values():
+            plane.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_absorbed_decode_equals_expanded_attention(latent, name):
+    stages = latent(name).attentions[0].stages
+    groups, dim, rank = stages.key_up.shape
+    c, k_pe = torch.randn(2, 50, rank), torch.randn(2, 50, stages.rope_dim)
+    q_nope, q_pe = (
+        torch.randn(2, 1, stages.heads, dim),
+        torch.randn(2, 1, stages.heads, stages.rope_dim),
+    )
+    expected = stages.attend_expanded(q_nope, q_pe, c, k_pe)[:, 0]
+    absorbed = torch.einsum(
+        "bghd,gdr->bghr", q_nope[:, 0].unflatten(1, (groups, -1)), stages.key_up
+    )
+    q = torch.cat((absorbed.flatten(1, 2), q_pe[:, 0]), dim=-1)
+    latents = torch.cat((c, k_pe), dim=-1)
+    context = latent_decode_attention(q, latents, rank, [50, 50], stages.scaling)
+    got = torch.einsum("bghr,gdr->bghd", context.unflatten(1, (groups, -1)), stages.value_up)
+    torch.testing.assert_close(got.flatten(1, 2), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_allocated_bytes_are_the_stated_ones(latent, name):
+    engine = latent(name)
+    plan = 32 if name == "exact" else int(64 * 0.6) // 2
+    rope_and_rank = [a.stages.rank + a.stages.rope_dim for a in engine.attentions]
+    cache = engine.new_cache(3, 100)
+    assert cache.bytes_per_token() == 4 * sum(rope_and_rank)
+    assert all(n <= 2 * plan for n in rope_and_rank)
+    assert all(isinstance(a, LatentRuntimeAttention) for a in engine.attentions)
+    assert {tuple(s.planes) for s in cache.stores} == {("latents",)}
+
+
+def test_up_projections_are_kept_once_per_kv_head(latent):
+    assert latent("llama").attentions[0].absorb_query.shape[0] == 2  # not 4, one per query head
+
+
+def test_dense_cache_is_that_of_grouped_queries(tiny):
+    engine = Engine.load(open_stock(tiny, "llama"))
+    cache = engine.new_cache(2, 64)
+    assert cache.bytes_per_token() == 3 * 2 * 2 * 16 * 4
+    assert cache.allocated_bytes == cache.bytes_per_token() * 2 * 64
+
+
+def test_cropping_forgets_and_growing_keeps(engine):
+    ids = tokens(90)
+    expected = engine.extend(engine.new_cache(1, 90), ids, all_logits=True)
+    cache = engine.new_cache(1, 20)
+    engine.extend(cache, ids[:10])
+    engine.extend(cache, tokens(30, seed=9))  # outgrows the 20 tokens
+    assert cache.capacity >= 40
+    cache.crop(0, 10)
+    got = engine.extend(cache, ids[10:], all_logits=True)
+    torch.testing.assert_close(got, expected[10:], atol=2e-3, rtol=1e-4)
+
+
+def test_rows_do_not_disturb_each_other(engine):
+    prompts = [tokens(n, seed=n).tolist() for n in (5, 17, 40)]
+    together = list(engine.generate(prompts, max_new_tokens=12, ignore_eos=True))
+    for row, prompt in enumerate(prompts):
+        alone = list(engine.generate([prompt], max_new_tokens=12, ignore_eos=True))
+        assert [step[row] for step in together] == [step[0] for step in alone]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_text_is_that_of_transformers(tiny, name):
+    checkpoint = open_stock(tiny, name)
+    prompt = tokens(20)
+    model = checkpoint.load_transformers(torch.float32)
+    expected = model.generate(
+        prompt[None], max_new_tokens=30, min_new_tokens=30, do_sample=False, eos_token_id=-1
+    )[0, 20:].tolist()
+    engine = Engine.load(checkpoint)
+    steps = engine.generate([prompt.tolist()], max_new_tokens=30, ignore_eos=True)
+    assert [step[0] for step in steps] == expected
+
+
+def test_a_finished_row_yields_none_and_the_others_go_on(tiny):
+    engine = Engine.load(open_stock(tiny, "llama"))
+    prompts = [tokens(5, seed=1).tolist(), tokens(9, seed=2).tolist()]
+    free = list(engine.generate(prompts, max_new_tokens=8, ignore_eos=True))
+    engine.eos_ids = {free[2][0]}
+    stop = [step[0] for step in free].index(free[2][0])
+    steps = list(engine.generate(prompts, max_new_tokens=8))
+    assert [s[0] for s in steps[: stop + 1]] == [s[0] for s in free[: stop + 1]]
+    assert all(s[0] is None for s in steps[stop + 1 :])
+
+
+def test_a_seed_fixes_the_text_and_another_changes_it(tiny):
+    engine = Engine.load(open_stock(tiny, "llama"))
+    hot = Sampling(temperature=2.0, top_p=0.95, top_k=100, min_p=0.001, repetition_penalty=1.1)
+
+    def text(seed):
+        prompt = [tokens(6).tolist()]
+        return [s[0] for s in engine.generate(prompt, max_new_tokens=20, sampling=hot, seed=seed)]
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_a_text_longer_than_the_context_is_refused_with_both_numbers(tiny):
+    engine = Engine.load(open_stock(tiny, "llama"))
+    with pytest.raises(UsageError, match=r"513.*512"):
+        engine.extend(engine.new_cache(1, 600), tokens(513))
+    with pytest.raises(UsageError, match=r"520.*512"):
+        list(engine.generate([tokens(500).tolist()], max_new_tokens=20))
+
+
+@pytest.mark.parametrize("lengths", [[1], [7, 7], [1, 5, 30]])
+def test_decode_kernels_equal_the_definition_and_ignore_the_rest(lengths):
+    batch, capacity = len(lengths), 32
+    q = torch.randn(batch, 6, 8, dtype=torch.float64)
+    keys = torch.full((batch, 2, capacity, 8), torch.nan, dtype=torch.float64)
+    latents = torch.full((batch, capacity, 8), torch.nan, dtype=torch.float64)
+    for b, n in enumerate(lengths):
+        keys[b, :, :n] = torch.randn(2, n, 8, dtype=torch.float64)
+        latents[b, :n] = torch.randn(n, 8, dtype=torch.float64)
+    dense = decode_attention(q, keys, keys.clone(), lengths, 0.4)
+    absorbed = latent_decode_attention(q, latents, 5, lengths, 0.4)
+    for b, n in enumerate(lengths):
+        for head in range(6):
+            k = keys[b, head // 3, :n]
+            torch.testing.assert_close(dense[b, head], torch.softmax(0.4 * k @ q[b, head], 0) @ k)
+            c = latents[b, :n]
+            expected = torch.softmax(0.4 * c @ q[b, head], 0) @ c[:, :5]
+            torch.testing.assert_close(absorbed[b, head], expected)

@@ -1,0 +1,204 @@
+"""What lies in a converted folder beside the weights: config, manifest, recipe, card, probe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvtool import __version__
+from kvtool.checkpoint import Checkpoint, sha256_file
+from kvtool.corpus import Corpus
+from kvtool.errors import CheckpointError
+from kvtool.recipe import dump_recipe
+
+if TYPE_CHECKING:
+    from kvtool.convert.mla import ConversionResult, MlaOptions
+
+MANIFEST = "kvtool_manifest.json"
+PROBE = Path("kvtool") / "probe.safetensors"
+"""In a folder of its own: some engines load every safetensors file beside the config."""
+
+_PROBED = 8
+"""Positions whose logits are kept: half from the start, half from the end."""
+
+
+def write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    fingerprint: str,
+    options: MlaOptions,
+    corpus: Corpus,
+    config: dict[str, Any],
+    result: ConversionResult,
+) -> None:
+    """Writes everything that describes the conversion. Weights and probe are there already."""
+    summary = {
+        "version": __version__,
+        "method": options.method,
+        "target": options.target,
+        "base": checkpoint.source,
+        "ranks": result.ranks,
+    }
+    _write_json(folder / "config.json", {**config, "kvtool": summary})
+    step = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
+    recipe = dump_recipe(checkpoint.source, [{"uses": "convert", "to": "mla", **step}])
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    manifest = {
+        "manifest": 1,
+        "base": {"source": _absolute(checkpoint.source), "fingerprint": fingerprint},
+        "method": options.method,
+        "target": options.target,
+        "options": dataclasses.asdict(options),
+        "plan": result.plan,
+        "ranks": result.ranks,
+        "freqfold": result.freqfold,
+        "calibration": corpus.id if options.method != "exact" else None,
+        "versions": versions(),
+        "seconds": round(result.seconds, 1),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "sha256": {
+            str(file.relative_to(folder)): sha256_file(file)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and ".scratch" not in file.parts
+        },
+        "measured": {},
+    }
+    _write_json(folder / MANIFEST, manifest)
+    _write_card(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a converted folder.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest["sha256"], manifest["plan"], manifest["base"]["fingerprint"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it was not written by kvtool convert"
+        ) from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}") from error
+    return manifest
+
+
+def record(folder: Path, measured: dict[str, Any]) -> None:
+    """Puts measured results into the manifest and the card."""
+    manifest = read_manifest(folder)
+    manifest["measured"] = {**manifest.get("measured", {}), **measured}
+    _write_json(folder / MANIFEST, manifest)
+    _write_card(folder, manifest)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    import transformers
+
+    return {
+        "kvtool": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def probe_positions(length: int) -> Tensor:
+    """Positions of a probe of `length` tokens whose logits are kept."""
+    if length <= _PROBED:
+        return torch.arange(length)
+    half = _PROBED // 2
+    return torch.cat((torch.arange(half), torch.arange(length - half, length)))
+
+
+def write_probe(folder: Path, ids: Tensor, positions: Tensor, logits: Tensor) -> None:
+    """Keeps token ids `[T]`, positions `[P]` and the logits `[P, V]` that are expected there."""
+    (folder / PROBE).parent.mkdir(exist_ok=True)
+    tensors = {"ids": ids, "positions": positions, "logits": logits.float().contiguous()}
+    save_file(tensors, folder / PROBE)
+
+
+def read_probe(folder: Path) -> dict[str, Tensor]:
+    """What `write_probe` kept."""
+    try:
+        with safe_open(folder / PROBE, "pt") as stored:
+            return {name: stored.get_tensor(name) for name in ("ids", "positions", "logits")}
+    except Exception as error:
+        raise CheckpointError(f"{folder / PROBE} cannot be read: {error}") from error
+
+
+def reader(file: Path, name: str) -> Callable[[], Tensor]:
+    """A function that reads one tensor when it is called."""
+
+    def read() -> Tensor:
+        with safe_open(file, "pt") as stored:
+            tensor: Tensor = stored.get_tensor(name)
+            return tensor
+
+    return read
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+_MEASURED = {
+    "kl": ("KL(original ‖ converted), nats per token", "{:.3g}"),
+    "ppl_base": ("perplexity of the original", "{:.3f}"),
+    "ppl": ("perplexity of the converted model", "{:.3f}"),
+    "ppl_ratio": ("perplexity ratio", "{:.4f}"),
+    "top1_agreement": ("same most likely token", "{:.1%}"),
+    "tokens": ("tokens of held-out text", "{}"),
+    "bytes_per_token": ("cache bytes per token, allocated by kvtool (bf16)", "{}"),
+}
+
+
+def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
+    """The model card, from the numbers of the manifest alone."""
+    plan, measured, base = manifest["plan"], manifest["measured"], manifest["base"]["source"]
+    load = (
+        "It is a stock `deepseek_v3` checkpoint: transformers loads it without custom code."
+        if manifest["target"] == "transformers"
+        else "It is a stock `deepseek_v3` checkpoint with the conventions of vLLM."
+        if manifest["target"] == "vllm"
+        else "Only kvtool loads it (`kvtool generate`, `kvtool evaluate`)."
+    )
+    lines = [
+        "---",
+        f"base_model: {base}",
+        "library_name: transformers",
+        "tags: [kvtool, mla, kv-cache]",
+        "---",
+        "",
+        f"# {Path(base).name}, converted to MLA",
+        "",
+        f"Multi-head latent attention, made from `{base}` by kvtool "
+        f"{manifest['versions']['kvtool']} with the method `{manifest['method']}`. {load}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| cache bytes per token before (bf16) | {plan['bytes_per_token_before']} |",
+        f"| cache bytes per token after (bf16) | {plan['bytes_per_token_after']} "
+        f"({plan['share']:.1%}) |",
+        f"| latent rank + shared RoPE key | {plan['rank']} + {plan['rope_dim']} |",
+    ]
+    for name, (label, form) in _MEASURED.items():
+        if name in measured:
+            lines.append(f"| {label} | {form.format(measured[name])} |")
+    if not measured:
+        lines += ["", "Not verified: `kvtool verify` has not measured it yet."]
+    lines += ["", "`recipe.yaml` replays the conversion: `kvtool run recipe.yaml -o OUT`.", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

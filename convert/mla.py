@@ -1,0 +1,498 @@
+"""GQA to MLA: plan, fit layer by layer, write, resume.
+
+The order of work: one streaming pass fits :class:`LatentFactors` for each layer (see `exact.py` and
+`transmla.py`) and writes the layer's tensors at once; the shards are put together at the end. A
+killed run goes on behind the last layer it finished and ends with the same bytes.
+
+The pass also carries a *probe* text through the factors themselves, in fp32. Its logits are what
+the written checkpoint must reproduce in any engine, and `verify` holds it to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvtool import __version__
+from kvtool.attention import FactoredAttention, LatentFactors, Rope, rotate
+from kvtool.calibrate.statistics import Attention, LayerStream, StreamedLayer
+from kvtool.checkpoint import (
+    Checkpoint,
+    Staging,
+    check_disk,
+    check_output,
+    read_header,
+    torch_dtype,
+    write_shards,
+)
+from kvtool.convert import artifact, deepseek_v3, targets, transmla
+from kvtool.convert.exact import exact_factors
+from kvtool.corpus import calibration_text, evaluation_text
+from kvtool.errors import UsageError
+from kvtool.factored import factor_tensors, factored_config
+
+Report = Callable[[str, int, int], None]
+"""Told (stage, steps done, steps in all)."""
+
+WINDOW = 256
+"""Tokens per calibration window (TransMLA's converter: 128 windows of 256)."""
+SEARCH_WINDOW, SEARCH_WINDOWS = 256, 4
+"""Text on which FreqFold is chosen."""
+PROBE = 2112
+"""Tokens of the probe: beyond 2048, where some engines switch their RoPE."""
+
+
+@dataclass(frozen=True)
+class MlaOptions:
+    """Everything that determines the output besides the model.
+
+    Attributes:
+        method: `exact` or `transmla`.
+        target: `transformers`, `vllm` or `kvtool`.
+        kv_budget, rope_dim, rank: Widths, see :func:`targets.transmla_size`.
+        freqfold: F of TransMLA, or `auto`.
+        data: Calibration text; `None` is Python's own documentation.
+        tokens: Calibration tokens.
+        dtype: Of the attention tensors; `auto` keeps the source's.
+    """
+
+    method: str = "transmla"
+    target: str = "transformers"
+    kv_budget: str | None = None
+    rope_dim: int | None = None
+    rank: int | None = None
+    freqfold: str = "auto"
+    data: str | None = None
+    tokens: int = 8192
+    seed: int = 0
+    dtype: str = "auto"
+    shard_size: str = "2GB"
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What a conversion did; `to_dict` is what `--json` prints."""
+
+    output: Path
+    plan: dict[str, Any]
+    ranks: list[int]
+    freqfold: int | None
+    seconds: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**dataclasses.asdict(self), "output": str(self.output)}
+
+
+def plan(checkpoint: Checkpoint, options: MlaOptions) -> dict[str, Any]:
+    """Checks everything that can be checked before work starts, and says what it will cost.
+
+    Raises:
+        UnsupportedModelError: The target cannot express the model.
+        UsageError: A width or budget is impossible.
+    """
+    for value, known, flag in (
+        (options.method, targets.METHODS, "--method"),
+        (options.target, targets.TARGETS, "--target"),
+    ):
+        if value not in known:
+            raise UsageError(f"{flag} {value} is unknown: choose {', '.join(known)}")
+    if checkpoint.config["model_type"] == "kvtool_mla":
+        targets.refuse_latent()
+    config = checkpoint.hf_config()
+    targets.require(config, options.method, options.target)
+    stream = LayerStream(checkpoint)
+    layout, layers = stream.layouts[0], len(stream)
+    width = layout.kv_heads * layout.head_dim
+    if options.method == "exact":
+        if any(x is not None for x in (options.kv_budget, options.rope_dim, options.rank)):
+            raise UsageError(
+                "--method exact keeps every byte: --kv-budget, --rope-dim and --rank have no place"
+            )
+        size = targets.Size(width, width, layout.cached_values)
+    else:
+        size = targets.transmla_size(config, options.kv_budget, options.rope_dim, options.rank)
+        if options.freqfold != "auto":
+            if not options.freqfold.isdigit():
+                raise UsageError(f"--freqfold {options.freqfold} is neither 'auto' nor a number")
+            targets.check_freqfold(int(options.freqfold), layout.head_dim, size.rope_dim)
+        if options.tokens < WINDOW:
+            raise UsageError(f"--tokens {options.tokens} is less than one window of {WINDOW}")
+    dtype = _save_dtype(checkpoint, options)
+    nope = 0 if options.method == "exact" else layout.head_dim
+    attention = layers * _attention_values(stream, size, nope, options.target)
+    others = sum(t.nbytes for n, t in checkpoint.tensors.items() if not _is_replaced(n, options))
+    untied = config.tie_word_embeddings and options.target == "vllm"
+    head = checkpoint.tensors["model.embed_tokens.weight"].nbytes if untied else 0
+    output_bytes = others + head + attention * dtype.itemsize
+    hidden = 2 if options.method == "transmla" else 0
+    streams = 4 * layout.hidden_size * (hidden * options.tokens + min(PROBE, _context(config)))
+    layer_bytes = max(
+        sum(t.nbytes for n, t in checkpoint.tensors.items() if n.startswith(f"model.layers.{i}."))
+        for i in range(layers)
+    )
+    shard = min(output_bytes, _shard_bytes(options.shard_size))
+    return {
+        "method": options.method,
+        "target": options.target,
+        "layers": layers,
+        "rope_dim": size.rope_dim,
+        "rank": size.rank,
+        "bytes_per_token_before": 2 * layers * size.native,
+        "bytes_per_token_after": 2 * layers * (size.rank + size.rope_dim),
+        "share": size.share,
+        "output_bytes": output_bytes,
+        # Layer files and the states of the streams lie beside the shards until the end.
+        "disk_bytes": output_bytes + attention * dtype.itemsize + streams,
+        "memory_bytes": _BASE_MEMORY + streams * 2 + max(shard, 3 * layer_bytes, 2 * head),
+        "attention_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+_BASE_MEMORY = 500_000_000
+"""Python, torch and transformers themselves."""
+
+
+def convert(
+    checkpoint: Checkpoint,
+    output: Path,
+    options: MlaOptions,
+    *,
+    report: Report = lambda stage, done, total: None,
+    overwrite: bool = False,
+    resume: bool = True,
+) -> ConversionResult:
+    """Converts a GQA checkpoint to MLA.
+
+    Args:
+        output: The folder to make; it appears only when everything is in it.
+        report: Progress.
+        overwrite: Replace an existing checkpoint there.
+        resume: Go on where a killed run with the same model and options stopped.
+
+    Raises:
+        KvtoolError: See `plan`; also a full disk (predicted), bad values met on the way.
+    """
+    started = time.perf_counter()
+    planned = plan(checkpoint, options)
+    check_output(output, overwrite=overwrite, source=checkpoint.path)
+    check_disk(output, planned["disk_bytes"])
+    stream = LayerStream(checkpoint)
+    corpus = calibration_text(options.data)
+    fingerprint = checkpoint.fingerprint()
+    key = json.dumps(
+        [__version__, torch.__version__, fingerprint, corpus.id, dataclasses.asdict(options)]
+    )
+    staging = Staging(
+        output,
+        key=hashlib.sha256(key.encode()).hexdigest(),
+        overwrite=overwrite,
+        resume=resume,
+        source=checkpoint.path,
+    )
+    work = _Work(stream, options, planned, staging.scratch, report)
+    freqfold = work.fit(corpus)
+    layers = [work.layer_file(i) for i in range(len(stream))]
+    tensors, infos = _all_tensors(checkpoint, options, layers)
+    report("writing", 0, 1)
+    write_shards(
+        staging.path,
+        tensors,
+        infos,
+        shard_size=options.shard_size,
+        metadata={"kvtool_version": __version__},
+    )
+    report("writing", 1, 1)
+    ranks = [int(_read_metadata(file)["rank"]) for file in layers]
+    result = ConversionResult(
+        output=output,
+        plan=planned,
+        ranks=ranks,
+        freqfold=freqfold,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory(),
+    )
+    work.write_probe(staging.path)
+    checkpoint.copy_side_files(staging.path)
+    artifact.write(staging.path, checkpoint, fingerprint, options, corpus, work.config(), result)
+    staging.commit()
+    return result
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _Work:
+    """The streaming pass of one conversion and what it leaves in the scratch folder."""
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        options: MlaOptions,
+        planned: dict[str, Any],
+        scratch: Path,
+        report: Report,
+    ) -> None:
+        self.stream, self.options, self.planned = stream, options, planned
+        self.scratch, self.report = scratch, report
+        self.checkpoint = stream.checkpoint
+        self.dtype = _save_dtype(self.checkpoint, options)
+        self.state_file = scratch / "streams.safetensors"
+
+    def layer_file(self, index: int) -> Path:
+        """Where the finished tensors of a layer wait for the shards."""
+        return self.scratch / f"layer-{index:05d}.safetensors"
+
+    def fit(self, corpus: Any) -> int | None:
+        """Fits and writes every layer that is not there yet; returns TransMLA's F."""
+        tokenizer = self.checkpoint.tokenizer()
+        context = _context(self.stream.config)
+        fold = None
+        if self.options.method == "transmla":
+            fold = self._freqfold(corpus, tokenizer, context)
+        if self.state_file.is_file():
+            first = int(_read_metadata(self.state_file)["next_layer"])
+            with safe_open(self.state_file, "pt") as stored:
+                streams = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        else:
+            first = 0
+            probe_ids = probe_text(tokenizer, self.options.data, min(PROBE, context))
+            streams = {"probe": self.stream.embed(probe_ids[None])}
+            if fold is not None:
+                window = min(WINDOW, context)
+                count = self.options.tokens // window
+                ids = corpus.windows(tokenizer, window, count, seed=self.options.seed)
+                streams["original"] = self.stream.embed(ids)
+                streams["partial"] = streams["original"].clone()
+            save_file({"ids": probe_ids}, self.scratch / "probe_ids.safetensors")
+        total = len(self.stream)
+        self.report("converting", first, total)
+        for index in range(first, total):
+            layer = self.stream.layer(index)
+            factors = self._fit_layer(layer, streams, fold)
+            layer.run(streams["probe"], factored_attention(self.stream, layer, factors))
+            metadata = {"rank": str(factors.rank)}
+            _save(self._emit(index, factors), self.layer_file(index), metadata)
+            _save(streams, self.state_file, {"next_layer": str(index + 1)})
+            del layer
+            self.report("converting", index + 1, total)
+        self.probe = streams["probe"][0]
+        return fold
+
+    def _freqfold(self, corpus: Any, tokenizer: Any, context: int) -> int:
+        if self.options.freqfold != "auto":
+            return int(self.options.freqfold)
+        chosen = self.scratch / "freqfold"
+        if not chosen.is_file():
+            head_dim, rope_dim = self.stream.layouts[0].head_dim, self.planned["rope_dim"]
+            candidates = targets.freqfold_candidates(head_dim, rope_dim)
+            window = min(SEARCH_WINDOW, context)
+            count = max(1, min(SEARCH_WINDOWS, self.options.tokens // window))
+            ids = corpus.windows(tokenizer, window, count, seed=self.options.seed)
+            fold = transmla.choose_freqfold(self.stream, ids, rope_dim, candidates, self.report)
+            chosen.write_text(str(fold))
+        return int(chosen.read_text())
+
+    def _fit_layer(
+        self, layer: StreamedLayer, streams: dict[str, Tensor], fold: int | None
+    ) -> LatentFactors:
+        layout, rope = layer.attention.layout, self.stream.rope
+        if fold is None:
+            return exact_factors(layout, rope)
+        gram = transmla.measure_gram(self.stream, layer, streams["original"])
+        basis = transmla.RotatedBasis(gram, self.planned["rope_dim"], fold)
+        width = layout.kv_heads * layout.head_dim
+        moment = torch.zeros(2 * width, 2 * width, dtype=torch.float64)
+
+        def observe(q: Tensor, k: Tensor, v: Tensor) -> None:
+            moment.add_(transmla.joint_moment(k, v))
+
+        partial = transmla.partial_rope_attention(self.stream, layer, basis, observe)
+        layer.run(streams["partial"], partial)
+        return transmla.latent_factors(moment, basis, rope, layout.kv_heads, self.planned["rank"])
+
+    def _emit(self, index: int, factors: LatentFactors) -> dict[str, Tensor]:
+        """The tensors of one layer under their full names, in the dtype of the output."""
+        prefix = f"model.layers.{index}."
+        if self.options.target == "kvtool":
+            return factor_tensors(index, factors, self.dtype)
+        read = self.checkpoint.read_prefix(prefix)
+
+        def double(name: str) -> Tensor | None:
+            return read[name].double() if name in read else None
+
+        source = deepseek_v3.SourceLayer(
+            query=read["self_attn.q_proj.weight"].double(),
+            key=read["self_attn.k_proj.weight"].double(),
+            value=read["self_attn.v_proj.weight"].double(),
+            query_bias=double("self_attn.q_proj.bias"),
+            key_bias=double("self_attn.k_proj.bias"),
+            value_bias=double("self_attn.v_proj.bias"),
+            input_norm=read["input_layernorm.weight"].double(),
+        )
+        layout = self.stream.layouts[index]
+        eps = targets.latent_eps(self.stream.config, self.options.target)
+        tensors = deepseek_v3.stock_layer(source, layout, factors, self.planned["rank"], eps)
+        if layout.qkv_bias and not layout.output_bias:
+            tensors["o_proj.bias"] = torch.zeros(layout.hidden_size)
+        return {
+            f"{prefix}self_attn.{name}": tensor.to(self.dtype).contiguous()
+            for name, tensor in tensors.items()
+        }
+
+    def write_probe(self, folder: Path) -> None:
+        """Leaves the probe and its logits in the output, for `verify`."""
+        with safe_open(self.scratch / "probe_ids.safetensors", "pt") as stored:
+            ids = stored.get_tensor("ids")
+        positions = artifact.probe_positions(len(ids))
+        logits = self.stream.logits(self.probe[positions])
+        artifact.write_probe(folder, ids, positions, logits)
+
+    def config(self) -> dict[str, Any]:
+        """`config.json` of the output."""
+        if self.options.target == "kvtool":
+            return factored_config(self.checkpoint.config)
+        layout, planned = self.stream.layouts[0], self.planned
+        exact = exact_factors(layout, self.stream.rope)
+        inv_freq, nope_dim = exact.inv_freq, exact.key_up.shape[1]
+        if self.options.method == "transmla":
+            # The same frequencies in every layer: component j of a band takes frequency c·j of it.
+            step = layout.head_dim // planned["rope_dim"]
+            inv_freq, nope_dim = self.stream.rope.inv_freq[::step], layout.head_dim
+        return deepseek_v3.stock_config(
+            self.stream.config,
+            layout,
+            inv_freq,
+            self.stream.rope,
+            planned["rank"],
+            nope_dim,
+            self.options.target,
+            planned["attention_dtype"],
+        )
+
+
+def factored_attention(
+    stream: LayerStream, layer: StreamedLayer, factors: LatentFactors
+) -> Attention:
+    """The layer as its factors define it, in fp32, over whole windows."""
+    stages = FactoredAttention(layer.attention, factors)
+
+    def attention(hidden: Tensor) -> Tensor:
+        q_nope, q_pe, c, k_pe = stages.query_and_compress(hidden)
+        rope = Rope(factors.inv_freq, stream.rope.scale)
+        cos, sin = rope.tables(torch.arange(hidden.shape[1]))
+        q_pe, k_pe = rotate(q_pe, cos[:, None], sin[:, None]), rotate(k_pe, cos, sin)
+        return stages.output(stages.attend_expanded(q_nope, q_pe, c, k_pe))
+
+    return attention
+
+
+def probe_text(tokenizer: Any, data: str | None, length: int) -> Tensor:
+    """Token ids `[length]` of held-out text."""
+    window: Tensor = evaluation_text(data).windows(tokenizer, length, 1)[0]
+    return window
+
+
+def _is_replaced(name: str, options: MlaOptions) -> bool:
+    """Whether the output holds other tensors instead of this one of the source."""
+    if options.target == "kvtool":
+        return False
+    return any(
+        f".self_attn.{part}." in name for part in ("q_proj", "k_proj", "v_proj", "rotary_emb")
+    )
+
+
+def _all_tensors(
+    checkpoint: Checkpoint, options: MlaOptions, layers: list[Path]
+) -> tuple[Mapping[str, Callable[[], Tensor]], Mapping[str, Any]]:
+    """How to get each tensor of the output, and its shape and dtype."""
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    infos: dict[str, Any] = {}
+
+    def from_source(name: str) -> Callable[[], Tensor]:
+        return lambda: checkpoint.read(name)
+
+    for name, info in checkpoint.tensors.items():
+        if not _is_replaced(name, options):
+            tensors[name], infos[name] = from_source(name), info
+    for file in layers:
+        converted = read_header(file)
+        for name, info in converted.items():
+            tensors[name], infos[name] = artifact.reader(file, name), info
+    if options.target == "vllm" and "lm_head.weight" not in tensors:
+        # vLLM's class does not tie the output head to the embedding.
+        tensors["lm_head.weight"] = from_source("model.embed_tokens.weight")
+        infos["lm_head.weight"] = checkpoint.tensors["model.embed_tokens.weight"]
+    return tensors, infos
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    save_file(dict(tensors), unfinished, metadata)
+    unfinished.replace(file)
+
+
+def _read_metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as stored:
+        return dict(stored.metadata())
+
+
+def _save_dtype(checkpoint: Checkpoint, options: MlaOptions) -> torch.dtype:
+    """Dtype of the attention tensors written."""
+    if options.dtype == "auto":
+        return torch_dtype(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].dtype)
+    if options.dtype == "float16" and options.target != "kvtool":
+        raise UsageError(
+            "--dtype float16 underflows in the scaling that makes the latent norm linear",
+            hint="use bfloat16 or float32, or --target kvtool",
+        )
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    return dtype
+
+
+def _attention_values(stream: LayerStream, size: targets.Size, nope: int, target: str) -> int:
+    """Numbers in the attention tensors that one layer's conversion writes."""
+    layout = stream.layouts[0]
+    width = layout.kv_heads * layout.head_dim
+    if target == "kvtool":
+        ups = (nope and width) + width
+        return size.rope_dim * width + size.rope_dim // 2 + size.rank * (2 * width + ups)
+    heads, hidden, bias = layout.heads, layout.hidden_size, int(layout.qkv_bias)
+    query_in, query_out = heads * layout.head_dim, heads * (nope + size.rope_dim)
+    query = query_out * hidden
+    if bias:
+        query = query_in * (hidden + 2) + query_in * query_out
+    down = (size.rank + size.rope_dim) * (hidden + bias) + size.rank
+    return query + down + heads * (nope + layout.head_dim) * size.rank
+
+
+def _context(config: Any) -> int:
+    return int(config.max_position_embeddings)
+
+
+def _shard_bytes(text: str) -> int:
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10}
+    for unit in ("GIB", "MIB", "KIB", "GB", "MB", "KB"):
+        if text.upper().endswith(unit):
+            try:
+                return int(float(text[: -len(unit)]) * units[unit])
+            except ValueError:
+                break
+    raise UsageError(f"--shard-size {text} is not a size such as 2GB or 500MB")

@@ -1,0 +1,255 @@
+"""What each engine accepts, checked from the config before any work starts.
+
+Facts read in the engines' sources (transformers 5.17 to 5.23, vLLM 0.32):
+
+* both build `kv_a_layernorm` always; transformers gives it its class default epsilon, vLLM
+  `rms_norm_eps`. The norm is made linear by scaling (see `deepseek_v3.py`), which depends on it;
+* transformers can put a bias on `q_a`, `kv_a` and `o`, never on `q`, `q_b`, `kv_b`; vLLM on none;
+* RoPE frequencies are one list for all layers: transformers takes any (as `longrope`), vLLM only
+  base^(-2i/d_r);
+* neither has a place for per-head q/k norms, sliding windows or MLP biases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import FAMILIES, AttentionLayout, describe, rope_of
+from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
+
+TARGETS = ("transformers", "vllm", "kvtool")
+METHODS = ("exact", "transmla")
+
+TRANSFORMERS_LATENT_EPS = 1e-6
+
+
+def check(config: Any, method: str, target: str) -> list[str]:
+    """Reasons why a model cannot be converted this way; empty if it can.
+
+    Args:
+        config: A transformers config.
+        method: One of `METHODS`.
+        target: One of `TARGETS`.
+    """
+    if config.model_type not in FAMILIES:
+        if config.model_type in ("deepseek_v2", "deepseek_v3", "kvtool_mla"):
+            return ["the model already caches a latent (MLA)"]
+        known = ", ".join(FAMILIES)
+        return [f"model type '{config.model_type}' is not one of {known}"]
+    try:
+        layouts = describe(config)
+        rope = rope_of(config)
+    except KvtoolError as error:
+        return [str(error)]
+    reasons = []
+    if len(set(layouts)) > 1:
+        reasons.append("its layers have different attention layouts")
+    layout = layouts[0]
+    limit = config.max_position_embeddings
+    if any(x.sliding_window is not None and x.sliding_window < limit for x in layouts):
+        reasons.append(
+            f"sliding-window attention ({layout.sliding_window} tokens) has no place in MLA"
+        )
+    if target == "kvtool":
+        return reasons
+    if layout.qk_norm:
+        reasons.append(
+            "q/k norm (Qwen3) is not linear, a stock MLA cannot express it: use --target kvtool"
+        )
+    if getattr(config, "mlp_bias", False):
+        reasons.append("the stock MLA architecture has no bias in its MLP")
+    if str(config.dtype) in ("float16", "torch.float16"):
+        reasons.append(
+            "float16 weights: the scaling that makes the latent norm linear underflows in float16; "
+            "convert the checkpoint to bfloat16 first, or use --target kvtool"
+        )
+    if target == "vllm":
+        if layout.qkv_bias or layout.output_bias:
+            reasons.append("vLLM's MLA has no attention bias: use --target transformers or kvtool")
+        if method == "exact" and layout.kv_heads > 1:
+            reasons.append(
+                "the exact method repeats each RoPE frequency once per KV head, which vLLM's MLA "
+                "cannot express: use --target transformers"
+            )
+        default = default_inv_freq(_theta(config), layout.head_dim)
+        if rope.scale != 1 or not torch.allclose(rope.inv_freq, default, rtol=1e-5):
+            kind = config.rope_parameters.get("rope_type")
+            reasons.append(f"vLLM's MLA has no '{kind}' RoPE scaling: use --target transformers")
+    return reasons
+
+
+def require(config: Any, method: str, target: str) -> None:
+    """Raises UnsupportedModelError with the first reason of :func:`check`."""
+    if reasons := check(config, method, target):
+        raise UnsupportedModelError(
+            f"cannot convert to MLA ({method}, for {target}): {reasons[0]}",
+            hint="`kvtool inspect` lists what applies to this model",
+        )
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths of a conversion, checked against the model.
+
+    Attributes:
+        rope_dim: d_r. rank: r. native: 2K, numbers per token and layer before.
+    """
+
+    rope_dim: int
+    rank: int
+    native: int
+
+    @property
+    def share(self) -> float:
+        """Cache after / cache before."""
+        return (self.rank + self.rope_dim) / self.native
+
+
+def parse_budget(text: str, layout: AttentionLayout, layers: int) -> int:
+    """A budget as whole numbers per token and layer.
+
+    Args:
+        text: `50%` of the native cache, or bytes per token over all layers in bf16 (`11520`,
+            `11.25KiB`, `12kB`).
+    """
+    cleaned, factor = text.strip().lower(), 1.0
+    for unit, bytes_each in (("%", 0.0), ("kib", 1024.0), ("kb", 1000.0), ("b", 1.0)):
+        if cleaned.endswith(unit):
+            cleaned, factor = cleaned.removesuffix(unit), bytes_each
+            break
+    try:
+        value = float(cleaned)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise UsageError(
+            f"--kv-budget '{text}' is neither a share such as 50% nor bytes per token such as 11520"
+        )
+    if factor == 0:
+        return int(layout.cached_values * value / 100 + 1e-9)
+    return int(value * factor / (2 * layers) + 1e-9)
+
+
+def transmla_size(
+    config: Any, kv_budget: str | None, rope_dim: int | None, rank: int | None
+) -> Size:
+    """Resolves budget, rope width and rank.
+
+    Without `rope_dim` the shared key is one head wide, or the widest divisor of a head that leaves
+    the latent at least as much; without `rank` and budget, 75 % of the native cache.
+
+    Raises:
+        UsageError: The widths are impossible, or the cache would not shrink.
+    """
+    layouts = describe(config)
+    layout, native = layouts[0], layouts[0].cached_values
+    head, width = layout.head_dim, layout.kv_heads * layout.head_dim
+    if kv_budget is not None and rank is not None and rope_dim is not None:
+        raise UsageError("--kv-budget, --rank and --rope-dim together: give at most two of them")
+    total = None if kv_budget is None else parse_budget(kv_budget, layout, len(layouts))
+    if total is None and rank is None:
+        total = parse_budget("75%", layout, len(layouts))
+    if total is not None and total >= native:
+        raise UsageError(
+            f"--kv-budget {kv_budget} does not shrink the cache: it allows {total} numbers per "
+            f"token and layer, the model keeps {native}"
+        )
+    if rope_dim is None:
+        rope_dim = head
+        if total is not None and rank is not None:
+            rope_dim = total - rank
+        elif total is not None:
+            while rope_dim > 2 and rope_dim > total - rope_dim:
+                rope_dim //= 2
+    if rope_dim < 2 or rope_dim % 2 or head % rope_dim:
+        raise UsageError(
+            f"--rope-dim {rope_dim} is impossible: it must be even and divide the head size {head}"
+        )
+    if rank is None:
+        assert total is not None
+        rank = min(total - rope_dim, 2 * width - rope_dim)
+    limit = 2 * width - rope_dim
+    if rank < 1:
+        raise UsageError(
+            f"nothing is left for the latent: the budget allows {total} numbers per token and "
+            f"layer, the shared RoPE key takes {rope_dim}",
+            hint="raise --kv-budget or lower --rope-dim",
+        )
+    if rank > limit:
+        raise UsageError(
+            f"--rank {rank} is impossible: keys and values without the RoPE part have {limit} "
+            f"dimensions"
+        )
+    if rank + rope_dim >= native:
+        raise UsageError(
+            f"rank {rank} + rope dim {rope_dim} = {rank + rope_dim} does not shrink the cache: the "
+            f"model keeps {native} numbers per token and layer",
+            hint="use --method exact for a change of format without loss",
+        )
+    return Size(rope_dim, rank, native)
+
+
+def freqfold_candidates(head_dim: int, rope_dim: int, limit: int = 8) -> list[int]:
+    """Values of F to try: the collapse c, doubled while it divides the N frequencies."""
+    collapse = head_dim // rope_dim
+    fold, candidates = collapse, []
+    while (head_dim // 2) % fold == 0 and fold <= limit * collapse:
+        candidates.append(fold)
+        fold *= 2
+    return candidates
+
+
+def check_freqfold(fold: int, head_dim: int, rope_dim: int) -> None:
+    """Raises UsageError unless F is a multiple of c and divides the number of frequencies."""
+    collapse, pairs = head_dim // rope_dim, head_dim // 2
+    if fold < 1 or fold % collapse or pairs % fold:
+        raise UsageError(
+            f"--freqfold {fold} is impossible: it must be a multiple of {collapse} that divides "
+            f"{pairs}"
+        )
+
+
+def latent_eps(config: Any, target: str) -> float:
+    """Epsilon that the target puts into `kv_a_layernorm` and `q_a_layernorm`."""
+    return TRANSFORMERS_LATENT_EPS if target == "transformers" else float(config.rms_norm_eps)
+
+
+def default_inv_freq(theta: float, dim: int) -> Tensor:
+    """RoPE frequencies `[dim/2]` of a stock config: theta^(-2i/dim)."""
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
+
+
+def rope_parameters(config: Any, inv_freq: Tensor, scale: float) -> dict[str, Any]:
+    """`rope_parameters` under which a stock engine uses exactly `inv_freq [d_r/2]`.
+
+    Frequencies that theta alone gives stay `default`. Any others go through `longrope`, whose
+    factors divide the default frequencies one by one, here equal for short and long texts.
+    """
+    theta = _theta(config)
+    default = default_inv_freq(theta, 2 * len(inv_freq))
+    if scale == 1 and torch.allclose(inv_freq.float(), default, rtol=1e-6):
+        return {"rope_type": "default", "rope_theta": theta}
+    # transformers divides by (factor · theta^(2i/d)) in fp32; do the same to land on inv_freq.
+    factors = (default.double() / inv_freq.double()).tolist()
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": scale,
+        "original_max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+def _theta(config: Any) -> float:
+    return float(config.rope_parameters["rope_theta"])
+
+
+def refuse_latent() -> None:
+    """Raises UnsupportedModelError for a model that is MLA already."""
+    raise UnsupportedModelError("cannot convert to MLA: the model already caches a latent (MLA)")

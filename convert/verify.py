@@ -1,0 +1,250 @@
+"""Is a converted folder still what the conversion meant, and how far is it from the original?
+
+Run in a fresh process. Nothing is taken on trust: files against their hashes, untouched tensors
+against the original's bytes, and the logits of the stock model against those that the factors gave
+in fp32 during the conversion, on a text longer than 2048 tokens. A swapped row, a wrong RoPE order,
+a norm that is not neutral or a wrong scale shows there, however lossy the method is.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtool.checkpoint import Checkpoint, sha256_file
+from kvtool.convert import artifact
+from kvtool.errors import KvtoolError
+from kvtool.factored import MODEL_TYPE
+
+PROBE_KL = {"float32": 1e-6, "bfloat16": 2e-2, "float16": 1e-3}
+"""Largest mean KL to the factors' logits, by the dtype that the attention was rounded to."""
+EXACT_KL, EXACT_LOGIT = 1e-6, 1e-3
+"""What the lossless method must reach against the original in fp32."""
+DECODE_KL = 1e-6
+LONG = 2048
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question, its answer, and the number or file it rests on."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass
+class VerifyReport:
+    """All checks, and the quality measured on the way."""
+
+    checks: list[Check] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def add(self, name: str, passed: bool, detail: str) -> None:
+        """Appends a check."""
+        self.checks.append(Check(name, passed, detail))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        checks = [vars(check) for check in self.checks]
+        return {"passed": self.passed, "checks": checks, "measured": self.measured}
+
+
+def verify(output: Path, against: Checkpoint, *, long_prompt: bool = True) -> VerifyReport:
+    """Checks a converted folder against the model it was made from.
+
+    Args:
+        output: What `kvtool convert` wrote.
+        against: The original.
+        long_prompt: Use the whole probe; without it 512 tokens, and nothing is known beyond those.
+
+    Raises:
+        CheckpointError: The folder is not one that kvtool wrote, or cannot be opened at all.
+    """
+    report = VerifyReport()
+    manifest = artifact.read_manifest(output)
+    same = manifest["base"]["fingerprint"] == against.fingerprint()
+    report.add("base model", same, "the one it was made from" if same else "another model")
+    _check_hashes(report, output, manifest)
+    converted = Checkpoint.open(str(output))
+    _check_untouched(report, converted, against)
+
+    probe = artifact.read_probe(output)
+    ids, positions, expected = probe["ids"], probe["positions"], probe["logits"]
+    if not long_prompt:
+        ids = ids[:512]
+        expected, positions = expected[positions < 512], positions[positions < 512]
+    try:
+        logits = _logits(converted, ids)
+    except KvtoolError as error:
+        report.add("loads", False, str(error))
+        return report
+    loader = "kvtool" if converted.config["model_type"] == MODEL_TYPE else "stock transformers"
+    report.add("loads", True, f"{loader}, no missing and no unexpected tensors")
+    finite = bool(torch.isfinite(logits).all())
+    report.add("finite", finite, f"logits of {len(ids)} tokens")
+    if not finite:
+        return report
+    _check_probe(report, logits[positions], expected, manifest)
+    _check_original(report, logits, _logits(against, ids), ids, manifest)
+    if long_prompt:
+        context = int(against.config.get("max_position_embeddings", 0))
+        report.add(
+            "long prompt",
+            len(ids) > LONG or context <= LONG,
+            f"{len(ids)} tokens; the model's context is {context}",
+        )
+    _check_runtime(report, converted, ids[: min(len(ids), 128)], logits, manifest)
+    return report
+
+
+def _check_hashes(report: VerifyReport, output: Path, manifest: dict[str, Any]) -> None:
+    wrong = [
+        name
+        for name, digest in manifest["sha256"].items()
+        if not (output / name).is_file() or sha256_file(output / name) != digest
+    ]
+    detail = f"{len(manifest['sha256'])} files" if not wrong else f"changed: {', '.join(wrong)}"
+    report.add("hashes", not wrong, detail)
+
+
+def _check_untouched(report: VerifyReport, converted: Checkpoint, against: Checkpoint) -> None:
+    """Everything but the attention projections must be the original's, to the byte."""
+    shared = [
+        name
+        for name in against.tensors
+        if not any(f".{part}." in name for part in ("q_proj", "k_proj", "v_proj", "rotary_emb"))
+    ]
+    different = [
+        name
+        for name in shared
+        if name not in converted.tensors
+        or not _same_bytes(converted.read(name), against.read(name))
+    ]
+    detail = f"{len(shared)} tensors, byte for byte"
+    if different:
+        detail = f"{len(different)} differ: {different[0]}"
+    report.add("untouched tensors", not different, detail)
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+@torch.inference_mode()
+def _logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+    """Logits `[T, V]` fp32 of one forward pass: stock transformers, or our runtime for its own."""
+    if checkpoint.config["model_type"] == MODEL_TYPE:
+        from kvtool.runtime import Engine
+
+        engine = Engine.load(checkpoint)
+        return engine.extend(engine.new_cache(1, len(ids)), ids, all_logits=True)
+    model = checkpoint.load_transformers(torch.float32)
+    logits: Tensor = model(ids[None], use_cache=False).logits[0]
+    del model
+    gc.collect()
+    return logits
+
+
+def _check_probe(
+    report: VerifyReport, logits: Tensor, expected: Tensor, manifest: dict[str, Any]
+) -> None:
+    limit = PROBE_KL[manifest["plan"]["attention_dtype"]]
+    kl = float(_kl(expected, logits).mean())
+    furthest = float((expected - logits).abs().max())
+    report.measured["probe_kl"] = kl
+    report.add(
+        "as converted",
+        kl <= limit,
+        f"KL {kl:.1e} (at most {limit:.0e}) to the factors' own logits, largest difference "
+        f"{furthest:.1e}",
+    )
+
+
+def _check_original(
+    report: VerifyReport, logits: Tensor, base: Tensor, ids: Tensor, manifest: dict[str, Any]
+) -> None:
+    """How far from the original; a gate only for the lossless method."""
+    kl = float(_kl(base, logits).mean())
+    losses = [float(_per_slice(x[:-1], ids[1:], F.cross_entropy)) for x in (base, logits)]
+    furthest = float((base - logits).abs().max())
+    perplexities = torch.tensor(losses, dtype=torch.float64).exp().tolist()
+    report.measured |= {
+        "kl": kl,
+        "ppl_base": perplexities[0],
+        "ppl": perplexities[1],
+        "ppl_ratio": perplexities[1] / perplexities[0],
+        "top1_agreement": float((base.argmax(-1) == logits.argmax(-1)).float().mean()),
+        "tokens": len(ids),
+        "max_logit_difference": furthest,
+    }
+    lossless = manifest["method"] == "exact" and manifest["plan"]["attention_dtype"] == "float32"
+    passed = not lossless or (kl <= EXACT_KL and furthest <= EXACT_LOGIT)
+    report.add(
+        "against the original",
+        passed,
+        f"KL {kl:.3g}, perplexity {perplexities[0]:.2f} -> {perplexities[1]:.2f} "
+        f"(x{perplexities[1] / perplexities[0]:.4f})",
+    )
+
+
+def _check_runtime(
+    report: VerifyReport,
+    converted: Checkpoint,
+    ids: Tensor,
+    logits: Tensor,
+    manifest: dict[str, Any],
+) -> None:
+    """Decoding from the latent cache gives what the whole forward pass gave; and its bytes."""
+    from kvtool.runtime import Engine
+
+    engine = Engine.load(converted)
+    cache = engine.new_cache(1, len(ids))
+    half = len(ids) // 2
+    engine.extend(cache, ids[:half])
+    steps = torch.stack([engine.decode(cache, token[None])[0] for token in ids[half:]])
+    kl = float(_kl(logits[half : len(ids)], steps).mean())
+    report.add("decode", kl <= DECODE_KL, f"KL {kl:.1e} between latent decode and full forward")
+    element = torch.finfo(engine.dtype).bits // 8
+    measured = int(cache.bytes_per_token() * 2 / element)
+    planned = sum(2 * (rank + manifest["plan"]["rope_dim"]) for rank in manifest["ranks"])
+    report.measured["bytes_per_token"] = measured
+    report.add(
+        "cache bytes",
+        measured == planned,
+        f"{measured} allocated per token as bf16, {planned} planned",
+    )
+
+
+def _kl(reference: Tensor, other: Tensor) -> Tensor:
+    """KL(reference ‖ other) per position `[T]` of logits `[T, V]`, nats, float64."""
+    rows = []
+    for p, q in zip(reference.split(128), other.split(128), strict=True):
+        log_p, log_q = (x.double().log_softmax(dim=-1) for x in (p, q))
+        rows.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+    return torch.cat(rows)
+
+
+def _per_slice(
+    logits: Tensor, targets: Tensor, loss: Callable[..., Tensor], rows: int = 256
+) -> Tensor:
+    """Mean of a per-token loss without a float copy of all logits at once."""
+    parts = [
+        loss(a, b, reduction="sum")
+        for a, b in zip(logits.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.stack(parts).sum() / len(targets)

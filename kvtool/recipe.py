@@ -1,0 +1,240 @@
+"""Recipes: a conversion and what is checked afterwards, written down so that it can be repeated.
+
+A recipe is YAML with a strict schema. An unknown key is an error that names its line and the key
+that was probably meant; nothing in a recipe can name code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from kvtool.errors import RecipeError
+
+SCHEMA_VERSION = 1
+
+
+def _number_as_text(value: Any) -> Any:
+    """YAML reads ``kv_budget: 11520`` as a number; on the command line it is text."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+TextOrNumber = Annotated[str, BeforeValidator(_number_as_text)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ConvertStep(_Strict):
+    """``kvtool convert``; fields are its flags. ``output`` may be given when the recipe is run."""
+
+    uses: Literal["convert"]
+    to: Literal["mla"]
+    output: str | None = None
+    method: Literal["exact", "transmla"] = "transmla"
+    target: Literal["transformers", "vllm", "kvtool"] = "transformers"
+    kv_budget: TextOrNumber | None = None
+    rope_dim: int | None = None
+    rank: int | None = None
+    freqfold: TextOrNumber = "auto"
+    data: str | None = None
+    tokens: int = 8192
+    seed: int = 0
+    dtype: DtypeName = "auto"
+    shard_size: str = "2GB"
+    verify: bool = True
+
+
+class VerifyStep(_Strict):
+    """``kvtool verify`` of the last conversion against the recipe's model."""
+
+    uses: Literal["verify"]
+    long_prompt: bool = True
+
+
+class EvaluateStep(_Strict):
+    """``kvtool evaluate`` of the last conversion against the recipe's model."""
+
+    uses: Literal["evaluate"]
+    data: str | None = None
+    windows: int | None = None
+    prefill: int = 1536
+    continuation: int = 256
+    quick: bool = False
+    speed: bool = True
+    max_kl: float | None = None
+    max_ppl_ratio: float | None = None
+    min_recall: float | None = None
+    dtype: DtypeName = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+
+Step = Annotated[ConvertStep | VerifyStep | EvaluateStep, Field(discriminator="uses")]
+
+
+class Recipe(_Strict):
+    """A model and the steps to take with it, in order."""
+
+    kvtool: Literal[1]
+    model: str
+    revision: str | None = None
+    steps: list[Step] = Field(min_length=1)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        RecipeError: The file is missing, not YAML, or does not follow the schema; the message
+            starts with ``file:line:column``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from error
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, name: str) -> Recipe:
+    """Reads a recipe from *text*; *name* is what errors call it."""
+    try:
+        document = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark is not None else name
+        raise RecipeError(f"{where}: not valid YAML: {error.problem or error.context}") from error
+    except YAMLError as error:
+        raise RecipeError(f"{name}: not valid YAML: {error}") from error
+    if not isinstance(document, CommentedMap):
+        raise RecipeError(
+            f"{name}:1:1: a recipe is a mapping with the keys {_listed(_keys(Recipe))}"
+        )
+    try:
+        recipe = Recipe.model_validate(_plain(document))
+    except ValidationError as error:
+        raise _first_error(error, document, name) from error
+    if recipe.steps[0].uses != "convert":
+        line, column = _position(document, ("steps", 0))
+        raise RecipeError(
+            f"{name}:{line}:{column}: '{recipe.steps[0].uses}' comes before any 'convert' step,"
+            " so there is nothing to look at"
+        )
+    return recipe
+
+
+def dump_recipe(model: str, steps: Sequence[Mapping[str, Any]], revision: str | None = None) -> str:
+    """The YAML text of a recipe; options that are None are left out.
+
+    Paths are made absolute, so that the recipe replays the run from any folder.
+    """
+    document: dict[str, Any] = {"kvtool": SCHEMA_VERSION, "model": _absolute(model)}
+    if revision is not None:
+        document["revision"] = revision
+    document["steps"] = [
+        {
+            key: _absolute(value) if key == "data" else value
+            for key, value in step.items()
+            if value is not None
+        }
+        for step in steps
+    ]
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.dump(document, stream)
+    text = stream.getvalue()
+    parse_recipe(text, "recipe")  # what cannot be read back must not be written
+    return text
+
+
+def _absolute(source: str) -> str:
+    path = Path(source)
+    return str(path.resolve()) if path.exists() else source
+
+
+def _plain(node: Any) -> Any:
+    """The same document in the built-in types that a strict schema insists on."""
+    if isinstance(node, Mapping):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    for builtin in (bool, int, float, str):
+        if isinstance(node, builtin):
+            return builtin(node)
+    return node
+
+
+def _first_error(error: ValidationError, document: CommentedMap, name: str) -> RecipeError:
+    """The error to show: unknown keys first, since a typo also makes the right key missing."""
+    found = []
+    for details in error.errors():
+        line, column = _position(document, details["loc"])
+        found.append((details["type"] != "extra_forbidden", line, column, _message(details)))
+    _, line, column, message = min(found)
+    return RecipeError(f"{name}:{line}:{column}: {message}")
+
+
+def _message(details: ErrorDetails) -> str:
+    location, kind = details["loc"], details["type"]
+    key = location[-1] if location else ""
+    if kind == "extra_forbidden":
+        known = _keys_at(location)
+        close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
+        advice = f"did you mean '{close[0]}'?" if close else f"known are {_listed(known)}"
+        return f"unknown key '{key}' ({advice})"
+    if kind == "missing":
+        return f"the key '{key}' is missing"
+    if kind == "union_tag_not_found":
+        return "the key 'uses' is missing; it names the step: convert, verify or evaluate"
+    if kind == "union_tag_invalid":
+        given = (details.get("ctx") or {}).get("tag")
+        return f"unknown step '{given}' (known are convert, verify, evaluate)"
+    if key == "kvtool":
+        return f"this kvtool reads recipes of version {SCHEMA_VERSION}, not {details['input']!r}"
+    wanted = details["msg"][:1].lower() + details["msg"][1:]
+    return f"'{key}' is {details['input']!r}: {wanted}"
+
+
+def _position(document: CommentedMap, location: Iterable[str | int]) -> tuple[int, int]:
+    """Line and column, from 1, of the deepest part of *location* that the document has."""
+    node: Any = document
+    line, column = 0, 0
+    for part in location:
+        if isinstance(node, CommentedMap) and part in node:
+            line, column = node.lc.key(part)
+        elif isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+            line, column = node.lc.item(part)
+        else:
+            # The name of the step's kind, which pydantic puts into the path, or a missing key.
+            continue
+        node = node[part]
+    return line + 1, column + 1
+
+
+def _keys_at(location: tuple[str | int, ...]) -> list[str]:
+    steps: dict[str | int, type[BaseModel]] = {
+        "convert": ConvertStep,
+        "verify": VerifyStep,
+        "evaluate": EvaluateStep,
+    }
+    return _keys(steps[location[2]] if len(location) > 3 else Recipe)
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return list(model.model_fields)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.attention import apply_latent_eps
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import artifact
 from kvtool.errors import KvtoolError
@@ -154,6 +155,7 @@ def _logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
         engine = Engine.load(checkpoint)
         return engine.extend(engine.new_cache(1, len(ids)), ids, all_logits=True)
     model = checkpoint.load_transformers(torch.float32)
+    apply_latent_eps(model, checkpoint.config)
     logits: Tensor = model(ids[None], use_cache=False).logits[0]
     del model
     gc.collect()

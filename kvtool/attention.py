@@ -182,6 +182,20 @@ def describe(config: Any) -> list[AttentionLayout]:
     ]
 
 
+def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:
+    """Gives the latent norms of a checkpoint written for vLLM the epsilon that vLLM gives them.
+
+    transformers builds them with its class default, vLLM with `rms_norm_eps`, and neither reads a
+    config field for it; `config["kvtool"]["target"]` says whose convention the weights follow.
+    """
+    if config.get("kvtool", {}).get("target") != "vllm":
+        return
+    for layer in decoder_layers(model):
+        for name in ("kv_a_layernorm", "q_a_layernorm"):
+            if (norm := getattr(layer.self_attn, name, None)) is not None:
+                norm.variance_epsilon = config["rms_norm_eps"]
+
+
 # --------------------------------------------------------------------------------------- RoPE
 
 

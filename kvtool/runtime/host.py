@@ -11,6 +11,7 @@ from kvtool.attention import (
     FactoredAttention,
     GroupedQueryAttention,
     MultiheadLatentAttention,
+    apply_latent_eps,
     decoder_layers,
     describe,
     recognise,
@@ -39,6 +40,7 @@ def load_host(
         model = _load_base(checkpoint, config, dtype).to(device)
     else:
         model = checkpoint.load_transformers(dtype, device)
+        apply_latent_eps(model, checkpoint.config)
     inv_freq = rope.inv_freq.to(device)
     swapped: list[RuntimeAttention] = []
     for i, layer in enumerate(decoder_layers(model)):

@@ -44,12 +44,13 @@ def write(
         "version": __version__,
         "method": options.method,
         "target": options.target,
-        "base": checkpoint.source,
+        "base": _absolute(checkpoint.source),
         "ranks": result.ranks,
     }
     _write_json(folder / "config.json", {**config, "kvtool": summary})
     step = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
-    recipe = dump_recipe(checkpoint.source, [{"uses": "convert", "to": "mla", **step}])
+    steps = [{"uses": "convert", "to": "mla", **step}]
+    recipe = dump_recipe(checkpoint.source, steps, checkpoint.revision)
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     manifest = {
         "manifest": 1,

@@ -88,6 +88,7 @@ class Checkpoint:
         path: The folder that holds it.
         config: The content of `config.json`.
         tensors: Every weight by name, from the headers.
+        revision: Branch, tag or commit of a hub id, as asked for.
     """
 
     source: str
@@ -95,6 +96,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     trust_remote_code: bool = False
+    revision: str | None = None
 
     @classmethod
     def open(
@@ -122,7 +124,7 @@ class Checkpoint:
         config = read_json(path / "config.json") if (path / "config.json").is_file() else None
         _check_decoder(path, config)
         assert config is not None
-        return cls(source, path, config, read_headers(path), trust_remote_code)
+        return cls(source, path, config, read_headers(path), trust_remote_code, revision)
 
     @property
     def total_bytes(self) -> int:

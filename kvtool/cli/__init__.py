@@ -1,0 +1,111 @@
+"""The command line. Importing it imports neither torch nor transformers, so help is instant."""
+
+import errno
+import importlib.metadata
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+from kvtool import __version__
+from kvtool.cli import bench, chat, convert, evaluate, generate, inspect, run, verify
+from kvtool.errors import KvtoolError, ResourceError, UsageError
+
+_EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="kvtool",
+    help="Smaller KV caches for ordinary language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (
+    inspect.inspect,
+    convert.convert,
+    verify.verify,
+    evaluate.evaluate,
+    bench.bench,
+    generate.generate,
+    chat.chat,
+    run.run,
+):
+    app.command()(_command)
+app.add_typer(run.recipe_app)
+
+
+def _show_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    typer.echo(f"kvtool {__version__}")
+    for package in ("torch", "transformers", "triton"):
+        try:
+            typer.echo(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            typer.echo(f"{package} not installed")
+    raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_versions,
+            is_eager=True,
+            help="Show the versions of kvtool, torch, transformers and triton.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line and ends the process with the exit code that says how it went."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Runs one command; errors meant for the user become two lines on stderr and an exit code."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        # Both libraries would otherwise write control codes into logs and pipes.
+        os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        code = app(arguments, prog_name="kvtool", standalone_mode=False)
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+    except Abort:
+        return 1
+    except TyperException as error:
+        # Asked for nothing, typer has printed the help by now and has nothing to add.
+        return _report(_usage_error(error)) if str(error) else UsageError.exit_code
+    except KvtoolError as error:
+        return _report(error)
+    except MemoryError:
+        return _report(ResourceError("the machine ran out of memory"))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _report(ResourceError(f"the disk is full: {error}"))
+        return _report(KvtoolError(str(error)))
+    return code if isinstance(code, int) else 0
+
+
+def _usage_error(error: TyperException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "kvtool"
+    return UsageError(error.format_message(), hint=f"'{command} --help' lists what is accepted")
+
+
+def _report(error: KvtoolError) -> int:
+    if os.environ.get("KVTOOL_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return error.exit_code

@@ -1,0 +1,132 @@
+"""Where words go: results on stdout, progress on stderr, and nothing but text when nobody looks."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+# A pipe or a log file has no width; rich would assume 80 columns and break table rows there.
+_PIPE_WIDTH = 120
+# Past this many steps a line per step is noise in a log, so lines come by time instead.
+_LINE_PER_STEP_UP_TO = 100
+_SECONDS_BETWEEN_LINES = 5.0
+
+Report = Callable[[str, int, int], None]
+"""``report(stage, done, total)``: *done* of *total* steps of *stage* are finished."""
+
+
+def _console(*, stderr: bool) -> Console:
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(
+        stderr=stderr,
+        width=None if is_terminal else _PIPE_WIDTH,
+        # Said outright: rich would take FORCE_COLOR, which CI systems set, for a terminal.
+        force_terminal=is_terminal,
+        highlight=False,
+        markup=False,
+    )
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[Report]:
+    """Yields the function that a long piece of work calls to say how far it is.
+
+    On a terminal: a live bar per stage with elapsed seconds. Elsewhere: a plain line per step.
+    """
+    if quiet:
+        yield lambda stage, done, total: None
+    elif _is_live():
+        with _bars() as report:
+            yield report
+    else:
+        yield _lines()
+
+
+@contextmanager
+def waiting(what: str, quiet: bool = False) -> Iterator[None]:
+    """Says what is going on during work that cannot say how far it is."""
+    if quiet:
+        yield
+    elif _is_live():
+        with err.status(what):
+            yield
+    else:
+        err.print(what, soft_wrap=True)
+        yield
+
+
+def _is_live() -> bool:
+    return err.is_terminal and not err.is_dumb_terminal
+
+
+@contextmanager
+def _bars() -> Iterator[Report]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with RichProgress(*columns, console=err) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _lines() -> Report:
+    started: dict[str, float] = {}
+    last_line = -math.inf
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last_line
+        now = time.perf_counter()
+        seconds = now - started.setdefault(stage, now)
+        if done == 0:
+            return
+        every_step = total <= _LINE_PER_STEP_UP_TO
+        if every_step or done >= total or now - last_line >= _SECONDS_BETWEEN_LINES:
+            last_line = now
+            err.print(f"{stage} {done}/{total}  {seconds:.1f} s", soft_wrap=True)
+
+    return report
+
+
+def emit(result: dict[str, Any], json: bool, table: Table | None = None) -> None:
+    """Prints a command's result on stdout: one JSON object for machines, or a table for people."""
+    if json:
+        sys.stdout.write(dump_json(result) + "\n")
+        sys.stdout.flush()
+    elif table is not None:
+        out.print(table)
+
+
+def dump_json(value: Any) -> str:
+    """JSON that every parser reads: numbers that JSON lacks (NaN, infinity) become null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,117 @@
+"""The options that several commands share. Same flag, same meaning, everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+_INPUT, _OUTPUT, _COMPUTE, _RUN = "Input", "Output", "Compute", "Run"
+_DANGEROUS = "Dangerous"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder, a hub id, a .gguf file, or the built-in 'smollm2'.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a hub id.", rich_help_panel=_INPUT),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="A .txt or .jsonl file or a hub data set id; default: Python's own documentation.",
+        rich_help_panel=_INPUT,
+    ),
+]
+Tokens = Annotated[
+    int, typer.Option("--tokens", min=1, help="Tokens of text to read.", rich_help_panel=_INPUT)
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="Where the result is written.", rich_help_panel=_OUTPUT),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT),
+]
+ShardSize = Annotated[
+    str,
+    typer.Option("--shard-size", help="Largest weight file, e.g. 2GB.", rich_help_panel=_OUTPUT),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=_OUTPUT),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_OUTPUT),
+]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="auto, float32, bfloat16 or float16.",
+        rich_help_panel=_COMPUTE,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_COMPUTE),
+]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, help="Fixes every random choice.", rich_help_panel=_RUN),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what would happen, write nothing.", rich_help_panel=_RUN),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume", help="Go on where an interrupted run stopped.", rich_help_panel=_RUN
+    ),
+]
+Offline = Annotated[
+    bool,
+    typer.Option("--offline", help="Never touch the network.", rich_help_panel=_RUN),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that the checkpoint brings along.",
+        rich_help_panel=_DANGEROUS,
+    ),
+]
+
+
+def resolve_device(name: str) -> str:
+    """``auto`` is the first CUDA device where there is one, and the CPU elsewhere."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The torch dtype to compute in; ``auto`` is float32 on the CPU and bfloat16 on a GPU."""
+    import torch
+
+    if name == "auto":
+        return torch.float32 if device.startswith("cpu") else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

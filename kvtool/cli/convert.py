@@ -1,0 +1,174 @@
+"""``kvtool convert``: write a checkpoint anew, with a smaller cache, and check the result."""
+
+from __future__ import annotations
+
+import json as json_module
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.filesize import decimal
+from rich.table import Table
+
+from kvtool.cli import _console, _options
+from kvtool.errors import GateError, KvtoolError
+
+if TYPE_CHECKING:
+    from kvtool.checkpoint import Checkpoint
+
+_METHOD = "Method"
+
+
+def convert(
+    model: _options.Model,
+    output: _options.Output,
+    to: Annotated[
+        Literal["mla"],
+        typer.Option("--to", help="The attention to convert to.", rich_help_panel=_METHOD),
+    ],
+    method: Annotated[
+        Literal["exact", "transmla"],
+        typer.Option(
+            help="exact: lossless, same cache size. transmla: a smaller cache, close to the model.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "transmla",
+    target: Annotated[
+        Literal["transformers", "vllm", "kvtool"],
+        typer.Option(help="The engine that has to load the result.", rich_help_panel=_METHOD),
+    ] = "transformers",
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Cache size to reach: a share such as 50%, or bytes per token.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    rope_dim: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Width of the part that keeps positions.", rich_help_panel=_METHOD
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Width of the latent; default: from --kv-budget.", rich_help_panel=_METHOD
+        ),
+    ] = None,
+    freqfold: Annotated[
+        str,
+        typer.Option(
+            help="Neighbouring frequencies that share one: auto or a number.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "auto",
+    data: _options.Data = None,
+    tokens: _options.Tokens = 8192,
+    seed: _options.Seed = 0,
+    dtype: _options.Dtype = "auto",
+    shard_size: _options.ShardSize = "2GB",
+    overwrite: _options.Overwrite = False,
+    resume: _options.Resume = True,
+    dry_run: _options.DryRun = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Load the result in a fresh process and compare it with MODEL.",
+            rich_help_panel="Run",
+        ),
+    ] = True,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+    offline: _options.Offline = False,
+    revision: _options.Revision = None,
+    trust_remote_code: _options.TrustRemoteCode = False,
+) -> None:
+    """Convert MODEL to multi-head latent attention (MLA), as a stock checkpoint."""
+    from kvtool.checkpoint import Checkpoint
+    from kvtool.convert import mla
+
+    checkpoint = Checkpoint.open(
+        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+    )
+    options = mla.MlaOptions(
+        method=method,
+        target=target,
+        kv_budget=kv_budget,
+        rope_dim=rope_dim,
+        rank=rank,
+        freqfold=freqfold,
+        data=data,
+        tokens=tokens,
+        seed=seed,
+        dtype=dtype,
+        shard_size=shard_size,
+    )
+    if dry_run:
+        plan = mla.plan(checkpoint, options)
+        table = _table(f"{model} to {to}: nothing written")
+        _add_plan(table, plan)
+        table.add_row("disk needed", decimal(plan["disk_bytes"]))
+        table.add_row("memory needed, about", decimal(plan["memory_bytes"]))
+        _console.emit(plan, json, table)
+        return
+    with _console.progress(quiet) as report:
+        result = mla.convert(
+            checkpoint, output, options, report=report, overwrite=overwrite, resume=resume
+        )
+    summary = result.to_dict()
+    table = _table(f"{model} to {to}: {output}")
+    _add_plan(table, result.plan)
+    table.add_row("seconds", f"{result.seconds:.1f}")
+    table.add_row("peak memory", decimal(result.peak_memory_bytes))
+    checked: dict[str, Any] | None = None
+    if verify:
+        checked = summary["verify"] = _verify_in_fresh_process(output, checkpoint, quiet=quiet)
+        for check in checked["checks"]:
+            table.add_row(
+                f"verify: {check['name']}",
+                f"{'ok' if check['passed'] else 'FAILED'}  {check['detail']}",
+            )
+    _console.emit(summary, json, table)
+    if checked is not None and not checked["passed"]:
+        raise GateError(
+            f"{output}: the converted checkpoint failed its verification against {model}",
+            hint="it is kept for inspection; do not use it",
+        )
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _add_plan(table: Table, plan: dict[str, Any]) -> None:
+    before, after = plan["bytes_per_token_before"], plan["bytes_per_token_after"]
+    table.add_row("method", f"{plan['method']} for {plan['target']}")
+    table.add_row("cache bytes per token", f"{before} before, {after} after ({after / before:.1%})")
+    table.add_row("latent per layer", f"rank {plan['rank']} + {plan['rope_dim']} with positions")
+    table.add_row(
+        "weights", f"{decimal(plan['output_bytes'])}, attention {plan['attention_dtype']}"
+    )
+
+
+def _verify_in_fresh_process(output: Path, against: Checkpoint, *, quiet: bool) -> dict[str, Any]:
+    """What ``kvtool verify`` says of *output* in a process that shares nothing with this one."""
+    command = [sys.executable, "-m", "kvtool", "verify", str(output), "--json"]
+    # The folder, not what the user typed: it is at hand, so no revision and no network are needed.
+    command += ["--against", str(against.path)]
+    command += ["--quiet"] * quiet + ["--trust-remote-code"] * against.trust_remote_code
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in (0, GateError.exit_code):
+        raise KvtoolError(
+            f"{output}: verification ended with exit code {done.returncode}",
+            hint="the reason is printed above; the converted files are complete and kept",
+        )
+    report: dict[str, Any] = json_module.loads(done.stdout)
+    return report

@@ -1,0 +1,103 @@
+"""`kvtool evaluate`: what a model's cache costs and what it keeps, beside its original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtool.cli import _options as options
+from kvtool.cli._console import dump_json, emit, progress
+from kvtool.errors import GateError, UsageError
+
+
+def evaluate(
+    model: options.Model,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="The original; default: the one that MODEL's manifest names."
+        ),
+    ] = None,
+    data: options.Data = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows of text; 8, or 4 with --quick.")
+    ] = None,
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens stored before judging.")] = 1536,
+    continuation: Annotated[
+        int, typer.Option(min=1, help="Tokens judged through the cache, per window.")
+    ] = 256,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Less text and fewer lengths: a demonstration.")
+    ] = False,
+    speed: Annotated[bool, typer.Option(help="Time generation as well.")] = True,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0.0, help="Fail (exit code 6) above this KL.")
+    ] = None,
+    max_ppl_ratio: Annotated[
+        float | None, typer.Option(min=0.0, help="Fail above this ratio of perplexities.")
+    ] = None,
+    min_recall: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Fail below this share of the original's correct answers."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the JSON report here.")
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Measure bytes per token, KL, perplexity, retrieval and speed, beside the original."""
+    from dataclasses import replace
+
+    from kvtool.checkpoint import Checkpoint
+    from kvtool.corpus import evaluation_text
+    from kvtool.evaluate.evaluation import Settings, manifest_base
+    from kvtool.evaluate.evaluation import evaluate as measure
+    from kvtool.evaluate.report import Gates
+
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UsageError(f"{output} cannot be written: it must be a file in an existing folder")
+    checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    source = against if against is not None else manifest_base(checkpoint)
+    gates = Gates(max_kl, max_ppl_ratio, min_recall)
+    if source is None and gates.judge:
+        raise UsageError(
+            f"{model} names no original to be judged against", hint="give it with --against"
+        )
+    base = (
+        None
+        if source is None
+        else Checkpoint.open(source, offline=offline, trust_remote_code=trust_remote_code)
+    )
+    settings = Settings.quick() if quick else Settings()
+    device = options.resolve_device(device)
+    with progress(quiet) as report_progress:
+        report = measure(
+            checkpoint,
+            base,
+            evaluation_text(data),
+            settings=replace(
+                settings,
+                windows=settings.windows if windows is None else windows,
+                prefill=prefill,
+                continuation=continuation,
+                speed=speed,
+                seed=seed,
+            ),
+            dtype=options.resolve_dtype(dtype, device),
+            device=device,
+            report=report_progress,
+        )
+    result = report.to_dict()
+    if output is not None:
+        output.write_text(dump_json(result) + "\n", encoding="utf-8")
+    emit(result, json, report.table())
+    if failed := report.failures(gates):
+        raise GateError(f"{model}: {'; '.join(failed)}")

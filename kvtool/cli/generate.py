@@ -1,0 +1,206 @@
+"""`kvtool generate`: continue one prompt from our own cache, streamed."""
+
+from __future__ import annotations
+
+import sys
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvtool.cli import _options as options
+from kvtool.cli._console import emit, err
+from kvtool.errors import UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SAMPLING = "Sampling"
+
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[
+    float,
+    typer.Option(min=0.0, help="0 takes the likeliest token.", rich_help_panel=_SAMPLING),
+]
+TopP = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Share of probability kept.", rich_help_panel=_SAMPLING),
+]
+TopK = Annotated[
+    int, typer.Option(min=0, help="Likeliest tokens kept; 0: all.", rich_help_panel=_SAMPLING)
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Drop tokens below this share of the likeliest's probability.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(min=0.01, help="Above 1: avoid tokens seen.", rich_help_panel=_SAMPLING),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, help="Same seed, same text.", rich_help_panel=_SAMPLING),
+]
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue; '-' reads it from stdin.")],
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask through the model's chat template.")
+    ] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Continue a prompt; text streams to stdout, statistics go to stderr."""
+    from kvtool.checkpoint import Checkpoint
+    from kvtool.runtime import Engine, Sampling
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    tokenizer = checkpoint.tokenizer()
+    if chat:
+        ids = chat_ids(tokenizer, [{"role": "user", "content": text}], model)
+    else:
+        ids = list(tokenizer(text)["input_ids"])
+    if not ids:
+        raise UsageError("the prompt is empty: there is nothing to continue")
+    device = options.resolve_device(device)
+    engine = Engine.load(checkpoint, dtype=options.resolve_dtype(dtype, device), device=device)
+    check_length(len(ids), max_new_tokens, engine.max_context)
+
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+    cache = engine.new_cache(1, len(ids) + max_new_tokens)
+    stream = TextStream(tokenizer)
+    pieces: list[str] = []
+
+    def write(piece: str) -> None:
+        pieces.append(piece)
+        if not json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    tokens: list[int] = []
+    start = first = perf_counter()
+    for (token,) in engine.generate(
+        [ids], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, cache=cache
+    ):
+        if not tokens:
+            first = perf_counter()
+        assert token is not None  # a single row ends the loop with its last token
+        tokens.append(token)
+        write(stream.push(token))
+    end = perf_counter()
+    write(stream.flush())
+    if not json:
+        sys.stdout.write("\n")
+
+    prefill, decode = first - start, end - first
+    rate = (len(tokens) - 1) / decode if len(tokens) > 1 else None
+    result = {
+        "model": checkpoint.source,
+        "text": "".join(pieces),
+        "prompt_tokens": len(ids),
+        "new_tokens": len(tokens),
+        "stopped": tokens[-1] in engine.eos_ids,
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
+        "decode_tokens_per_second": rate,
+        "cache_bytes_per_token": cache.bytes_per_token(),
+        "cache_bytes": cache.allocated_bytes,
+    }
+    if json:
+        emit(result, json)
+    if not quiet:
+        speed = "" if rate is None else f", {len(tokens) - 1} more at {rate:.1f} tokens/s"
+        err.print(
+            f"{len(ids)} prompt tokens, first token after {prefill:.2f} s{speed}, "
+            f"cache {cache.bytes_per_token():,.0f} bytes per token"
+        )
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back characters that are not complete.
+
+    A character may span several tokens, and how a token reads may depend on the one before, so
+    the text of the last few tokens is decoded twice, with and without the new one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # decoding starts here: one shown piece before what is still held back
+        self._shown = 0  # tokens whose text has been handed out
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is still open."""
+        self._ids.append(token)
+        text = self._pending()
+        if text.endswith("\ufffd"):  # the decoder's mark for bytes that are no character yet
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """What is still held back, at the end of the text."""
+        text = self._pending()
+        self._start = self._shown = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        before = self._decode(self._ids[self._start : self._shown])
+        return self._decode(self._ids[self._start :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], model: str
+) -> list[int]:
+    """A conversation as the model was trained to read it, ending where its answer begins."""
+    if not tokenizer.chat_template:
+        raise UnsupportedModelError(
+            f"{model} has no chat template, so it cannot hold a conversation",
+            hint="continue a plain text with 'kvtool generate'",
+        )
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return list(ids)
+
+
+def check_length(prompt: int, new: int, max_context: int) -> None:
+    """Refuse what the model has no positions for."""
+    if prompt > max_context:
+        raise UsageError(
+            f"the prompt has {prompt} tokens, but the model's context is {max_context}"
+        )
+    if prompt + new > max_context:
+        raise UsageError(
+            f"{prompt} prompt tokens and {new} new ones need {prompt + new} positions, "
+            f"but the model's context is {max_context}",
+            hint=f"--max-new-tokens {max_context - prompt} is the most that fits"
+            if prompt < max_context
+            else None,
+        )

@@ -1,0 +1,76 @@
+"""`kvtool inspect`: what a checkpoint is, what its cache costs, and what can be done with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.filesize import decimal
+from rich.table import Table
+
+from kvtool.cli import _console, _options
+
+if TYPE_CHECKING:
+    from kvtool.inspection import Inspection
+
+
+def inspect(
+    model: _options.Model,
+    revision: _options.Revision = None,
+    json: _options.Json = False,
+    offline: _options.Offline = False,
+    trust_remote_code: _options.TrustRemoteCode = False,
+) -> None:
+    """Show attention, cache size and applicable conversions, without reading weights."""
+    from kvtool.checkpoint import Checkpoint
+    from kvtool.inspection import inspect_checkpoint
+
+    checkpoint = Checkpoint.open(
+        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+    )
+    inspection = inspect_checkpoint(checkpoint)
+    if not json:
+        _console.out.print(_facts(inspection))
+    _console.emit(inspection.to_dict(), json, _applications(inspection))
+
+
+def _facts(inspection: Inspection) -> Table:
+    from kvtool.inspection import CONTEXTS
+
+    table = Table(title=inspection.model, title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_row("family", f"{inspection.family} ({inspection.architecture})")
+    for run in inspection.runs:
+        table.add_row(f"layers {run.first}-{run.last}", run.summary)
+    if inspection.unsupported:
+        table.add_row("attention", f"not supported: {inspection.unsupported}")
+    positions = inspection.max_positions
+    rope = ", ".join(
+        f"{key.removeprefix('rope_')} {value}" for key, value in sorted(inspection.rope.items())
+    )
+    table.add_row("RoPE", rope or "none")
+    table.add_row("positions", f"{positions:,}" if positions else "unknown")
+    table.add_row("embeddings", "tied" if inspection.tied_embeddings else "separate output head")
+    table.add_row(
+        "weights",
+        f"{inspection.parameters:,} parameters, {decimal(inspection.weight_bytes)} "
+        f"({', '.join(sorted(inspection.dtypes))})",
+    )
+    if inspection.bytes_per_token is not None:
+        table.add_row("cache, bf16", f"{inspection.bytes_per_token:,} bytes per token")
+        for tokens in CONTEXTS:
+            beyond = " (beyond its positions)" if positions and tokens > positions else ""
+            table.add_row(
+                f"  at {tokens // 1024}k tokens", decimal(inspection.cache_bytes(tokens)) + beyond
+            )
+    return table
+
+
+def _applications(inspection: Inspection) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("what applies", "method", "target", "", "why not"):
+        table.add_column(column)
+    for item in inspection.applications:
+        verdict = "no" if item.reasons else "yes"
+        reasons = "; ".join(item.reasons)
+        table.add_row(item.command, item.method, item.target, verdict, reasons)
+    return table

@@ -1,0 +1,116 @@
+"""``kvtool run``: do what a recipe says, with the same functions as the commands of its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtool.cli import _options
+from kvtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtool.recipe import Recipe
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in YAML.")]
+
+recipe_app = typer.Typer(name="recipe", help="Look at recipes.", no_args_is_help=True)
+
+
+def run(
+    recipe: RecipeFile,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where the result is written; default: what the recipe says.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    overwrite: _options.Overwrite = False,
+    resume: _options.Resume = True,
+    dry_run: _options.DryRun = False,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+    offline: _options.Offline = False,
+    trust_remote_code: _options.TrustRemoteCode = False,
+) -> None:
+    """Run the steps of RECIPE. With --json every step prints one object."""
+    from kvtool.cli.convert import convert
+    from kvtool.cli.evaluate import evaluate
+    from kvtool.cli.verify import verify
+    from kvtool.recipe import ConvertStep, EvaluateStep, load_recipe
+
+    loaded = load_recipe(recipe)
+    outputs = _outputs(
+        recipe, [s.output for s in loaded.steps if isinstance(s, ConvertStep)], output
+    )
+    shared: dict[str, Any] = {
+        "json": json,
+        "quiet": quiet,
+        "offline": offline,
+        "trust_remote_code": trust_remote_code,
+    }
+    made = outputs[0]
+    for step in loaded.steps:
+        options = step.model_dump(exclude={"uses", "output"})
+        if isinstance(step, ConvertStep):
+            made = outputs.pop(0)
+            convert(
+                loaded.model,
+                made,
+                **options,
+                **shared,
+                revision=loaded.revision,
+                overwrite=overwrite,
+                resume=resume,
+                dry_run=dry_run,
+            )
+        elif dry_run:
+            continue
+        elif isinstance(step, EvaluateStep):
+            evaluate(str(made), against=_pinned(loaded, shared), **options, **shared)
+        else:
+            verify(made, loaded.model, **options, **shared, revision=loaded.revision)
+
+
+def _pinned(recipe: Recipe, shared: dict[str, Any]) -> str:
+    """The recipe's model for a command without ``--revision``: the folder of that revision."""
+    if recipe.revision is None:
+        return recipe.model
+    from kvtool.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(
+        recipe.model,
+        revision=recipe.revision,
+        offline=shared["offline"],
+        trust_remote_code=shared["trust_remote_code"],
+    )
+    return str(checkpoint.path)
+
+
+@recipe_app.command("validate")
+def validate(recipe: RecipeFile) -> None:
+    """Check RECIPE against the schema; exit code 3 if it does not follow it."""
+    from kvtool.recipe import load_recipe
+
+    steps = ", ".join(step.uses for step in load_recipe(recipe).steps)
+    typer.echo(f"{recipe}: valid ({steps})")
+
+
+def _outputs(recipe: Path, in_recipe: list[str | None], given: Path | None) -> list[Path]:
+    """The output folder of every conversion of the recipe."""
+    if given is not None:
+        if len(in_recipe) > 1:
+            raise UsageError(
+                f"{recipe}: has {len(in_recipe)} conversions, so --output cannot name them all"
+            )
+        return [given]
+    named = [Path(name) for name in in_recipe if name is not None]
+    if len(named) < len(in_recipe):
+        raise UsageError(
+            f"{recipe}: says no output folder", hint=f"'kvtool run {recipe} -o FOLDER' does"
+        )
+    return named

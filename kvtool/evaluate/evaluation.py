@@ -1,0 +1,228 @@
+"""Runs the whole protocol on one model, beside its original in the same process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from time import perf_counter
+
+import torch
+
+from kvtool.checkpoint import Checkpoint
+from kvtool.corpus import Corpus
+from kvtool.errors import CheckpointError, UnsupportedModelError, UsageError
+from kvtool.evaluate import protocol, retrieval, throughput
+from kvtool.evaluate.protocol import Divergence, cache_size
+from kvtool.evaluate.report import Report
+from kvtool.evaluate.retrieval import Recall
+from kvtool.evaluate.throughput import Bandwidth, Speed
+from kvtool.runtime import Engine
+
+MANIFEST = "kvtool_manifest.json"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured; the defaults are the published protocol."""
+
+    windows: int = 8
+    prefill: int = 1536
+    continuation: int = 256
+    passkey_lengths: tuple[int, ...] = retrieval.LENGTHS
+    passkey_depths: tuple[float, ...] = retrieval.DEPTHS
+    needle_contexts: int = retrieval.NEEDLE_CONTEXTS
+    speed: bool = True
+    speed_context: int = 1024
+    speed_new_tokens: int = 32
+    speed_repeats: int = 2
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> Settings:
+        """The same protocol on less text: for a demonstration, not for a claim."""
+        return cls(
+            windows=4,
+            passkey_lengths=(1024, 2048),
+            passkey_depths=(0.1, 0.5, 0.9),
+            needle_contexts=1,
+            speed_repeats=1,
+        )
+
+
+def manifest_base(checkpoint: Checkpoint) -> str | None:
+    """The original that a conversion's manifest names, None where there is no manifest."""
+    file = checkpoint.path / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["base"]["source"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a manifest that names its base: {error!r}") from error
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    base: Checkpoint | None,
+    corpus: Corpus,
+    *,
+    settings: Settings = Settings(),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    report: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Measure bytes, divergence, retrieval and speed of `checkpoint` beside `base`.
+
+    Raises:
+        UsageError: The two models do not share a vocabulary, or nothing can be measured.
+    """
+    start = perf_counter()
+    notes: list[str] = []
+    # Before the models are there, so that its buffer does not add to their peak memory.
+    bandwidth = throughput.measure_bandwidth(torch.device(device)) if settings.speed else None
+    engine = Engine.load(checkpoint, dtype=dtype, device=device)
+    original = None if base is None else Engine.load(base, dtype=dtype, device=device)
+    if original is not None:
+        _check_vocabulary(engine, original)
+    max_context = min(e.max_context for e in (engine, original) if e is not None)
+
+    divergence = _divergence(engine, original, corpus, settings, max_context, notes, report)
+    recalls = _retrieval(engine, original, corpus, settings, max_context, notes, report)
+    speed = (
+        _speed(engine, original, settings, bandwidth, max_context, notes, report)
+        if bandwidth is not None
+        else None
+    )
+    return Report(
+        source=checkpoint.source,
+        base=None if base is None else base.source,
+        settings={**asdict(settings), "corpus": corpus.id},
+        environment=throughput.environment(engine.device, dtype),
+        cache=cache_size(engine),
+        base_cache=None if original is None else cache_size(original),
+        divergence=divergence,
+        retrieval=recalls,
+        speed=speed,
+        bandwidth=bandwidth,
+        peak_memory=throughput.peak_memory(engine.device),
+        seconds=perf_counter() - start,
+        notes=notes,
+    )
+
+
+def _check_vocabulary(engine: Engine, base: Engine) -> None:
+    sources = f"{engine.checkpoint.source} and {base.checkpoint.source}"
+    if engine.vocab_size != base.vocab_size:
+        raise UsageError(
+            f"{sources} have {engine.vocab_size} and {base.vocab_size} output tokens, "
+            "so their predictions cannot be compared"
+        )
+    if engine.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+        raise UsageError(
+            f"{sources} have different tokenizers, so their predictions cannot be compared"
+        )
+
+
+def _divergence(
+    engine: Engine,
+    base: Engine | None,
+    corpus: Corpus,
+    settings: Settings,
+    max_context: int,
+    notes: list[str],
+    report: Progress,
+) -> Divergence:
+    prefill, continuation, note = protocol.fit_window(
+        settings.prefill, settings.continuation, max_context
+    )
+    if note is not None:
+        notes.append(note)
+    # One more than is fed: the last token is only the target of the one before.
+    length = prefill + continuation + 1
+    windows = corpus.windows(engine.tokenizer, length, settings.windows, settings.seed)
+    scores: list[protocol.WindowScores] = []
+    report("continuation", 0, len(windows))
+    for score in protocol.score_windows(engine, base, windows, prefill):
+        scores.append(score)
+        report("continuation", len(scores), len(windows))
+    return protocol.summarise(scores, prefill, continuation)
+
+
+def _retrieval(
+    engine: Engine,
+    base: Engine | None,
+    corpus: Corpus,
+    settings: Settings,
+    max_context: int,
+    notes: list[str],
+    report: Progress,
+) -> list[Recall]:
+    lengths, note = retrieval.fit_lengths(settings.passkey_lengths, max_context)
+    if note is not None:
+        notes.append(note)
+    cases = retrieval.passkey_cases(
+        engine.tokenizer,
+        corpus.documents,
+        lengths,
+        settings.passkey_depths,
+        seed=settings.seed,
+    )
+    if not cases:
+        notes.append(f"no pass-key fits the model's context of {max_context}")
+    needles = retrieval.needle_cases(
+        engine.tokenizer,
+        corpus.documents,
+        max_context=max_context,
+        contexts=settings.needle_contexts,
+        seed=settings.seed,
+    )
+    if not needles:
+        notes.append(f"no 4-key needle fits the model's context of {max_context}")
+    elif needles[0].length < retrieval.NEEDLE_TOKENS:
+        notes.append(
+            f"needle context shrunk from {retrieval.NEEDLE_TOKENS} to {needles[0].length} "
+            f"tokens: the model's context is {max_context}"
+        )
+    cases += needles
+    results: list[tuple[retrieval.Case, int, int | None]] = []
+    report("retrieval", 0, len(cases))
+    for result in retrieval.run_cases(engine, base, cases):
+        results.append(result)
+        report("retrieval", len(results), len(cases))
+    return retrieval.summarise(results)
+
+
+def _speed(
+    engine: Engine,
+    base: Engine | None,
+    settings: Settings,
+    bandwidth: Bandwidth,
+    max_context: int,
+    notes: list[str],
+    report: Progress,
+) -> Speed | None:
+    room = max_context - settings.speed_new_tokens
+    if room < 1:
+        notes.append(f"speed not measured: the model's context is {max_context}")
+        return None
+    context = min(settings.speed_context, room)
+    stock = (base or engine).checkpoint
+    try:
+        rival = throughput.load_rival(stock, engine.dtype, str(engine.device))
+    except UnsupportedModelError as error:
+        notes.append(f"speed not measured: transformers cannot run the original: {error}")
+        return None
+    (speed,) = throughput.compare_speed(
+        engine,
+        rival,
+        contexts=[context],
+        new_tokens=settings.speed_new_tokens,
+        batch=1,
+        repeats=settings.speed_repeats,
+        bandwidth=bandwidth,
+        dense=base,
+        report=report,
+    )
+    return speed

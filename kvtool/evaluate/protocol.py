@@ -1,0 +1,204 @@
+"""What a compressed cache costs and what it keeps: bytes per token, continuation KL, perplexity.
+
+A plain forward pass never reads a stored key, so it says nothing about a cache. Here the first P
+tokens of a window are prefilled, and the next C true tokens are fed through the cache that the
+prefill left; only the predictions of the second part are judged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtool.runtime import Engine
+
+SLICE = 32  # positions compared at once: float64 logits of a large vocabulary are heavy
+BFLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over windows and its standard error (None where one window gives no spread)."""
+
+    value: float
+    standard_error: float | None
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Estimate:
+        """Mean of per-window means; windows are the independent samples, positions are not."""
+        error = stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else None
+        return cls(fmean(samples), error)
+
+    def exp(self) -> Estimate:
+        """exp of the estimate, with its error carried over to first order."""
+        value = math.exp(self.value) if self.value < 700 else math.inf
+        error = None if self.standard_error is None else value * self.standard_error
+        return Estimate(value, error)
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What the store of one sequence takes, measured from what was allocated.
+
+    Attributes:
+        bytes_per_token: Bytes that every further token costs, at the dtype of the run.
+        bytes_per_token_bf16: The same elements at two bytes each.
+        constant_bytes: Bytes of one sequence that do not grow with its length.
+    """
+
+    bytes_per_token: float
+    bytes_per_token_bf16: float
+    constant_bytes: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The second part of each window, predicted from the cache that the first part left.
+
+    Attributes:
+        perplexity: Of the model under test.
+        base_perplexity: Of the original, on the same tokens; None where there is no original.
+        kl: Mean KL(original || compressed) per position in nats.
+        perplexity_ratio: Paired: exp of the mean difference of log-likelihoods per window.
+        top1_agreement: Share of positions where both models' most likely token is the same.
+    """
+
+    windows: int
+    prefill: int
+    continuation: int
+    perplexity: Estimate
+    base_perplexity: Estimate | None = None
+    kl: Estimate | None = None
+    perplexity_ratio: Estimate | None = None
+    top1_agreement: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """Means over the C judged positions of one window."""
+
+    nll: float
+    base_nll: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+
+
+def cache_size(engine: Engine) -> CacheSize:
+    """Measure the store: two allocations tell what grows with the length from what does not."""
+    small, large = 1024, 2048
+    small_bytes = engine.new_cache(1, small).allocated_bytes
+    large_bytes = engine.new_cache(1, large).allocated_bytes
+    slope = (large_bytes - small_bytes) / (large - small)
+    return CacheSize(
+        bytes_per_token=slope,
+        bytes_per_token_bf16=slope / engine.dtype.itemsize * BFLOAT16_BYTES,
+        constant_bytes=max(large_bytes - slope * large, 0.0),
+    )
+
+
+def fit_window(prefill: int, continuation: int, max_context: int) -> tuple[int, int, str | None]:
+    """Shrink P and C to a model's context, keeping their proportion.
+
+    Returns:
+        P, C, and a sentence for the report if they had to shrink.
+    """
+    if prefill < 1 or continuation < 1:
+        raise UsageError(
+            f"the evaluation needs at least one token on each side, "
+            f"got a prefill of {prefill} and a continuation of {continuation}"
+        )
+    total = prefill + continuation
+    if total <= max_context:
+        return prefill, continuation, None
+    short = min(max(1, continuation * max_context // total), max_context - 1)
+    note = (
+        f"window shrunk from {prefill}+{continuation} to {max_context - short}+{short} tokens: "
+        f"the model's context is {max_context}"
+    )
+    return max_context - short, short, note
+
+
+def compare_logits(
+    base: torch.Tensor, other: torch.Tensor, targets: torch.Tensor
+) -> tuple[float, float, float, float]:
+    """Compare two models' logits [C, V] position by position, in float64.
+
+    Returns:
+        Mean negative log-likelihood of `targets` [C] under base and other, mean
+        KL(base || other), and the share of positions whose argmax agrees.
+    """
+    positions = len(targets)
+    base_nll = other_nll = kl = agree = 0.0
+    for start in range(0, positions, SLICE):
+        part = slice(start, start + SLICE)
+        p = torch.log_softmax(base[part].double(), dim=-1)
+        q = torch.log_softmax(other[part].double(), dim=-1)
+        index = targets[part, None]
+        base_nll -= p.gather(1, index).sum().item()
+        other_nll -= q.gather(1, index).sum().item()
+        agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        # p log p is 0 where a logit is -inf; without the mask it would be NaN.
+        kl += torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum().item()
+    return base_nll / positions, other_nll / positions, kl / positions, agree / positions
+
+
+def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Mean over positions of -log p(target), for logits [C, V] and targets [C]."""
+    total = 0.0
+    for start in range(0, len(targets), SLICE):
+        part = slice(start, start + SLICE)
+        q = torch.log_softmax(logits[part].double(), dim=-1)
+        total -= q.gather(1, targets[part, None]).sum().item()
+    return total / len(targets)
+
+
+def continuation_logits(engine: Engine, ids: torch.Tensor, prefill: int) -> torch.Tensor:
+    """Prefill ids[:P], then feed the rest through the cache: logits [C, V] of the rest."""
+    cache = engine.new_cache(1, len(ids))
+    engine.extend(cache, ids[:prefill])
+    return engine.extend(cache, ids[prefill:], all_logits=True).float().cpu()
+
+
+def score_windows(
+    engine: Engine, base: Engine | None, windows: torch.Tensor, prefill: int
+) -> Iterator[WindowScores]:
+    """Score windows [N, P + C + 1] one by one; the last token of each is only a target."""
+    for window in windows:
+        fed, targets = window[:-1], window[prefill + 1 :]
+        logits = continuation_logits(engine, fed, prefill)
+        if base is None:
+            yield WindowScores(negative_log_likelihood(logits, targets))
+            continue
+        base_logits = continuation_logits(base, fed, prefill)
+        base_nll, nll, kl, top1 = compare_logits(base_logits, logits, targets)
+        yield WindowScores(nll, base_nll, kl, top1)
+
+
+def summarise(scores: Sequence[WindowScores], prefill: int, continuation: int) -> Divergence:
+    """Means and standard errors over windows; the ratio's error is of the paired differences."""
+    perplexity = Estimate.of([score.nll for score in scores]).exp()
+    paired = [
+        (score.nll, score.base_nll, score.kl, score.top1)
+        for score in scores
+        if score.base_nll is not None and score.kl is not None and score.top1 is not None
+    ]
+    if not paired:
+        return Divergence(len(scores), prefill, continuation, perplexity)
+    return Divergence(
+        windows=len(scores),
+        prefill=prefill,
+        continuation=continuation,
+        perplexity=perplexity,
+        base_perplexity=Estimate.of([base for _, base, _, _ in paired]).exp(),
+        kl=Estimate.of([kl for _, _, kl, _ in paired]),
+        perplexity_ratio=Estimate.of([nll - base for nll, base, _, _ in paired]).exp(),
+        top1_agreement=Estimate.of([top1 for _, _, _, top1 in paired]),
+    )

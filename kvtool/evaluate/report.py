@@ -1,0 +1,247 @@
+"""The measured numbers of one model beside its original's: the JSON file, the table, the gates."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
+from kvtool.evaluate.retrieval import Recall
+from kvtool.evaluate.throughput import Bandwidth, Speed
+
+FORMAT_VERSION = 1
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The worst that a caller accepts; None does not judge.
+
+    Attributes:
+        min_recall: Correct answers of all retrieval questions, as a share of the original's.
+    """
+
+    max_kl: float | None = None
+    max_ppl_ratio: float | None = None
+    min_recall: float | None = None
+
+    @property
+    def judge(self) -> bool:
+        return any(gate is not None for gate in (self.max_kl, self.max_ppl_ratio, self.min_recall))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `kvtool evaluate` measured.
+
+    Attributes:
+        base: The original, None where only absolute numbers were asked for.
+        settings: Everything that decides the numbers: corpus, lengths, seeds.
+        peak_memory: Of the whole process, with every model that it held.
+        notes: What was done otherwise than asked, in sentences.
+    """
+
+    source: str
+    base: str | None
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    cache: CacheSize
+    base_cache: CacheSize | None
+    divergence: Divergence
+    retrieval: list[Recall]
+    speed: Speed | None
+    bandwidth: Bandwidth | None
+    peak_memory: dict[str, int]
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bytes_share(self) -> float | None:
+        """Bytes per token in bf16, as a share of the original's own cache in bf16."""
+        if self.base_cache is None:
+            return None
+        return self.cache.bytes_per_token_bf16 / self.base_cache.bytes_per_token_bf16
+
+    @property
+    def recall_share(self) -> float | None:
+        """Correct answers as a share of the original's; None where the original has none."""
+        base = sum(recall.base_correct or 0 for recall in self.retrieval)
+        return sum(recall.correct for recall in self.retrieval) / base if base else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            **asdict(self),
+            "bytes_share": self.bytes_share,
+            "recall_share": self.recall_share,
+        }
+
+    def failures(self, gates: Gates) -> list[str]:
+        """A sentence for every gate that does not hold; what cannot be measured does not hold."""
+        failed = []
+        for name, measured, limit in (
+            ("KL", self.divergence.kl, gates.max_kl),
+            ("perplexity ratio", self.divergence.perplexity_ratio, gates.max_ppl_ratio),
+        ):
+            value = float("nan") if measured is None else measured.value
+            if limit is not None and not value <= limit:  # NaN must fail
+                failed.append(f"{name} {value:.3g} is above the allowed {limit:g}")
+        if gates.min_recall is not None:
+            share = self.recall_share
+            if share is None:
+                failed.append("recall cannot be judged, the original answers no question")
+            elif share < gates.min_recall:
+                failed.append(
+                    f"recall is {share:.1%} of the original's, "
+                    f"below the allowed {gates.min_recall:.1%}"
+                )
+        return failed
+
+    def table(self) -> Table:
+        """Every number with the original's beside it."""
+        table = Table(title=self._title(), title_justify="left")
+        table.add_column("measure", no_wrap=True)
+        for name in ("original", "measured", "measured / original"):
+            table.add_column(name, justify="right", no_wrap=True)
+        self._add_cache(table)
+        self._add_divergence(table)
+        for recall in self.retrieval:
+            table.add_row(
+                f"{recall.task}, {recall.length} tokens",
+                ABSENT if recall.base_correct is None else f"{recall.base_correct}/{recall.asked}",
+                f"{recall.correct}/{recall.asked}",
+                _percent(recall.correct, recall.base_correct),
+            )
+        if self.speed is not None:
+            self._add_speed(table, self.speed)
+        for name, peak in self.peak_memory.items():
+            owner = name.removesuffix("_bytes")
+            table.add_row(f"peak memory, whole {owner}", ABSENT, _size(peak), ABSENT)
+        if self.notes:
+            table.caption = "\n".join(self.notes)
+            table.caption_justify = "left"
+        return table
+
+    def _title(self) -> str:
+        against = f" against {self.base}" if self.base is not None else ""
+        dtype, device = self.environment["dtype"], self.environment["device"]
+        return f"{self.source}{against} ({dtype}, {device}, {self.seconds:.0f} s)"
+
+    def _add_cache(self, table: Table) -> None:
+        base, cache, dtype = self.base_cache, self.cache, self.environment["dtype"]
+        rows = [
+            (
+                "cache, bytes per token as bfloat16",
+                base.bytes_per_token_bf16 if base else None,
+                cache.bytes_per_token_bf16,
+            ),
+            (
+                f"cache, bytes per token as run ({dtype})",
+                base.bytes_per_token if base else None,
+                cache.bytes_per_token,
+            ),
+            (
+                "cache, constant bytes per sequence",
+                base.constant_bytes if base else None,
+                cache.constant_bytes,
+            ),
+        ]
+        for name, original, measured in rows:
+            shown = ABSENT if original is None else f"{original:,.0f}"
+            table.add_row(name, shown, f"{measured:,.0f}", _percent(measured, original))
+
+    def _add_divergence(self, table: Table) -> None:
+        result = self.divergence
+        span = f"{result.prefill}+{result.continuation} tokens, {result.windows} windows"
+        if result.kl is not None:
+            table.add_row(f"KL in nats ({span})", "0", _estimate(result.kl), ABSENT)
+        table.add_row(
+            "perplexity (same tokens)" if result.kl is not None else f"perplexity ({span})",
+            _estimate(result.base_perplexity, digits=5),
+            _estimate(result.perplexity, digits=5),
+            _estimate(result.perplexity_ratio, digits=5),
+        )
+        if result.top1_agreement is not None:
+            table.add_row(
+                "same most likely token", ABSENT, f"{result.top1_agreement.value:.2%}", ABSENT
+            )
+
+    def _add_speed(self, table: Table, speed: Speed) -> None:
+        at = f"at {speed.context}, tokens/s"
+        dense, ours, theirs = speed.dense, speed.ours, speed.transformers
+        for name, rate in (
+            ("prefill", "prefill_tokens_per_second"),
+            ("decode", "decode_tokens_per_second"),
+        ):
+            measured = getattr(ours, rate)
+            if dense is not None:
+                original = getattr(dense, rate)
+                table.add_row(
+                    f"{name} {at}, both in kvtool",
+                    f"{original:.1f}",
+                    f"{measured:.1f}",
+                    f"{measured / original:.2f} x",
+                )
+            original = getattr(theirs, rate)
+            table.add_row(
+                f"{name} {at}, original in transformers",
+                f"{original:.1f}",
+                f"{measured:.1f}",
+                f"{measured / original:.2f} x",
+            )
+
+
+def speed_table(speeds: list[Speed], title: str) -> Table:
+    """One row per context length, for `kvtool bench`."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("context", justify="right")
+    dense = any(speed.dense is not None for speed in speeds)
+    theirs = "trans-\nformers"
+    for name in (
+        "prefill\ntok/s",
+        theirs,
+        "ratio",
+        "decode\ntok/s",
+        theirs,
+        "ratio",
+        *(["original\nin kvtool"] if dense else []),
+        "step\nms",
+        "floor\nms",
+        "share of\nfloor",
+    ):
+        table.add_column(name, justify="right")
+    for speed in speeds:
+        ours, rival = speed.ours, speed.transformers
+        table.add_row(
+            f"{speed.context}",
+            f"{ours.prefill_tokens_per_second:.1f}",
+            f"{rival.prefill_tokens_per_second:.1f}",
+            f"{speed.prefill_ratio:.2f} x",
+            f"{ours.decode_tokens_per_second:.1f}",
+            f"{rival.decode_tokens_per_second:.1f}",
+            f"{speed.decode_ratio:.2f} x",
+            *([f"{speed.dense.decode_tokens_per_second:.1f}"] if speed.dense else []),
+            f"{ours.step_seconds * 1e3:.1f}",
+            f"{speed.floor_seconds * 1e3:.1f}",
+            f"{speed.share_of_floor:.0%}",
+        )
+    return table
+
+
+def _estimate(estimate: Estimate | None, digits: int = 3) -> str:
+    if estimate is None:
+        return ABSENT
+    value = f"{estimate.value:.{digits}g}"
+    error = estimate.standard_error
+    return value if error is None else f"{value} ± {error:.2g}"
+
+
+def _percent(measured: float, original: float | None) -> str:
+    return f"{measured / original:.1%}" if original else ABSENT
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

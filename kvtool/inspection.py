@@ -1,0 +1,213 @@
+"""What a checkpoint is and what can be done with it, from its config and headers alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+from kvtool.attention import AttentionLayout, describe
+from kvtool.checkpoint import Checkpoint
+from kvtool.convert import targets
+from kvtool.errors import CheckpointError, UnsupportedModelError
+from kvtool.factored import MODEL_TYPE, base_config
+
+CONTEXTS = (4096, 32768, 131072)
+"""Lengths, in tokens, that cache sizes are stated for."""
+_BF16 = 2
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """Neighbouring layers with the same attention; indices `first` and `last` both included."""
+
+    first: int
+    last: int
+    layout: AttentionLayout
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return self.last - self.first + 1
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Cache of one of the layers, in bf16."""
+        return _BF16 * self.layout.cached_values
+
+    @property
+    def summary(self) -> str:
+        """In words, such as `30 x GQA 9/3 heads x 64`."""
+        layout = self.layout
+        if layout.kind == "mla":
+            text = f"MLA {layout.heads} heads, latent {layout.rank} + RoPE key {layout.rope_dim}"
+        elif layout.kv_heads == layout.heads:
+            text = f"MHA {layout.heads} heads x {layout.head_dim}"
+        else:
+            kind = "MQA" if layout.kv_heads == 1 else "GQA"
+            text = f"{kind} {layout.heads}/{layout.kv_heads} heads x {layout.head_dim}"
+        text += ", q/k norm" if layout.qk_norm else ""
+        text += ", bias" if layout.qkv_bias or layout.output_bias else ""
+        text += f", window of {layout.sliding_window} tokens" if layout.sliding_window else ""
+        return f"{self.layers} x {text}"
+
+
+@dataclass(frozen=True)
+class Application:
+    """Whether one conversion applies to the checkpoint, and if not, why."""
+
+    command: str
+    method: str
+    target: str
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything `kvtool inspect` says.
+
+    Attributes:
+        runs: Attention of all layers; empty where it is not known, see `unsupported`.
+        rope: Type, theta and scaling of the rotary embedding.
+        dtypes: Bytes of weights by safetensors type name.
+    """
+
+    model: str
+    path: str
+    family: str
+    architecture: str
+    unsupported: str | None
+    runs: list[LayerRun]
+    rope: dict[str, Any]
+    max_positions: int | None
+    tied_embeddings: bool
+    parameters: int
+    dtypes: dict[str, int]
+    applications: list[Application]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights."""
+        return sum(self.dtypes.values())
+
+    @property
+    def bytes_per_token(self) -> int | None:
+        """Cache of all layers per token in bf16, while no window is full."""
+        return sum(r.layers * r.bytes_per_token for r in self.runs) if self.runs else None
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Cache of one sequence in bf16."""
+        return sum(
+            run.layers * run.bytes_per_token * min(tokens, run.layout.sliding_window or tokens)
+            for run in self.runs
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `--json`."""
+        result = asdict(self)
+        del result["runs"]
+        for application in result["applications"]:
+            application["applies"] = not application["reasons"]
+        cache = {str(tokens): self.cache_bytes(tokens) for tokens in CONTEXTS}
+        return result | {
+            "attention": [
+                {
+                    "summary": run.summary,
+                    "first_layer": run.first,
+                    "last_layer": run.last,
+                    "bytes_per_token": run.bytes_per_token,
+                    **asdict(run.layout),
+                }
+                for run in self.runs
+            ],
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes_per_token": self.bytes_per_token,
+            "cache_bytes": cache if self.runs else None,
+        }
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Looks at a checkpoint without reading its weights."""
+    family = str(checkpoint.config.get("model_type"))
+    factored = family == MODEL_TYPE
+    config = base_config(checkpoint.config) if factored else checkpoint.hf_config()
+    unsupported, runs = None, []
+    try:
+        layouts = describe(config)
+        if factored:
+            layouts = _with_factors(layouts, checkpoint)
+        runs = _runs(_with_true_ranks(layouts, checkpoint.config))
+    except UnsupportedModelError as error:
+        unsupported = str(error)
+    judged = SimpleNamespace(model_type=MODEL_TYPE) if factored else config
+    dtypes: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
+    return Inspection(
+        model=checkpoint.source,
+        path=str(checkpoint.path),
+        family=family,
+        architecture=str(checkpoint.config["architectures"][0]),
+        unsupported=unsupported,
+        runs=runs,
+        rope=_rope(config),
+        max_positions=getattr(config, "max_position_embeddings", None),
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        parameters=sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
+        dtypes=dtypes,
+        applications=[
+            Application("convert --to mla", method, target, targets.check(judged, method, target))
+            for method in targets.METHODS
+            for target in targets.TARGETS
+        ],
+    )
+
+
+def _runs(layouts: list[AttentionLayout]) -> list[LayerRun]:
+    runs: list[LayerRun] = []
+    for layout, group in itertools.groupby(layouts):
+        first = runs[-1].last + 1 if runs else 0
+        runs.append(LayerRun(first, first + len(list(group)) - 1, layout))
+    return runs
+
+
+def _with_factors(layouts: list[AttentionLayout], checkpoint: Checkpoint) -> list[AttentionLayout]:
+    """Layouts of kvtool's own latent format, whose widths are the shapes of the stored factors."""
+    latent = []
+    for i, layout in enumerate(layouts):
+        widths = {}
+        for part in ("down", "rope"):
+            name = f"model.layers.{i}.self_attn.latent.{part}"
+            if name not in checkpoint.tensors:
+                raise CheckpointError(f"{checkpoint.path} lacks {name}.")
+            widths[part] = checkpoint.tensors[name].shape[0]
+        latent.append(replace(layout, kind="mla", rank=widths["down"], rope_dim=widths["rope"]))
+    return latent
+
+
+def _with_true_ranks(
+    layouts: list[AttentionLayout], config: dict[str, Any]
+) -> list[AttentionLayout]:
+    """Puts in the ranks that a conversion noted, where a layer needs less than the stock width.
+
+    A stock config has one rank for all layers, padded with zeros that kvtool's runtime leaves out.
+    """
+    noted = config.get("kvtool")
+    ranks = noted.get("ranks") if isinstance(noted, dict) else None
+    if not isinstance(ranks, list) or len(ranks) != len(layouts):
+        return layouts
+    return [
+        replace(layout, rank=rank) if layout.kind == "mla" else layout
+        for layout, rank in zip(layouts, ranks, strict=True)
+    ]
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """Type, theta and the scalars of the scaling; lists of factors are told by their length."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return {
+        key: f"{len(value)} values" if isinstance(value, list) else value
+        for key, value in parameters.items()
+    }

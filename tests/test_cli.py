@@ -1,0 +1,260 @@
+"""The command line: exit codes, one meaning per flag, and clean streams for scripts."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from kvtool import __version__
+from kvtool.checkpoint import Checkpoint
+from kvtool.cli import _console, app, run_command
+from kvtool.errors import ResourceError
+
+COMMANDS = (
+    *("inspect", "convert", "verify", "evaluate", "bench", "generate", "chat", "run"),
+    "recipe",
+)
+CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+# Flags that say the same thing of different objects, and so are worded by each command.
+WORDED_BY_COMMAND = {"--output", "--against", "--help", "--seed"}
+
+
+def parameters() -> Iterator[tuple[str, Any]]:
+    group: Any = typer.main.get_command(app)
+    for name in COMMANDS:
+        for parameter in group.commands[name].params:
+            yield name, parameter
+
+
+def test_every_command_is_listed() -> None:
+    group: Any = typer.main.get_command(app)
+    assert set(group.commands) == set(COMMANDS)
+
+
+def test_every_option_has_a_help_text() -> None:
+    assert [f"{c} {p.name}" for c, p in parameters() if not p.help and p.name != "help"] == []
+
+
+def test_a_flag_means_the_same_in_every_command() -> None:
+    meanings: dict[str, set[Any]] = {}
+    for _, parameter in parameters():
+        for flag in (*parameter.opts, *parameter.secondary_opts):
+            long = max(parameter.opts, key=len)
+            if flag.startswith("-"):
+                shown = "" if long in WORDED_BY_COMMAND else parameter.help
+                meanings.setdefault(flag, set()).add((long, shown))
+    assert {flag: said for flag, said in meanings.items() if len(said) > 1} == {}
+
+
+def test_version_names_the_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"kvtool {__version__}"
+    assert [line.split()[0] for line in lines] == ["kvtool", "torch", "transformers", "triton"]
+
+
+def test_nothing_asked_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command([]) == 2
+    captured = capsys.readouterr()
+    assert "Usage: kvtool" in captured.out
+    assert captured.err == ""
+
+
+def damaged(source: Path, folder: Path, **config: Any) -> Path:
+    """A copy of a checkpoint with other values in its config."""
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    old = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(old | config))
+    return folder
+
+
+def fails(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that must end in *code*, with one sentence and nothing on stdout."""
+    assert run_command(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert lines[0].startswith("error: ")
+    assert len(lines) <= 2
+    assert all(line.startswith("hint: ") for line in lines[1:])
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "nowhere/at/all", "--to", "mla", "-o", "OUT"], "nowhere/at/all"),
+        (["inspect", "./nowhere.gguf"], "nowhere.gguf"),
+        (["convert", "some/model", "--to", "mla", "-o", "OUT", "--offline"], "some/model"),
+        (["convert", "MODEL", "--to", "mla", "-o", "OUT", "--kv-budget", "200%"], "200%"),
+        (["convert", "MODEL", "--to", "mla", "-o", "OUT", "--rank", "4096"], "4096"),
+        (["convert", "MODEL", "--to", "mla", "-o", "MODEL"], "MODEL"),
+        (["convert", "MODEL", "--to", "mla", "-o", "OUT", "--dtype", "int3"], "int3"),
+        (["convert", "MODEL", "--to", "squid", "-o", "OUT"], "squid"),
+        (["convert", "MODEL", "--to", "mla"], "--output"),
+        (["convert", "MODEL", "--to", "mla", "-o", "OUT", "--frobnicate"], "--frobnicate"),
+        (["evaluat", "MODEL"], "evaluat"),
+    ],
+)
+def test_a_wrong_request_is_exit_code_2_and_writes_nothing(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    paths = {"MODEL": str(tiny("llama")), "OUT": str(tmp_path / "out")}
+    error = fails([paths.get(a, a) for a in arguments], 2, capsys)
+    assert paths.get(message, message) in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unsupported_model_is_exit_code_4(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert = damaged(tiny("llama"), tmp_path / "b", model_type="bert", architectures=["BertModel"])
+    fails(["convert", str(bert), "--to", "mla", "-o", str(tmp_path / "out")], 4, capsys)
+    qwen3 = ["convert", str(tiny("qwen3")), "--to", "mla", "-o", str(tmp_path / "out")]
+    assert "norm" in fails(qwen3, 4, capsys)
+
+
+def test_a_damaged_checkpoint_is_exit_code_1(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = damaged(tiny("llama"), tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in fails(["inspect", str(cut)], 1, capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (MemoryError(), 5, "error: the machine ran out of memory\n"),
+        (OSError(errno.ENOSPC, "No space left"), 5, "error: the disk is full: [Errno 28]"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "error: [Errno 13]"),
+        (ResourceError("too big", hint="buy more"), 5, "error: too big\nhint: buy more\n"),
+    ],
+)
+def test_each_kind_of_end_has_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Checkpoint, "open", interrupted)
+    assert run_command(["inspect", "smollm2"]) == code
+    captured = capsys.readouterr().err
+    assert captured.startswith(said)
+    assert "Traceback" not in captured
+
+
+def test_debugging_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVTOOL_DEBUG", "1")
+    assert run_command(["inspect", "nowhere/at/all", "--offline"]) == 2
+    captured = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in captured
+    assert "\nerror: " in captured
+
+
+def test_dry_run_tells_the_cost_and_writes_nothing(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(tiny("llama")), "--to", "mla", "-o", str(tmp_path / "out")]
+    command += ["--kv-budget", "50%", "--dry-run", "--json"]
+    assert run_command(command) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["bytes_per_token_after"] <= plan["bytes_per_token_before"] // 2
+    assert plan["disk_bytes"] > 0
+    assert plan["memory_bytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_checks_its_output_and_verify_finds_later_damage(
+    tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, out = str(tiny("llama")), tmp_path / "out"
+    command = ["convert", model, "--to", "mla", "--method", "exact", "-o", str(out)]
+    assert run_command([*command, "--json"]) == 0
+    captured = capfd.readouterr()
+    summary = json.loads(captured.out)
+    assert summary["verify"]["passed"]
+    assert summary["plan"]["bytes_per_token_after"] == summary["plan"]["bytes_per_token_before"]
+    assert "converting 3/3" in captured.err
+
+    assert run_command([*command]) == 2, "the output exists now"
+    capfd.readouterr()
+    assert run_command([*command, "--overwrite", "--quiet"]) == 0
+    captured = capfd.readouterr()
+    assert "bytes per token" in captured.out
+    assert "converting" not in captured.err
+
+    weights = out / "model.safetensors"
+    with safe_open(weights, "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata()
+    tensors["model.layers.1.self_attn.o_proj.weight"] *= 1.5
+    save_file(tensors, weights, metadata)
+    assert run_command(["verify", str(out), "--against", model, "--quiet"]) == 6
+    captured = capfd.readouterr()
+    assert "FAILED" in captured.out
+    assert captured.err.startswith("error: ")
+
+
+def test_a_pipe_gets_no_control_codes(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    forced = {"FORCE_COLOR": "1", "GITHUB_ACTIONS": "true", "TERM": "xterm-256color"}
+    environment = os.environ | forced
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    convert = ["convert", str(tiny("llama")), "--to", "mla", "-o", str(tmp_path / "out")]
+    commands = [["--help"], ["frobnicate"], [*convert, "--method", "exact", "--no-verify"]]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvtool", *command],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not CONTROL_CODES.findall(done.stdout + done.stderr), (command, done.stderr)
+
+
+def test_json_has_no_numbers_that_json_lacks() -> None:
+    value = {"a": float("nan"), "b": [float("inf"), 1.5], "c": {"d": -float("inf")}}
+    assert json.loads(_console.dump_json(value)) == {"a": None, "b": [None, 1.5], "c": {"d": None}}
+
+
+def test_progress_in_a_log_is_one_line_per_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with _console.progress() as report:
+        for done in range(4):
+            report("layers", done, 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"  [\d.]+ s$", "", line) for line in lines] == [
+        "layers 1/3",
+        "layers 2/3",
+        "layers 3/3",
+    ]
+
+
+def test_quiet_progress_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with _console.progress(quiet=True) as report:
+        report("layers", 1, 1)
+    assert capsys.readouterr() == ("", "")

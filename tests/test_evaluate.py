@@ -1,0 +1,320 @@
+"""The evaluation protocol: what it measures, what it refuses, and that its gates hold."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
+
+from kvtool.checkpoint import Checkpoint
+from kvtool.cli import run_command
+from kvtool.corpus import evaluation_text
+from kvtool.errors import CheckpointError, UsageError
+from kvtool.evaluate import protocol, retrieval
+from kvtool.evaluate.evaluation import Settings, evaluate, manifest_base
+from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
+from kvtool.evaluate.report import Gates, Report
+from kvtool.evaluate.retrieval import Recall
+from kvtool.runtime import Engine
+
+SHORT = Settings(
+    windows=3, prefill=48, continuation=16, passkey_lengths=(256,), needle_contexts=1, speed=False
+)
+SHORT_OPTIONS = ["--windows", "2", "--prefill", "48", "--continuation", "16", "--no-speed", "-q"]
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with noise on its key projections, and a manifest that names no base."""
+    folder = make_model("llama", tmp_path_factory.mktemp("noisy"))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith("k_proj.weight"):
+            tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def measure(folder: Path, base: Path | None, settings: Settings = SHORT) -> Report:
+    opened = None if base is None else Checkpoint.open(str(base))
+    return evaluate(Checkpoint.open(str(folder)), opened, evaluation_text(), settings=settings)
+
+
+def a_report(kl: float = 0.01, ratio: float = 1.02, correct: int = 3, asked: int = 4) -> Report:
+    cache = CacheSize(100.0, 50.0, 0.0)
+    return Report(
+        source="X",
+        base="BASE",
+        settings={},
+        environment={"dtype": "float32", "device": "cpu"},
+        cache=cache,
+        base_cache=cache,
+        divergence=Divergence(
+            windows=2,
+            prefill=8,
+            continuation=4,
+            perplexity=Estimate(10.0, 1.0),
+            base_perplexity=Estimate(9.8, 1.0),
+            kl=Estimate(kl, 0.001),
+            perplexity_ratio=Estimate(ratio, 0.01),
+            top1_agreement=Estimate(0.9, 0.1),
+        ),
+        retrieval=[Recall("pass-key", 512, asked, correct, asked)],
+        speed=None,
+        bandwidth=None,
+        peak_memory={"process_bytes": 10**9},
+        seconds=1.0,
+    )
+
+
+def test_a_model_against_itself_has_no_divergence_and_equal_recall(
+    tiny: Callable[..., Path],
+) -> None:
+    report = measure(tiny("llama"), tiny("llama"))
+    assert report.divergence.kl == Estimate(0.0, 0.0)
+    assert report.divergence.perplexity_ratio == Estimate(1.0, 0.0)
+    assert report.divergence.top1_agreement == Estimate(1.0, 0.0)
+    assert report.divergence.perplexity == report.divergence.base_perplexity
+    assert report.bytes_share == 1.0
+    assert {recall.task for recall in report.retrieval} == {"pass-key", "4-key needle"}
+    assert all(recall.correct == recall.base_correct for recall in report.retrieval)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_damaged_weights_diverge(tiny: Callable[..., Path], noisy: Path) -> None:
+    divergence = measure(noisy, tiny("llama")).divergence
+    assert divergence.kl is not None
+    assert divergence.kl.value > 1e-3
+    assert divergence.kl.standard_error is not None
+    assert divergence.top1_agreement is not None
+    assert divergence.top1_agreement.value < 1.0
+
+
+def test_judged_positions_are_those_a_plain_forward_pass_predicts(
+    tiny: Callable[..., Path],
+) -> None:
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    engine = Engine.load(checkpoint)
+    windows = evaluation_text().windows(engine.tokenizer, 33, 2)
+    stock = checkpoint.load_transformers(torch.float32)
+    for window, score in zip(
+        windows, protocol.score_windows(engine, None, windows, prefill=20), strict=True
+    ):
+        with torch.no_grad():
+            logits = stock(window[None]).logits[0]
+        expected = torch.nn.functional.cross_entropy(logits[20:32], window[21:])
+        assert score.nll == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_comparison_agrees_with_torch_across_its_slices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(70, 50, generator=generator)
+    other = torch.randn(70, 50, generator=generator)
+    targets = torch.randint(50, (70,), generator=generator)
+    base_nll, nll, kl, top1 = protocol.compare_logits(base, other, targets)
+    p, q = base.double().log_softmax(-1), other.double().log_softmax(-1)
+    expected = torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+    assert kl == pytest.approx(expected.item(), rel=1e-12)
+    assert base_nll == pytest.approx(torch.nn.functional.nll_loss(p, targets).item(), rel=1e-12)
+    assert nll == pytest.approx(protocol.negative_log_likelihood(other, targets), rel=1e-12)
+    assert top1 == pytest.approx((base.argmax(-1) == other.argmax(-1)).float().mean().item())
+
+
+def test_an_impossible_token_of_the_original_adds_nothing_to_the_divergence() -> None:
+    base = torch.tensor([[0.0, 0.0, -math.inf]])
+    other = torch.tensor([[0.0, 0.0, -math.inf]])
+    assert protocol.compare_logits(base, other, torch.tensor([0]))[2] == 0.0
+
+
+def test_standard_errors_are_of_the_mean_over_windows() -> None:
+    estimate = Estimate.of([1.0, 2.0, 3.0, 4.0])
+    assert estimate.value == 2.5
+    assert estimate.standard_error == pytest.approx(math.sqrt(5 / 3) / 2)
+    assert Estimate.of([1.0]).standard_error is None
+    # The ratio's error comes from paired differences: a spread that both models share cancels.
+    scores = [protocol.WindowScores(n + 0.1, n, 0.05, 1.0) for n in (1.0, 2.0, 3.0)]
+    ratio = protocol.summarise(scores, 8, 4).perplexity_ratio
+    assert ratio is not None
+    assert ratio.value == pytest.approx(math.exp(0.1))
+    assert ratio.standard_error == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("max_context", "expected"), [(2000, (1536, 256)), (512, (439, 73))])
+def test_windows_shrink_to_the_context_and_say_so(
+    max_context: int, expected: tuple[int, int]
+) -> None:
+    prefill, continuation, note = protocol.fit_window(1536, 256, max_context)
+    assert (prefill, continuation) == expected
+    assert (note is None) == (max_context == 2000)
+    if note is not None:
+        assert "1536+256" in note
+        assert "512" in note
+
+
+def test_the_default_protocol_shrinks_to_a_short_model(tiny: Callable[..., Path]) -> None:
+    report = measure(tiny("llama"), None, Settings(windows=1, speed=False, needle_contexts=1))
+    assert report.divergence.prefill + report.divergence.continuation == 512
+    assert report.divergence.kl is None
+    assert report.bytes_share is None
+    assert any("window shrunk" in note for note in report.notes)
+    assert any("pass-key" in note for note in report.notes)
+    assert report.retrieval
+
+
+def test_cache_size_is_measured_from_the_store(tiny: Callable[..., Path]) -> None:
+    size = protocol.cache_size(Engine.load(Checkpoint.open(str(tiny("llama")))))
+    values = 3 * 2 * 2 * 16  # layers, keys and values, KV heads, head size
+    assert size == CacheSize(4.0 * values, 2.0 * values, 0.0)
+
+
+def test_contexts_have_the_stated_length_and_hold_their_keys_at_the_stated_depth() -> None:
+    tokenizer = make_tokenizer()
+    documents = ["Some filler text without any digits. " * 30]
+    for case in retrieval.passkey_cases(tokenizer, documents, lengths=(400, 600)):
+        (question,) = case.questions
+        assert len(case.context) + len(question.ids) == case.length
+        text = tokenizer.decode(case.context)
+        assert text.count(question.answer) == 2
+        assert case.depth is not None
+        assert text.index(question.answer) / len(text) == pytest.approx(case.depth, abs=0.2)
+    (case,) = retrieval.needle_cases(tokenizer, documents, contexts=1)
+    assert len(case.context) == retrieval.NEEDLE_TOKENS
+    text = tokenizer.decode(case.context)
+    assert len({question.answer for question in case.questions}) == 4
+    assert all(question.answer in text for question in case.questions)
+    assert retrieval.needle_cases(tokenizer, documents, length=50) == []
+    assert retrieval.passkey_cases(tokenizer, documents, lengths=(20,)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "exact"),
+    [(" 12345.", True), (" is 12345", True), ("123456", False), ("1234 5", False), ("none", False)],
+)
+def test_only_the_exact_digits_count(text: str, exact: bool) -> None:
+    assert retrieval.is_exact(text, "12345") is exact
+
+
+def test_every_question_is_asked_of_the_same_stored_context(tiny: Callable[..., Path]) -> None:
+    engine = Engine.load(Checkpoint.open(str(tiny("llama"))))
+    context, question = list(range(3, 60)), [7, 8, 9]
+    cache = engine.new_cache(1, 100)
+    engine.extend(cache, torch.tensor(context))
+    first = retrieval.answer(engine, cache, question)
+    cache.crop(0, len(context))
+    retrieval.answer(engine, cache, [50, 51])
+    cache.crop(0, len(context))
+    assert retrieval.answer(engine, cache, question) == first
+    (greedy,) = zip(*engine.generate([context + question], max_new_tokens=len(first)), strict=True)
+    assert list(greedy) == first
+
+
+def test_models_with_other_vocabularies_are_refused(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="300 and 310"):
+        measure(tiny("llama"), tiny("llama", vocab_size=310))
+
+
+def test_models_with_other_tokenizers_are_refused(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = make_model("llama", tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content: dict[str, Any] = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="tokenizers"):
+        measure(tiny("llama"), other)
+
+
+@pytest.mark.parametrize(
+    ("gates", "report", "names"),
+    [
+        (Gates(max_kl=0.02, max_ppl_ratio=1.05, min_recall=0.75), a_report(), []),
+        (Gates(max_kl=0.005), a_report(), ["KL"]),
+        (Gates(max_kl=0.02), a_report(kl=math.nan), ["KL"]),
+        (Gates(max_ppl_ratio=1.01, min_recall=0.8), a_report(), ["perplexity ratio", "recall"]),
+        (Gates(min_recall=0.1), a_report(correct=0, asked=0), ["recall"]),
+    ],
+)
+def test_gates_name_what_fails(gates: Gates, report: Report, names: list[str]) -> None:
+    failures = report.failures(gates)
+    assert len(failures) == len(names)
+    assert all(name in failure for name, failure in zip(names, failures, strict=True))
+
+
+def test_a_failed_gate_prints_the_table_and_ends_with_code_6(
+    tiny: Callable[..., Path], noisy: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "report.json"
+    code = run_command(
+        [
+            "evaluate",
+            str(noisy),
+            "--against",
+            str(tiny("llama")),
+            *SHORT_OPTIONS,
+            "--max-kl",
+            "1e-6",
+            "-o",
+            str(output),
+        ]
+    )
+    out, err = capfd.readouterr()
+    assert code == 6
+    assert "KL in nats" in out
+    assert "pass-key" in out
+    assert "error: " in err
+    assert "KL" in err
+    assert json.loads(output.read_text())["divergence"]["kl"]["value"] > 1e-6
+
+
+def test_json_is_one_object_and_passing_gates_end_with_code_0(
+    tiny: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tiny("llama"))
+    code = run_command(
+        ["evaluate", folder, "--against", folder, *SHORT_OPTIONS, "--json", "--max-kl", "0"]
+    )
+    out, _ = capfd.readouterr()
+    assert code == 0
+    result = json.loads(out)
+    assert result["divergence"]["kl"]["value"] == 0.0
+    assert result["bytes_share"] == 1.0
+
+
+def test_the_manifest_names_the_original(
+    tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_model("llama", tmp_path)
+    assert manifest_base(Checkpoint.open(str(folder))) is None
+    assert run_command(["evaluate", str(folder), "--max-kl", "1", "-q"]) == 2
+    assert "--against" in capfd.readouterr().err
+    manifest = folder / "kvtool_manifest.json"
+    manifest.write_text(json.dumps({"base": {"source": str(tiny("llama"))}}))
+    assert run_command(["evaluate", str(folder), *SHORT_OPTIONS, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["base"] == str(tiny("llama"))
+    manifest.write_text("{}")
+    with pytest.raises(CheckpointError, match="manifest"):
+        manifest_base(Checkpoint.open(str(folder)))
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing" / "report.json"
+    assert run_command(["evaluate", str(tiny("llama")), "-o", str(missing), "-q"]) == 2
+    assert str(missing) in capfd.readouterr().err
+
+
+def test_smollm2_finds_its_pass_keys(smollm2: Checkpoint) -> None:
+    engine = Engine.load(smollm2)
+    cases = retrieval.passkey_cases(engine.tokenizer, evaluation_text().documents, lengths=(512,))
+    assert [retrieval.ask(engine, case) for case in cases] == [1, 1, 1, 1, 1]
+    assert protocol.cache_size(engine).bytes_per_token_bf16 == 23_040

@@ -1,0 +1,257 @@
+"""Recipes: strict, with errors that name the line, and a faithful record of a conversion."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtool.checkpoint import sha256_file
+from kvtool.cli import convert as convert_command
+from kvtool.cli import evaluate as evaluate_command
+from kvtool.cli import run_command
+from kvtool.cli import verify as verify_command
+from kvtool.convert.mla import MlaOptions
+from kvtool.errors import RecipeError
+from kvtool.recipe import (
+    ConvertStep,
+    EvaluateStep,
+    Recipe,
+    VerifyStep,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+VALID = """\
+kvtool: 1
+model: smollm2
+steps:
+  - uses: convert
+    to: mla
+    method: transmla
+    kv_budget: 50%
+  - uses: evaluate
+    max_kl: 0.5
+"""
+COMMANDS = {
+    ConvertStep: convert_command.convert,
+    VerifyStep: verify_command.verify,
+    EvaluateStep: evaluate_command.evaluate,
+}
+
+
+def error_of(text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml")
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=str)
+def test_shipped_recipes_follow_the_schema(file: Path) -> None:
+    assert load_recipe(file).steps
+
+
+def test_unknown_key_is_named_with_its_line_and_the_likely_one() -> None:
+    assert error_of(VALID.replace("kv_budget", "kv_buget")) == (
+        "r.yaml:7:5: unknown key 'kv_buget' (did you mean 'kv_budget'?)"
+    )
+
+
+def test_flags_spelled_as_on_the_command_line_lead_to_the_key() -> None:
+    assert "did you mean 'kv_budget'?" in error_of(VALID.replace("kv_budget", "kv-budget"))
+
+
+@pytest.mark.parametrize(
+    ("step", "key"),
+    [
+        (step, key)
+        for step in COMMANDS
+        for key in step.model_fields
+        if len(key) > 2 and key not in ("uses", "to")
+    ],
+)
+def test_a_letter_left_out_is_found_for_every_key(step: type, key: str) -> None:
+    uses = step.model_fields["uses"].annotation.__args__[0]
+    typo = key[:-2] + key[-1]
+    text = f"kvtool: 1\nmodel: m\nsteps:\n  - {{uses: convert, to: mla}}\n  - uses: {uses}\n"
+    text += "    to: mla\n" * (uses == "convert") + f"    {typo}: 1\n"
+    assert f"unknown key '{typo}' (did you mean '{key}'?)" in error_of(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("kvtool: 1", "kvtool: 2", "r.yaml:1:1: this kvtool reads recipes of version 1, not 2"),
+        ("model: smollm2\n", "", "r.yaml:1:1: the key 'model' is missing"),
+        ("model:", "modell:", "r.yaml:2:1: unknown key 'modell' (did you mean 'model'?)"),
+        ("    to: mla\n", "", "r.yaml:4:5: the key 'to' is missing"),
+        ("uses: evaluate", "uses: evaluat", "r.yaml:8:5: unknown step 'evaluat'"),
+        ("uses: evaluate", "data: x.txt", "r.yaml:8:5: the key 'uses' is missing"),
+        ("method: transmla", "method: magic", "r.yaml:6:5: 'method' is 'magic': input should be"),
+        ("max_kl: 0.5", "max_kl: low", "r.yaml:9:5: 'max_kl' is 'low': input should be a valid"),
+        ("model: smollm2", "model: 7", "r.yaml:2:1: 'model' is 7: input should be a valid string"),
+        ("uses: evaluate", "uses: 'evaluate", "r.yaml:"),
+        ("model: smollm2", "model: [a", "r.yaml:3:"),
+        ("model: smollm2", "model: a\nmodel: b", "r.yaml:3:1: not valid YAML: found duplicate key"),
+        ("  - uses: convert\n    to: mla\n", "  - uses: verify\n", "r.yaml:5:5: unknown key"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(old: str, new: str, message: str) -> None:
+    assert old in VALID
+    assert error_of(VALID.replace(old, new)).startswith(message)
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "just words\n", "7\n"])
+def test_a_document_that_is_no_mapping_is_refused(text: str) -> None:
+    assert error_of(text).startswith("r.yaml:1:1: a recipe is a mapping")
+
+
+def test_a_step_with_nothing_to_look_at_is_refused() -> None:
+    text = "kvtool: 1\nmodel: m\nsteps:\n  - uses: verify\n"
+    assert error_of(text).startswith("r.yaml:4:5: 'verify' comes before any 'convert' step")
+
+
+def test_yaml_tags_cannot_name_code() -> None:
+    message = error_of(VALID.replace("smollm2", "!!python/object/apply:os.getcwd []"))
+    assert message.startswith("r.yaml:2:1:")
+
+
+def test_missing_recipe_file_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["run", "nowhere.yaml"]) == 3
+    assert capsys.readouterr().err.startswith("error: nowhere.yaml: cannot be read as a recipe")
+
+
+names = st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,12}", fullmatch=True)
+convert_steps = st.fixed_dictionaries(
+    {"uses": st.just("convert"), "to": st.just("mla")},
+    optional={
+        "method": st.sampled_from(["exact", "transmla"]),
+        "target": st.sampled_from(["transformers", "vllm", "kvtool"]),
+        "kv_budget": st.integers(1, 10**6).map(str) | st.integers(1, 100).map("{}%".format),
+        "rope_dim": st.none() | st.integers(2, 128),
+        "rank": st.none() | st.integers(1, 4096),
+        "freqfold": st.just("auto") | st.integers(1, 64).map(str),
+        "data": st.none() | names,
+        "tokens": st.integers(1, 10**7),
+        "seed": st.integers(0, 2**31),
+        "shard_size": names,
+        "verify": st.booleans(),
+    },
+)
+evaluate_steps = st.fixed_dictionaries(
+    {"uses": st.just("evaluate")},
+    optional={"quick": st.booleans(), "max_kl": st.floats(0, 10), "device": names},
+)
+
+
+@given(
+    first=convert_steps,
+    others=st.lists(convert_steps | evaluate_steps, max_size=3),
+    model=names,
+    revision=st.none() | names,
+)
+def test_what_is_written_reads_back_the_same(
+    first: dict[str, Any], others: list[dict[str, Any]], model: str, revision: str | None
+) -> None:
+    steps = [first, *others]
+    recipe = parse_recipe(dump_recipe(model, steps, revision), "r.yaml")
+    expected = {"kvtool": 1, "model": model, "revision": revision, "steps": steps}
+    assert recipe == Recipe.model_validate(expected)
+    again = [step.model_dump() for step in recipe.steps]
+    assert parse_recipe(dump_recipe(model, again, revision), "r.yaml") == recipe
+
+
+def test_a_path_is_written_so_that_it_holds_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = dump_recipe("model", [{"uses": "convert", "to": "mla"}])
+    assert parse_recipe(text, "r.yaml").model == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("step", COMMANDS)
+def test_steps_have_the_flags_of_their_command_with_the_same_defaults(step: type) -> None:
+    parameters = inspect.signature(COMMANDS[step]).parameters
+    for name, field in step.model_fields.items():
+        if name in ("uses", "output"):
+            continue
+        default = parameters[name].default
+        assert field.is_required() == (default is inspect.Parameter.empty), name
+        assert field.is_required() or field.default == default, name
+
+
+def test_conversion_options_have_one_default() -> None:
+    for name, field in MlaOptions.__dataclass_fields__.items():
+        assert ConvertStep.model_fields[name].default == field.default, name
+
+
+def files_by_hash(folder: Path) -> dict[str, str]:
+    """Hashes of everything but the files that tell how long the run took."""
+    timed = {"kvtool_manifest.json", "README.md"}
+    return {
+        str(file.relative_to(folder)): sha256_file(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in timed
+    }
+
+
+def test_the_recipe_in_an_output_replays_the_run_to_the_same_bytes(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--kv-budget", "50%", "--tokens", "1024", "--seed", "3", "--quiet", "--no-verify"]
+    convert = ["convert", str(tiny("llama")), "--to", "mla", "-o", str(first), *options]
+    assert run_command(convert) == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    replay = ["run", str(first / "recipe.yaml"), "-o", str(second), "--quiet"]
+    assert run_command(replay) == 0
+    assert files_by_hash(first) == files_by_hash(second)
+    assert "recipe.yaml" in files_by_hash(first)
+
+
+def test_dry_run_of_a_recipe_writes_nothing(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(dump_recipe(str(tiny("llama")), [{"uses": "convert", "to": "mla"}]))
+    assert run_command(["run", str(file), "-o", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "bytes per token" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("steps", "arguments", "message"),
+    [
+        (1, [], "says no output folder"),
+        (2, ["-o", "out"], "has 2 conversions, so --output cannot name them all"),
+    ],
+)
+def test_unclear_output_is_a_usage_error(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    steps: int,
+    arguments: list[str],
+    message: str,
+) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(dump_recipe("smollm2", [{"uses": "convert", "to": "mla"}] * steps))
+    assert run_command(["run", str(file), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_validate_says_what_a_recipe_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(VALID)
+    assert run_command(["recipe", "validate", str(file)]) == 0
+    assert capsys.readouterr().out == f"{file}: valid (convert, evaluate)\n"

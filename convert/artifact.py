@@ -26,6 +26,9 @@ MANIFEST = "kvtool_manifest.json"
 PROBE = Path("kvtool") / "probe.safetensors"
 """In a folder of its own: some engines load every safetensors file beside the config."""
 
+REPLACED = ("q_proj", "k_proj", "v_proj", "rotary_emb")
+"""Parts of an attention module that a stock output holds other tensors for."""
+
 _PROBED = 8
 """Positions whose logits are kept: half from the start, half from the end."""
 
@@ -68,7 +71,10 @@ def write(
         "sha256": {
             str(file.relative_to(folder)): sha256_file(file)
             for file in sorted(folder.rglob("*"))
-            if file.is_file() and ".scratch" not in file.parts
+            if file.is_file()
+            and ".scratch" not in file.parts
+            # Written after this, and perhaps left by a run that was killed right here.
+            and file.relative_to(folder) not in (Path(MANIFEST), Path("README.md"))
         },
         "measured": {},
     }
@@ -84,7 +90,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest["sha256"], manifest["plan"], manifest["base"]["fingerprint"]
+        manifest["sha256"], manifest["base"]["fingerprint"]
+        manifest["method"], manifest["target"], manifest["ranks"]
+        manifest["plan"]["attention_dtype"], manifest["plan"]["rope_dim"]
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it was not written by kvtool convert"

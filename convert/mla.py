@@ -41,7 +41,7 @@ from kvtool.checkpoint import (
 from kvtool.convert import artifact, deepseek_v3, targets, transmla
 from kvtool.convert.exact import exact_factors
 from kvtool.corpus import calibration_text, evaluation_text
-from kvtool.errors import UsageError
+from kvtool.errors import CalibrationError, UnsupportedModelError, UsageError
 from kvtool.factored import factor_tensors, factored_config
 
 Report = Callable[[str, int, int], None]
@@ -111,7 +111,7 @@ def plan(checkpoint: Checkpoint, options: MlaOptions) -> dict[str, Any]:
     ):
         if value not in known:
             raise UsageError(f"{flag} {value} is unknown: choose {', '.join(known)}")
-    if checkpoint.config["model_type"] == "kvtool_mla":
+    if checkpoint.config.get("model_type") == "kvtool_mla":
         targets.refuse_latent()
     config = checkpoint.hf_config()
     targets.require(config, options.method, options.target)
@@ -127,7 +127,7 @@ def plan(checkpoint: Checkpoint, options: MlaOptions) -> dict[str, Any]:
     else:
         size = targets.transmla_size(config, options.kv_budget, options.rope_dim, options.rank)
         if options.freqfold != "auto":
-            if not options.freqfold.isdigit():
+            if not options.freqfold.isdecimal():
                 raise UsageError(f"--freqfold {options.freqfold} is neither 'auto' nor a number")
             targets.check_freqfold(int(options.freqfold), layout.head_dim, size.rope_dim)
         if options.tokens < WINDOW:
@@ -213,7 +213,7 @@ def convert(
         staging.path,
         tensors,
         infos,
-        shard_size=options.shard_size,
+        shard_size=_shard_bytes(options.shard_size),
         metadata={"kvtool_version": __version__},
     )
     report("writing", 1, 1)
@@ -264,8 +264,14 @@ class _Work:
         """Fits and writes every layer that is not there yet; returns TransMLA's F."""
         tokenizer = self.checkpoint.tokenizer()
         context = _context(self.stream.config)
-        fold = None
+        transmla_ids = None
         if self.options.method == "transmla":
+            window = min(WINDOW, context)
+            count = self.options.tokens // window
+            transmla_ids = corpus.windows(tokenizer, window, count, seed=self.options.seed)
+        probe_ids = probe_text(tokenizer, self.options.data, min(PROBE, context))
+        fold = None
+        if transmla_ids is not None:
             fold = self._freqfold(corpus, tokenizer, context)
         if self.state_file.is_file():
             first = int(_read_metadata(self.state_file)["next_layer"])
@@ -273,13 +279,9 @@ class _Work:
                 streams = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         else:
             first = 0
-            probe_ids = probe_text(tokenizer, self.options.data, min(PROBE, context))
             streams = {"probe": self.stream.embed(probe_ids[None])}
-            if fold is not None:
-                window = min(WINDOW, context)
-                count = self.options.tokens // window
-                ids = corpus.windows(tokenizer, window, count, seed=self.options.seed)
-                streams["original"] = self.stream.embed(ids)
+            if transmla_ids is not None:
+                streams["original"] = self.stream.embed(transmla_ids)
                 streams["partial"] = streams["original"].clone()
             save_file({"ids": probe_ids}, self.scratch / "probe_ids.safetensors")
         total = len(self.stream)
@@ -363,6 +365,8 @@ class _Work:
             ids = stored.get_tensor("ids")
         positions = artifact.probe_positions(len(ids))
         logits = self.stream.logits(self.probe[positions])
+        if not bool(torch.isfinite(logits).all()):
+            raise CalibrationError("the final norm or the output head gives values not finite")
         artifact.write_probe(folder, ids, positions, logits)
 
     def config(self) -> dict[str, Any]:
@@ -457,7 +461,10 @@ def _read_metadata(file: Path) -> dict[str, str]:
 def _save_dtype(checkpoint: Checkpoint, options: MlaOptions) -> torch.dtype:
     """Dtype of the attention tensors written."""
     if options.dtype == "auto":
-        return torch_dtype(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].dtype)
+        own = torch_dtype(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].dtype)
+        if own == torch.float16 and options.target != "kvtool":
+            raise UnsupportedModelError(targets.FLOAT16)
+        return own
     if options.dtype == "float16" and options.target != "kvtool":
         raise UsageError(
             "--dtype float16 underflows in the scaling that makes the latent norm linear",
@@ -492,7 +499,10 @@ def _shard_bytes(text: str) -> int:
     for unit in ("GIB", "MIB", "KIB", "GB", "MB", "KB"):
         if text.upper().endswith(unit):
             try:
-                return int(float(text[: -len(unit)]) * units[unit])
-            except ValueError:
+                size = int(float(text[: -len(unit)]) * units[unit])
+            except (ValueError, OverflowError):
                 break
+            if size > 0:
+                return size
+            break
     raise UsageError(f"--shard-size {text} is not a size such as 2GB or 500MB")

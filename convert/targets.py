@@ -25,6 +25,10 @@ TARGETS = ("transformers", "vllm", "kvtool")
 METHODS = ("exact", "transmla")
 
 TRANSFORMERS_LATENT_EPS = 1e-6
+FLOAT16 = (
+    "float16 weights: the scaling that makes the latent norm linear underflows in float16; "
+    "convert the checkpoint to bfloat16 first, or use --target kvtool"
+)
 
 
 def check(config: Any, method: str, target: str) -> list[str]:
@@ -63,10 +67,7 @@ def check(config: Any, method: str, target: str) -> list[str]:
     if getattr(config, "mlp_bias", False):
         reasons.append("the stock MLA architecture has no bias in its MLP")
     if str(config.dtype) in ("float16", "torch.float16"):
-        reasons.append(
-            "float16 weights: the scaling that makes the latent norm linear underflows in float16; "
-            "convert the checkpoint to bfloat16 first, or use --target kvtool"
-        )
+        reasons.append(FLOAT16)
     if target == "vllm":
         if layout.qkv_bias or layout.output_bias:
             reasons.append("vLLM's MLA has no attention bias: use --target transformers or kvtool")
@@ -151,6 +152,13 @@ def transmla_size(
     if kv_budget is not None and rank is not None and rope_dim is not None:
         raise UsageError("--kv-budget, --rank and --rope-dim together: give at most two of them")
     total = None if kv_budget is None else parse_budget(kv_budget, layout, len(layouts))
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank} is impossible: a latent has at least one dimension")
+    if total is not None and rank is not None and rank >= total:
+        raise UsageError(
+            f"--rank {rank} does not fit --kv-budget {kv_budget}, which allows {total} numbers per "
+            "token and layer, the shared RoPE key included"
+        )
     if total is None and rank is None:
         total = parse_budget("75%", layout, len(layouts))
     if total is not None and total >= native:
@@ -163,8 +171,8 @@ def transmla_size(
         if total is not None and rank is not None:
             rope_dim = total - rank
         elif total is not None:
-            while rope_dim > 2 and rope_dim > total - rope_dim:
-                rope_dim //= 2
+            widths = (x for x in range(head, 1, -1) if head % x == 0 and x % 2 == 0)
+            rope_dim = next((x for x in widths if x <= total - x), 2)
     if rope_dim < 2 or rope_dim % 2 or head % rope_dim:
         raise UsageError(
             f"--rope-dim {rope_dim} is impossible: it must be even and divide the head size {head}"

@@ -65,7 +65,8 @@ class RotatedBasis:
                 frequency[row] = band * fold + collapse * j
                 energy += float(eigenvalues[j])
         self.rope, self.frequency = rope, frequency
-        self.kept = energy / float(torch.einsum("hlhl->", gram))
+        total = float(torch.einsum("hlhl->", gram))
+        self.kept = energy / total if total else 1.0
 
     def inv_freq(self, rope: Rope) -> Tensor:
         """Frequencies `[d_r/2]` of the kept components."""
@@ -115,7 +116,8 @@ def latent_factors(
     alpha = keys_norm / (values_norm * balance) if keys_norm and values_norm else 1.0
     merge = torch.block_diag(nope / alpha, torch.eye(width, dtype=torch.float64))
     eigenvalues, vectors = descending_eigh(merge @ moment @ merge.T)
-    rank = min(rank, int((eigenvalues > NEGLIGIBLE * eigenvalues[0]).sum()))
+    used = int((eigenvalues > NEGLIGIBLE * eigenvalues[0]).sum())
+    rank = min(rank, max(used, 1))  # no engine has a latent of width 0
     principal = vectors[:, :rank]  # [2K - d_r, r]
     from_keys, from_values = principal.split([nope.shape[0], width])
     # RoPE of the yarn kind also scales its cos and sin; an unrotated score needs that factor too.

@@ -21,10 +21,10 @@ from torch import Tensor
 from kvtool.attention import apply_latent_eps
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import artifact
-from kvtool.errors import KvtoolError
+from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
 
-PROBE_KL = {"float32": 1e-6, "bfloat16": 2e-2, "float16": 1e-3}
+PROBE_KL = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3}
 """Largest mean KL to the factors' logits, by the dtype that the attention was rounded to."""
 EXACT_KL, EXACT_LOGIT = 1e-6, 1e-3
 """What the lossless method must reach against the original in fp32."""
@@ -80,10 +80,19 @@ def verify(output: Path, against: Checkpoint, *, long_prompt: bool = True) -> Ve
     report.add("base model", same, "the one it was made from" if same else "another model")
     _check_hashes(report, output, manifest)
     converted = Checkpoint.open(str(output))
-    _check_untouched(report, converted, against)
+    _check_untouched(report, converted, against, manifest)
 
     probe = artifact.read_probe(output)
     ids, positions, expected = probe["ids"], probe["positions"], probe["logits"]
+    vocabulary = converted.tensors["model.embed_tokens.weight"].shape[0]
+    if not (
+        len(ids) > 1
+        and 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
+        and len(positions)
+        and 0 <= int(positions.min()) <= int(positions.max()) < len(ids)
+        and expected.shape == (len(positions), vocabulary)
+    ):
+        raise CheckpointError(f"{output / artifact.PROBE} is no probe of this model")
     if not long_prompt:
         ids = ids[:512]
         expected, positions = expected[positions < 512], positions[positions < 512]
@@ -121,18 +130,23 @@ def _check_hashes(report: VerifyReport, output: Path, manifest: dict[str, Any]) 
     report.add("hashes", not wrong, detail)
 
 
-def _check_untouched(report: VerifyReport, converted: Checkpoint, against: Checkpoint) -> None:
+def _check_untouched(
+    report: VerifyReport, converted: Checkpoint, against: Checkpoint, manifest: dict[str, Any]
+) -> None:
     """Everything but the attention projections must be the original's, to the byte."""
-    shared = [
-        name
+    replaced = () if manifest["target"] == "kvtool" else artifact.REPLACED
+    shared = {
+        name: name
         for name in against.tensors
-        if not any(f".{part}." in name for part in ("q_proj", "k_proj", "v_proj", "rotary_emb"))
-    ]
+        if not any(f".self_attn.{part}." in name for part in replaced)
+    }
+    if "lm_head.weight" in converted.tensors:
+        shared.setdefault("lm_head.weight", "model.embed_tokens.weight")  # untied for vLLM
     different = [
         name
-        for name in shared
+        for name, original in shared.items()
         if name not in converted.tensors
-        or not _same_bytes(converted.read(name), against.read(name))
+        or not _same_bytes(converted.read(name), against.read(original))
     ]
     detail = f"{len(shared)} tensors, byte for byte"
     if different:
@@ -225,9 +239,10 @@ def _check_runtime(
     measured = int(cache.bytes_per_token() * 2 / element)
     planned = sum(2 * (rank + manifest["plan"]["rope_dim"]) for rank in manifest["ranks"])
     report.measured["bytes_per_token"] = measured
+    # The runtime also leaves out trailing latent columns that turn out to be zero.
     report.add(
         "cache bytes",
-        measured == planned,
+        measured <= planned,
         f"{measured} allocated per token as bf16, {planned} planned",
     )
 

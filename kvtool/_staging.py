@@ -72,6 +72,7 @@ class Staging:
 
     def commit(self) -> None:
         """Makes the files durable and renames the partial folder to the output."""
+        self._key_file.unlink()  # first: half a scratch folder must not be resumed from
         shutil.rmtree(self.scratch)
         for file in [*self.path.rglob("*"), self.path]:
             _fsync(file)
@@ -139,7 +140,7 @@ def write_shards(
     tensors: Mapping[str, Callable[[], torch.Tensor]],
     infos: Mapping[str, Shaped],
     *,
-    shard_size: str = "2GB",
+    shard_size: int | str = "2GB",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes tensors as safetensors shards, and an index if there is more than one.

@@ -1,0 +1,935 @@
+"""Conversions to MLA: what is lossless, what stays untouched, what resumes, what is refused."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _convert_tools import (
+    LLAMA3,
+    MANIFEST,
+    PROJECTIONS,
+    YARN,
+    convert,
+    edit_json,
+    edited_copy,
+    engine,
+    engine_greedy,
+    engine_logits,
+    greedy,
+    logits,
+    mean_kl,
+    one_thread,
+    plan,
+    random_ids,
+    stock,
+    vllm_epsilon,
+    weights,
+)
+from conftest import FAMILIES, make_tokenizer
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy, rms_norm
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from kvtool.calibrate.statistics import LayerStream
+from kvtool.checkpoint import Checkpoint, sha256_file
+from kvtool.convert import deepseek_v3, mla, targets, transmla
+from kvtool.convert.verify import verify
+from kvtool.corpus import calibration_text
+from kvtool.errors import (
+    CalibrationError,
+    KvtoolError,
+    ResourceError,
+    UnsupportedModelError,
+    UsageError,
+)
+from kvtool.recipe import ConvertStep, load_recipe
+
+Tiny = Callable[..., Path]
+one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
+
+
+@pytest.fixture(scope="module")
+def converted(
+    tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """``converted(family, overrides, **options)``: source and output. Do not write into them."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(family: str, overrides: dict[str, Any], **options: Any) -> tuple[Path, Path]:
+        key = json.dumps([family, overrides, options], sort_keys=True)
+        if key not in made:
+            model = tiny(family, **overrides)
+            output = tmp_path_factory.mktemp(f"{family}-mla") / "out"
+            convert(model, output, **options)
+            made[key] = model, output
+        return made[key]
+
+    return get
+
+
+# --------------------------------------------------------------------------------------- exact
+
+EXACT = {
+    **{family: (family, "transformers", {}) for family in ("llama", "mistral", "qwen2")},
+    **{f"{family}-kvtool": (family, "kvtool", {}) for family in FAMILIES},
+    "vllm": ("llama", "vllm", {"num_key_value_heads": 1}),
+    "vllm-tied": ("llama", "vllm", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "tied": ("llama", "transformers", {"tie_word_embeddings": True}),
+    "tied-kvtool": ("qwen3", "kvtool", {"tie_word_embeddings": True}),
+    "llama3-rope": ("llama", "transformers", {"rope_parameters": LLAMA3}),
+    "yarn": ("llama", "transformers", {"rope_parameters": YARN}),
+    "yarn-kvtool": ("qwen3", "kvtool", {"rope_parameters": YARN}),
+    "mha": ("llama", "transformers", {"num_key_value_heads": 4}),
+    "head-24": ("llama", "transformers", {"head_dim": 24}),
+    "qwen2-one-kv-head": ("qwen2", "transformers", {"num_key_value_heads": 1}),
+    "qwen2-head-24": ("qwen2", "transformers", {"head_dim": 24}),
+    "bias-everywhere": ("llama", "transformers", {"attention_bias": True}),
+    "eps-1e-5": ("qwen2", "transformers", {"rms_norm_eps": 1e-5}),
+}
+
+
+@pytest.fixture(params=EXACT.values(), ids=EXACT.keys())
+def lossless(request, converted) -> tuple[str, Path, Path]:
+    """A target, a model, and its exact conversion."""
+    family, target, overrides = request.param
+    return target, *converted(family, overrides, method="exact", target=target)
+
+
+def test_exact_gives_the_same_logits_and_the_same_greedy_text(lossless):
+    target, model, output = lossless
+    ids, prompt = random_ids(), random_ids(12, seed=1)
+    original, ours = stock(model), engine(output)
+    expected, text = logits(original, ids), greedy(original, prompt)
+    assert (engine_logits(ours, ids) - expected).abs().max() <= 1e-3
+    assert engine_greedy(ours, prompt) == text
+    if target != "kvtool":
+        loaded = stock(output)
+        assert type(loaded).__name__ == "DeepseekV3ForCausalLM"
+        assert (logits(loaded, ids) - expected).abs().max() <= 1e-3
+        assert greedy(loaded, prompt) == text
+
+
+def test_exact_keeps_the_bytes_of_the_cache(lossless):
+    _, model, output = lossless
+    before, after = (engine(path).new_cache(1, 10).bytes_per_token() for path in (model, output))
+    assert after == before
+    manifest = json.loads((output / MANIFEST).read_text())
+    assert manifest["plan"]["bytes_per_token_after"] == after / 2  # bf16 there, fp32 here
+
+
+def test_exact_on_bfloat16_weights_verifies(converted):
+    model, output = converted("llama", {"dtype": "bfloat16"}, method="exact")
+    assert {t.dtype for t in weights(output).values()} == {torch.bfloat16}
+    assert AutoConfig.from_pretrained(output).dtype == torch.bfloat16
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+    assert report.measured["kl"] < 2e-2
+
+
+@pytest.mark.parametrize("method", ["exact", "transmla"])
+@pytest.mark.parametrize("target", ["transformers", "kvtool"])
+@pytest.mark.parametrize(("source", "saved"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_attention_may_be_saved_in_another_dtype(converted, method, target, source, saved):
+    overrides, options = {"dtype": source}, {"dtype": saved, "method": method, "target": target}
+    model, output = converted("llama", overrides, **options)
+    for name, tensor in weights(output).items():
+        own = ("kv_", "q_proj") if target == "transformers" else (".latent.",)
+        expected = saved if any(part in name for part in own) else source
+        if "inv_freq" in name:
+            expected = "float32"
+        assert str(tensor.dtype) == f"torch.{expected}", name
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+
+
+@pytest.mark.parametrize("method", ["exact", "transmla"])
+def test_a_float16_model_converts_for_our_own_runtime(converted, method):
+    model, output = converted("llama", {"dtype": "float16"}, method=method, target="kvtool")
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+
+
+def test_shards_of_source_and_output_do_not_matter(tiny, converted, tmp_path):
+    model, whole = converted("llama", {}, method="exact")
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(sharded, max_shard_size="40KB")
+    make_tokenizer().save_pretrained(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    output = tmp_path / "out"
+    convert(sharded, output, method="exact", shard_size="50KB")
+    assert len(list(output.glob("*.safetensors"))) > 2
+    one, many = weights(whole), weights(output)
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    stock(output)
+    report = verify(output, Checkpoint.open(str(sharded)))
+    assert report.passed, report.checks
+
+
+def test_vllm_reads_the_same_model_whatever_its_epsilon(converted):
+    overrides = {"num_key_value_heads": 1, "rms_norm_eps": 1e-5}
+    model, output = converted("llama", overrides, method="exact", target="vllm")
+    ids = random_ids()
+    got = logits(vllm_epsilon(stock(output)), ids)
+    assert (got - logits(stock(model), ids)).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("method", ["exact", "transmla"])
+def test_an_output_for_vllm_verifies_whatever_its_epsilon(converted, method):
+    overrides = {"num_key_value_heads": 1, "rms_norm_eps": 1e-5}
+    model, output = converted("llama", overrides, method=method, target="vllm")
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+
+
+def test_our_runtime_reads_an_output_for_vllm_whatever_its_epsilon(converted):
+    overrides = {"num_key_value_heads": 1, "rms_norm_eps": 1e-5}
+    model, output = converted("llama", overrides, method="exact", target="vllm")
+    ids = random_ids()
+    got = engine_logits(engine(output), ids)
+    assert (got - logits(stock(model), ids)).abs().max() <= 1e-3
+
+
+def test_the_stock_config_says_what_its_class_would_default_wrongly(tiny, tmp_path):
+    model = tiny("llama", bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    convert(model, tmp_path / "out", method="exact")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+    assert config.q_lora_rank is None
+    assert config.first_k_dense_replace == config.num_hidden_layers == 3
+    assert config.max_position_embeddings == 512
+
+
+# ------------------------------------------------------------------------------------ transmla
+
+TRANSMLA = [
+    *((family, target) for family in ("llama", "mistral") for target in targets.TARGETS),
+    ("qwen2", "transformers"),
+    ("qwen2", "kvtool"),
+    ("qwen3", "kvtool"),
+]
+
+
+@pytest.mark.parametrize(("family", "target"), TRANSMLA)
+def test_transmla_verifies_and_our_runtime_equals_the_stock_model(converted, family, target):
+    model, output = converted(family, {}, target=target, kv_budget="50%")
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+    assert report.measured["bytes_per_token"] == 192
+    if target != "kvtool":
+        ids = random_ids()
+        expected = logits(stock(output), ids)
+        assert (engine_logits(engine(output), ids) - expected).abs().max() <= 1e-3
+
+
+SHAPES = {
+    "one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "mha": ("llama", {"num_key_value_heads": 4}),
+    "head-24": ("llama", {"head_dim": 24}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "yarn": ("llama", {"rope_parameters": YARN}),
+    "qwen2-one-kv-head": ("qwen2", {"num_key_value_heads": 1}),
+    "bfloat16": ("llama", {"dtype": "bfloat16"}),
+    "bias-everywhere": ("llama", {"attention_bias": True}),
+}
+
+
+@pytest.mark.parametrize(("family", "overrides"), SHAPES.values(), ids=SHAPES.keys())
+def test_transmla_verifies_on_models_of_every_shape(converted, family, overrides):
+    model, output = converted(family, overrides, rope_dim=8, kv_budget="60%")
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+
+
+def test_verify_looks_beyond_2048_tokens_where_the_model_does(converted):
+    model, output = converted("llama", {"max_position_embeddings": 4096}, freqfold="2")
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+    assert report.measured["tokens"] > 2048
+
+
+def partial_rope_logits(
+    model: Path, windows: torch.Tensor, ids: torch.Tensor, rope_dim: int, fold: int
+) -> torch.Tensor:
+    """Logits for `ids [N, T]` of the model that lost RoPE but for what `windows` say to keep."""
+    stream = LayerStream(Checkpoint.open(str(model)))
+    original, partial = stream.embed(windows), stream.embed(ids)
+    for index in range(len(stream)):
+        layer = stream.layer(index)
+        gram = transmla.measure_gram(stream, layer, original)
+        basis = transmla.RotatedBasis(gram, rope_dim, fold)
+        layer.run(partial, transmla.partial_rope_attention(stream, layer, basis))
+    return stream.logits(partial)
+
+
+def calibration_windows(model: Path, tokens: int) -> torch.Tensor:
+    tokenizer = Checkpoint.open(str(model)).tokenizer()
+    return calibration_text().windows(tokenizer, 256, tokens // 256)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("llama", {}), ("llama", {"rope_parameters": YARN}), ("qwen2", {}), ("qwen3", {})],
+    ids=["llama", "yarn", "qwen2", "qwen3"],
+)
+def test_at_full_rank_only_the_dropped_rope_is_lost(tiny, tmp_path, family, overrides):
+    # A rank of 2K - d_r would not shrink the cache and is refused. Where some value channels are
+    # dead, a rank smaller by their number loses just as little.
+    dead, rope_dim, fold, tokens = 4, 8, 4, 1024
+
+    def kill_channels(tensors):
+        for name in tensors:
+            if "v_proj" in name:
+                tensors[name][-dead:] = 0
+
+    model = edited_copy(tiny(family, **overrides), tmp_path / "model", kill_channels)
+    output, rank = tmp_path / "out", 2 * 32 - rope_dim - dead
+    target = "kvtool" if family == "qwen3" else "transformers"
+    widths = {"rank": rank, "rope_dim": rope_dim, "freqfold": str(fold)}
+    assert convert(model, output, target=target, tokens=tokens, **widths).ranks == [rank] * 3
+
+    ids = random_ids()
+    windows = calibration_windows(model, tokens)
+    expected = partial_rope_logits(model, windows, ids[None], rope_dim, fold)[0]
+    if target == "transformers":
+        assert (logits(stock(output), ids) - expected).abs().max() <= 1e-3
+    assert (engine_logits(engine(output), ids) - expected).abs().max() <= 1e-3
+    # And that is another model than the original.
+    assert (logits(stock(model), ids) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("family", "rope_dim"), [("llama", 16), ("llama", 8), ("qwen3", 16)])
+def test_freqfold_is_doubled_while_the_model_without_rope_gets_better(
+    tiny, tmp_path, family, rope_dim
+):
+    model = tiny(family)
+    windows = calibration_windows(model, 1024)
+    expected, lowest, fold = 0, float("inf"), 16 // rope_dim
+    while fold <= 8:
+        predictions = partial_rope_logits(model, windows, windows, rope_dim, fold)[:, :-1]
+        loss = float(cross_entropy(predictions.flatten(0, 1), windows[:, 1:].flatten()))
+        if loss >= lowest:
+            break
+        expected, lowest, fold = fold, loss, 2 * fold
+    result = convert(model, tmp_path / "out", rope_dim=rope_dim, target="kvtool")
+    assert result.freqfold == expected
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["freqfold"] == expected
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_a_larger_budget_is_closer_to_the_original(converted, kv_heads):
+    ids, kl = random_ids(), {}
+    for budget in ("50%", "90%"):
+        overrides = {"num_key_value_heads": kv_heads}
+        model, output = converted("llama", overrides, kv_budget=budget)
+        kl[budget] = mean_kl(logits(stock(model), ids), logits(stock(output), ids))
+    assert kl["90%"] < kl["50%"]
+
+
+# ---------------------------------------------------------------------------- what is written
+
+WRITTEN = {
+    "exact": ("qwen2", {"method": "exact"}),
+    "transmla": ("llama", {"kv_budget": "50%", "target": "transformers"}),
+    "vllm": ("llama", {"kv_budget": "50%", "target": "vllm"}),
+    "kvtool": ("qwen3", {"kv_budget": "50%", "target": "kvtool"}),
+}
+
+
+@pytest.fixture(params=WRITTEN.values(), ids=WRITTEN.keys())
+def written(request, converted) -> tuple[Path, Path]:
+    """A model and its conversion, one of every kind."""
+    family, options = request.param
+    return converted(family, {}, **options)
+
+
+def test_only_attention_tensors_change(written):
+    model, output = written
+    before, after = weights(model), weights(output)
+    replaced = {name for name in before if any(f".{part}." in name for part in PROJECTIONS)}
+    kept = before.keys() - replaced
+    assert {name for name in kept if "self_attn" not in name}
+    for name in kept:
+        assert before[name].dtype == after[name].dtype
+        assert before[name].numpy().tobytes() == after[name].numpy().tobytes(), name
+    assert all(".self_attn." in name for name in after.keys() - kept)
+
+
+def test_side_files_are_carried_byte_for_byte(written):
+    model, output = written
+    carried = {file.name for file in Checkpoint.open(str(model)).side_files()}
+    assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= carried
+    for name in carried:
+        assert (output / name).read_bytes() == (model / name).read_bytes(), name
+    chat = [{"role": "user", "content": "Hello"}]
+    tokenizers = [Checkpoint.open(str(path)).tokenizer() for path in (model, output)]
+    before, after = (t.apply_chat_template(chat, tokenize=False) for t in tokenizers)
+    assert after == before
+    assert GenerationConfig.from_pretrained(output).eos_token_id == 1
+
+
+def test_config_and_manifest_say_what_was_done(written):
+    model, output = written
+    manifest = json.loads((output / MANIFEST).read_text())
+    block = json.loads((output / "config.json").read_text())["kvtool"]
+    assert (block["method"], block["target"]) == (manifest["method"], manifest["target"])
+    assert block["base"] == str(model)
+    assert block["ranks"] == manifest["ranks"]
+    assert len(block["ranks"]) == 3
+    assert manifest["base"]["fingerprint"] == Checkpoint.open(str(model)).fingerprint()
+    files = {str(f.relative_to(output)) for f in output.rglob("*") if f.is_file()}
+    assert manifest["sha256"].keys() == files - {MANIFEST, "README.md"}
+    for name, digest in manifest["sha256"].items():
+        assert hashlib.sha256((output / name).read_bytes()).hexdigest() == digest
+    assert not list(output.parent.glob("*.partial"))
+
+
+def test_the_plan_predicts_the_size_of_the_output(written):
+    _, output = written
+    manifest = json.loads((output / MANIFEST).read_text())
+    actual = sum(tensor.nbytes for tensor in weights(output).values())
+    assert manifest["plan"]["output_bytes"] == pytest.approx(actual, rel=0.01)
+    assert manifest["plan"]["disk_bytes"] >= actual
+
+
+def test_the_recipe_replays_to_the_same_bits(converted, tmp_path, monkeypatch):
+    from kvtool.cli import convert as command
+    from kvtool.cli.run import run
+
+    model, output = converted("llama", {}, kv_budget="50%")
+    recipe = load_recipe(output / "recipe.yaml")
+    step = recipe.steps[0]
+    assert recipe.model == str(model)
+    assert isinstance(step, ConvertStep)
+    assert (step.kv_budget, step.tokens, step.method) == ("50%", 1024, "transmla")
+    passed = {"passed": True, "checks": [], "measured": {}}
+    monkeypatch.setattr(command, "_verify_in_fresh_process", lambda *_, **__: passed)
+    run(output / "recipe.yaml", output=tmp_path / "replayed", quiet=True)
+    assert digests(tmp_path / "replayed") == digests(output)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Hashes of all files but the manifest, which tells the time."""
+    return {
+        str(file.relative_to(folder)): sha256_file(file)
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != MANIFEST
+    }
+
+
+def test_two_runs_give_the_same_bits(converted, tmp_path):
+    model, output = converted("llama", {}, kv_budget="50%")
+    convert(model, tmp_path / "again", kv_budget="50%")
+    assert digests(tmp_path / "again") == digests(output)
+
+
+def test_two_processes_give_the_same_bits(converted, killed):
+    _, output = converted("llama", {}, **KILLED)
+    assert digests(killed / "whole") == digests(output)
+
+
+def test_overwrite_replaces_the_older_output(converted, tmp_path):
+    model, whole = converted("llama", {}, method="exact")
+    output = tmp_path / "out"
+    convert(model, output, freqfold="1", kv_budget="50%")
+    convert(model, output, method="exact", overwrite=True)
+    assert digests(output) == digests(whole)
+
+
+# -------------------------------------------------------------------------------------- killed
+
+KILLED = {"kv_budget": "50%", "shard_size": "100KB", "tokens": 1024}
+POINTS = ("search", "layer", "torn", "probe", "writing", "shard", "manifest", "commit")
+# One process imports everything once; a child of it is killed at each point.
+KILLER = """
+import os, shutil, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from kvtool import _staging
+from kvtool.checkpoint import Checkpoint
+from kvtool.convert import artifact, mla
+
+model, folder, points, options = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(), sys.argv[4]
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def arm(point, output):
+    '''Makes the run die at a point; returns what to report progress to.'''
+    steps = {"search": ("choosing FreqFold", 2, 3), "layer": ("converting", 2, 3)}
+    steps["writing"] = ("writing", 0, 1)
+    if point == "torn":  # in the middle of writing the second layer
+        save = mla.save_file
+        def torn(tensors, file, *rest):
+            if file.name.startswith("layer-00001"):
+                file.write_bytes(b"half a file")
+                die()
+            save(tensors, file, *rest)
+        mla.save_file = torn
+    if point == "probe":  # weights are there, nothing else is
+        artifact.write_probe = die
+    if point == "shard":  # between two shards
+        sort, done = _staging._sort_metadata, []
+        def second(file):
+            done.append(file)
+            if len(done) == 2:
+                die()
+            sort(file)
+        _staging._sort_metadata = second
+    if point == "manifest":  # everything is written, nothing is renamed
+        _staging.Staging.commit = die
+    if point == "commit":  # half of the scratch folder is already removed
+        def half(folder):
+            for file in folder.glob("*.safetensors"):
+                if file.name != "streams.safetensors":
+                    file.unlink()
+            die()
+        _staging.shutil.rmtree = half
+    return lambda *step: die() if step == steps.get(point) else None
+
+mla.convert(Checkpoint.open(model), folder / "whole", mla.MlaOptions(**eval(options)))
+for point in points:
+    child = os.fork()
+    if not child:
+        report = arm(point, folder / point)
+        mla.convert(
+            Checkpoint.open(model), folder / point, mla.MlaOptions(**eval(options)), report=report
+        )
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(point, os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, tmp_path_factory) -> Path:
+    """A folder with what conversions left that were killed at each of `POINTS`."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", KILLER, tiny("llama"), folder, " ".join(POINTS), repr(KILLED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:-1] == [f"{p} {signal.SIGKILL:d}" for p in POINTS], done.stderr
+    return folder
+
+
+@pytest.fixture
+def leftover(killed, tmp_path) -> Callable[[str], Path]:
+    """``leftover(point)``: the output path of a conversion killed there, with its leavings."""
+
+    def get(point: str) -> Path:
+        shutil.copytree(killed / f"{point}.partial", tmp_path / f"{point}.partial")
+        return tmp_path / point
+
+    return get
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_conversion_leaves_no_output_and_resumes_to_the_same_bits(
+    converted, killed, leftover, point
+):
+    model, whole = converted("llama", {}, **KILLED)
+    assert not (killed / point).exists()
+    output = leftover(point)
+    convert(model, output, **KILLED)
+    assert digests(output) == digests(whole)
+    assert list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("point", ["writing", "manifest"])
+def test_what_was_resumed_verifies(converted, leftover, point):
+    model, _ = converted("llama", {}, **KILLED)
+    output = leftover(point)
+    convert(model, output, **KILLED)
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+
+
+def steps_of(model: Path, output: Path, **options: Any) -> list[tuple[str, int, int]]:
+    steps: list[tuple[str, int, int]] = []
+    convert(model, output, report=lambda *step: steps.append(step), **options)
+    return steps
+
+
+def test_a_resumed_conversion_does_not_repeat_finished_layers(tiny, leftover, monkeypatch):
+    fitted = []
+    fit = mla._Work._fit_layer
+    monkeypatch.setattr(
+        mla._Work,
+        "_fit_layer",
+        lambda work, layer, *rest: fitted.append(layer.index) or fit(work, layer, *rest),
+    )
+    steps = steps_of(tiny("llama"), leftover("layer"), **KILLED)
+    assert fitted == [2]
+    assert steps == [
+        ("converting", 2, 3),
+        ("converting", 3, 3),
+        ("writing", 0, 1),
+        ("writing", 1, 1),
+    ]
+    fitted.clear()
+    assert steps_of(tiny("llama"), leftover("shard"), **KILLED)[0] == ("converting", 3, 3)
+    assert not fitted
+
+
+@pytest.mark.parametrize("change", [{"resume": False}, {"seed": 1}, {"kv_budget": "60%"}])
+def test_a_new_start_or_other_options_repeat_everything(tiny, leftover, change):
+    steps = steps_of(tiny("llama"), leftover("layer"), **{**KILLED, **change})
+    assert ("choosing FreqFold", 1, 3) in steps
+    assert ("converting", 0, 3) in steps
+
+
+def test_another_model_does_not_resume_what_the_first_left(tiny, leftover):
+    other = tiny("llama", rms_norm_eps=1e-5)
+    assert ("converting", 0, 3) in steps_of(other, leftover("layer"), **KILLED)
+
+
+# ---------------------------------------------------------------------------------- true ranks
+
+
+def dead_channels(tensors: dict[str, torch.Tensor]) -> None:
+    """Values of layer 1 span 8 of 32 dimensions."""
+    tensors["model.layers.1.self_attn.v_proj.weight"][8:] = 0
+
+
+def low_rank(tensors: dict[str, torch.Tensor]) -> None:
+    """The same, but in no particular channel."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((32, 8), (8, 64)))
+    tensors["model.layers.1.self_attn.v_proj.weight"] = 0.1 * a @ b
+
+
+@pytest.mark.parametrize("target", ["transformers", "kvtool"])
+@pytest.mark.parametrize("poorer", [dead_channels, low_rank])
+def test_a_layer_that_needs_less_gets_less(tiny, tmp_path, poorer, target):
+    model = edited_copy(tiny("llama"), tmp_path / "model", poorer)
+    output = tmp_path / "out"
+    result = convert(model, output, freqfold="2", target=target)  # rank 32 of 48
+    true = [32, 16 + 8, 32]  # K - d_r unrotated keys and 8 values
+    manifest = json.loads((output / MANIFEST).read_text())
+    assert result.ranks == manifest["ranks"] == true
+    ours = engine(output)
+    cache = ours.new_cache(2, 50)
+    assert cache.allocated_bytes == 2 * 50 * sum(4 * (rank + 16) for rank in true)
+    assert [store.values_per_token() for store in cache.stores] == [r + 16 for r in true]
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+    assert report.measured["bytes_per_token"] == 2 * sum(r + 16 for r in true)
+    if target == "transformers":
+        loaded = stock(output)
+        assert loaded.config.kv_lora_rank == 32
+        padded = loaded.model.layers[1].self_attn
+        assert not padded.kv_a_proj_with_mqa.weight[24:32].any()
+        assert not padded.kv_b_proj.weight[:, 24:].any()
+
+
+def last_channel(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.self_attn.v_proj.weight"][-1] = 0
+
+
+@pytest.mark.parametrize("target", ["transformers", "kvtool"])
+def test_exact_verifies_where_a_value_channel_is_dead(tiny, tmp_path, target):
+    model = edited_copy(tiny("llama"), tmp_path / "model", last_channel)
+    convert(model, tmp_path / "out", method="exact", target=target)
+    report = verify(tmp_path / "out", Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+
+
+@pytest.mark.parametrize("part", [("k_proj",), ("v_proj",), ("k_proj", "v_proj")], ids="+".join)
+def test_a_layer_whose_keys_or_values_are_all_zero_converts(tiny, tmp_path, part):
+    def silence(tensors):
+        for name in part:
+            tensors[f"model.layers.1.self_attn.{name}.weight"].zero_()
+
+    model = edited_copy(tiny("llama"), tmp_path / "model", silence)
+    convert(model, tmp_path / "out", freqfold="2")
+    report = verify(tmp_path / "out", Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+
+
+# -------------------------------------------------------------------------------- neutral norm
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 50.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_neutral_norm_changes_no_latent(eps, size, biased):
+    generator = torch.Generator().manual_seed(0)
+    rank, hidden = 24, 64
+    weight = size * torch.randn(rank, hidden, dtype=torch.float64, generator=generator)
+    norm = 1 + 0.5 * torch.randn(hidden, dtype=torch.float64, generator=generator)
+    bias = None
+    if biased:
+        bias = 300 * size * torch.randn(rank, dtype=torch.float64, generator=generator)
+    delta, gamma = deepseek_v3.neutral_norm(weight, bias, norm, eps)
+    assert gamma == float(torch.tensor(gamma, dtype=torch.bfloat16))
+
+    directions = torch.randn(hidden, 500, dtype=torch.float64, generator=generator)
+    worst = torch.linalg.svd(weight * norm).Vh[0]
+    directions = torch.cat((directions, directions.pow(5), worst[:, None], -worst[:, None]), 1)
+    # The longest that the block's RMSNorm lets through.
+    inputs = norm[:, None] * directions / directions.norm(dim=0) * hidden**0.5
+    exact = (weight @ inputs).T + (0 if bias is None else bias)
+    for dtype, rounding in ((torch.float64, 0.0), (torch.float32, 8 * 2.0**-24)):
+        latent = (delta * exact).to(dtype)
+        scale = torch.full((rank,), gamma, dtype=dtype)
+        got = rms_norm(latent, (rank,), scale, eps).double()
+        error = (got - exact).norm(dim=1) / exact.norm(dim=1)
+        assert error.max() <= 1e-6 * 1.01 + rounding
+        if dtype == torch.float64 and not biased and size > 1e-3:
+            # δ is not smaller than it must be: bf16 needs no more range than necessary.
+            assert error.max() > 1e-6 / 5
+
+
+def test_the_neutral_norm_of_nothing_is_finite():
+    zero = torch.zeros(4, 8, dtype=torch.float64)
+    assert deepseek_v3.neutral_norm(zero, None, torch.ones(8, dtype=torch.float64), 1e-6) == (
+        1e-3,
+        1.0,
+    )
+
+
+# -------------------------------------------------------------------------------------- errors
+
+BAD_OPTIONS = {
+    "rank": ({"rank": 49}, "--rank 49 is impossible.*48"),
+    "rank-zero": ({"rank": 0}, "--rank 0"),
+    "rank-negative": ({"rank": -3}, "--rank -3"),
+    "rank-and-rope-fill-the-cache": ({"rank": 48}, "rank 48 .* does not shrink the cache"),
+    "rank-beyond-budget": ({"rank": 40, "kv_budget": "50%"}, "--rank 40.*32"),
+    "rope-odd": ({"rope_dim": 1}, "--rope-dim 1 is impossible.*even"),
+    "rope-not-dividing": ({"rope_dim": 6}, "--rope-dim 6 is impossible.*divide the head size 16"),
+    "rope-too-wide": ({"rope_dim": 32}, "--rope-dim 32 is impossible"),
+    "rope-zero": ({"rope_dim": 0}, "--rope-dim 0 is impossible"),
+    "budget-zero": ({"kv_budget": "0"}, "--kv-budget '0' is neither"),
+    "budget-zero-share": ({"kv_budget": "0%"}, "--kv-budget '0%' is neither"),
+    "budget-negative": ({"kv_budget": "-50%"}, "--kv-budget '-50%' is neither"),
+    "budget-not-a-number": ({"kv_budget": "nan%"}, "--kv-budget 'nan%' is neither"),
+    "budget-words": ({"kv_budget": "abc"}, "--kv-budget 'abc' is neither"),
+    "budget-whole": ({"kv_budget": "100%"}, "--kv-budget 100% does not shrink the cache"),
+    "budget-more": ({"kv_budget": "150%"}, "--kv-budget 150% does not shrink the cache"),
+    "budget-bytes-too-many": ({"kv_budget": "1KiB"}, "--kv-budget 1KiB does not shrink the cache"),
+    "budget-tiny": ({"kv_budget": "1%"}, "nothing is left for the latent.*allows 0 numbers"),
+    "budget-below-rope": (
+        {"kv_budget": "20%", "rope_dim": 16},
+        "nothing is left for the latent.*allows 12 numbers.*takes 16",
+    ),
+    "all-three": (
+        {"kv_budget": "50%", "rank": 16, "rope_dim": 16},
+        "--kv-budget, --rank and --rope-dim together",
+    ),
+    "freqfold-word": ({"freqfold": "many"}, "--freqfold many is neither"),
+    "freqfold-negative": ({"freqfold": "-1"}, "--freqfold -1 is neither"),
+    "freqfold-superscript": ({"freqfold": "²"}, "--freqfold ² is neither"),
+    "freqfold-zero": ({"freqfold": "0"}, "--freqfold 0 is impossible"),
+    "freqfold-not-dividing": ({"freqfold": "3"}, "--freqfold 3 is impossible.*divides 8"),
+    "freqfold-too-large": ({"freqfold": "16"}, "--freqfold 16 is impossible"),
+    "freqfold-below-collapse": (
+        {"freqfold": "1", "rope_dim": 8},
+        "--freqfold 1 is impossible.*multiple of 2",
+    ),
+    "tokens": ({"tokens": 100}, "--tokens 100 is less than one window of 256"),
+    "exact-with-budget": ({"method": "exact", "kv_budget": "50%"}, "exact keeps every byte"),
+    "exact-with-rank": ({"method": "exact", "rank": 8}, "exact keeps every byte"),
+    "exact-with-rope": ({"method": "exact", "rope_dim": 16}, "exact keeps every byte"),
+    "method": ({"method": "magic"}, "--method magic is unknown.*exact, transmla"),
+    "target": ({"target": "moon"}, "--target moon is unknown.*transformers, vllm, kvtool"),
+    "float16": ({"dtype": "float16"}, "float16 underflows"),
+    "shard-size": ({"shard_size": "big"}, "--shard-size big is not a size"),
+    "shard-size-zero": ({"shard_size": "0GB"}, "--shard-size 0GB"),
+    "shard-size-negative": ({"shard_size": "-1GB"}, "--shard-size -1GB"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_an_impossible_option_is_refused_in_one_sentence(tiny, tmp_path, options, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        convert(tiny("llama"), tmp_path / "out", **options)
+    assert caught.value.exit_code == 2
+    assert "None" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+SHORT = {"calibration": "Hello.", "probe": "\n\n".join(f"Paragraph {i}." for i in range(100))}
+
+
+@pytest.mark.parametrize("missing", ["windows", "calibration", "probe"])
+def test_too_little_text_is_noticed_before_any_work(tiny, tmp_path, missing):
+    options: dict[str, Any] = {"tokens": 10**7}
+    if missing in SHORT:
+        options = {"tokens": 512, "data": str(tmp_path / "text.txt")}
+        (tmp_path / "text.txt").write_text(SHORT[missing])
+    steps: list[tuple[str, int, int]] = []
+    with pytest.raises(UsageError, match="fewer than the"):
+        convert(tiny("llama"), tmp_path / "out", report=lambda *step: steps.append(step), **options)
+    assert steps == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["1.5MB", "40kb", "1GiB", "60KiB"])
+def test_a_shard_size_that_is_accepted_works(tiny, tmp_path, size):
+    convert(tiny("llama"), tmp_path / "out", method="exact", shard_size=size)
+    assert stock(tmp_path / "out")
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 80, 96, 128])
+def test_every_share_of_the_cache_has_widths(tiny, head_dim):
+    config = AutoConfig.from_pretrained(tiny("llama"))
+    config.head_dim = head_dim
+    native = 2 * config.num_key_value_heads * head_dim
+    for share in range(2, 100, 2):
+        total = native * share // 100
+        if total >= 3:  # one pair with positions and one number without
+            size = targets.transmla_size(config, f"{share}%", None, None)
+            assert size.rank + size.rope_dim == total
+            assert size.rank >= 1
+            assert head_dim % size.rope_dim == size.rope_dim % 2 == 0
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+REFUSED = {
+    "float16": ("llama", {"dtype": "float16"}, {}, "float16 weights.*underflows"),
+    "qwen3": ("qwen3", {}, {}, "q/k norm.*--target kvtool"),
+    "qwen3-vllm": ("qwen3", {}, {"target": "vllm"}, "q/k norm.*--target kvtool"),
+    "qwen2-vllm": ("qwen2", {}, {"target": "vllm"}, "no attention bias.*transformers or kvtool"),
+    "sliding": ("mistral", {"sliding_window": 64}, {}, "sliding-window attention .64 tokens"),
+    "sliding-kvtool": (
+        "mistral",
+        {"sliding_window": 64},
+        {"target": "kvtool"},
+        "sliding-window attention .64 tokens",
+    ),
+    "llama3-vllm": (
+        "llama",
+        {"rope_parameters": LLAMA3},
+        {"target": "vllm"},
+        "no 'llama3' RoPE scaling.*--target transformers",
+    ),
+    "yarn-vllm": ("llama", {"rope_parameters": YARN}, {"target": "vllm"}, "no 'yarn' RoPE scaling"),
+    "exact-vllm": (
+        "llama",
+        {},
+        {"target": "vllm", "method": "exact"},
+        "once per KV head.*--target transformers",
+    ),
+    "dynamic": ("llama", {"rope_parameters": DYNAMIC}, {}, "'dynamic' changes its frequencies"),
+    "dynamic-kvtool": (
+        "llama",
+        {"rope_parameters": DYNAMIC},
+        {"target": "kvtool"},
+        "'dynamic' changes its frequencies",
+    ),
+    "mlp-bias": ("llama", {"mlp_bias": True}, {}, "no bias in its MLP"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "options", "reason"), REFUSED.values(), ids=REFUSED.keys()
+)
+def test_what_a_target_cannot_express_is_refused_before_any_work(
+    tiny, tmp_path, family, overrides, options, reason
+):
+    with pytest.raises(UnsupportedModelError, match=reason) as caught:
+        convert(tiny(family, **overrides), tmp_path / "out", **options)
+    assert caught.value.exit_code == 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sliding_window_as_long_as_the_context_does_not_matter(tiny):
+    assert plan(tiny("mistral", sliding_window=512), method="exact")["share"] == 1
+
+
+def test_our_own_runtime_takes_an_mlp_bias(converted):
+    model, output = converted("llama", {"mlp_bias": True}, method="exact", target="kvtool")
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+
+
+def test_float16_weights_are_refused_whatever_the_config_says(tiny, tmp_path):
+    model = Path(shutil.copytree(tiny("llama", dtype="float16"), tmp_path / "model"))
+    edit_json(model, "config.json", lambda config: config.pop("dtype"))
+    with pytest.raises(UnsupportedModelError, match="float16 weights"):
+        plan(model)
+
+
+@pytest.mark.parametrize("target", ["transformers", "kvtool"])
+def test_a_model_that_is_mla_already_is_refused(converted, tmp_path, target):
+    _, output = converted("llama", {}, method="exact", target=target)
+    with pytest.raises(UnsupportedModelError, match=r"already caches a latent \(MLA\)"):
+        convert(output, tmp_path / "out", target=target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_without_a_model_type_is_refused(tiny, tmp_path):
+    model = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    edit_json(model, "config.json", lambda config: config.pop("model_type"))
+    with pytest.raises(KvtoolError, match="model type"):
+        plan(model)
+
+
+def test_an_existing_output_is_refused_and_kept(tiny, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"out"):
+            convert(tiny("llama"), output, method="exact", overwrite=overwrite)
+    assert [f.read_text() for f in tmp_path.rglob("*") if f.is_file()] == ["mine"]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
+    tiny, tmp_path, monkeypatch
+):
+    usage = namedtuple("usage", "total used free")
+    needed = plan(tiny("llama"), method="exact")["disk_bytes"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, needed - 1))
+    with pytest.raises(ResourceError, match="GB of disk") as caught:
+        convert(tiny("llama"), tmp_path / "out", method="exact")
+    assert caught.value.exit_code == 5
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, needed))
+    convert(tiny("llama"), tmp_path / "out", method="exact")
+
+
+@pytest.mark.parametrize("options", [{"method": "exact"}, {}, {"freqfold": "1"}], ids=repr)
+@pytest.mark.parametrize("part", ["self_attn.v_proj", "self_attn.k_proj", "mlp.up_proj"])
+def test_values_that_are_not_finite_are_named_by_layer(tiny, tmp_path, part, options):
+    def spoil(tensors):
+        tensors[f"model.layers.1.{part}.weight"][3, 5] = float("nan")
+
+    model = edited_copy(tiny("llama"), tmp_path / "model", spoil)
+    with pytest.raises(CalibrationError, match="layer 1 produces values that are not finite"):
+        convert(model, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_head_that_is_not_finite_is_noticed(tiny, tmp_path):
+    def spoil(tensors):
+        tensors["lm_head.weight"][3, 5] = float("inf")
+
+    model = edited_copy(tiny("llama"), tmp_path / "model", spoil)
+    with pytest.raises(CalibrationError, match="not finite"):
+        convert(model, tmp_path / "out", method="exact")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_plans_what_the_conversion_does(converted, tiny):
+    _, output = converted("llama", {}, kv_budget="50%")
+    manifest = json.loads((output / MANIFEST).read_text())
+    assert plan(tiny("llama"), kv_budget="50%", tokens=1024) == manifest["plan"]
+
+
+def test_a_layer_of_the_output_holds_the_weights_that_the_factors_give(converted):
+    # Keys and values of each head lie side by side in kv_b, keys first; heads of a group are equal.
+    _, output = converted("llama", {}, method="exact")
+    up = load_file(output / "model.safetensors")["model.layers.0.self_attn.kv_b_proj.weight"]
+    assert torch.equal(up, torch.eye(32).view(2, 16, 32).repeat_interleave(2, 0).flatten(0, 1))

@@ -399,11 +399,10 @@ def factored_attention(
     stages = FactoredAttention(layer.attention, factors)
 
     def attention(hidden: Tensor) -> Tensor:
-        q_nope, q_pe, c, k_pe = stages.query_and_compress(hidden)
+        q, c, k_pe = stages.query_and_compress(hidden)
         rope = Rope(factors.inv_freq, stream.rope.scale)
         cos, sin = rope.tables(torch.arange(hidden.shape[1]))
-        q_pe, k_pe = rotate(q_pe, cos[:, None], sin[:, None]), rotate(k_pe, cos, sin)
-        return stages.output(stages.attend_expanded(q_nope, q_pe, c, k_pe))
+        return stages.output(stages.attend_expanded(q, c, rotate(k_pe, cos, sin), cos, sin))
 
     return attention
 

@@ -18,7 +18,6 @@ Everything else is refused by name, with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -385,11 +384,14 @@ class LatentFactors:
 
 
 class LatentAttention(nn.Module):
-    """What every latent layout offers; `[B, T, hidden]` in, heads last but one.
+    """What every latent layout offers.
+
+    G distinct up-projections are each used by Q/G consecutive query heads: a GQA-born model has
+    G = H, not Q.
 
     Attributes:
-        key_up: `[G, d_n, r]`, value_up: `[G, d_v, r]`: G distinct up-projections, each used by Q/G
-            consecutive query heads (a GQA-born model has G = H, not Q).
+        key_up: `[G, d_n, r]`, value_up: `[G, d_v, r]`.
+        rope_query: `[G, d_q, d_r]`, reads the shared RoPE query off a head's query.
     """
 
     name: str
@@ -400,37 +402,48 @@ class LatentAttention(nn.Module):
     inv_freq: Tensor
     key_up: Tensor
     value_up: Tensor
+    rope_query: Tensor
 
-    def query(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """`q_nope [B, T, Q, d_n]` and unrotated `q_pe [B, T, Q, d_r]`."""
-        raise NotImplementedError  # pragma: no cover
+    def query_and_compress(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the layer takes from `hidden [B, T, hidden]`.
 
-    def compress(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent `c [B, T, r]` and unrotated shared key `k_pe [B, T, d_r]`."""
+        Returns:
+            Queries `[B, T, Q, d_q]`, whose first d_n numbers meet `key_up`; latents `[B, T, r]`;
+            unrotated shared keys `[B, T, d_r]`.
+        """
         raise NotImplementedError  # pragma: no cover
 
     def output(self, context: Tensor) -> Tensor:
         """`[B, T, Q, d_v]` to hidden states `[B, T, hidden]`."""
         raise NotImplementedError  # pragma: no cover
 
-    def expand(self, c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys `[B, G, S, d_n + d_r]` and values `[B, G, S, d_v]` of latents and rotated keys."""
-        k_nope = torch.einsum("bsr,gdr->bgsd", c, self.key_up)
-        shared = k_pe[:, None].expand(-1, k_nope.shape[1], -1, -1)
-        return torch.cat((k_nope, shared), dim=-1), torch.einsum("bsr,gdr->bgsd", c, self.value_up)
+    def absorb(self) -> Tensor:
+        """`[G, d_q, r + d_r]`: takes a query straight to `[W_UKᵀ q ; q_pe]`, in latent space."""
+        content = self.key_up
+        rest = self.rope_query.shape[1] - content.shape[1]
+        return torch.cat((F.pad(content, (0, 0, 0, rest)), self.rope_query), dim=-1)
 
-    def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, c: Tensor, k_pe: Tensor) -> Tensor:
+    def attend_expanded(
+        self, q: Tensor, c: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
         """Causal attention in expanded form (cheaper than absorbed for many queries).
 
         Args:
-            q_nope: `[B, T, Q, d_n]`, q_pe: `[B, T, Q, d_r]` rotated.
+            q: `[B, T, Q, d_q]`.
             c: `[B, S, r]`, k_pe: `[B, S, d_r]` rotated, S >= T.
+            cos, sin: For the queries, `[B, T, d_r]` or broadcastable.
 
         Returns:
             `[B, T, Q, d_v]`.
         """
-        k, v = self.expand(c, k_pe)
-        q = torch.cat((q_nope, q_pe), dim=-1).transpose(1, 2)
+        groups, nope = self.key_up.shape[:2]
+        grouped = q.transpose(1, 2).unflatten(1, (groups, -1))  # [B, G, Q/G, T, d_q]
+        q_pe = torch.matmul(grouped, self.rope_query[:, None]).flatten(1, 2)
+        q_pe = rotate(q_pe, cos[..., None, :, :], sin[..., None, :, :])
+        k_nope = torch.einsum("bsr,gdr->bgsd", c, self.key_up)
+        v = torch.einsum("bsr,gdr->bgsd", c, self.value_up)
+        k = torch.cat((k_nope, k_pe[:, None].expand(-1, groups, -1, -1)), dim=-1)
+        q = torch.cat((q.transpose(1, 2)[..., :nope], q_pe), dim=-1)
         return causal_attention(q, k, v, self.scaling).transpose(1, 2)
 
 
@@ -451,33 +464,17 @@ class FactoredAttention(LatentAttention):
         self.inv_freq = factors.inv_freq
         self.down, self.rope = factors.down.to(dtype), factors.rope.to(dtype)
         self.key_up, self.value_up = factors.key_up.to(dtype), factors.value_up.to(dtype)
-        # Columns of `rope` per KV head: the shared RoPE query of head i uses its group's block.
+        # The shared RoPE query of a head reads the columns of `rope` that belong to its KV head.
         blocks = self.rope.view(self.rope_dim, layout.kv_heads, layout.head_dim)
-        self.rope_query = blocks.permute(1, 2, 0).contiguous()  # [H, D, d_r]
+        self.rope_query = blocks.permute(1, 2, 0).contiguous()
 
-    def query(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, _ = self.gqa.project(hidden)
-        return self._query(self.gqa.normalise(q, k)[0])
-
-    def _query(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        grouped = q.unflatten(1, (self.gqa.layout.kv_heads, -1))  # [B, H, g, T, D]
-        q_pe = torch.matmul(grouped, self.rope_query[:, None]).flatten(1, 2)
-        return q[..., : self.key_up.shape[1]].transpose(1, 2), q_pe.transpose(1, 2)
-
-    def compress(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = self.gqa.project(hidden)
-        return self._compress(self.gqa.normalise(q, k)[1], v)
-
-    def _compress(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys = k.transpose(1, 2).flatten(2)  # [B, T, K]
-        values = v.transpose(1, 2).flatten(2)
-        return F.linear(torch.cat((keys, values), dim=-1), self.down), F.linear(keys, self.rope)
-
-    def query_and_compress(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Both at once: the projections are shared."""
+    def query_and_compress(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.gqa.project(hidden)
         q, k = self.gqa.normalise(q, k)
-        return *self._query(q), *self._compress(k, v)
+        keys = k.transpose(1, 2).flatten(2)  # [B, T, K]
+        values = v.transpose(1, 2).flatten(2)
+        c = F.linear(torch.cat((keys, values), dim=-1), self.down)
+        return q.transpose(1, 2), c, F.linear(keys, self.rope)
 
     def output(self, context: Tensor) -> Tensor:
         result: Tensor = self.gqa.o_proj(context.flatten(2))
@@ -487,9 +484,10 @@ class FactoredAttention(LatentAttention):
 class MultiheadLatentAttention(LatentAttention):
     """The stages of a stock `deepseek_v3` attention module.
 
-    Read once at load: interleaved RoPE rows are put in half-split order; heads of a group whose
-    up-projections are equal (GQA-born) share one copy; latent columns that are zero everywhere
-    (padding to the engine's rank) are not stored, which changes nothing but the bytes.
+    Read once at load, none of which changes a result: interleaved RoPE rows are put in half-split
+    order; heads of a group whose up-projections are equal (GQA-born) share one copy; where the
+    RoPE query is a reading of the content query (GQA-born again), the reading replaces its rows;
+    latent columns that are zero everywhere (padding to the engine's rank) are not stored.
     """
 
     def __init__(self, module: Any, name: str, inv_freq: Tensor) -> None:
@@ -506,25 +504,11 @@ class MultiheadLatentAttention(LatentAttention):
         up = module.kv_b_proj.weight.view(layout.heads, nope + layout.value_dim, rank)
         self.rank = _used_rank(kv_a, up)
         rows = torch.cat((torch.arange(self.rank), rank + pairs))
-        self.kv_a = _linear(kv_a.weight[rows], None if kv_a.bias is None else kv_a.bias[rows])
         # RMSNorm takes its mean over all `rank` columns, zero ones included.
         share = rank / self.rank
         norm = module.kv_a_layernorm
         self.norm_weight = norm.weight[: self.rank] * math.sqrt(share)
         self.norm_eps = norm.variance_epsilon * share
-
-        head_rows = torch.cat((torch.arange(nope), nope + pairs))
-        self.query_norm: Callable[[Tensor], Tensor] | None = None
-        if module.q_proj is not None:
-            wide, bias = module.q_proj.weight, None
-            self.query_first = None
-        else:
-            self.query_first = module.q_a_proj
-            self.query_norm = module.q_a_layernorm
-            wide, bias = module.q_b_proj.weight, None
-        wide = wide.view(layout.heads, nope + rope, -1)[:, head_rows].flatten(0, 1)
-        self.query_last = _linear(wide, bias)
-        self.head_sizes = [nope, rope]
 
         group = _shared_heads(up)
         distinct = up[::group, :, : self.rank]
@@ -532,16 +516,35 @@ class MultiheadLatentAttention(LatentAttention):
         self.value_up = distinct[:, nope:].contiguous()
         self.o_proj = module.o_proj
 
-    def query(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        if self.query_first is not None and self.query_norm is not None:
-            hidden = self.query_norm(self.query_first(hidden))
-        q = self.query_last(hidden).unflatten(-1, (self.heads, -1))
-        q_nope, q_pe = q.split(self.head_sizes, dim=-1)
-        return q_nope, q_pe
+        low_rank = module.q_proj is None
+        last = module.q_b_proj if low_rank else module.q_proj
+        wide = last.weight.view(layout.heads, nope + rope, -1)
+        wide = wide[:, torch.cat((torch.arange(nope), nope + pairs))]
+        reading = _rope_reading(wide, nope, group)
+        if reading is None:
+            zeros = wide.new_zeros(nope, rope)
+            select = torch.cat((zeros, torch.eye(rope).to(wide)))
+            self.rope_query = select.expand(layout.heads // group, -1, -1)
+        else:
+            self.rope_query, wide = reading.to(wide.dtype), wide[:, :nope]
+        # One matrix for all that reads the hidden states: a decode step is bound by its calls.
+        first = module.q_a_proj.weight if low_rank else wide.flatten(0, 1)
+        bias = None if kv_a.bias is None else kv_a.bias[rows]
+        if bias is not None:
+            own = module.q_a_proj.bias if low_rank else None
+            bias = torch.cat((bias.new_zeros(first.shape[0]) if own is None else own, bias))
+        self.down = _linear(torch.cat((first, kv_a.weight[rows])), bias)
+        self.down_sizes = [first.shape[0], self.rank, rope]
+        self.query_up: nn.Module | None = None
+        if low_rank:
+            self.query_up = nn.Sequential(module.q_a_layernorm, _linear(wide.flatten(0, 1), None))
 
-    def compress(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        c, k_pe = self.kv_a(hidden).split([self.rank, self.rope_dim], dim=-1)
-        return F.rms_norm(c, (self.rank,), self.norm_weight, self.norm_eps), k_pe
+    def query_and_compress(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, c, k_pe = self.down(hidden).split(self.down_sizes, dim=-1)
+        c = F.rms_norm(c, (self.rank,), self.norm_weight, self.norm_eps)
+        if self.query_up is not None:
+            q = self.query_up(q)
+        return q.unflatten(-1, (self.heads, -1)), c, k_pe
 
     def output(self, context: Tensor) -> Tensor:
         result: Tensor = self.o_proj(context.flatten(2))
@@ -575,3 +578,24 @@ def _shared_heads(up: Tensor) -> int:
             if torch.equal(grouped, grouped[:, :1].expand_as(grouped)):
                 return group
     return 1
+
+
+def _rope_reading(queries: Tensor, nope: int, group: int) -> Tensor | None:
+    """`[G, d_n, d_r]` such that each head's RoPE rows are `readingᵀ ·` its content rows, or `None`.
+
+    Args:
+        queries: `[Q, d_n + d_r, in]`, the query matrix by heads.
+        group: Heads that share a reading.
+    """
+    content, rope = queries.double().split([nope, queries.shape[1] - nope], dim=1)
+    if not nope:
+        return None
+    first = content[::group]
+    gram = torch.matmul(first, first.mT)
+    solved, info = torch.linalg.solve_ex(gram, torch.matmul(first, rope[::group].mT))
+    if bool(info.any()):
+        return None
+    rebuilt = torch.matmul(solved.mT.repeat_interleave(group, dim=0), content)
+    # Weights rounded to less than fp32 do not pass: the rows then carry roundings of their own.
+    error = (rebuilt - rope).abs().max()
+    return solved if bool(error <= 1e-5 * rope.abs().max()) else None

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, make_tokenizer
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import mla
@@ -117,22 +118,48 @@ def poison(cache) -> None:
 
 @pytest.mark.parametrize("name", LATENT)
 def test_absorbed_decode_equals_expanded_attention(latent, name):
-    stages = latent(name).attentions[0].stages
-    groups, dim, rank = stages.key_up.shape
-    c, k_pe = torch.randn(2, 50, rank), torch.randn(2, 50, stages.rope_dim)
-    q_nope, q_pe = (
-        torch.randn(2, 1, stages.heads, dim),
-        torch.randn(2, 1, stages.heads, stages.rope_dim),
-    )
-    expected = stages.attend_expanded(q_nope, q_pe, c, k_pe)[:, 0]
-    absorbed = torch.einsum(
-        "bghd,gdr->bghr", q_nope[:, 0].unflatten(1, (groups, -1)), stages.key_up
-    )
-    q = torch.cat((absorbed.flatten(1, 2), q_pe[:, 0]), dim=-1)
-    latents = torch.cat((c, k_pe), dim=-1)
-    context = latent_decode_attention(q, latents, rank, [50, 50], stages.scaling)
-    got = torch.einsum("bghr,gdr->bghd", context.unflatten(1, (groups, -1)), stages.value_up)
-    torch.testing.assert_close(got.flatten(1, 2), expected, atol=1e-5, rtol=1e-5)
+    attention = latent(name).attentions[0]
+    stages = attention.stages
+    latents = torch.randn(2, 50, stages.rank + stages.rope_dim)
+    q = torch.randn(2, 1, stages.heads, stages.rope_query.shape[1])
+    angles = torch.rand(2, 1, stages.rope_dim // 2).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    c, k_pe = latents.split([stages.rank, stages.rope_dim], dim=-1)
+    expected = stages.attend_expanded(q, c, k_pe, cos, sin)
+    got = attention._absorbed(q[:, 0], latents, cos, sin, [50, 50])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rope_query_that_reads_the_content_query_is_not_computed_twice(latent):
+    stages = latent("llama").attentions[0].stages
+    assert stages.down_sizes[0] == stages.heads * 16  # not heads * (16 + d_r)
+
+
+def test_a_mla_model_that_no_gqa_gave_birth_to_decodes_as_transformers_does(tmp_path):
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=24, qk_rope_head_dim=8,
+        qk_nope_head_dim=16, v_head_dim=12, first_k_dense_replace=2, vocab_size=300,
+        max_position_embeddings=256, n_routed_experts=1, n_group=1, topk_group=1,
+        num_experts_per_tok=1, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=0.2)
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    ids = tokens(40)
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    engine = Engine.load(Checkpoint.open(str(tmp_path)))
+    assert engine.attentions[0].absorb_query.shape == (4, 24, 32)
+    cache = engine.new_cache(1, 40)
+    got = [engine.extend(cache, ids[:30], all_logits=True)]
+    got += [engine.decode(cache, ids[t : t + 1]) for t in range(30, 40)]
+    torch.testing.assert_close(torch.cat(got), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", LATENT)

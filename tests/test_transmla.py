@@ -210,7 +210,7 @@ def test_factored_attention_keeps_the_norm_of_qwen3_in_front_of_the_latent(tiny)
     stages = FactoredAttention(layer.attention, exact_factors(layer.attention.layout, stream.rope))
     hidden = torch.randn(1, 3, 64)
     with torch.inference_mode():
-        _, shared = stages.compress(hidden)
-        _, doubled = stages.compress(2 * hidden)
+        shared = stages.query_and_compress(hidden)[2]
+        doubled = stages.query_and_compress(2 * hidden)[2]
     # RMSNorm removes the scale; a latent taken in front of the norm would double.
     torch.testing.assert_close(shared, doubled, atol=1e-4, rtol=1e-4)

@@ -1,6 +1,6 @@
 """Prints greedy continuations of fixed prompts as JSON, by one engine or the other.
 
-    python greedy.py transformers|vllm MODEL
+python greedy.py transformers|vllm MODEL
 """
 
 import json

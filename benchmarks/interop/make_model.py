@@ -1,6 +1,6 @@
 """Writes a small random Llama with one KV head, the case that vLLM's MLA can express exactly.
 
-    python make_model.py FOLDER
+python make_model.py FOLDER
 """
 
 import sys

@@ -31,6 +31,9 @@ def decode_attention(
     batch, heads = keys.shape[:2]
     # The query heads of a KV head are rows of one matrix, so keys and values are read once.
     grouped = (q * scaling).view(batch, heads, -1, q.shape[-1])  # [B, H, Q/H, D]
-    scores = torch.matmul(grouped, keys[:, :, :n].transpose(-1, -2))  # [B, H, Q/H, n]
-    context = torch.matmul(torch.softmax(scores, dim=-1), values[:, :, :n])
+    # Tokens are the rows of the product: on the CPU this order reads the keys at memory speed, the
+    # other at two thirds of it.
+    scores = torch.matmul(keys[:, :, :n], grouped.transpose(-1, -2))  # [B, H, n, Q/H]
+    weights = torch.softmax(scores.transpose(-1, -2).contiguous(), dim=-1)
+    context = torch.matmul(weights, values[:, :, :n])
     return context.flatten(1, 2)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.attention import (
-    FactoredAttention,
     GroupedQueryAttention,
     LatentAttention,
     rotate,
@@ -106,7 +105,7 @@ class LatentRuntimeAttention(RuntimeAttention):
         self.stages, self.layer_index = stages, index
         self.inv_freq, self.scale = stages.inv_freq, scale
         # Absorption multiplies by these at every step: the group axis goes first for `bmm`.
-        self.absorb_query = stages.key_up  # [G, d_n, r]
+        self.absorb_query = stages.absorb()  # [G, d_q, r + d_r]
         self.absorb_value = stages.value_up.transpose(1, 2).contiguous()  # [G, r, d_v]
 
     def new_store(self, rows: int, capacity: int) -> LatentStore:
@@ -115,31 +114,30 @@ class LatentRuntimeAttention(RuntimeAttention):
 
     def attention(self, hidden: Tensor, step: Step, store: LatentStore) -> Tensor:
         stages = self.stages
-        if isinstance(stages, FactoredAttention):
-            q_nope, q_pe, c, k_pe = stages.query_and_compress(hidden)
-        else:
-            q_nope, q_pe = stages.query(hidden)
-            c, k_pe = stages.compress(hidden)
+        q, c, k_pe = stages.query_and_compress(hidden)
         cos, sin = step.tables[self.table]
-        q_pe = rotate(q_pe, cos[:, :, None], sin[:, :, None])
-        k_pe = rotate(k_pe, cos, sin)
-        store.write(step.row, step.starts, {"latents": torch.cat((c, k_pe), dim=-1)})
-        if hidden.shape[1] == 1:
-            return stages.output(self._absorbed(q_nope, q_pe, store, step))
-        latents = store.planes["latents"][step.row, None, : step.lengths[0]]
-        c, k_pe = latents.split([stages.rank, stages.rope_dim], dim=-1)
-        return stages.output(stages.attend_expanded(q_nope, q_pe, c, k_pe))
-
-    def _absorbed(self, q_nope: Tensor, q_pe: Tensor, store: LatentStore, step: Step) -> Tensor:
-        """One token per row: q̃_i = W_UK,iᵀ q_i, attend in latent space, then W_UV,i."""
-        groups = self.absorb_query.shape[0]
+        states = torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)
+        store.write(step.row, step.starts, {"latents": states})
         latents = store.planes["latents"]
         if step.row is not None:
             latents = latents[step.row : step.row + 1]
-        grouped = q_nope[:, 0].unflatten(1, (groups, -1))  # [B, G, Q/G, d_n]
-        q = torch.cat((torch.matmul(grouped, self.absorb_query).flatten(1, 2), q_pe[:, 0]), dim=-1)
-        context = latent_decode_attention(
-            q, latents, self.stages.rank, step.lengths, self.stages.scaling
-        )  # [B, Q, r]
+        if hidden.shape[1] == 1:
+            return stages.output(self._absorbed(q[:, 0], latents, cos, sin, step.lengths))
+        c, k_pe = latents[:, : step.lengths[0]].split([stages.rank, stages.rope_dim], dim=-1)
+        return stages.output(stages.attend_expanded(q, c, k_pe, cos, sin))
+
+    def _absorbed(
+        self, q: Tensor, latents: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        """One query per row, `[B, Q, d_q]`: into latent space, attend there, and back.
+
+        Returns:
+            `[B, 1, Q, d_v]`.
+        """
+        groups, rank = self.absorb_query.shape[0], self.stages.rank
+        absorbed = torch.matmul(q.unflatten(1, (groups, -1)), self.absorb_query).flatten(1, 2)
+        q_pe = absorbed[..., rank:]
+        q_pe.copy_(rotate(q_pe, cos, sin))
+        context = latent_decode_attention(absorbed, latents, rank, lengths, self.stages.scaling)
         values = torch.matmul(context.unflatten(1, (groups, -1)), self.absorb_value)
         return values.flatten(1, 2)[:, None]

@@ -19,7 +19,10 @@ from kvtool.attention import (
     rope_of,
 )
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import CalibrationError
+from kvtool.errors import CalibrationError, CheckpointError
+
+IGNORED = "rotary_emb.inv_freq"
+"""Ending of tensors that old checkpoints hold and nothing reads."""
 
 Attention = Callable[[Tensor], Tensor]
 """Normed hidden states `[B, T, hidden]` to the attention's output, same shape."""
@@ -88,6 +91,28 @@ class LayerStream:
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(self.config)
         self._model.eval()
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Names and shapes, from the headers, against what the architecture needs."""
+        needed = {name: tuple(x.shape) for name, x in self._model.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            needed.pop("lm_head.weight")
+        stored = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        path = self.checkpoint.path
+        for name, shape in needed.items():
+            if name not in stored:
+                raise CheckpointError(f"{path} has no tensor {name}, which its config asks for.")
+            if stored[name] != shape:
+                raise CheckpointError(
+                    f"{path}: {name} has shape {list(stored[name])}, its config asks for "
+                    f"{list(shape)}."
+                )
+        for name in stored.keys() - needed.keys() - {"lm_head.weight"}:
+            if not name.endswith(IGNORED):
+                raise CheckpointError(
+                    f"{path} has a tensor {name}, which its config has no use for."
+                )
 
     def __len__(self) -> int:
         return len(self.layouts)
@@ -96,6 +121,11 @@ class LayerStream:
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[N, T]` to hidden states `[N, T, hidden]`, fp32."""
         table = self.checkpoint.read("model.embed_tokens.weight")
+        if int(ids.max()) >= len(table):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: its tokenizer gives id {int(ids.max())}, its embedding "
+                f"has {len(table)} rows."
+            )
         return table[ids].float()
 
     def layer(self, index: int) -> StreamedLayer:
@@ -105,7 +135,8 @@ class LayerStream:
         with torch.device("meta"):
             fresh = type(module)(self.config, index).eval()
         weights = self.checkpoint.read_prefix(f"model.layers.{index}.")
-        fresh.load_state_dict({k: w.float() for k, w in weights.items()}, assign=True)
+        used = {k: w.float() for k, w in weights.items() if not k.endswith(IGNORED)}
+        fresh.load_state_dict(used, assign=True)
         return StreamedLayer(index, fresh)
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:

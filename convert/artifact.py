@@ -188,7 +188,7 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
     lines = [
         "---",
         f"base_model: {base}",
-        "library_name: transformers",
+        f"library_name: {'kvtool' if manifest['target'] == 'kvtool' else 'transformers'}",
         "tags: [kvtool, mla, kv-cache]",
         "---",
         "",

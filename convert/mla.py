@@ -49,8 +49,8 @@ Report = Callable[[str, int, int], None]
 
 WINDOW = 256
 """Tokens per calibration window (TransMLA's converter: 128 windows of 256)."""
-SEARCH_WINDOW, SEARCH_WINDOWS = 256, 4
-"""Text on which FreqFold is chosen."""
+SEARCH_WINDOWS = 4
+"""How many of them serve to choose FreqFold."""
 PROBE = 2112
 """Tokens of the probe: beyond 2048, where some engines switch their RoPE."""
 
@@ -98,12 +98,24 @@ class ConversionResult:
         return {**dataclasses.asdict(self), "output": str(self.output)}
 
 
-def plan(checkpoint: Checkpoint, options: MlaOptions) -> dict[str, Any]:
+def plan(
+    checkpoint: Checkpoint,
+    options: MlaOptions,
+    output: Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Checks everything that can be checked before work starts, and says what it will cost.
+
+    Args:
+        output: Where it would be written; checked too if given.
+        overwrite: Whether something may be there already.
 
     Raises:
         UnsupportedModelError: The target cannot express the model.
-        UsageError: A width or budget is impossible.
+        UsageError: A width or budget is impossible, the text is too short, the output in the way.
+        CheckpointError: Tensors are missing or have the wrong shape.
+        ResourceError: The disk is too small.
     """
     for value, known, flag in (
         (options.method, targets.METHODS, "--method"),
@@ -146,6 +158,15 @@ def plan(checkpoint: Checkpoint, options: MlaOptions) -> dict[str, Any]:
         for i in range(layers)
     )
     shard = min(output_bytes, _shard_bytes(options.shard_size))
+    # Layer files lie beside the shards until the end, the states of the streams until the shards
+    # are written, and twice while they are replaced.
+    disk_bytes = attention * dtype.itemsize + streams + max(output_bytes, streams)
+    if output is not None:
+        check_output(output, overwrite=overwrite, source=checkpoint.path)
+        partial = output.with_name(output.name + ".partial")
+        there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        check_disk(output, max(0, disk_bytes - there))
+    _texts(checkpoint, options, _context(config))
     return {
         "method": options.method,
         "target": options.target,
@@ -156,8 +177,7 @@ def plan(checkpoint: Checkpoint, options: MlaOptions) -> dict[str, Any]:
         "bytes_per_token_after": 2 * layers * (size.rank + size.rope_dim),
         "share": size.share,
         "output_bytes": output_bytes,
-        # Layer files and the states of the streams lie beside the shards until the end.
-        "disk_bytes": output_bytes + attention * dtype.itemsize + streams,
+        "disk_bytes": disk_bytes,
         "memory_bytes": _BASE_MEMORY + streams * 2 + max(shard, 3 * layer_bytes, 2 * head),
         "attention_dtype": str(dtype).removeprefix("torch."),
     }
@@ -188,15 +208,16 @@ def convert(
         KvtoolError: See `plan`; also a full disk (predicted), bad values met on the way.
     """
     started = time.perf_counter()
-    planned = plan(checkpoint, options)
-    check_output(output, overwrite=overwrite, source=checkpoint.path)
-    check_disk(output, planned["disk_bytes"])
+    planned = plan(checkpoint, options, output, overwrite=overwrite)
     stream = LayerStream(checkpoint)
     corpus = calibration_text(options.data)
     fingerprint = checkpoint.fingerprint()
-    key = json.dumps(
-        [__version__, torch.__version__, fingerprint, corpus.id, dataclasses.asdict(options)]
-    )
+    # The fingerprint samples large tensors; a file changed since the run was killed must not slip
+    # through.
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    made_of = [__version__, torch.__version__, fingerprint, stamps, corpus.id]
+    key = json.dumps([*made_of, dataclasses.asdict(options)])
     staging = Staging(
         output,
         key=hashlib.sha256(key.encode()).hexdigest(),
@@ -205,7 +226,7 @@ def convert(
         source=checkpoint.path,
     )
     work = _Work(stream, options, planned, staging.scratch, report)
-    freqfold = work.fit(corpus)
+    freqfold = work.fit()
     layers = [work.layer_file(i) for i in range(len(stream))]
     tensors, infos = _all_tensors(checkpoint, options, layers)
     report("writing", 0, 1)
@@ -260,19 +281,10 @@ class _Work:
         """Where the finished tensors of a layer wait for the shards."""
         return self.scratch / f"layer-{index:05d}.safetensors"
 
-    def fit(self, corpus: Any) -> int | None:
+    def fit(self) -> int | None:
         """Fits and writes every layer that is not there yet; returns TransMLA's F."""
-        tokenizer = self.checkpoint.tokenizer()
-        context = _context(self.stream.config)
-        transmla_ids = None
-        if self.options.method == "transmla":
-            window = min(WINDOW, context)
-            count = self.options.tokens // window
-            transmla_ids = corpus.windows(tokenizer, window, count, seed=self.options.seed)
-        probe_ids = probe_text(tokenizer, self.options.data, min(PROBE, context))
-        fold = None
-        if transmla_ids is not None:
-            fold = self._freqfold(corpus, tokenizer, context)
+        ids, probe_ids = _texts(self.checkpoint, self.options, _context(self.stream.config))
+        fold = None if ids is None else self._freqfold(ids)
         if self.state_file.is_file():
             first = int(_read_metadata(self.state_file)["next_layer"])
             with safe_open(self.state_file, "pt") as stored:
@@ -280,8 +292,8 @@ class _Work:
         else:
             first = 0
             streams = {"probe": self.stream.embed(probe_ids[None])}
-            if transmla_ids is not None:
-                streams["original"] = self.stream.embed(transmla_ids)
+            if ids is not None:
+                streams["original"] = self.stream.embed(ids)
                 streams["partial"] = streams["original"].clone()
             save_file({"ids": probe_ids}, self.scratch / "probe_ids.safetensors")
         total = len(self.stream)
@@ -298,17 +310,15 @@ class _Work:
         self.probe = streams["probe"][0]
         return fold
 
-    def _freqfold(self, corpus: Any, tokenizer: Any, context: int) -> int:
+    def _freqfold(self, ids: Tensor) -> int:
         if self.options.freqfold != "auto":
             return int(self.options.freqfold)
         chosen = self.scratch / "freqfold"
         if not chosen.is_file():
             head_dim, rope_dim = self.stream.layouts[0].head_dim, self.planned["rope_dim"]
             candidates = targets.freqfold_candidates(head_dim, rope_dim)
-            window = min(SEARCH_WINDOW, context)
-            count = max(1, min(SEARCH_WINDOWS, self.options.tokens // window))
-            ids = corpus.windows(tokenizer, window, count, seed=self.options.seed)
-            fold = transmla.choose_freqfold(self.stream, ids, rope_dim, candidates, self.report)
+            sample = ids[:SEARCH_WINDOWS]
+            fold = transmla.choose_freqfold(self.stream, sample, rope_dim, candidates, self.report)
             chosen.write_text(str(fold))
         return int(chosen.read_text())
 
@@ -407,19 +417,25 @@ def factored_attention(
     return attention
 
 
-def probe_text(tokenizer: Any, data: str | None, length: int) -> Tensor:
-    """Token ids `[length]` of held-out text."""
-    window: Tensor = evaluation_text(data).windows(tokenizer, length, 1)[0]
-    return window
+def _texts(
+    checkpoint: Checkpoint, options: MlaOptions, context: int
+) -> tuple[Tensor | None, Tensor]:
+    """Calibration windows `[N, T]`, unless the method needs none, and the probe `[T]`, held out."""
+    tokenizer = checkpoint.tokenizer()
+    ids = None
+    if options.method == "transmla":
+        window = min(WINDOW, context)
+        count = options.tokens // window
+        ids = calibration_text(options.data).windows(tokenizer, window, count, options.seed)
+    probe = evaluation_text(options.data).windows(tokenizer, min(PROBE, context), 1)[0]
+    return ids, probe
 
 
 def _is_replaced(name: str, options: MlaOptions) -> bool:
     """Whether the output holds other tensors instead of this one of the source."""
     if options.target == "kvtool":
         return False
-    return any(
-        f".self_attn.{part}." in name for part in ("q_proj", "k_proj", "v_proj", "rotary_emb")
-    )
+    return any(f".self_attn.{part}." in name for part in artifact.REPLACED)
 
 
 def _all_tensors(

@@ -54,10 +54,9 @@ def check(config: Any, method: str, target: str) -> list[str]:
         reasons.append("its layers have different attention layouts")
     layout = layouts[0]
     limit = config.max_position_embeddings
-    if any(x.sliding_window is not None and x.sliding_window < limit for x in layouts):
-        reasons.append(
-            f"sliding-window attention ({layout.sliding_window} tokens) has no place in MLA"
-        )
+    window = min((x.sliding_window for x in layouts if x.sliding_window), default=limit)
+    if window < limit:
+        reasons.append(f"sliding-window attention ({window} tokens) has no place in MLA")
     if target == "kvtool":
         return reasons
     if layout.qk_norm:
@@ -129,6 +128,12 @@ def parse_budget(text: str, layout: AttentionLayout, layers: int) -> int:
     if not 0 < value < float("inf"):
         raise UsageError(
             f"--kv-budget '{text}' is neither a share such as 50% nor bytes per token such as 11520"
+        )
+    if factor and value * factor < 0.02 * 2 * layers * layout.cached_values:
+        raise UsageError(
+            f"--kv-budget {text} is {value * factor:g} bytes per token, of "
+            f"{2 * layers * layout.cached_values}",
+            hint=f"for a share, write --kv-budget {100 * value if value < 1 else value:g}%",
         )
     if factor == 0:
         return int(layout.cached_values * value / 100 + 1e-9)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -61,6 +62,11 @@ class Staging:
         self.scratch = self.path / ".scratch"
         self._key_file = self.path / ".scratch" / "key"
         check_output(self.output, overwrite=overwrite, source=source)
+        if self.path.exists() and not self._key_file.is_file():
+            raise UsageError(
+                f"{self.path} is in the way: kvtool works there, and did not write it.",
+                hint="Move it, or name another output.",
+            )
         try:
             if not (resume and self._key_file.is_file() and self._key_file.read_text() == key):
                 if self.path.exists():
@@ -72,19 +78,23 @@ class Staging:
 
     def commit(self) -> None:
         """Makes the files durable and renames the partial folder to the output."""
-        self._key_file.unlink()  # first: half a scratch folder must not be resumed from
-        shutil.rmtree(self.scratch)
+        # From here on nothing may be resumed from, but the folder must still be known as ours.
+        self._key_file.write_text("complete")
+        for file in self.scratch.iterdir():
+            if file != self._key_file:
+                file.unlink()
         for file in [*self.path.rglob("*"), self.path]:
             _fsync(file)
-        old = self.output.with_name(self.output.name + ".old")
+        aside = None
         if self.output.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            self.output.rename(old)
+            prefix = f".{self.output.name}.old-"
+            aside = Path(tempfile.mkdtemp(prefix=prefix, dir=self.output.parent))
+            self.output.rename(aside / "old")
         self.path.rename(self.output)
         _fsync(self.output.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(self.output / self.scratch.name)
+        if aside is not None:
+            shutil.rmtree(aside)
 
 
 def check_output(output: Path, *, overwrite: bool = False, source: Path | None = None) -> None:

@@ -367,16 +367,6 @@ class LatentFactors:
     key_up: Tensor
     value_up: Tensor
 
-    def to(self, dtype: torch.dtype) -> LatentFactors:
-        """The same factors in another dtype; frequencies stay fp32 or better."""
-        return LatentFactors(
-            self.rope.to(dtype),
-            self.inv_freq,
-            self.down.to(dtype),
-            self.key_up.to(dtype),
-            self.value_up.to(dtype),
-        )
-
     @property
     def rank(self) -> int:
         """Width r of the latent."""
@@ -454,19 +444,26 @@ class FactoredAttention(LatentAttention):
     Qwen3 too: keys are normed first, then factored.
     """
 
+    down: Tensor
+    rope: Tensor
+
     def __init__(self, gqa: GroupedQueryAttention, factors: LatentFactors) -> None:
         super().__init__()
         self.gqa = gqa
         layout = gqa.layout
-        dtype = gqa.qkv.weight.dtype
         self.name, self.heads, self.scaling = gqa.name, layout.heads, layout.scaling
         self.rank, self.rope_dim = factors.rank, factors.rope.shape[0]
-        self.inv_freq = factors.inv_freq
-        self.down, self.rope = factors.down.to(dtype), factors.rope.to(dtype)
-        self.key_up, self.value_up = factors.key_up.to(dtype), factors.value_up.to(dtype)
         # The shared RoPE query of a head reads the columns of `rope` that belong to its KV head.
-        blocks = self.rope.view(self.rope_dim, layout.kv_heads, layout.head_dim)
-        self.rope_query = blocks.permute(1, 2, 0).contiguous()
+        blocks = factors.rope.view(self.rope_dim, layout.kv_heads, layout.head_dim)
+        for part, tensor in (
+            ("down", factors.down),
+            ("rope", factors.rope),
+            ("key_up", factors.key_up),
+            ("value_up", factors.value_up),
+            ("rope_query", blocks.permute(1, 2, 0).contiguous()),
+        ):
+            self.register_buffer(part, tensor.to(gqa.qkv.weight), persistent=False)
+        self.inv_freq = factors.inv_freq.to(gqa.qkv.weight.device)
 
     def query_and_compress(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.gqa.project(hidden)
@@ -502,12 +499,12 @@ class MultiheadLatentAttention(LatentAttention):
 
         kv_a = module.kv_a_proj_with_mqa
         up = module.kv_b_proj.weight.view(layout.heads, nope + layout.value_dim, rank)
-        self.rank = _used_rank(kv_a, up)
+        self.rank = _used_rank(kv_a, rank)
         rows = torch.cat((torch.arange(self.rank), rank + pairs))
         # RMSNorm takes its mean over all `rank` columns, zero ones included.
         share = rank / self.rank
         norm = module.kv_a_layernorm
-        self.norm_weight = norm.weight[: self.rank] * math.sqrt(share)
+        self.norm_weight = norm.weight[: self.rank].float() * math.sqrt(share)
         self.norm_eps = norm.variance_epsilon * share
 
         group = _shared_heads(up)
@@ -541,10 +538,11 @@ class MultiheadLatentAttention(LatentAttention):
 
     def query_and_compress(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, c, k_pe = self.down(hidden).split(self.down_sizes, dim=-1)
-        c = F.rms_norm(c, (self.rank,), self.norm_weight, self.norm_eps)
+        # In fp32, whatever the model runs in: sqrt(share) is no number of bf16.
+        normed = F.rms_norm(c.float(), (self.rank,), self.norm_weight, self.norm_eps)
         if self.query_up is not None:
             q = self.query_up(q)
-        return q.unflatten(-1, (self.heads, -1)), c, k_pe
+        return q.unflatten(-1, (self.heads, -1)), normed.to(c.dtype), k_pe
 
     def output(self, context: Tensor) -> Tensor:
         result: Tensor = self.o_proj(context.flatten(2))
@@ -559,14 +557,13 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _used_rank(kv_a: nn.Linear, up: Tensor) -> int:
-    """Latent columns up to the last one that is both written and read."""
-    rank = up.shape[-1]
+def _used_rank(kv_a: nn.Linear, rank: int) -> int:
+    """Latent columns up to the last one that is ever written; others stay 0, also in the norm."""
     written = kv_a.weight[:rank].ne(0).any(dim=1)
     if kv_a.bias is not None:
         written |= kv_a.bias[:rank].ne(0)
-    used = (written & up.ne(0).any(dim=1).any(dim=0)).nonzero()
-    return int(used.max()) + 1 if len(used) else 1
+    columns = written.nonzero()
+    return int(columns.max()) + 1 if len(columns) else 1
 
 
 def _shared_heads(up: Tensor) -> int:

@@ -163,7 +163,8 @@ class Checkpoint:
         ignored = ("transformers_version", "_name_or_path")
         config = {key: value for key, value in self.config.items() if key not in ignored}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, tensor in sorted(self._read(list(self.tensors)).items()):
+        for name in sorted(self.tensors):
+            tensor = self.read(name)  # one at a time: the model may be larger than memory
             digest.update(f"{name} {self.tensors[name].dtype} {list(tensor.shape)}".encode())
             data = tensor.reshape(-1).view(torch.uint8)
             if data.numel() > 2**16:

@@ -606,3 +606,19 @@ def test_smollm2_answers_and_stops(smollm2: Checkpoint) -> None:
         0, ids["input_ids"].shape[1] :
     ]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_folders_that_kvtool_did_not_make_survive(tmp_path: Path) -> None:
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "thesis").write_text("years of work")
+    staging = Staging(tmp_path / "out", key="a")
+    (staging.path / "config.json").write_text("{}")
+    staging.commit()
+    assert (tmp_path / "out.old" / "thesis").is_file()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.json"]
+
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "notes").write_text("mine")
+    with pytest.raises(UsageError, match="in the way"):
+        Staging(tmp_path / "other", key="a")
+    assert (tmp_path / "other.partial" / "notes").is_file()

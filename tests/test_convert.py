@@ -35,7 +35,7 @@ from _convert_tools import (
     weights,
 )
 from conftest import FAMILIES, make_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, rms_norm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -46,6 +46,7 @@ from kvtool.convert.verify import verify
 from kvtool.corpus import calibration_text
 from kvtool.errors import (
     CalibrationError,
+    CheckpointError,
     KvtoolError,
     ResourceError,
     UnsupportedModelError,
@@ -489,13 +490,14 @@ def arm(point, output):
         _staging._sort_metadata = second
     if point == "manifest":  # everything is written, nothing is renamed
         _staging.Staging.commit = die
-    if point == "commit":  # half of the scratch folder is already removed
-        def half(folder):
-            for file in folder.glob("*.safetensors"):
-                if file.name != "streams.safetensors":
-                    file.unlink()
-            die()
-        _staging.shutil.rmtree = half
+    if point == "commit":  # a part of the scratch folder is already removed
+        unlink, gone = Path.unlink, []
+        def second(file, *rest):
+            if gone:
+                die()
+            gone.append(file)
+            unlink(file, *rest)
+        Path.unlink = second
     return lambda *step: die() if step == steps.get(point) else None
 
 mla.convert(Checkpoint.open(model), folder / "whole", mla.MlaOptions(**eval(options)))
@@ -620,7 +622,7 @@ def test_a_layer_that_needs_less_gets_less(tiny, tmp_path, poorer, target):
     ours = engine(output)
     cache = ours.new_cache(2, 50)
     assert cache.allocated_bytes == 2 * 50 * sum(4 * (rank + 16) for rank in true)
-    assert [store.values_per_token() for store in cache.stores] == [r + 16 for r in true]
+    assert [store.planes["latents"].shape[-1] for store in cache.stores] == [r + 16 for r in true]
     report = verify(output, Checkpoint.open(str(model)))
     assert report.passed, report.checks
     assert report.measured["bytes_per_token"] == 2 * sum(r + 16 for r in true)
@@ -933,3 +935,82 @@ def test_a_layer_of_the_output_holds_the_weights_that_the_factors_give(converted
     _, output = converted("llama", {}, method="exact")
     up = load_file(output / "model.safetensors")["model.layers.0.self_attn.kv_b_proj.weight"]
     assert torch.equal(up, torch.eye(32).view(2, 16, 32).repeat_interleave(2, 0).flatten(0, 1))
+
+
+# ------------------------------------------------------------------------------------ real model
+
+
+def test_the_real_model_is_embedded_without_loss(smollm2, tmp_path):
+    output = tmp_path / "out"
+    result = mla.convert(smollm2, output, mla.MlaOptions(method="exact"))
+    assert result.plan["bytes_per_token_after"] == 23_040
+    report = verify(output, smollm2)
+    assert report.passed, report.checks
+    assert report.measured["kl"] < 1e-6
+    assert report.measured["max_logit_difference"] <= 1e-3
+    assert report.measured["tokens"] > 2048
+    prompt = smollm2.tokenizer()("The old lighthouse keeper opened the door and").input_ids
+    steps = engine(output).generate([prompt], max_new_tokens=64, ignore_eos=True)
+    model = smollm2.load_transformers(torch.float32)
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False
+    )
+    assert [step[0] for step in steps] == expected[0, len(prompt) :].tolist()
+
+
+# -------------------------------------------------------------------------- damaged, and dry run
+
+
+def damaged(tiny: Tiny, folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a small model with its tensors changed."""
+    shutil.copytree(tiny("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "no tensor model.layers.1.mlp.up_proj.weight": lambda t: t.pop(
+        "model.layers.1.mlp.up_proj.weight"
+    ),
+    "no tensor model.layers.0.self_attn.q_proj.weight": lambda t: t.pop(
+        "model.layers.0.self_attn.q_proj.weight"
+    ),
+    "model.norm.weight has shape": lambda t: t.update({"model.norm.weight": torch.ones(7)}),
+    "has a tensor model.layers.3.mlp.up_proj.weight": lambda t: t.update(
+        {"model.layers.3.mlp.up_proj.weight": torch.ones(96, 64)}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_tensor_that_does_not_fit_is_named_before_work_starts(tiny, tmp_path, message):
+    model = damaged(tiny, tmp_path / "model", DAMAGE[message])
+    with pytest.raises(CheckpointError, match=message):
+        mla.plan(Checkpoint.open(str(model)), mla.MlaOptions())
+
+
+def test_frequencies_that_old_files_store_are_ignored(tiny, tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    model = damaged(tiny, tmp_path / "model", lambda t: t.update({name: torch.ones(8)}))
+    convert(model, tmp_path / "out", method="exact")
+    assert name not in Checkpoint.open(str(tmp_path / "out")).tensors
+
+
+def test_a_dry_run_refuses_what_the_run_would(tiny, tmp_path):
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    with pytest.raises(UsageError, match="overlap"):
+        mla.plan(checkpoint, mla.MlaOptions(), tiny("llama"), overwrite=True)
+    with pytest.raises(UsageError, match=r"nofile\.txt"):
+        mla.plan(checkpoint, mla.MlaOptions(data="nofile.txt"))
+    with pytest.raises(UsageError, match="tokens"):
+        mla.plan(checkpoint, mla.MlaOptions(tokens=100_000_000))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("budget", "hint"), [("0.5", "50%"), ("1", "1%")])
+def test_a_share_without_its_sign_is_asked_about(tiny, budget, hint):
+    with pytest.raises(UsageError) as caught:
+        mla.plan(Checkpoint.open(str(tiny("llama"))), mla.MlaOptions(kv_budget=budget))
+    assert hint in (caught.value.hint or "")

@@ -7,7 +7,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import mla
-from kvtool.errors import UsageError
+from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.latent_attention import latent_decode_attention
 from kvtool.runtime import Engine, Sampling
@@ -116,18 +116,37 @@ def poison(cache) -> None:
             plane.fill_(float("nan"))
 
 
+@pytest.mark.parametrize("lengths", [[50, 50], [1, 24, 50]])
 @pytest.mark.parametrize("name", LATENT)
-def test_absorbed_decode_equals_expanded_attention(latent, name):
+def test_absorbed_decode_equals_expanded_attention(latent, name, lengths):
     attention = latent(name).attentions[0]
-    stages = attention.stages
-    latents = torch.randn(2, 50, stages.rank + stages.rope_dim)
-    q = torch.randn(2, 1, stages.heads, stages.rope_query.shape[1])
-    angles = torch.rand(2, 1, stages.rope_dim // 2).repeat(1, 1, 2)
+    stages, batch = attention.stages, len(lengths)
+    latents = torch.full((batch, 60, stages.rank + stages.rope_dim), torch.nan)
+    q = torch.randn(batch, 1, stages.heads, stages.rope_query.shape[1])
+    angles = torch.rand(batch, 1, stages.rope_dim // 2).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
-    c, k_pe = latents.split([stages.rank, stages.rope_dim], dim=-1)
-    expected = stages.attend_expanded(q, c, k_pe, cos, sin)
-    got = attention._absorbed(q[:, 0], latents, cos, sin, [50, 50])
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    expected = []
+    for b, n in enumerate(lengths):
+        latents[b, :n] = torch.randn(n, latents.shape[-1])
+        c, k_pe = latents[b : b + 1, :n].split([stages.rank, stages.rope_dim], dim=-1)
+        row = slice(b, b + 1)
+        expected.append(stages.attend_expanded(q[row], c, k_pe, cos[row], sin[row]))
+    got = attention._absorbed(q[:, 0], latents, cos, sin, lengths)
+    torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_chunks_store_the_same_latents_and_give_the_same_attention(latent, name):
+    engine, ids = latent(name), tokens(50)
+    caches = [engine.new_cache(1, 50) for _ in range(2)]
+    logits = [
+        engine.extend(cache, ids, all_logits=True, chunk=chunk)
+        for cache, chunk in zip(caches, (7, 2048), strict=True)
+    ]
+    whole, pieces = (cache.stores[0].planes["latents"] for cache in caches)
+    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
+    probabilities = [x.softmax(-1) for x in logits]
+    torch.testing.assert_close(*probabilities, atol=1e-5, rtol=1e-3)
 
 
 def test_a_rope_query_that_reads_the_content_query_is_not_computed_twice(latent):
@@ -135,31 +154,77 @@ def test_a_rope_query_that_reads_the_content_query_is_not_computed_twice(latent)
     assert stages.down_sizes[0] == stages.heads * 16  # not heads * (16 + d_r)
 
 
-def test_a_mla_model_that_no_gqa_gave_birth_to_decodes_as_transformers_does(tmp_path):
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"q_lora_rank": 20},
+        {"q_lora_rank": 20, "attention_bias": True},
+        {"rope_interleave": False},
+        {"rope_parameters": YARN},
+        {"unread": 4},
+        {"unwritten": 4},
+    ],
+    ids=str,
+)
+def test_a_mla_model_that_no_gqa_gave_birth_to_decodes_as_transformers_does(tmp_path, overrides):
     torch.manual_seed(0)
+    fields = {k: v for k, v in overrides.items() if not k.startswith("un")}
     config = DeepseekV3Config(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=24, qk_rope_head_dim=8,
+        num_key_value_heads=4, kv_lora_rank=24, qk_rope_head_dim=8,
         qk_nope_head_dim=16, v_head_dim=12, first_k_dense_replace=2, vocab_size=300,
         max_position_embeddings=256, n_routed_experts=1, n_group=1, topk_group=1,
-        num_experts_per_tok=1, bos_token_id=0, eos_token_id=1,
+        num_experts_per_tok=1, bos_token_id=0, eos_token_id=1, **{"q_lora_rank": None} | fields,
     )  # fmt: skip
     model = DeepseekV3ForCausalLM(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.normal_(std=0.2)
+            weight.normal_(std=0.2) if weight.ndim == 2 else weight.add_(
+                0.1 * torch.randn_like(weight)
+            )
+        for layer in model.model.layers:
+            # Latent columns that nobody reads still count in the norm; unwritten ones are zero.
+            layer.self_attn.kv_b_proj.weight[:, 24 - overrides.get("unread", 0) :] = 0
+            layer.self_attn.kv_a_proj_with_mqa.weight[24 - overrides.get("unwritten", 0) : 24] = 0
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     ids = tokens(40)
     with torch.inference_mode():
         expected = model(ids[None]).logits[0]
     engine = Engine.load(Checkpoint.open(str(tmp_path)))
-    assert engine.attentions[0].absorb_query.shape == (4, 24, 32)
+    assert engine.attentions[0].stages.rank == 24 - overrides.get("unwritten", 0)
     cache = engine.new_cache(1, 40)
     got = [engine.extend(cache, ids[:30], all_logits=True)]
     got += [engine.decode(cache, ids[t : t + 1]) for t in range(30, 40)]
     torch.testing.assert_close(torch.cat(got), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_float16_is_refused_where_the_latent_norm_would_underflow(latent):
+    checkpoint = latent("llama").checkpoint
+    with pytest.raises(UnsupportedModelError, match="float16"):
+        Engine.load(checkpoint, dtype=torch.float16)
+    Engine.load(latent("llama-kvtool").checkpoint, dtype=torch.float16)
+
+
+def test_a_prompt_that_is_in_the_cache_already_is_continued(tiny):
+    engine = Engine.load(open_stock(tiny, "llama"))
+    prompt = tokens(20).tolist()
+    expected = list(engine.generate([prompt], max_new_tokens=5, ignore_eos=True))
+    cache = engine.new_cache(1, 40)
+    engine.extend(cache, torch.tensor(prompt))
+    got = list(engine.generate([prompt], max_new_tokens=5, ignore_eos=True, cache=cache))
+    assert got == expected
 
 
 @pytest.mark.parametrize("name", LATENT)

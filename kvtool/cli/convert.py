@@ -90,7 +90,7 @@ def convert(
 ) -> None:
     """Convert MODEL to multi-head latent attention (MLA), as a stock checkpoint."""
     from kvtool.checkpoint import Checkpoint
-    from kvtool.convert import mla
+    from kvtool.convert import artifact, mla
 
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
@@ -109,7 +109,7 @@ def convert(
         shard_size=shard_size,
     )
     if dry_run:
-        plan = mla.plan(checkpoint, options)
+        plan = mla.plan(checkpoint, options, output, overwrite=overwrite)
         table = _table(f"{model} to {to}: nothing written")
         _add_plan(table, plan)
         table.add_row("disk needed", decimal(plan["disk_bytes"]))
@@ -128,6 +128,8 @@ def convert(
     checked: dict[str, Any] | None = None
     if verify:
         checked = summary["verify"] = _verify_in_fresh_process(output, checkpoint, quiet=quiet)
+        if checked["passed"]:
+            artifact.record(output, checked["measured"])
         for check in checked["checks"]:
             table.add_row(
                 f"verify: {check['name']}",

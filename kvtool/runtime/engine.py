@@ -150,7 +150,6 @@ class Engine:
         self._check_length(start + len(ids))
         cache.reserve(start + len(ids))
         collected: list[Tensor] = []
-        hidden = ids
         for piece in ids.to(self.device).split(chunk):
             start = cache.lengths[row]
             end = start + len(piece)
@@ -201,6 +200,8 @@ class Engine:
             cache = self.new_cache(len(prompts), longest + max_new_tokens)
         draw = _Sampler(sampling, seed, self.device)
         texts = [list(prompt) for prompt in prompts]
+        for row, text in enumerate(texts):
+            cache.crop(row, len(text) - 1)  # the last token's logits are needed again
         logits = torch.stack(
             [
                 self.extend(cache, torch.tensor(text[cache.lengths[row] :]), row)

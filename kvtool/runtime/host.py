@@ -18,7 +18,7 @@ from kvtool.attention import (
     rope_of,
 )
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import CheckpointError
+from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config, is_factor, read_factors
 from kvtool.runtime.layers import DenseAttention, LatentRuntimeAttention, RuntimeAttention
 
@@ -34,6 +34,13 @@ def load_host(
     """
     factored = checkpoint.config.get("model_type") == MODEL_TYPE
     config = base_config(checkpoint.config) if factored else checkpoint.hf_config()
+    target = checkpoint.config.get("kvtool", {}).get("target")
+    if dtype == torch.float16 and target in ("transformers", "vllm"):
+        raise UnsupportedModelError(
+            f"{checkpoint.source} cannot run in float16: the scaling that makes its latent norm "
+            "linear underflows there",
+            hint="use bfloat16 or float32",
+        )
     describe(config)
     rope = rope_of(config)
     if factored:
@@ -52,7 +59,7 @@ def load_host(
         elif factored:
             factors = read_factors(checkpoint, i)
             stages = FactoredAttention(GroupedQueryAttention(module, name), factors)
-            attention = LatentRuntimeAttention(stages.to(device), i, rope.scale)
+            attention = LatentRuntimeAttention(stages, i, rope.scale)
         else:
             attention = DenseAttention(GroupedQueryAttention(module, name), i, inv_freq, rope.scale)
         layer.self_attn = attention
@@ -70,7 +77,11 @@ def _load_base(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Mo
     for name in checkpoint.tensors:
         if not is_factor(name):
             state[name] = checkpoint.read(name).to(dtype)
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # a wrong shape
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"{checkpoint.source}: {reason}") from error
     if config.tie_word_embeddings:
         model.tie_weights()
         missing = [name for name in missing if name != "lm_head.weight"]

@@ -7,7 +7,6 @@ doubling, so a decode step neither allocates nor copies the past.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,7 @@ from kvtool.attention import causal_attention
 from kvtool.kernels.decode_attention import decode_attention
 
 
-class Store(ABC):
+class Store:
     """The planes of one layer; every plane is `[B, ..., capacity, width]`."""
 
     planes: dict[str, Tensor]
@@ -57,10 +56,6 @@ class Store(ABC):
                 for b, start in enumerate(starts):
                     plane[b, ..., start : start + tokens, :] = new[b]
 
-    @abstractmethod
-    def values_per_token(self) -> int:
-        """Numbers kept per token and row."""
-
 
 class DenseStore(Store):
     """All rotated keys and all values of a GQA layer."""
@@ -68,9 +63,6 @@ class DenseStore(Store):
     def __init__(self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
         shape = (rows, heads, capacity, head_dim)
         self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
-
-    def values_per_token(self) -> int:
-        return sum(p.shape[1] * p.shape[-1] for p in self.planes.values())
 
     def attend(
         self,
@@ -108,8 +100,4 @@ class LatentStore(Store):
     """The latent and the rotated shared key of an MLA layer, side by side in one plane."""
 
     def __init__(self, rows: int, capacity: int, rank: int, rope_dim: int, like: Tensor) -> None:
-        self.rank = rank
         self.planes = {"latents": like.new_empty((rows, capacity, rank + rope_dim))}
-
-    def values_per_token(self) -> int:
-        return self.planes["latents"].shape[-1]

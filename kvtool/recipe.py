@@ -69,8 +69,8 @@ class EvaluateStep(_Strict):
     uses: Literal["evaluate"]
     data: str | None = None
     windows: int | None = None
-    prefill: int = 1536
-    continuation: int = 256
+    prefill: int | None = None
+    continuation: int | None = None
     quick: bool = False
     speed: bool = True
     max_kl: float | None = None

@@ -4,9 +4,12 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
@@ -77,6 +80,41 @@ def test_a_step_reads_every_weight_but_the_untied_embedding(
     unread = 0 if tied else model.get_input_embeddings().weight.numel()
     engine = Engine.load(checkpoint, dtype=torch.bfloat16)
     assert throughput.weight_bytes(engine) == 2 * (parameters - unread)
+
+
+@pytest.mark.parametrize("target", ["transformers", "kvtool"])
+def test_a_step_reads_every_matrix_of_a_latent_model_once(
+    tiny: Callable[..., Path], tmp_path: Path, target: str
+) -> None:
+    command = ["convert", str(tiny("llama")), "--to", "mla", "-o", str(tmp_path / "out")]
+    options = ["--method", "exact", "--target", target, "--dtype", "float32"]
+    assert run_command([*command, *options, "--no-verify", "-q"]) == 0
+    engine = Engine.load(Checkpoint.open(str(tmp_path / "out")))
+    absorbed = [t for a in engine.attentions for t in (a.absorb_query, a.absorb_value)]
+    buffers = [b for name, b in engine.model.named_buffers() if not name.endswith("inv_freq")]
+    held = [t for t in [*engine.model.parameters(), *buffers, *absorbed] if t.nbytes]
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held}
+    cache = engine.new_cache(1, 4)
+    with Reads() as reads:
+        engine.decode(cache, torch.tensor([3]))
+    assert throughput.weight_bytes(engine) == sum(sizes[p] for p in reads.storages & set(sizes))
+
+
+class Reads(TorchDispatchMode):
+    """Collects the storages that operations read whole: all but a look-up of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not torch.ops.aten.embedding.default:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, torch.Tensor):
+                    self.storages.add(value.untyped_storage().data_ptr())
+        return func(*args, **(kwargs or {}))
 
 
 def test_bandwidth_is_a_plausible_number() -> None:

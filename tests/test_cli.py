@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -142,8 +143,11 @@ def test_a_damaged_checkpoint_is_exit_code_1(
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (MemoryError(), 5, "error: the machine ran out of memory\n"),
+        (torch.OutOfMemoryError("CUDA"), 5, "error: the GPU ran out of memory\n"),
+        (RuntimeError("not enough memory: x"), 5, "error: the machine ran out of memory\n"),
+        (RuntimeError("can't allocate memory"), 5, "error: the machine ran out of memory\n"),
         (OSError(errno.ENOSPC, "No space left"), 5, "error: the disk is full: [Errno 28]"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "error: [Errno 13]"),
         (ResourceError("too big", hint="buy more"), 5, "error: too big\nhint: buy more\n"),
@@ -164,6 +168,55 @@ def test_each_kind_of_end_has_its_exit_code(
     captured = capsys.readouterr().err
     assert captured.startswith(said)
     assert "Traceback" not in captured
+
+
+@pytest.mark.parametrize(("more", "promised"), [([], True), (["--no-resume"], False)])
+def test_an_interrupted_conversion_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    more: list[str],
+    promised: bool,
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "open", interrupted)
+    command = ["convert", "smollm2", "--to", "mla", "-o", str(tmp_path / "out"), *more]
+    assert run_command(command) == 130
+    expected = "interrupted; the same command goes on where it stopped\n"
+    assert capsys.readouterr().err == (expected if promised else "interrupted\n")
+
+
+def test_a_failed_allocation_of_torch_is_exit_code_5(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Checkpoint, "open", lambda *_, **__: torch.empty(2**55))
+    assert fails(["inspect", "smollm2"], 5, capsys) == "error: the machine ran out of memory"
+
+
+def test_other_runtime_errors_are_bugs_and_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Checkpoint, "open", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_command(["inspect", "smollm2"])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "bench", "generate", "chat"])
+@pytest.mark.parametrize("device", ["foo", "cuda:x", "cuda", "cuda:7"])
+def test_a_device_that_is_not_there_is_a_usage_error(
+    tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    device: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda:7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    prompt = ["hello"] if command == "generate" else []
+    assert device in fails([command, str(tiny("llama")), *prompt, "--device", device], 2, capsys)
 
 
 def test_debugging_shows_the_traceback(

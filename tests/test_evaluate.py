@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from kvtool.cli import run_command
 from kvtool.corpus import evaluation_text
 from kvtool.errors import CheckpointError, UsageError
 from kvtool.evaluate import protocol, retrieval
-from kvtool.evaluate.evaluation import Settings, evaluate, manifest_base
+from kvtool.evaluate.evaluation import Settings, conversion_cost, evaluate, manifest_base
 from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
 from kvtool.evaluate.report import Gates, Report
 from kvtool.evaluate.retrieval import Recall
@@ -146,16 +148,42 @@ def test_standard_errors_are_of_the_mean_over_windows() -> None:
     assert ratio.standard_error == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize(("max_context", "expected"), [(2000, (1536, 256)), (512, (439, 73))])
-def test_windows_shrink_to_the_context_and_say_so(
-    max_context: int, expected: tuple[int, int]
+@pytest.mark.parametrize(
+    ("asked", "max_context", "expected"),
+    [
+        ((None, None), 2000, (1536, 256)),
+        ((None, None), 512, (439, 73)),
+        ((400, None), 512, (400, 112)),
+        ((None, 100), 512, (412, 100)),
+        ((500, 12), 512, (500, 12)),
+    ],
+)
+def test_only_defaults_shrink_to_the_context_and_say_so(
+    asked: tuple[int | None, int | None], max_context: int, expected: tuple[int, int]
 ) -> None:
-    prefill, continuation, note = protocol.fit_window(1536, 256, max_context)
+    prefill, continuation, note = protocol.fit_window(*asked, max_context)
     assert (prefill, continuation) == expected
-    assert (note is None) == (max_context == 2000)
+    wanted = (asked[0] or 1536, asked[1] or 256)
+    assert (note is None) == (wanted == expected)
     if note is not None:
-        assert "1536+256" in note
+        assert f"{wanted[0]}+{wanted[1]}" in note
         assert "512" in note
+
+
+@pytest.mark.parametrize("asked", [(512, None), (None, 512), (500, 13), (100_000, 256), (0, 5)])
+def test_a_window_that_was_asked_for_is_never_shrunk(asked: tuple[int | None, int | None]) -> None:
+    with pytest.raises(UsageError):
+        protocol.fit_window(*asked, 512)
+
+
+def test_a_prefill_beyond_the_context_names_both_numbers(
+    tiny: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", str(tiny("llama")), "--prefill", "100000", "--no-speed", "-q"]
+    assert run_command(command) == 2
+    err = capfd.readouterr().err
+    assert "100000" in err
+    assert "512" in err
 
 
 def test_the_default_protocol_shrinks_to_a_short_model(tiny: Callable[..., Path]) -> None:
@@ -184,13 +212,32 @@ def test_contexts_have_the_stated_length_and_hold_their_keys_at_the_stated_depth
         assert text.count(question.answer) == 2
         assert case.depth is not None
         assert text.index(question.answer) / len(text) == pytest.approx(case.depth, abs=0.2)
-    (case,) = retrieval.needle_cases(tokenizer, documents, contexts=1)
-    assert len(case.context) == retrieval.NEEDLE_TOKENS
-    text = tokenizer.decode(case.context)
-    assert len({question.answer for question in case.questions}) == 4
-    assert all(question.answer in text for question in case.questions)
-    assert retrieval.needle_cases(tokenizer, documents, length=50) == []
+    needles = retrieval.needle_cases(tokenizer, documents, contexts=2)
+    assert [case.length for case in needles] == [1400, 1400, 700, 700]
+    for case in needles:
+        assert len(case.context) == case.length
+        text = tokenizer.decode(case.context)
+        assert len({question.answer for question in case.questions}) == 4
+        assert all(question.answer in text for question in case.questions)
+    assert retrieval.needle_cases(tokenizer, documents, lengths=(50,)) == []
     assert retrieval.passkey_cases(tokenizer, documents, lengths=(20,)) == []
+
+
+@pytest.mark.parametrize(
+    ("max_context", "lengths"), [(2048, [1400, 700]), (1407, [700]), (512, [495])]
+)
+def test_lengths_that_do_not_fit_are_left_out_or_replaced_and_named(
+    max_context: int, lengths: list[int]
+) -> None:
+    kept, note = retrieval.fit_lengths("4-key needle", (1400, 700), max_context, question=10)
+    assert kept == lengths
+    assert (note is None) == (kept == [1400, 700])
+    assert note is None or note.startswith("4-key needle measured at")
+
+
+def test_only_the_quick_protocol_asks_for_needles_at_one_length() -> None:
+    assert sorted(Settings().needle_lengths) == [700, 1400]
+    assert Settings.quick().needle_lengths == (1400,)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +333,20 @@ def test_json_is_one_object_and_passing_gates_end_with_code_0(
     assert code == 0
     result = json.loads(out)
     assert result["divergence"]["kl"]["value"] == 0.0
+    assert (result["settings"]["prefill"], result["settings"]["continuation"]) == (48, 16)
+    assert result["conversion"] is None
     assert result["bytes_share"] == 1.0
+
+
+def test_quiet_leaves_stderr_empty(tiny: Callable[..., Path]) -> None:
+    # In a process of its own: transformers' logger writes past what captures stderr in this one.
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtool", "evaluate", str(tiny("llama")), *SHORT_OPTIONS],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_manifest_names_the_original(
@@ -300,9 +360,35 @@ def test_the_manifest_names_the_original(
     manifest.write_text(json.dumps({"base": {"source": str(tiny("llama"))}}))
     assert run_command(["evaluate", str(folder), *SHORT_OPTIONS, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["base"] == str(tiny("llama"))
-    manifest.write_text("{}")
-    with pytest.raises(CheckpointError, match="manifest"):
-        manifest_base(Checkpoint.open(str(folder)))
+    for broken in ("{}", "[]", "{"):
+        manifest.write_text(broken)
+        with pytest.raises(CheckpointError, match="manifest"):
+            manifest_base(Checkpoint.open(str(folder)))
+
+
+def test_what_the_conversion_took_is_reported_beside_the_rest(
+    tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = make_model("llama", tmp_path / "model"), tmp_path / "report.json"
+    manifest = {
+        "base": {"source": str(tiny("llama"))},
+        "seconds": 12.34,
+        "peak_memory_bytes": 1_230_000_000,
+    }
+    (folder / "kvtool_manifest.json").write_text(json.dumps(manifest))
+    command = ["evaluate", str(folder), *SHORT_OPTIONS, "-o", str(output)]
+    assert run_command(command) == 0
+    rows = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:4]]
+        for line in capfd.readouterr().out.splitlines()
+        if line.count("│") > 3
+    }
+    assert rows["conversion, seconds"] == ["–", "12.3"]
+    assert rows["conversion, peak memory"] == ["–", "1.23 GB"]
+    conversion = json.loads(output.read_text())["conversion"]
+    assert conversion == {"seconds": 12.34, "peak_memory_bytes": 1_230_000_000}
+    (folder / "kvtool_manifest.json").write_text("{}")
+    assert conversion_cost(Checkpoint.open(str(folder))) is None
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(

@@ -2,18 +2,21 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from transformers import GenerationConfig
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.cli.chat import common_prefix, reuse_prefix
-from kvtool.cli.generate import TextStream
-from kvtool.runtime import Engine
+from kvtool.cli.generate import TextStream, chat_ids
+from kvtool.runtime import Engine, Sampling
 
 Tiny = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -94,6 +97,53 @@ def test_a_seed_fixes_sampled_text(tiny: Tiny, capfd: Capture) -> None:
     assert len({sample(seed) for seed in range(1, 5)}) > 1
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0},
+    ],
+)
+def test_scores_are_processed_by_the_chain_of_transformers(
+    tiny: Tiny, fields: dict[str, Any]
+) -> None:
+    model = Checkpoint.open(str(tiny("llama"))).load_transformers(torch.float32)
+    config = GenerationConfig(
+        do_sample=True, **{name: value or None for name, value in fields.items()}
+    )
+    theirs = model._get_logits_processor(config, input_ids_seq_length=1)
+    ours = Sampling(**fields).processors()
+    assert [type(process) for process in ours] == [type(process) for process in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert vars(mine) == vars(other)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize(
+    ("given", "said", "hint"),
+    [
+        (["--top-p", "0.5"], "--top-p has no effect at temperature 0", "--temperature 1"),
+        (["--top-k", "5"], "--top-k has no effect at temperature 0", "--temperature 1"),
+        (["--min-p", "0.1"], "--min-p has no effect at temperature 0", "--temperature 1"),
+        (["--temperature", "1e-4"], "0.0001 is too low", "--temperature 0"),
+    ],
+)
+def test_sampling_that_would_not_happen_is_refused(
+    tiny: Tiny, capfd: Capture, command: str, given: list[str], said: str, hint: str
+) -> None:
+    prompt = ["hello"] if command == "generate" else []
+    assert run_command([command, str(tiny("llama")), *prompt, *given]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert said in err
+    assert f"hint: {hint}" in err
+
+
+def test_a_seed_or_a_penalty_needs_no_temperature(tiny: Tiny) -> None:
+    command = ["generate", str(tiny("llama")), "The", "--max-new-tokens", "2", "-q"]
+    assert run_command([*command, "--seed", "1", "--repetition-penalty", "1.1"]) == 0
+
+
 def test_the_chat_template_is_applied_on_request(tiny: Tiny, capfd: Capture) -> None:
     command = ["generate", str(tiny("llama")), "hello", "--max-new-tokens", "2", "-q", "--json"]
     assert run_command(command) == 0
@@ -162,13 +212,32 @@ def test_a_conversation_on_a_pipe_answers_each_line_and_reuses_the_cache(
     assert not notes[1].startswith("[0 of ")
 
 
+@pytest.mark.parametrize("new", [1, 2, 6, 24])
+@pytest.mark.parametrize("said", ["hello", "and you", "The quick brown fox"])
 def test_the_second_answer_is_that_of_a_fresh_cache(
-    tiny: Tiny, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, capfd: Capture, monkeypatch: pytest.MonkeyPatch, said: str, new: int
 ) -> None:
     folder = tiny("llama")
-    assert chat(monkeypatch, folder, "hello\n/reset\nhello\n", "-q") == 0
-    out = capfd.readouterr().out
-    assert out[: len(out) // 2] == out[len(out) // 2 :]
+    assert chat(monkeypatch, folder, f"{said}\ngo on\n", new=new) == 0
+    out, err = capfd.readouterr()
+    reused = [int(number) for number in re.findall(r"^\[(\d+) of", err, re.MULTILINE)]
+
+    engine = Engine.load(Checkpoint.open(str(folder)))
+    messages, replies, fed, expected = list[dict[str, str]](), "", list[int](), list[int]()
+    for line in (said, "go on"):
+        messages.append({"role": "user", "content": line})
+        ids = chat_ids(engine.tokenizer, messages, str(folder))
+        expected.append(common_prefix(fed, ids))
+        steps = engine.generate([ids], max_new_tokens=new)  # each time a new cache
+        tokens = [token for (token,) in steps if token is not None]
+        fed = [*ids, *tokens[:-1]]  # the last token is drawn but never fed
+        reply = engine.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        messages.append({"role": "assistant", "content": str(reply)})
+        replies += f"{reply}\n"
+    assert out == replies
+    assert reused == expected
 
 
 def test_reset_forgets_and_exit_ends(

@@ -79,7 +79,7 @@ def run_command(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="kvtool", standalone_mode=False)
     except KeyboardInterrupt:
-        return _EXIT_INTERRUPTED
+        code = _EXIT_INTERRUPTED
     except Abort:
         return 1
     except TyperException as error:
@@ -87,13 +87,31 @@ def run_command(arguments: list[str]) -> int:
         return _report(_usage_error(error)) if str(error) else UsageError.exit_code
     except KvtoolError as error:
         return _report(error)
-    except MemoryError:
-        return _report(ResourceError("the machine ran out of memory"))
+    except (MemoryError, RuntimeError) as error:
+        where = _ran_out(error)
+        if where is None:
+            raise
+        return _report(ResourceError(f"the {where} ran out of memory"))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _report(ResourceError(f"the disk is full: {error}"))
         return _report(KvtoolError(str(error)))
+    if code == _EXIT_INTERRUPTED:
+        resumes = arguments[0] == "convert" and "--no-resume" not in arguments
+        goes_on = "; the same command goes on where it stopped" if resumes else ""
+        print(f"interrupted{goes_on}", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _ran_out(error: MemoryError | RuntimeError) -> str | None:
+    """What ran out of memory; None where the error says something else."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "GPU"
+    # On the CPU torch raises a plain RuntimeError.
+    said = ("not enough memory", "can't allocate memory")
+    exhausted = isinstance(error, MemoryError) or any(part in str(error) for part in said)
+    return "machine" if exhausted else None
 
 
 def _usage_error(error: TyperException) -> UsageError:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -99,12 +102,26 @@ TrustRemoteCode = Annotated[
 
 
 def resolve_device(name: str) -> str:
-    """``auto`` is the first CUDA device where there is one, and the CPU elsewhere."""
-    if name != "auto":
-        return name
+    """``auto`` is the first CUDA device where there is one, and the CPU elsewhere.
+
+    Raises:
+        UsageError: There is no such device.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    numbered = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if numbered is None:
+        raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not '{name}'")
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch finds no CUDA device", hint="--device cpu")
+    count = torch.cuda.device_count()
+    if int(numbered[1] or 0) >= count:
+        raise UsageError(f"--device {name}: the CUDA devices here end at cuda:{count - 1}")
+    return name
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:

@@ -51,6 +51,7 @@ def bench(
     from kvtool.evaluate.report import speed_table
     from kvtool.runtime import Engine
 
+    device = options.resolve_device(device)
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
     source = against if against is not None else manifest_base(checkpoint)
     original = (
@@ -64,7 +65,6 @@ def bench(
     if note is not None and not quiet:
         err.print(note)
 
-    device = options.resolve_device(device)
     precision = options.resolve_dtype(dtype, device)
     bandwidth = throughput.measure_bandwidth(torch.device(device))
     engine = Engine.load(checkpoint, dtype=precision, device=device)

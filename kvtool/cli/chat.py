@@ -20,6 +20,7 @@ from kvtool.cli.generate import (
     TopK,
     TopP,
     chat_ids,
+    sampling_options,
 )
 from kvtool.errors import UsageError
 
@@ -49,13 +50,14 @@ def chat(
     from kvtool.checkpoint import Checkpoint
     from kvtool.runtime import Engine, Sampling
 
+    chosen = sampling_options(temperature, top_p, top_k, min_p, repetition_penalty)
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
     tokenizer = checkpoint.tokenizer()
     opening = [] if system is None else [{"role": "system", "content": system}]
     chat_ids(tokenizer, [*opening, {"role": "user", "content": "?"}], model)  # before the weights
     device = options.resolve_device(device)
     engine = Engine.load(checkpoint, dtype=options.resolve_dtype(dtype, device), device=device)
-    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+    sampling = Sampling(**chosen)
     cache = engine.new_cache(1, min(_FIRST_CAPACITY, engine.max_context))
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()

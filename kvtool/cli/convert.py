@@ -113,7 +113,7 @@ def convert(
         table = _table(f"{model} to {to}: nothing written")
         _add_plan(table, plan)
         table.add_row("disk needed", decimal(plan["disk_bytes"]))
-        table.add_row("memory needed, about", decimal(plan["memory_bytes"]))
+        table.add_row("memory to convert, about", decimal(plan["memory_bytes"]))
         _console.emit(plan, json, table)
         return
     with _console.progress(quiet) as report:

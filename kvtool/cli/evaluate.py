@@ -24,10 +24,14 @@ def evaluate(
     windows: Annotated[
         int | None, typer.Option(min=1, help="Windows of text; 8, or 4 with --quick.")
     ] = None,
-    prefill: Annotated[int, typer.Option(min=1, help="Tokens stored before judging.")] = 1536,
+    prefill: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens stored before judging; 1536, less in a short context."),
+    ] = None,
     continuation: Annotated[
-        int, typer.Option(min=1, help="Tokens judged through the cache, per window.")
-    ] = 256,
+        int | None,
+        typer.Option(min=1, help="Tokens judged through the cache; 256, less in a short context."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Less text and fewer lengths: a demonstration.")
     ] = False,

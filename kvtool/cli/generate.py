@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SAMPLING = "Sampling"
+_LEAST_TEMPERATURE = 1e-3  # logits are divided by it: far below, they overflow
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[
@@ -72,20 +73,21 @@ def generate(
     from kvtool.checkpoint import Checkpoint
     from kvtool.runtime import Engine, Sampling
 
+    chosen = sampling_options(temperature, top_p, top_k, min_p, repetition_penalty)
     text = sys.stdin.read() if prompt == "-" else prompt
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
     tokenizer = checkpoint.tokenizer()
     if chat:
         ids = chat_ids(tokenizer, [{"role": "user", "content": text}], model)
     else:
-        ids = list(tokenizer(text)["input_ids"])
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
     if not ids:
         raise UsageError("the prompt is empty: there is nothing to continue")
     device = options.resolve_device(device)
     engine = Engine.load(checkpoint, dtype=options.resolve_dtype(dtype, device), device=device)
     check_length(len(ids), max_new_tokens, engine.max_context)
 
-    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+    sampling = Sampling(**chosen)
     cache = engine.new_cache(1, len(ids) + max_new_tokens)
     stream = TextStream(tokenizer)
     pieces: list[str] = []
@@ -185,9 +187,40 @@ def chat_ids(
             hint="continue a plain text with 'kvtool generate'",
         )
     ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        tokenizer_kwargs={"verbose": False},
     )
     return list(ids)
+
+
+def sampling_options(
+    temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float
+) -> dict[str, Any]:
+    """The fields of `Sampling`, none of which may be without effect.
+
+    Raises:
+        UsageError: The temperature is as good as 0, or is 0 and something else asks to sample.
+    """
+    if 0.0 < temperature < _LEAST_TEMPERATURE:
+        raise UsageError(
+            f"a temperature of {temperature:g} is too low to sample with; "
+            f"the least is {_LEAST_TEMPERATURE:g}",
+            hint="--temperature 0 takes the likeliest token",
+        )
+    narrowing = {"--top-p": top_p < 1.0, "--top-k": top_k > 0, "--min-p": min_p > 0.0}
+    for flag, given in narrowing.items():
+        if given and temperature == 0.0:
+            raise UsageError(f"{flag} has no effect at temperature 0", hint="--temperature 1")
+    return {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
 
 
 def check_length(prompt: int, new: int, max_context: int) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -26,13 +27,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured; the defaults are the published protocol."""
+    """How much is measured; the defaults are the published protocol.
+
+    Attributes:
+        prefill, continuation: None is the protocol's, or less where the model's context is short.
+    """
 
     windows: int = 8
-    prefill: int = 1536
-    continuation: int = 256
+    prefill: int | None = None
+    continuation: int | None = None
     passkey_lengths: tuple[int, ...] = retrieval.LENGTHS
     passkey_depths: tuple[float, ...] = retrieval.DEPTHS
+    needle_lengths: tuple[int, ...] = retrieval.NEEDLE_LENGTHS
     needle_contexts: int = retrieval.NEEDLE_CONTEXTS
     speed: bool = True
     speed_context: int = 1024
@@ -47,6 +53,7 @@ class Settings:
             windows=4,
             passkey_lengths=(1024, 2048),
             passkey_depths=(0.1, 0.5, 0.9),
+            needle_lengths=retrieval.NEEDLE_LENGTHS[:1],
             needle_contexts=1,
             speed_repeats=1,
         )
@@ -54,13 +61,33 @@ class Settings:
 
 def manifest_base(checkpoint: Checkpoint) -> str | None:
     """The original that a conversion's manifest names, None where there is no manifest."""
+    manifest = _manifest(checkpoint)
+    try:
+        return None if manifest is None else str(manifest["base"]["source"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path / MANIFEST}: not a manifest that names its base: {error!r}"
+        ) from error
+
+
+def conversion_cost(checkpoint: Checkpoint) -> dict[str, float] | None:
+    """Seconds and peak memory of the conversion, as its manifest tells; None where none does."""
+    manifest = _manifest(checkpoint) or {}
+    known = {name: manifest.get(name) for name in ("seconds", "peak_memory_bytes")}
+    return {name: n for name, n in known.items() if isinstance(n, int | float)} or None
+
+
+def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
     file = checkpoint.path / MANIFEST
     if not file.exists():
         return None
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["base"]["source"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not a manifest that names its base: {error!r}") from error
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not a manifest: {error}") from error
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{file}: not a manifest: it holds no JSON object")
+    return manifest
 
 
 def evaluate(
@@ -76,7 +103,8 @@ def evaluate(
     """Measure bytes, divergence, retrieval and speed of `checkpoint` beside `base`.
 
     Raises:
-        UsageError: The two models do not share a vocabulary, or nothing can be measured.
+        UsageError: The two models do not share a vocabulary, or what was asked for does not fit
+            their context.
     """
     start = perf_counter()
     notes: list[str] = []
@@ -88,7 +116,12 @@ def evaluate(
         _check_vocabulary(engine, original)
     max_context = min(e.max_context for e in (engine, original) if e is not None)
 
-    divergence = _divergence(engine, original, corpus, settings, max_context, notes, report)
+    prefill, continuation, note = protocol.fit_window(
+        settings.prefill, settings.continuation, max_context
+    )
+    if note is not None:
+        notes.append(note)
+    divergence = _divergence(engine, original, corpus, settings, prefill, continuation, report)
     recalls = _retrieval(engine, original, corpus, settings, max_context, notes, report)
     speed = (
         _speed(engine, original, settings, bandwidth, max_context, notes, report)
@@ -98,8 +131,14 @@ def evaluate(
     return Report(
         source=checkpoint.source,
         base=None if base is None else base.source,
-        settings={**asdict(settings), "corpus": corpus.id},
+        settings={
+            **asdict(settings),
+            "prefill": prefill,
+            "continuation": continuation,
+            "corpus": corpus.id,
+        },
         environment=throughput.environment(engine.device, dtype),
+        conversion=conversion_cost(checkpoint),
         cache=cache_size(engine),
         base_cache=None if original is None else cache_size(original),
         divergence=divergence,
@@ -130,15 +169,10 @@ def _divergence(
     base: Engine | None,
     corpus: Corpus,
     settings: Settings,
-    max_context: int,
-    notes: list[str],
+    prefill: int,
+    continuation: int,
     report: Progress,
 ) -> Divergence:
-    prefill, continuation, note = protocol.fit_window(
-        settings.prefill, settings.continuation, max_context
-    )
-    if note is not None:
-        notes.append(note)
     # One more than is fed: the last token is only the target of the one before.
     length = prefill + continuation + 1
     windows = corpus.windows(engine.tokenizer, length, settings.windows, settings.seed)
@@ -159,7 +193,7 @@ def _retrieval(
     notes: list[str],
     report: Progress,
 ) -> list[Recall]:
-    lengths, note = retrieval.fit_lengths(settings.passkey_lengths, max_context)
+    lengths, note = retrieval.fit_lengths("pass-key", settings.passkey_lengths, max_context)
     if note is not None:
         notes.append(note)
     cases = retrieval.passkey_cases(
@@ -171,20 +205,21 @@ def _retrieval(
     )
     if not cases:
         notes.append(f"no pass-key fits the model's context of {max_context}")
+    question = retrieval.needle_question_tokens(engine.tokenizer)
+    lengths, note = retrieval.fit_lengths(
+        "4-key needle", settings.needle_lengths, max_context, question
+    )
+    if note is not None:
+        notes.append(note)
     needles = retrieval.needle_cases(
         engine.tokenizer,
         corpus.documents,
-        max_context=max_context,
+        lengths,
         contexts=settings.needle_contexts,
         seed=settings.seed,
     )
     if not needles:
         notes.append(f"no 4-key needle fits the model's context of {max_context}")
-    elif needles[0].length < retrieval.NEEDLE_TOKENS:
-        notes.append(
-            f"needle context shrunk from {retrieval.NEEDLE_TOKENS} to {needles[0].length} "
-            f"tokens: the model's context is {max_context}"
-        )
     cases += needles
     results: list[tuple[retrieval.Case, int, int | None]] = []
     report("retrieval", 0, len(cases))

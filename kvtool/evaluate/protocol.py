@@ -20,6 +20,7 @@ from kvtool.errors import UsageError
 if TYPE_CHECKING:
     from kvtool.runtime import Engine
 
+PREFILL, CONTINUATION = 1536, 256
 SLICE = 32  # positions compared at once: float64 logits of a large vocabulary are heavy
 BFLOAT16_BYTES = 2
 
@@ -104,23 +105,40 @@ def cache_size(engine: Engine) -> CacheSize:
     )
 
 
-def fit_window(prefill: int, continuation: int, max_context: int) -> tuple[int, int, str | None]:
-    """Shrink P and C to a model's context, keeping their proportion.
+def fit_window(
+    prefill: int | None, continuation: int | None, max_context: int
+) -> tuple[int, int, str | None]:
+    """P and C, each as asked for or else the default, which alone shrinks to a model's context.
 
     Returns:
-        P, C, and a sentence for the report if they had to shrink.
+        P, C, and a sentence for the report if a default had to shrink.
+
+    Raises:
+        UsageError: What was asked for does not fit.
     """
-    if prefill < 1 or continuation < 1:
+    if any(part is not None and part < 1 for part in (prefill, continuation)):
         raise UsageError(
             f"the evaluation needs at least one token on each side, "
             f"got a prefill of {prefill} and a continuation of {continuation}"
         )
-    total = prefill + continuation
-    if total <= max_context:
-        return prefill, continuation, None
-    short = min(max(1, continuation * max_context // total), max_context - 1)
+    asked = (prefill or 1) + (continuation or 1)
+    if asked > max_context:
+        raise UsageError(
+            f"a prefill of {prefill or 'at least 1'} and a continuation of "
+            f"{continuation or 'at least 1'} tokens need {asked} positions, "
+            f"but the model's context is {max_context}"
+        )
+    p, c = prefill or PREFILL, continuation or CONTINUATION
+    if p + c <= max_context:
+        return p, c, None
+    if prefill is not None:
+        short = max_context - prefill
+    elif continuation is not None:
+        short = continuation
+    else:
+        short = max(1, c * max_context // (p + c))
     note = (
-        f"window shrunk from {prefill}+{continuation} to {max_context - short}+{short} tokens: "
+        f"window shrunk from {p}+{c} to {max_context - short}+{short} tokens: "
         f"the model's context is {max_context}"
     )
     return max_context - short, short, note

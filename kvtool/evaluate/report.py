@@ -39,6 +39,7 @@ class Report:
     Attributes:
         base: The original, None where only absolute numbers were asked for.
         settings: Everything that decides the numbers: corpus, lengths, seeds.
+        conversion: What the conversion took, by its manifest; None where nothing tells.
         peak_memory: Of the whole process, with every model that it held.
         notes: What was done otherwise than asked, in sentences.
     """
@@ -55,6 +56,7 @@ class Report:
     bandwidth: Bandwidth | None
     peak_memory: dict[str, int]
     seconds: float
+    conversion: dict[str, float] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -117,6 +119,12 @@ class Report:
             )
         if self.speed is not None:
             self._add_speed(table, self.speed)
+        cost = self.conversion or {}
+        if "seconds" in cost:
+            table.add_row("conversion, seconds", ABSENT, f"{cost['seconds']:.1f}", ABSENT)
+        if "peak_memory_bytes" in cost:
+            size = _size(cost["peak_memory_bytes"])
+            table.add_row("conversion, peak memory", ABSENT, size, ABSENT)
         for name, peak in self.peak_memory.items():
             owner = name.removesuffix("_bytes")
             table.add_row(f"peak memory, whole {owner}", ABSENT, _size(peak), ABSENT)
@@ -243,5 +251,5 @@ def _percent(measured: float, original: float | None) -> str:
     return f"{measured / original:.1%}" if original else ABSENT
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB"

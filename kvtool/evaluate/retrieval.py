@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 LENGTHS = (512, 1024, 2048)
-NEEDLE_TOKENS = 1400
+NEEDLE_LENGTHS = (1400, 700)
 NEEDLE_CONTEXTS = 2
 ANSWER_TOKENS = 7  # five digits, a space before them and one token that must end the number
 
@@ -66,7 +66,8 @@ class Recall:
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of `text` without the special tokens that a tokenizer puts around it."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # Not verbose: a tokenizer warns of every text longer than its model's context.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class Filler:
@@ -133,25 +134,20 @@ def passkey_cases(
 def needle_cases(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
-    length: int = NEEDLE_TOKENS,
+    lengths: Sequence[int] = NEEDLE_LENGTHS,
     contexts: int = NEEDLE_CONTEXTS,
     seed: int = 0,
-    max_context: int | None = None,
 ) -> list[Case]:
-    """Four named codes spread over one context of `length` tokens; each is asked for.
+    """Four named codes spread over each context; each is asked for.
 
-    Shorter where `max_context` has no room for context, question and answer; none where even the
-    codes alone do not fit.
+    A length is that of the context without the question. Lengths too short to hold the codes are
+    left out.
     """
-    if max_context is not None:
-        questions = [NEEDLE_QUESTION.format(place=place) for place in PLACES]
-        longest = max(len(plain_ids(tokenizer, question)) for question in questions)
-        length = min(length, max_context - longest - ANSWER_TOKENS)
     numbers = random.Random(seed + 1)
     filler = Filler(tokenizer, documents)
     lead = _leading_ids(tokenizer)
     cases = []
-    for _ in range(contexts):
+    for length in [length for length in lengths for _ in range(contexts)]:
         places = numbers.sample(PLACES, len(PLACES))
         codes = [f"{numbers.randrange(10_000, 100_000)}" for _ in places]
         needles = [
@@ -160,7 +156,7 @@ def needle_cases(
         ]
         room = length - len(lead) - sum(map(len, needles))
         if room < len(needles):
-            return []
+            continue
         depths = [(index + 0.5) / len(needles) for index in range(len(needles))]
         context = lead + _insert(filler.take(room), list(zip(depths, needles, strict=True)))
         asked = [
@@ -171,19 +167,30 @@ def needle_cases(
     return cases
 
 
-def fit_lengths(lengths: Sequence[int], max_context: int) -> tuple[list[int], str | None]:
-    """Keep the pass-key lengths that fit a context; one that just fits stands in for none.
+def needle_question_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest question about a needle."""
+    questions = [NEEDLE_QUESTION.format(place=place) for place in PLACES]
+    return max(len(plain_ids(tokenizer, question)) for question in questions)
+
+
+def fit_lengths(
+    task: str, lengths: Sequence[int], max_context: int, question: int = 0
+) -> tuple[list[int], str | None]:
+    """Keep the lengths that fit a context; one that just fits stands in for none.
+
+    Args:
+        question: Tokens of the question, where a length does not count them.
 
     Returns:
         The lengths, and a sentence for the report if some were dropped or replaced.
     """
-    room = max_context - ANSWER_TOKENS
+    room = max_context - question - ANSWER_TOKENS
     fitting = [length for length in lengths if length <= room]
     if len(fitting) == len(lengths):
         return fitting, None
     kept = fitting or [room]
     return kept, (
-        f"pass-key measured at {', '.join(map(str, kept))} tokens instead of "
+        f"{task} measured at {', '.join(map(str, kept))} tokens instead of "
         f"{', '.join(map(str, lengths))}: the model's context is {max_context}"
     )
 

@@ -38,6 +38,9 @@ BANDWIDTH_REPEATS = 5
 WARMUP_CONTEXT = 32
 CONTEXTS = (512, 4096, 8000)
 
+# Decode steps have the first three inside the absorbed matrices, and the last as a shared table.
+NOT_READ_BY_DECODE = {"key_up", "value_up", "rope_query", "inv_freq"}
+
 Generation = Callable[[Callable[[], None]], None]
 """Runs one greedy generation and calls back at every token it produces."""
 
@@ -128,6 +131,8 @@ def weight_bytes(engine: Engine) -> int:
     for attention in engine.attentions:
         if isinstance(attention, LatentRuntimeAttention):
             read += attention.absorb_query.nbytes + attention.absorb_value.nbytes
+            buffers = attention.stages.named_buffers()
+            read += sum(part.nbytes for name, part in buffers if name not in NOT_READ_BY_DECODE)
     return int(read)
 
 

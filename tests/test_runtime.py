@@ -10,8 +10,9 @@ from kvtool.convert import mla
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.latent_attention import latent_decode_attention
+from kvtool.kernels.linear import linear
 from kvtool.runtime import Engine, Sampling
-from kvtool.runtime.layers import LatentRuntimeAttention
+from kvtool.runtime.layers import DecodeLinear, LatentRuntimeAttention
 
 STOCK = [*FAMILIES, "windowed"]
 LATENT = ["llama", "mistral", "qwen2", "qwen3", "llama-kvtool", "exact"]
@@ -332,3 +333,29 @@ def test_decode_kernels_equal_the_definition_and_ignore_the_rest(lengths):
             c = latents[b, :n]
             expected = torch.softmax(0.4 * c @ q[b, head], 0) @ c[:, :5]
             torch.testing.assert_close(absorbed[b, head], expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 40])
+@pytest.mark.parametrize("out", [1, 7, 12, 300])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_linear_over_few_tokens_equals_linear(tokens, out, threads):
+    before = torch.get_num_threads()
+    x, weight, bias = torch.randn(1, tokens, 24), torch.randn(out, 24), torch.randn(out)
+    try:
+        torch.set_num_threads(threads)
+        for b in (None, bias):
+            expected = torch.nn.functional.linear(x, weight, b)
+            torch.testing.assert_close(linear(x, weight, b), expected, atol=1e-4, rtol=1e-4)
+            swapped = linear(x.transpose(0, 1), weight, b)
+            torch.testing.assert_close(swapped, expected.transpose(0, 1), atol=1e-4, rtol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_every_linear_layer_of_the_host_is_the_fast_one_and_shares_its_weights(tiny):
+    engine = Engine.load(open_stock(tiny, "qwen2"))
+    layers = [m for m in engine.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert layers
+    assert all(type(layer) is DecodeLinear for layer in layers)
+    tied = Engine.load(Checkpoint.open(str(tiny("llama", tie_word_embeddings=True)))).model
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight

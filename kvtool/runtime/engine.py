@@ -132,7 +132,7 @@ class Engine:
         row: int = 0,
         *,
         all_logits: bool = False,
-        chunk: int = 2048,
+        chunk: int = 8192,
     ) -> Tensor:
         """Feeds `ids [T]` behind what a row already holds: a prompt, a later turn, a true text.
 

@@ -20,7 +20,12 @@ from kvtool.attention import (
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config, is_factor, read_factors
-from kvtool.runtime.layers import DenseAttention, LatentRuntimeAttention, RuntimeAttention
+from kvtool.runtime.layers import (
+    DecodeLinear,
+    DenseAttention,
+    LatentRuntimeAttention,
+    RuntimeAttention,
+)
 
 
 def load_host(
@@ -64,6 +69,7 @@ def load_host(
             attention = DenseAttention(GroupedQueryAttention(module, name), i, inv_freq, rope.scale)
         layer.self_attn = attention
         swapped.append(attention)
+    DecodeLinear.replace_in(model)
     return model, swapped
 
 

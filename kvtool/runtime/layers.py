@@ -19,7 +19,27 @@ from kvtool.attention import (
     rotate,
 )
 from kvtool.kernels.latent_attention import latent_decode_attention
+from kvtool.kernels.linear import linear
 from kvtool.runtime.stores import DenseStore, LatentStore, Store
+
+
+class DecodeLinear(nn.Linear):
+    """A linear layer of the host model that is as fast for one token as memory allows."""
+
+    @classmethod
+    def replace_in(cls, model: nn.Module) -> None:
+        """Puts one in the place of every plain linear layer, sharing its weights."""
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    fast = cls(1, 1, bias=False, device="meta")
+                    fast.weight = child.weight
+                    fast.register_parameter("bias", child.bias)
+                    fast.in_features, fast.out_features = child.in_features, child.out_features
+                    setattr(parent, name, fast)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 @dataclass

@@ -20,8 +20,8 @@ def with_transformers(model: str) -> list[list[int]]:
         out = host.generate(
             torch.tensor([prompt]),
             max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
             do_sample=False,
+            eos_token_id=-1,  # none: `min_new_tokens` would forbid it instead of going on after it
         )
         texts.append(out[0, len(prompt) :].tolist())
     return texts

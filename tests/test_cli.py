@@ -253,6 +253,12 @@ def test_convert_checks_its_output_and_verify_finds_later_damage(
     assert summary["verify"]["passed"]
     assert summary["plan"]["bytes_per_token_after"] == summary["plan"]["bytes_per_token_before"]
     assert "converting 3/3" in captured.err
+    measured = json.loads((out / "kvtool_manifest.json").read_text())["measured"]
+    assert measured == summary["verify"]["measured"]
+    assert 0 <= measured["kl"] <= 1e-6
+    card = (out / "README.md").read_text()
+    assert "| perplexity ratio | 1.0000 |" in card
+    assert "Not verified" not in card
 
     assert run_command([*command]) == 2, "the output exists now"
     capfd.readouterr()

@@ -31,7 +31,13 @@ class UsageError(KvtoolError):
 
 
 class RecipeError(KvtoolError):
-    """A recipe or plan does not follow its schema."""
+    """A recipe does not follow its schema."""
+
+    exit_code = 3
+
+
+class PlanError(KvtoolError):
+    """A plan is damaged, contradicts itself, or cannot be used as asked."""
 
     exit_code = 3
 

@@ -18,6 +18,7 @@ Everything else is refused by name, with the reason.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -280,6 +281,23 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = module.q_norm if self.layout.qk_norm else None
         self.k_norm = module.k_norm if self.layout.qk_norm else None
 
+    @torch.no_grad()
+    def reorder_kv_heads(self, order: Sequence[int]) -> None:
+        """Puts KV head `order[i]`, and the query heads that read it, in place i.
+
+        The layer computes what it did: the columns of `o_proj` follow their query heads.
+        """
+        layout = self.layout
+        heads = torch.tensor(order, device=self.qkv.weight.device)
+        group = layout.heads // layout.kv_heads
+        q = _block_rows(_block_rows(heads, group), layout.head_dim)
+        kv = _block_rows(heads, layout.head_dim)
+        rows = torch.cat((q, self.sizes[0] + kv, self.sizes[0] + self.sizes[1] + kv))
+        self.qkv.weight.copy_(self.qkv.weight[rows])
+        if layout.qkv_bias:
+            self.qkv.bias.copy_(self.qkv.bias[rows])
+        self.o_proj.weight = nn.Parameter(self.o_proj.weight[:, q], requires_grad=False)
+
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, Q, T, D]`, keys and values `[B, H, T, D]`, before norm and RoPE."""
         split = self.qkv(hidden).split(self.sizes, dim=-1)
@@ -304,6 +322,11 @@ class GroupedQueryAttention(nn.Module):
         """Per-head results `[B, Q, T, Dv]` to hidden states `[B, T, hidden]`."""
         result: Tensor = self.o_proj(context.transpose(1, 2).flatten(2))
         return result
+
+
+def _block_rows(blocks: Tensor, size: int) -> Tensor:
+    """Rows of blocks of `size` rows each, block by block."""
+    return (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
 
 
 def causal_attention(

@@ -220,9 +220,10 @@ def ask(engine: Engine, case: Case) -> int:
     longest = max(len(question.ids) for question in case.questions)
     cache = engine.new_cache(1, len(context) + longest + ANSWER_TOKENS)
     engine.extend(cache, context)
+    compressed = cache.snapshot(0)
     correct = 0
     for question in case.questions:
-        cache.crop(0, len(context))
+        cache.restore(0, compressed)
         text = engine.tokenizer.decode(answer(engine, cache, question.ids))
         correct += is_exact(str(text), question.answer)
     return correct

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvtool.attention import Rope, decoder_layers
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
+from kvtool.plan import Plan
 from kvtool.runtime.host import load_host
 from kvtool.runtime.layers import Step
 from kvtool.runtime.stores import Store
@@ -47,6 +48,14 @@ class Sampling:
         return chain
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A row of a cache as it was: its length, and per layer what later tokens overwrite."""
+
+    length: int
+    saved: list[list[Tensor]]
+
+
 class KVCache:
     """What the runtime keeps of `len(lengths)` sequences: one store per layer."""
 
@@ -57,38 +66,60 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Tokens per row that memory is allocated for."""
-        return self.stores[0].capacity
+        return min(store.capacity for store in self.stores)
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all planes of all layers, as allocated."""
+        """Bytes of everything that all layers keep, as allocated."""
         return sum(store.allocated_bytes for store in self.stores)
 
     def bytes_per_token(self) -> float:
         """Allocated bytes per token of one row."""
         return self.allocated_bytes / (len(self.lengths) * self.capacity)
 
-    def reserve(self, length: int) -> None:
-        """Makes sure that every row has room for `length` tokens, at least doubling."""
-        if length > self.capacity:
-            for store in self.stores:
-                store.grow(max(length, 2 * store.capacity))
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Makes sure that row b has room for `lengths[b]` tokens."""
+        for store in self.stores:
+            store.reserve(lengths)
 
     def crop(self, row: int, length: int) -> None:
-        """Forgets everything of a row behind its first `length` tokens."""
-        self.lengths[row] = min(length, self.lengths[row])
+        """Forgets everything of a row behind its first `length` tokens.
+
+        Where a layer has dropped something that those tokens had left, the row starts over: its
+        length is 0 then, and the caller feeds it again from there.
+        """
+        stored = self.lengths[row]
+        if length >= stored:
+            return
+        exact = all(store.can_crop(row, stored, length) for store in self.stores)
+        self.lengths[row] = length if exact else 0
+
+    @torch.inference_mode()
+    def snapshot(self, row: int) -> Snapshot:
+        """What :meth:`restore` needs to come back to here; valid until the row is cropped."""
+        return Snapshot(self.lengths[row], [store.snapshot(row) for store in self.stores])
+
+    @torch.inference_mode()
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Forgets everything that a row was fed since the snapshot of it was taken."""
+        for store, saved in zip(self.stores, snapshot.saved, strict=True):
+            store.restore(row, saved)
+        self.lengths[row] = snapshot.length
 
 
 class Engine:
     """A checkpoint, ready to run from its own cache.
 
     Attributes:
+        plan: What its caches keep; None for everything.
         max_context: Positions that the model was made for.
         eos_ids: Tokens that end a text.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: Any, attentions: list[Any]) -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: Checkpoint, model: Any, attentions: list[Any], plan: Plan | None = None
+    ) -> None:
+        self.checkpoint, self.plan = checkpoint, plan
         self.model = model
         self.attentions = attentions
         self.config = model.config
@@ -109,15 +140,21 @@ class Engine:
         *,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        plan: Plan | None = None,
     ) -> Engine:
         """Loads a GQA, `deepseek_v3` or `kvtool_mla` checkpoint.
 
+        Args:
+            plan: What the layers of a GQA checkpoint keep; everything if not given.
+
         Raises:
-            UnsupportedModelError: The attention is not one that kvtool knows.
+            UnsupportedModelError: The attention is not one that kvtool knows, or not one that the
+                plan can be applied to.
             CheckpointError: The weights do not fit the config.
+            PlanError: The plan belongs to another model.
         """
-        model, attentions = load_host(checkpoint, dtype, device)
-        return cls(checkpoint, model, attentions)
+        model, attentions = load_host(checkpoint, dtype, device, plan)
+        return cls(checkpoint, model, attentions, plan)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `batch_size` rows with room for `capacity` tokens each."""
@@ -136,6 +173,9 @@ class Engine:
     ) -> Tensor:
         """Feeds `ids [T]` behind what a row already holds: a prompt, a later turn, a true text.
 
+        What an empty row is fed is its prompt, at whose end a plan drops tokens. Everything later
+        gives what it would give if it were decoded token by token.
+
         Args:
             all_logits: Return the logits after every token, not only after the last.
             chunk: Tokens per pass through the model; bounds the memory of activations.
@@ -146,18 +186,20 @@ class Engine:
         Raises:
             UsageError: The row would outgrow the model's context.
         """
-        start = cache.lengths[row]
-        self._check_length(start + len(ids))
-        cache.reserve(start + len(ids))
+        begin, total = cache.lengths[row], cache.lengths[row] + len(ids)
+        self._check_length(total)
+        cache.reserve([total if r == row else n for r, n in enumerate(cache.lengths)])
         collected: list[Tensor] = []
+        start = begin
         for piece in ids.to(self.device).split(chunk):
-            start = cache.lengths[row]
             end = start + len(piece)
             positions = torch.arange(start, end, device=self.device)[None]
-            hidden = self._run(cache, piece[None], positions, row, [start], [end])
-            cache.lengths[row] = end
+            step = Step(cache.stores, row, [start], [end], prompt=total if begin == 0 else None)
+            hidden = self._run(step, piece[None], positions)
+            start = end
             if all_logits:
                 collected.append(self._logits(hidden)[0])
+        cache.lengths[row] = total
         if all_logits:
             return torch.cat(collected)
         return self._logits(hidden[:, -1:])[0, 0]
@@ -168,9 +210,10 @@ class Engine:
         starts = list(cache.lengths)
         lengths = [n + 1 for n in starts]
         self._check_length(max(lengths))
-        cache.reserve(max(lengths))
+        cache.reserve(lengths)
         positions = torch.tensor(starts, device=self.device)[:, None]
-        hidden = self._run(cache, ids.to(self.device)[:, None], positions, None, starts, lengths)
+        step = Step(cache.stores, None, starts, lengths)
+        hidden = self._run(step, ids.to(self.device)[:, None], positions)
         cache.lengths = lengths
         return self._logits(hidden)[:, 0]
 
@@ -219,21 +262,11 @@ class Engine:
                 return
             logits = self.decode(cache, torch.tensor(drawn))
 
-    def _run(
-        self,
-        cache: KVCache,
-        ids: Tensor,
-        positions: Tensor,
-        row: int | None,
-        starts: Sequence[int],
-        lengths: Sequence[int],
-    ) -> Tensor:
+    def _run(self, step: Step, ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids `[B, T]` through the decoder layers to final hidden states `[B, T, hidden]`."""
-        tables = []
         for rope in self._ropes:
             cos, sin = rope.tables(positions)
-            tables.append((cos.to(self.dtype), sin.to(self.dtype)))
-        step = Step(cache.stores, row, starts, lengths, tables)
+            step.tables.append((cos.to(self.dtype), sin.to(self.dtype)))
         hidden: Tensor = self.model.model.embed_tokens(ids)
         for layer in decoder_layers(self.model):
             hidden = layer(hidden, past_key_values=step)

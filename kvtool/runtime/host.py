@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvtool.attention import (
+    AttentionLayout,
     FactoredAttention,
     GroupedQueryAttention,
     MultiheadLatentAttention,
@@ -20,22 +22,26 @@ from kvtool.attention import (
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config, is_factor, read_factors
+from kvtool.plan import Plan
 from kvtool.runtime.layers import (
     DecodeLinear,
     DenseAttention,
     LatentRuntimeAttention,
     RuntimeAttention,
 )
+from kvtool.runtime.split import SplitAttention
 
 
 def load_host(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str, plan: Plan | None = None
 ) -> tuple[nn.Module, list[RuntimeAttention]]:
     """The model with its attention modules swapped, and those modules in layer order.
 
     Raises:
-        UnsupportedModelError: An attention module is not one that kvtool knows.
+        UnsupportedModelError: An attention module is not one that kvtool knows, or not one that
+            the plan can be applied to.
         CheckpointError: Tensors are missing, left over, or have the wrong shape.
+        PlanError: The plan belongs to another model.
     """
     factored = checkpoint.config.get("model_type") == MODEL_TYPE
     config = base_config(checkpoint.config) if factored else checkpoint.hf_config()
@@ -46,7 +52,9 @@ def load_host(
             "linear underflows there",
             hint="use bfloat16 or float32",
         )
-    describe(config)
+    layouts = describe(config)
+    if plan is not None:
+        _check_plan(plan, checkpoint, layouts, factored)
     rope = rope_of(config)
     if factored:
         model = _load_base(checkpoint, config, dtype).to(device)
@@ -66,11 +74,35 @@ def load_host(
             stages = FactoredAttention(GroupedQueryAttention(module, name), factors)
             attention = LatentRuntimeAttention(stages, i, rope.scale)
         else:
-            attention = DenseAttention(GroupedQueryAttention(module, name), i, inv_freq, rope.scale)
+            grouped = GroupedQueryAttention(module, name)
+            if plan is None or plan.layers[i].plain:
+                attention = DenseAttention(grouped, i, inv_freq, rope.scale)
+            else:
+                attention = SplitAttention(grouped, i, inv_freq, rope.scale, plan)
         layer.self_attn = attention
         swapped.append(attention)
     DecodeLinear.replace_in(model)
     return model, swapped
+
+
+def _check_plan(
+    plan: Plan, checkpoint: Checkpoint, layouts: Sequence[AttentionLayout], factored: bool
+) -> None:
+    """Refuses a plan that the model's attention cannot obey, or that was made for another."""
+    if factored or any(layout.kind == "mla" for layout in layouts):
+        raise UnsupportedModelError(
+            f"{checkpoint.source} cannot run with a plan: its heads share one latent, so none of "
+            "them can keep less than the others",
+            hint="use the plan with the model that this one was converted from",
+        )
+    plan.check_base(checkpoint)
+    for i, (kept, layout) in enumerate(zip(plan.layers, layouts, strict=True)):
+        if layout.sliding_window is not None and not kept.plain:
+            raise UnsupportedModelError(
+                f"layer {i} of {checkpoint.source} has a sliding window of {layout.sliding_window} "
+                "tokens, so its heads cannot stream or have a token budget",
+                hint="plan all heads of such layers as full",
+            )
 
 
 def _load_base(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Module:

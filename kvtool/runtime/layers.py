@@ -7,7 +7,7 @@ positions come in as `past_key_values`, a :class:`Step`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Step:
         row: The single row being prefilled, or `None` when all rows take one token.
         starts: Tokens already stored, per row in the call.
         lengths: The same after this call.
+        prompt: Tokens of the row's prompt, of which this call is a piece; `None` for later tokens.
         tables: Cos and sin `[B, T, d]` per distinct RoPE of the model.
     """
 
@@ -58,7 +59,8 @@ class Step:
     row: int | None
     starts: Sequence[int]
     lengths: Sequence[int]
-    tables: list[tuple[Tensor, Tensor]]
+    prompt: int | None = None
+    tables: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class RuntimeAttention(nn.Module):

@@ -17,7 +17,11 @@ from kvtool.kernels.decode_attention import decode_attention
 
 
 class Store:
-    """The planes of one layer; every plane is `[B, ..., capacity, width]`."""
+    """The planes of one layer; every plane is `[B, ..., capacity, width]`.
+
+    This class keeps every token, so that a row can go back to any shorter length by forgetting the
+    others. A store that drops tokens says how far it can go back.
+    """
 
     planes: dict[str, Tensor]
 
@@ -31,12 +35,27 @@ class Store:
         """Tokens that each row has room for."""
         return next(iter(self.planes.values())).shape[-2]
 
-    def grow(self, capacity: int) -> None:
-        """Makes room for `capacity` tokens per row, keeping what is stored."""
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Makes sure that row b has room for `lengths[b]` tokens; growing at least doubles."""
+        capacity = max(lengths)
+        if capacity <= self.capacity:
+            return
+        capacity = max(capacity, 2 * self.capacity)
         for name, plane in self.planes.items():
             larger = plane.new_empty((*plane.shape[:-2], capacity, plane.shape[-1]))
             larger[..., : plane.shape[-2], :] = plane
             self.planes[name] = larger
+
+    def can_crop(self, row: int, stored: int, length: int) -> bool:
+        """Whether a row of `stored` tokens still has what its first `length` tokens had left."""
+        return True
+
+    def snapshot(self, row: int) -> list[Tensor]:
+        """Copies of what later tokens of the row overwrite."""
+        return []
+
+    def restore(self, row: int, saved: list[Tensor]) -> None:
+        """Puts back what :meth:`snapshot` copied."""
 
     def write(self, row: int | None, starts: Sequence[int], states: dict[str, Tensor]) -> None:
         """Writes new tokens behind the old ones.

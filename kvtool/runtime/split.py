@@ -1,0 +1,381 @@
+"""A layer whose heads keep different parts of the past.
+
+A plan sorts the KV heads of a layer into three kinds. Once, when the model is loaded, they are put
+in this order, so that each kind is a view of queries, keys and values:
+
+* **full** heads keep every token, in planes that grow by whole pages;
+* **streaming** heads keep the first `sink` tokens and the last `window`, in a ring that never
+  grows (DuoAttention, arXiv 2410.10819, section 2.4);
+* **budgeted** heads keep the best tokens of the prompt, as many as their budget, and all that come
+  later.
+
+Keys are rotated at their true positions, and the softmax does not ask in which order they lie: no
+step moves or gathers the past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import GroupedQueryAttention, Rope, causal_attention
+from kvtool.kernels.decode_attention import decode_attention
+from kvtool.kernels.streaming_attention import streaming_attention
+from kvtool.plan import Plan
+from kvtool.runtime.layers import RuntimeAttention, Step
+from kvtool.runtime.selection import Selector, keep, selector
+from kvtool.runtime.stores import DenseStore, Store
+
+PAGE = 64
+"""Tokens that growing planes are allocated for at once."""
+
+
+def whole_pages(tokens: int) -> int:
+    """The next multiple of :data:`PAGE`."""
+    return -(-tokens // PAGE) * PAGE
+
+
+class NewTokens(NamedTuple):
+    """What some heads make of the tokens of a call.
+
+    Attributes:
+        q, unrotated: `[B, Q, T, D]`, the queries after and before RoPE.
+        k, v: `[B, H, T, D]`, rotated keys, and values.
+    """
+
+    q: Tensor
+    unrotated: Tensor
+    k: Tensor
+    v: Tensor
+
+    def split(self, counts: Sequence[int]) -> list[NewTokens]:
+        """The same by consecutive groups of `counts[i]` KV heads."""
+        heads = self.k.shape[1]
+        parts = [x.split([n * x.shape[1] // heads for n in counts], dim=1) for x in self]
+        return [NewTokens(*part) for part in zip(*parts, strict=True)]
+
+
+class FullHeads(DenseStore):
+    """Heads that keep every token."""
+
+    def __init__(
+        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float
+    ) -> None:
+        super().__init__(rows, heads, whole_pages(capacity), head_dim, like)
+        self.scaling = scaling
+
+    def reserve(self, lengths: Sequence[int]) -> None:
+        super().reserve([whole_pages(n) for n in lengths])
+
+    def add(self, new: NewTokens, step: Step) -> Tensor:
+        """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
+        self.write(step.row, step.starts, {"keys": new.k, "values": new.v})
+        return self.attend(new.q, step.row, step.lengths, self.scaling, None)
+
+
+class DroppingHeads(Store):
+    """Heads that may read a prompt as full heads do, and drop most of it at its end."""
+
+    scaling: float
+    prompt: DenseStore | None = None
+
+    @property
+    def allocated_bytes(self) -> int:
+        return super().allocated_bytes + (self.prompt.allocated_bytes if self.prompt else 0)
+
+    def read_prompt(self, new: NewTokens, step: Step) -> Tensor:
+        """Attention among the tokens of a prompt, all of which are held until its last piece."""
+        assert step.row is not None
+        assert step.prompt is not None
+        if step.starts[0] == 0:
+            self.prompt = DenseStore(1, new.k.shape[1], step.prompt, new.k.shape[-1], new.k)
+        assert self.prompt is not None
+        self.prompt.write(0, step.starts, {"keys": new.k, "values": new.v})
+        context = self.prompt.attend(new.q, 0, step.lengths, self.scaling, None)
+        if step.lengths[0] == step.prompt:
+            planes, self.prompt = self.prompt.planes, None
+            self.end_prompt(step.row, planes["keys"][0], planes["values"][0])
+        return context
+
+    def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Keeps what is worth keeping of a whole prompt `[H, n, D]`."""
+        raise NotImplementedError  # pragma: no cover
+
+
+class StreamingHeads(DroppingHeads):
+    """Heads that keep the first `sink` tokens and the last `window`, the current one included.
+
+    Position t lies in slot t if t < sink, else in slot `sink + (t - sink) % window`.
+    """
+
+    def __init__(
+        self, rows: int, heads: int, sink: int, window: int, head_dim: int, like: Tensor,
+        scaling: float, dense_prompt: bool,
+    ) -> None:  # fmt: skip
+        shape = (rows, heads, sink + window, head_dim)
+        self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
+        self.sink, self.window, self.scaling = sink, window, scaling
+        self.dense_prompt = dense_prompt
+
+    def can_crop(self, row: int, stored: int, length: int) -> bool:
+        return stored <= self.capacity  # nothing was overwritten yet
+
+    def snapshot(self, row: int) -> list[Tensor]:
+        return [plane[row].clone() for plane in self.planes.values()]
+
+    def restore(self, row: int, saved: list[Tensor]) -> None:
+        for plane, copy in zip(self.planes.values(), saved, strict=True):
+            plane[row] = copy
+
+    def add(self, new: NewTokens, step: Step) -> Tensor:
+        """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
+        if step.prompt is not None and self.dense_prompt:
+            return self.read_prompt(new, step)
+        if step.row is None or new.q.shape[2] == 1:
+            slots = [self._slot(start) for start in step.starts]
+            self.write(step.row, slots, {"keys": new.k, "values": new.v})
+            rows = slice(None) if step.row is None else slice(step.row, step.row + 1)
+            keys, values = self.planes["keys"][rows], self.planes["values"][rows]
+            filled = [min(n, self.capacity) for n in step.lengths]
+            return decode_attention(new.q[:, :, 0], keys, values, filled, self.scaling)[:, :, None]
+        start = step.starts[0]
+        keys, values = (
+            torch.cat((past, fresh), dim=2)
+            for past, fresh in zip(self._past(step.row, start), (new.k, new.v), strict=True)
+        )
+        self._keep_last(step.row, start, new.k[0], new.v[0])
+        return streaming_attention(new.q, keys, values, self.sink, self.window, self.scaling, start)
+
+    def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
+        self._keep_last(row, 0, keys, values)
+
+    def _slot(self, position: int) -> int:
+        if position < self.sink:
+            return position
+        return self.sink + (position - self.sink) % self.window
+
+    def _past(self, row: int, start: int) -> list[Tensor]:
+        """Stored keys and values `[1, H, s, D]` that position `start` sees, in order."""
+        recent = range(max(self.sink, start - self.window + 1), start)
+        slots = [*range(min(self.sink, start)), *map(self._slot, recent)]
+        return [plane[row : row + 1][:, :, slots] for plane in self.planes.values()]
+
+    def _keep_last(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Writes those of the tokens `[H, T, D]` from `start` on that will not be overwritten."""
+        end = start + keys.shape[1]
+        sinks = range(start, min(end, self.sink))
+        recent = range(max(start, end - self.window, self.sink), end)
+        kept = [*sinks, *recent]
+        slots = [self._slot(position) for position in kept]
+        columns = [position - start for position in kept]
+        for name, new in (("keys", keys), ("values", values)):
+            self.planes[name][row][:, slots] = new[:, columns]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What budgeted heads kept of one row's prompt, head behind head without padding.
+
+    Attributes:
+        prompt: Tokens of the prompt.
+        counts: Tokens kept per head.
+        keys, values: `[sum of counts, D]`.
+    """
+
+    prompt: int
+    counts: tuple[int, ...]
+    keys: Tensor
+    values: Tensor
+
+
+class BudgetedHeads(DroppingHeads):
+    """Heads that keep the best tokens of the prompt, and in growing tails all that come later."""
+
+    def __init__(
+        self, rows: int, budgets: Sequence[int], head_dim: int, like: Tensor, scaling: float,
+        new_selector: Callable[[], Selector],
+    ) -> None:  # fmt: skip
+        shape = (rows, len(budgets), 0, head_dim)
+        self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
+        nothing = like.new_empty((0, head_dim))
+        self.nothing = Kept(0, (0,) * len(budgets), nothing, nothing)
+        self.kept = [self.nothing] * rows
+        self.budgets, self.scaling, self.new_selector = budgets, scaling, new_selector
+
+    @property
+    def allocated_bytes(self) -> int:
+        kept = sum(row.keys.nbytes + row.values.nbytes for row in self.kept)
+        return super().allocated_bytes + kept
+
+    def can_crop(self, row: int, stored: int, length: int) -> bool:
+        return length >= self.kept[row].prompt
+
+    def add(self, new: NewTokens, step: Step) -> Tensor:
+        """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
+        if step.prompt is not None:
+            if step.starts[0] == 0:
+                self.selector = self.new_selector()
+            self.selector.see(new.q[0], new.unrotated[0], step.starts[0])
+            return self.read_prompt(new, step)
+        rows = range(len(self.kept)) if step.row is None else [step.row]
+        for row, start in zip(rows, step.starts, strict=True):
+            if start == 0:
+                self.kept[row] = self.nothing
+        prompts = [self.kept[row].prompt for row in rows]
+        lengths = [n - prompt for n, prompt in zip(step.lengths, prompts, strict=True)]
+        self.reserve([whole_pages(n) for n in lengths])
+        starts = [n - new.k.shape[2] for n in lengths]
+        self.write(step.row, starts, {"keys": new.k, "values": new.v})
+        contexts = []
+        for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+            keys, values = (plane[row, :, :n] for plane in self.planes.values())
+            contexts.append(_attend_both(new.q[b], self.kept[row], keys, values, self.scaling))
+        return torch.stack(contexts)
+
+    def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
+        scores = self.selector.scores(keys, values)
+        del self.selector
+        chosen = [keep(score, n) for score, n in zip(scores, self.budgets, strict=True)]
+        self.kept[row] = Kept(
+            keys.shape[1],
+            tuple(len(columns) for columns in chosen),
+            torch.cat([k[columns] for k, columns in zip(keys, chosen, strict=True)]),
+            torch.cat([v[columns] for v, columns in zip(values, chosen, strict=True)]),
+        )
+
+
+def _attend_both(
+    q: Tensor, kept: Kept, tail_keys: Tensor, tail_values: Tensor, scaling: float
+) -> Tensor:
+    """Attention of the newest tokens of one row over `[kept ; tail]`, head by head.
+
+    Args:
+        q: `[Q, T, D]`.
+        tail_keys, tail_values: `[H, t, D]`, the T newest tokens last.
+
+    Returns:
+        `[Q, T, D]`.
+    """
+    heads, _, width = tail_keys.shape
+    if len(set(kept.counts)) == 1:
+        shape = (heads, kept.counts[0], width)
+        keys, values = kept.keys.view(shape), kept.values.view(shape)
+        return _attend_segments(q, keys, values, tail_keys, tail_values, scaling)
+    parts = zip(
+        q.chunk(heads),
+        (keys[None] for keys in kept.keys.split(kept.counts)),
+        (values[None] for values in kept.values.split(kept.counts)),
+        tail_keys.split(1),
+        tail_values.split(1),
+        strict=True,
+    )
+    return torch.cat([_attend_segments(*part, scaling) for part in parts])
+
+
+def _attend_segments(
+    q: Tensor, keys: Tensor, values: Tensor, tail_keys: Tensor, tail_values: Tensor, scaling: float
+) -> Tensor:
+    """`q [Q, T, D]` over `[keys ; tail_keys]`, both `[H, ·, D]`; they are not joined for T = 1."""
+    if q.shape[1] > 1:
+        k = torch.cat((keys, tail_keys), dim=1)[None]
+        v = torch.cat((values, tail_values), dim=1)[None]
+        return causal_attention(q[None], k, v, scaling)[0]
+    grouped = (q * scaling).view(keys.shape[0], -1, q.shape[-1]).mT  # [H, D, Q/H]
+    scores = torch.cat((torch.matmul(keys, grouped), torch.matmul(tail_keys, grouped)), dim=1)
+    weights = torch.softmax(scores.mT.contiguous(), dim=-1)  # [H, Q/H, m + t]
+    old, new = weights.split([keys.shape[1], tail_keys.shape[1]], dim=-1)
+    context = torch.matmul(old, values) + torch.matmul(new, tail_values)
+    return context.flatten(0, 1)[:, None]
+
+
+class SplitStore(Store):
+    """The three kinds of heads of one layer, in the order in which they lie."""
+
+    def __init__(
+        self, full: FullHeads, streaming: StreamingHeads | None, budgeted: BudgetedHeads | None
+    ) -> None:
+        self.full, self.streaming, self.budgeted = full, streaming, budgeted
+        self.parts = [part for part in (full, streaming, budgeted) if part is not None]
+        self.counts = [part.planes["keys"].shape[1] for part in self.parts]
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(part.allocated_bytes for part in self.parts)
+
+    @property
+    def capacity(self) -> int:
+        return self.full.capacity
+
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Only full heads are sure to need the room: rings never grow, tails when written to."""
+        self.full.reserve(lengths)
+
+    def can_crop(self, row: int, stored: int, length: int) -> bool:
+        return all(part.can_crop(row, stored, length) for part in self.parts)
+
+    def snapshot(self, row: int) -> list[Tensor]:
+        return self.streaming.snapshot(row) if self.streaming else []
+
+    def restore(self, row: int, saved: list[Tensor]) -> None:
+        if self.streaming:
+            self.streaming.restore(row, saved)
+
+    def add(self, new: NewTokens, step: Step) -> Tensor:
+        """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
+        contexts = [
+            part.add(heads, step)
+            for part, count, heads in zip(
+                self.parts, self.counts, new.split(self.counts), strict=True
+            )
+            if count
+        ]
+        return torch.cat(contexts, dim=1)
+
+
+class SplitAttention(RuntimeAttention):
+    """Grouped-query attention over a split store; the KV heads of `stages` get its order."""
+
+    def __init__(
+        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float, plan: Plan
+    ) -> None:
+        super().__init__()
+        self.stages, self.layer_index = stages, index
+        self.inv_freq, self.scale = inv_freq, scale
+        self.layer, self.prefill, self.policy = plan.layers[index], plan.prefill, plan.policy
+        heads = range(stages.layout.kv_heads)
+        streaming = [head for head in heads if self.layer.streaming[head]]
+        budgeted = [head for head in heads if self.layer.budgets[head] is not None]
+        full = [head for head in heads if head not in streaming and head not in budgeted]
+        stages.reorder_kv_heads(full + streaming + budgeted)
+        self.counts = len(full), len(streaming)
+        self.budgets = [n for n in self.layer.budgets if n is not None]
+
+    def new_store(self, rows: int, capacity: int) -> SplitStore:
+        layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
+        (full, streaming), size, scaling = self.counts, layout.head_dim, layout.scaling
+        ring = tails = None
+        if streaming:
+            ring = StreamingHeads(
+                rows, streaming, layer.sink, layer.window, size, like, scaling,
+                dense_prompt=self.prefill == "dense",
+            )  # fmt: skip
+        if self.budgets:
+            tails = BudgetedHeads(rows, self.budgets, size, like, scaling, self._new_selector)
+        return SplitStore(FullHeads(rows, full, capacity, size, like, scaling), ring, tails)
+
+    def attention(self, hidden: Tensor, step: Step, store: SplitStore) -> Tensor:
+        stages = self.stages
+        cos, sin = (table[:, None] for table in step.tables[self.table])
+        q, k, v = stages.project(hidden)
+        unrotated, k = stages.normalise(q, k)
+        q, k = stages.rotate(unrotated, k, cos, sin)
+        return stages.output(store.add(NewTokens(q, unrotated, k, v), step))
+
+    def _new_selector(self) -> Selector:
+        assert self.policy is not None
+        rope = Rope(self.inv_freq, self.scale)
+        return selector(self.policy, self.stages.layout.scaling, rope)

@@ -62,6 +62,8 @@ def a_report(kl: float = 0.01, ratio: float = 1.02, correct: int = 3, asked: int
             windows=2,
             prefill=8,
             continuation=4,
+            cache_bytes=12_000,
+            base_cache_bytes=12_000,
             perplexity=Estimate(10.0, 1.0),
             base_perplexity=Estimate(9.8, 1.0),
             kl=Estimate(kl, 0.001),
@@ -141,7 +143,7 @@ def test_standard_errors_are_of_the_mean_over_windows() -> None:
     assert estimate.standard_error == pytest.approx(math.sqrt(5 / 3) / 2)
     assert Estimate.of([1.0]).standard_error is None
     # The ratio's error comes from paired differences: a spread that both models share cancels.
-    scores = [protocol.WindowScores(n + 0.1, n, 0.05, 1.0) for n in (1.0, 2.0, 3.0)]
+    scores = [protocol.WindowScores(n + 0.1, 64, 96, n, 0.05, 1.0) for n in (1.0, 2.0, 3.0)]
     ratio = protocol.summarise(scores, 8, 4).perplexity_ratio
     assert ratio is not None
     assert ratio.value == pytest.approx(math.exp(0.1))

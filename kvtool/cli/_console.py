@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +14,6 @@ from rich.table import Table
 
 # A pipe or a log file has no width; rich would assume 80 columns and break table rows there.
 _PIPE_WIDTH = 120
-# Past this many steps a line per step is noise in a log, so lines come by time instead.
-_LINE_PER_STEP_UP_TO = 100
-_SECONDS_BETWEEN_LINES = 5.0
-
 Report = Callable[[str, int, int], None]
 """``report(stage, done, total)``: *done* of *total* steps of *stage* are finished."""
 
@@ -43,27 +38,22 @@ err = _console(stderr=True)
 def progress(quiet: bool = False) -> Iterator[Report]:
     """Yields the function that a long piece of work calls to say how far it is.
 
-    On a terminal: a live bar per stage with elapsed seconds. Elsewhere: a plain line per step.
+    On a terminal: a live bar per stage with elapsed seconds. Elsewhere, and if `quiet`: nothing.
     """
-    if quiet:
-        yield lambda stage, done, total: None
-    elif _is_live():
+    if _is_live() and not quiet:
         with _bars() as report:
             yield report
     else:
-        yield _lines()
+        yield lambda stage, done, total: None
 
 
 @contextmanager
 def waiting(what: str, quiet: bool = False) -> Iterator[None]:
     """Says what is going on during work that cannot say how far it is."""
-    if quiet:
-        yield
-    elif _is_live():
+    if _is_live() and not quiet:
         with err.status(what):
             yield
     else:
-        err.print(what, soft_wrap=True)
         yield
 
 
@@ -88,24 +78,6 @@ def _bars() -> Iterator[Report]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report
-
-
-def _lines() -> Report:
-    started: dict[str, float] = {}
-    last_line = -math.inf
-
-    def report(stage: str, done: int, total: int) -> None:
-        nonlocal last_line
-        now = time.perf_counter()
-        seconds = now - started.setdefault(stage, now)
-        if done == 0:
-            return
-        every_step = total <= _LINE_PER_STEP_UP_TO
-        if every_step or done >= total or now - last_line >= _SECONDS_BETWEEN_LINES:
-            last_line = now
-            err.print(f"{stage} {done}/{total}  {seconds:.1f} s", soft_wrap=True)
-
-    return report
 
 
 def emit(result: dict[str, Any], json: bool, table: Table | None = None) -> None:

@@ -13,6 +13,9 @@ from kvtool.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from kvtool.checkpoint import Checkpoint
+    from kvtool.plan import Plan
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _INPUT, _OUTPUT, _COMPUTE, _RUN = "Input", "Output", "Compute", "Run"
@@ -23,6 +26,15 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A Hugging Face folder, a hub id, a .gguf file, or the built-in 'smollm2'.",
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="PLAN",
+        help="What the cache keeps, from 'kvtool calibrate'; without one, everything.",
+        rich_help_panel=_INPUT,
     ),
 ]
 Revision = Annotated[
@@ -99,6 +111,21 @@ TrustRemoteCode = Annotated[
         rich_help_panel=_DANGEROUS,
     ),
 ]
+
+
+def read_plan(file: Path | None, checkpoint: Checkpoint) -> Plan | None:
+    """The plan of ``--plan``, if it is for this model; asked before any weights are loaded.
+
+    Raises:
+        PlanError: It cannot be read, or belongs to another model.
+    """
+    if file is None:
+        return None
+    from kvtool.plan import Plan
+
+    plan = Plan.read(file)
+    plan.check_base(checkpoint)
+    return plan
 
 
 def resolve_device(name: str) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def bench(
     model: options.Model,
+    plan: options.PlanFile = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -48,11 +49,12 @@ def bench(
     from kvtool.checkpoint import Checkpoint
     from kvtool.evaluate import throughput
     from kvtool.evaluate.evaluation import manifest_base
-    from kvtool.evaluate.report import speed_table
+    from kvtool.evaluate.report import plan_facts, speed_table
     from kvtool.runtime import Engine
 
     device = options.resolve_device(device)
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    kept = options.read_plan(plan, checkpoint)
     source = against if against is not None else manifest_base(checkpoint)
     original = (
         checkpoint
@@ -67,7 +69,7 @@ def bench(
 
     precision = options.resolve_dtype(dtype, device)
     bandwidth = throughput.measure_bandwidth(torch.device(device))
-    engine = Engine.load(checkpoint, dtype=precision, device=device)
+    engine = Engine.load(checkpoint, dtype=precision, device=device, plan=kept)
     rival = throughput.load_rival(original, precision, device)
     reference = Engine.load(original, dtype=precision, device=device) if dense else None
     with progress(quiet) as report:
@@ -88,13 +90,15 @@ def bench(
     result = {
         "model": checkpoint.source,
         "original": original.source,
+        "plan": None if kept is None else plan_facts(kept),
         "environment": environment,
         "bandwidth": asdict(bandwidth),
         "speeds": [asdict(speed) for speed in speeds],
         "peak_memory": throughput.peak_memory(engine.device),
     }
+    with_plan = "" if plan is None else f" with {plan}"
     title = (
-        f"{checkpoint.source} in kvtool, {original.source} in transformers "
+        f"{checkpoint.source}{with_plan} in kvtool, {original.source} in transformers "
         f"{environment['versions']['transformers']}, {environment['dtype']}, batch {batch}, "
         f"{new_tokens} new tokens, median of {repeats}\n{environment['cpu']}, "
         f"{environment['device']}, threads: {environment['threads']}, "

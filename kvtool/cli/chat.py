@@ -32,6 +32,7 @@ _FIRST_CAPACITY = 1024  # the cache grows by doubling when a conversation outgro
 
 def chat(
     model: options.Model,
+    plan: options.PlanFile = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -52,11 +53,13 @@ def chat(
 
     chosen = sampling_options(temperature, top_p, top_k, min_p, repetition_penalty)
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    kept = options.read_plan(plan, checkpoint)
     tokenizer = checkpoint.tokenizer()
     opening = [] if system is None else [{"role": "system", "content": system}]
     chat_ids(tokenizer, [*opening, {"role": "user", "content": "?"}], model)  # before the weights
     device = options.resolve_device(device)
-    engine = Engine.load(checkpoint, dtype=options.resolve_dtype(dtype, device), device=device)
+    precision = options.resolve_dtype(dtype, device)
+    engine = Engine.load(checkpoint, dtype=precision, device=device, plan=kept)
     sampling = Sampling(**chosen)
     cache = engine.new_cache(1, min(_FIRST_CAPACITY, engine.max_context))
 
@@ -121,11 +124,11 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 def reuse_prefix(cache: KVCache, stored: Sequence[int], ids: Sequence[int]) -> int:
     """Crop row 0 to what a new prompt shares with what is stored; returns the tokens kept.
 
-    At least one token is left to feed: the next prediction is made from its output.
+    At least one token is left to feed: the next prediction is made from its output. A cache that
+    has dropped tokens may have to start over.
     """
-    kept = min(common_prefix(stored, ids), len(ids) - 1)
-    cache.crop(0, kept)
-    return kept
+    cache.crop(0, min(common_prefix(stored, ids), len(ids) - 1))
+    return cache.lengths[0]
 
 
 def _read(interactive: bool) -> str | None:

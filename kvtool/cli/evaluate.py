@@ -8,16 +8,20 @@ from typing import Annotated
 import typer
 
 from kvtool.cli import _options as options
-from kvtool.cli._console import dump_json, emit, progress
+from kvtool.cli._console import dump_json, emit, out, progress
+from kvtool.cli.plan import head_picture
 from kvtool.errors import GateError, UsageError
 
 
 def evaluate(
     model: options.Model,
+    plan: options.PlanFile = None,
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="BASE", help="The original; default: the one that MODEL's manifest names."
+            metavar="BASE",
+            help="The original; default: the one that MODEL's manifest names, or with --plan "
+            "MODEL itself without it.",
         ),
     ] = None,
     data: options.Data = None,
@@ -35,6 +39,15 @@ def evaluate(
     quick: Annotated[
         bool, typer.Option("--quick", help="Less text and fewer lengths: a demonstration.")
     ] = False,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length",
+            min=1,
+            help="Tokens of the retrieval tasks; may be given more than once. Default: 512, 1024 "
+            "and 2048 for the pass-key, 1400 and 700 for the needle.",
+        ),
+    ] = None,
     speed: Annotated[bool, typer.Option(help="Time generation as well.")] = True,
     max_kl: Annotated[
         float | None, typer.Option(min=0.0, help="Fail (exit code 6) above this KL.")
@@ -69,7 +82,10 @@ def evaluate(
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise UsageError(f"{output} cannot be written: it must be a file in an existing folder")
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    kept = options.read_plan(plan, checkpoint)
     source = against if against is not None else manifest_base(checkpoint)
+    if source is None and kept is not None:
+        source = model  # without its plan
     gates = Gates(max_kl, max_ppl_ratio, min_recall)
     if source is None and gates.judge:
         raise UsageError(
@@ -81,12 +97,15 @@ def evaluate(
         else Checkpoint.open(source, offline=offline, trust_remote_code=trust_remote_code)
     )
     settings = Settings.quick() if quick else Settings()
+    if lengths:
+        settings = replace(settings, passkey_lengths=tuple(lengths), needle_lengths=tuple(lengths))
     device = options.resolve_device(device)
     with progress(quiet) as report_progress:
         report = measure(
             checkpoint,
             base,
             evaluation_text(data),
+            plan=kept,
             settings=replace(
                 settings,
                 windows=settings.windows if windows is None else windows,
@@ -103,5 +122,7 @@ def evaluate(
     if output is not None:
         output.write_text(dump_json(result) + "\n", encoding="utf-8")
     emit(result, json, report.table())
+    if kept is not None and not json:
+        out.print(head_picture(kept), soft_wrap=True)
     if failed := report.failures(gates):
         raise GateError(f"{model}: {'; '.join(failed)}")

@@ -52,6 +52,7 @@ Seed = Annotated[
 def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue; '-' reads it from stdin.")],
+    plan: options.PlanFile = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -76,6 +77,7 @@ def generate(
     chosen = sampling_options(temperature, top_p, top_k, min_p, repetition_penalty)
     text = sys.stdin.read() if prompt == "-" else prompt
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    kept = options.read_plan(plan, checkpoint)
     tokenizer = checkpoint.tokenizer()
     if chat:
         ids = chat_ids(tokenizer, [{"role": "user", "content": text}], model)
@@ -84,7 +86,8 @@ def generate(
     if not ids:
         raise UsageError("the prompt is empty: there is nothing to continue")
     device = options.resolve_device(device)
-    engine = Engine.load(checkpoint, dtype=options.resolve_dtype(dtype, device), device=device)
+    precision = options.resolve_dtype(dtype, device)
+    engine = Engine.load(checkpoint, dtype=precision, device=device, plan=kept)
     check_length(len(ids), max_new_tokens, engine.max_context)
 
     sampling = Sampling(**chosen)

@@ -15,9 +15,10 @@ from kvtool.corpus import Corpus
 from kvtool.errors import CheckpointError, UnsupportedModelError, UsageError
 from kvtool.evaluate import protocol, retrieval, throughput
 from kvtool.evaluate.protocol import Divergence, cache_size
-from kvtool.evaluate.report import Report
+from kvtool.evaluate.report import Report, plan_facts
 from kvtool.evaluate.retrieval import Recall
 from kvtool.evaluate.throughput import Bandwidth, Speed
+from kvtool.plan import Plan
 from kvtool.runtime import Engine
 
 MANIFEST = "kvtool_manifest.json"
@@ -95,12 +96,16 @@ def evaluate(
     base: Checkpoint | None,
     corpus: Corpus,
     *,
+    plan: Plan | None = None,
     settings: Settings = Settings(),
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     report: Progress = lambda stage, done, total: None,
 ) -> Report:
     """Measure bytes, divergence, retrieval and speed of `checkpoint` beside `base`.
+
+    Args:
+        plan: What the cache of `checkpoint` keeps; that of `base` keeps everything.
 
     Raises:
         UsageError: The two models do not share a vocabulary, or what was asked for does not fit
@@ -110,7 +115,7 @@ def evaluate(
     notes: list[str] = []
     # Before the models are there, so that its buffer does not add to their peak memory.
     bandwidth = throughput.measure_bandwidth(torch.device(device)) if settings.speed else None
-    engine = Engine.load(checkpoint, dtype=dtype, device=device)
+    engine = Engine.load(checkpoint, dtype=dtype, device=device, plan=plan)
     original = None if base is None else Engine.load(base, dtype=dtype, device=device)
     if original is not None:
         _check_vocabulary(engine, original)
@@ -138,6 +143,7 @@ def evaluate(
             "corpus": corpus.id,
         },
         environment=throughput.environment(engine.device, dtype),
+        plan=None if plan is None else plan_facts(plan),
         conversion=conversion_cost(checkpoint),
         cache=cache_size(engine),
         base_cache=None if original is None else cache_size(original),

@@ -69,13 +69,17 @@ class Divergence:
         base_perplexity: Of the original, on the same tokens; None where there is no original.
         kl: Mean KL(original || compressed) per position in nats.
         perplexity_ratio: Paired: exp of the mean difference of log-likelihoods per window.
+        cache_bytes: Of one sequence when all of it is fed, as allocated; the prompt has been
+            compressed by then. base_cache_bytes: the same of the original.
         top1_agreement: Share of positions where both models' most likely token is the same.
     """
 
     windows: int
     prefill: int
     continuation: int
+    cache_bytes: int
     perplexity: Estimate
+    base_cache_bytes: int | None = None
     base_perplexity: Estimate | None = None
     kl: Estimate | None = None
     perplexity_ratio: Estimate | None = None
@@ -84,9 +88,11 @@ class Divergence:
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Means over the C judged positions of one window."""
+    """Means over the C judged positions of one window, and the bytes its cache took."""
 
     nll: float
+    cache_bytes: int
+    base_cache_bytes: int | None = None
     base_nll: float | None = None
     kl: float | None = None
     top1: float | None = None
@@ -94,6 +100,14 @@ class WindowScores:
 
 def cache_size(engine: Engine) -> CacheSize:
     """Measure the store: two allocations tell what grows with the length from what does not."""
+    plan = engine.plan
+    if plan is not None and plan.policy is not None:
+        # An empty cache does not show what a token budget will keep of a prompt.
+        item, context = engine.dtype.itemsize, engine.max_context
+        kept = plan.cache_bytes(context, item)
+        growth = kept - plan.cache_bytes(context - 1, item)
+        per_token = plan.bytes_per_token(item)
+        return CacheSize(per_token, per_token / item * BFLOAT16_BYTES, kept - growth * context)
     small, large = 1024, 2048
     small_bytes = engine.new_cache(1, small).allocated_bytes
     large_bytes = engine.new_cache(1, large).allocated_bytes
@@ -178,11 +192,18 @@ def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> floa
     return total / len(targets)
 
 
-def continuation_logits(engine: Engine, ids: torch.Tensor, prefill: int) -> torch.Tensor:
-    """Prefill ids[:P], then feed the rest through the cache: logits [C, V] of the rest."""
+def continuation_logits(
+    engine: Engine, ids: torch.Tensor, prefill: int
+) -> tuple[torch.Tensor, int]:
+    """Prefill ids[:P], then feed the rest through the cache.
+
+    Returns:
+        Logits [C, V] of the rest, and the bytes allocated in the end.
+    """
     cache = engine.new_cache(1, len(ids))
     engine.extend(cache, ids[:prefill])
-    return engine.extend(cache, ids[prefill:], all_logits=True).float().cpu()
+    logits = engine.extend(cache, ids[prefill:], all_logits=True).float().cpu()
+    return logits, cache.allocated_bytes
 
 
 def score_windows(
@@ -191,29 +212,32 @@ def score_windows(
     """Score windows [N, P + C + 1] one by one; the last token of each is only a target."""
     for window in windows:
         fed, targets = window[:-1], window[prefill + 1 :]
-        logits = continuation_logits(engine, fed, prefill)
+        logits, size = continuation_logits(engine, fed, prefill)
         if base is None:
-            yield WindowScores(negative_log_likelihood(logits, targets))
+            yield WindowScores(negative_log_likelihood(logits, targets), size)
             continue
-        base_logits = continuation_logits(base, fed, prefill)
+        base_logits, base_size = continuation_logits(base, fed, prefill)
         base_nll, nll, kl, top1 = compare_logits(base_logits, logits, targets)
-        yield WindowScores(nll, base_nll, kl, top1)
+        yield WindowScores(nll, size, base_size, base_nll, kl, top1)
 
 
 def summarise(scores: Sequence[WindowScores], prefill: int, continuation: int) -> Divergence:
     """Means and standard errors over windows; the ratio's error is of the paired differences."""
     perplexity = Estimate.of([score.nll for score in scores]).exp()
+    size = max(score.cache_bytes for score in scores)
     paired = [
         (score.nll, score.base_nll, score.kl, score.top1)
         for score in scores
         if score.base_nll is not None and score.kl is not None and score.top1 is not None
     ]
     if not paired:
-        return Divergence(len(scores), prefill, continuation, perplexity)
+        return Divergence(len(scores), prefill, continuation, size, perplexity)
     return Divergence(
         windows=len(scores),
         prefill=prefill,
         continuation=continuation,
+        cache_bytes=size,
+        base_cache_bytes=max(score.base_cache_bytes or 0 for score in scores),
         perplexity=perplexity,
         base_perplexity=Estimate.of([base for _, base, _, _ in paired]).exp(),
         kl=Estimate.of([kl for _, _, kl, _ in paired]),

@@ -10,6 +10,7 @@ from rich.table import Table
 from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
 from kvtool.evaluate.retrieval import Recall
 from kvtool.evaluate.throughput import Bandwidth, Speed
+from kvtool.plan import Plan
 
 FORMAT_VERSION = 1
 ABSENT = "–"
@@ -40,6 +41,7 @@ class Report:
         base: The original, None where only absolute numbers were asked for.
         settings: Everything that decides the numbers: corpus, lengths, seeds.
         conversion: What the conversion took, by its manifest; None where nothing tells.
+        plan: Facts of the plan that the cache was run with.
         peak_memory: Of the whole process, with every model that it held.
         notes: What was done otherwise than asked, in sentences.
     """
@@ -57,14 +59,14 @@ class Report:
     peak_memory: dict[str, int]
     seconds: float
     conversion: dict[str, float] | None = None
+    plan: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def bytes_share(self) -> float | None:
-        """Bytes per token in bf16, as a share of the original's own cache in bf16."""
-        if self.base_cache is None:
-            return None
-        return self.cache.bytes_per_token_bf16 / self.base_cache.bytes_per_token_bf16
+        """Bytes of the cache of one evaluated sequence, as a share of the original's."""
+        base = self.divergence.base_cache_bytes
+        return self.divergence.cache_bytes / base if base else None
 
     @property
     def recall_share(self) -> float | None:
@@ -108,6 +110,12 @@ class Report:
         table.add_column("measure", no_wrap=True)
         for name in ("original", "measured", "measured / original"):
             table.add_column(name, justify="right", no_wrap=True)
+        if self.plan is not None:
+            how = "read densely, then dropped" if self.plan["prefill"] == "dense" else "streamed"
+            heads = f"{self.plan['streaming_heads']}/{self.plan['kv_heads']}"
+            table.add_row(f"KV heads that stream (prompts are {how})", "0", heads, ABSENT)
+            if (policy := self.plan["policy"]) is not None:
+                table.add_row("tokens of a prompt chosen by", ABSENT, policy, ABSENT)
         self._add_cache(table)
         self._add_divergence(table)
         for recall in self.retrieval:
@@ -140,7 +148,7 @@ class Report:
 
     def _add_cache(self, table: Table) -> None:
         base, cache, dtype = self.base_cache, self.cache, self.environment["dtype"]
-        rows = [
+        rows: list[tuple[str, float | None, float]] = [
             (
                 "cache, bytes per token as bfloat16",
                 base.bytes_per_token_bf16 if base else None,
@@ -157,6 +165,14 @@ class Report:
                 cache.constant_bytes,
             ),
         ]
+        result = self.divergence
+        rows.append(
+            (
+                f"cache of {result.prefill + result.continuation} tokens, bytes as run",
+                result.base_cache_bytes,
+                result.cache_bytes,
+            )
+        )
         for name, original, measured in rows:
             shown = ABSENT if original is None else f"{original:,.0f}"
             table.add_row(name, shown, f"{measured:,.0f}", _percent(measured, original))
@@ -200,6 +216,18 @@ class Report:
                 f"{measured:.1f}",
                 f"{measured / original:.2f} x",
             )
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """What a report says of the plan that a cache was run with."""
+    return {
+        "methods": [item.get("method") for item in plan.provenance],
+        "prefill": plan.prefill,
+        "policy": plan.policy,
+        "streaming_heads": plan.streaming_heads,
+        "kv_heads": plan.base.all_heads,
+        "layers": [asdict(layer) for layer in plan.layers],
+    }
 
 
 def speed_table(speeds: list[Speed], title: str) -> Table:

@@ -287,7 +287,7 @@ def compare_speed(
         runs = in_turn(sides_at, repeats, engine.device, advance)
         timings = [timing(side, context, batch) for side in runs]
         ours, theirs = timings[:2]
-        cache_bytes = batch * _cache_bytes(store, context + new_tokens / 2)
+        cache_bytes = batch * _cache_bytes(engine, store, context + new_tokens / 2)
         floor = (weights + cache_bytes) / bandwidth.best
         yield Speed(
             context=context,
@@ -355,7 +355,9 @@ def _prompts(vocabulary: int, batch: int, context: int) -> list[list[int]]:
     return prompts
 
 
-def _cache_bytes(store: CacheSize, tokens: float) -> float:
+def _cache_bytes(engine: Engine, store: CacheSize, tokens: float) -> float:
+    if engine.plan is not None:  # what token budgets keep is not in proportion to the length
+        return engine.plan.cache_bytes(round(tokens), engine.dtype.itemsize)
     return store.constant_bytes + store.bytes_per_token * tokens
 
 

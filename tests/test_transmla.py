@@ -5,7 +5,7 @@ import torch
 from conftest import FAMILIES
 
 from kvtool.attention import FactoredAttention, LatentFactors, Rope
-from kvtool.calibrate.statistics import LayerStream
+from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import transmla
 from kvtool.convert.exact import exact_factors
@@ -101,17 +101,16 @@ def test_full_rank_equals_the_model_that_lost_its_rope(layer_of, collapse):
 def measured(stream, layer, hidden, rope_dim, fold):
     """Basis and joint moment of a layer whose inputs are `hidden`, already normed."""
     layout = layer.attention.layout
-    heads, pairs = layout.kv_heads, layout.head_dim // 2
-    gram = torch.zeros(heads, pairs, heads, pairs, dtype=torch.float64)
-    width = heads * layout.head_dim
+    width = layout.kv_heads * layout.head_dim
     moment = torch.zeros(2 * width, 2 * width, dtype=torch.float64)
 
     def observe(q, k, v):
-        gram.add_(transmla.key_gram(k))
-        moment.add_(transmla.joint_moment(k, v))
+        joint = torch.cat([x.transpose(1, 2).flatten(2) for x in (k, v)], dim=-1)
+        moment.add_(torch.einsum("bti,btj->ij", joint.double(), joint.double()))
 
     with torch.inference_mode():
         stream.exact_attention(layer, observe)(hidden)
+    gram = transmla.key_gram(moment[:width, :width], layout.kv_heads)
     return transmla.RotatedBasis(gram, rope_dim, fold), moment
 
 

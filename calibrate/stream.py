@@ -1,0 +1,186 @@
+"""Streams hidden states through a checkpoint, one decoder layer in memory at a time.
+
+A layer's weights are read from the shards, used for every token at hand, and dropped, so the memory
+of a pass is bounded by the largest layer and the hidden states, not by the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.attention import (
+    GroupedQueryAttention,
+    decoder_layers,
+    describe,
+    rope_of,
+)
+from kvtool.checkpoint import Checkpoint
+from kvtool.errors import CalibrationError, CheckpointError
+
+IGNORED = "rotary_emb.inv_freq"
+"""Ending of tensors that old checkpoints hold and nothing reads."""
+
+Attention = Callable[[Tensor], Tensor]
+"""Normed hidden states `[B, T, hidden]` to the attention's output, same shape."""
+
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Sees queries `[B, Q, T, D]`, keys and values `[B, H, T, D]`: normed, before RoPE."""
+
+
+class _Slot(nn.Module):
+    """Stands where a decoder layer expects its attention module."""
+
+    attention: Attention
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return self.attention(hidden_states), None
+
+
+class StreamedLayer:
+    """One decoder layer with its weights, fp32.
+
+    Attributes:
+        attention: The stages of its attention module.
+        input_norm: `[hidden]`, the weight of the norm in front of the attention.
+    """
+
+    def __init__(self, index: int, module: Any) -> None:
+        self.index = index
+        self.attention = GroupedQueryAttention(module.self_attn, f"model.layers.{index}.self_attn")
+        self.input_norm: Tensor = module.input_layernorm.weight.detach()
+        self._slot = _Slot()
+        module.self_attn = self._slot
+        self._module = module
+
+    def to(self, device: torch.device) -> StreamedLayer:
+        """Moves the weights."""
+        self._module.to(device)
+        self.attention.to(device)
+        return self
+
+    def __call__(self, hidden: Tensor, attention: Attention) -> Tensor:
+        """The layer with `attention` in it, `[B, T, hidden]` to the same; differentiable."""
+        self._slot.attention = attention
+        result: Tensor = self._module(hidden)
+        return result
+
+    @torch.inference_mode()
+    def run(self, hidden: Tensor, attention: Attention, batch: int = 8) -> None:
+        """Takes `hidden [N, T, hidden]` through the layer, in place, `batch` windows at a time.
+
+        Raises:
+            CalibrationError: The layer produces numbers that are not finite.
+        """
+        self._slot.attention = attention
+        for piece in hidden.split(batch):
+            piece.copy_(self._module(piece))
+        if not bool(torch.isfinite(hidden).all()):
+            raise CalibrationError(
+                f"layer {self.index} produces values that are not finite (NaN or infinity)",
+                hint="the checkpoint is damaged, or its activations overflow; try other --data",
+            )
+
+
+class LayerStream:
+    """A GQA checkpoint as a sequence of layers.
+
+    Attributes:
+        layouts: The attention of every layer.
+        rope: Its rotary embedding.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.checkpoint = checkpoint
+        self.config = checkpoint.hf_config()
+        self.layouts = describe(self.config)
+        self.rope = rope_of(self.config)
+        with torch.device("meta"):
+            self._model: Any = AutoModelForCausalLM.from_config(self.config)
+        self._model.eval()
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Names and shapes, from the headers, against what the architecture needs."""
+        needed = {name: tuple(x.shape) for name, x in self._model.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            needed.pop("lm_head.weight")
+        stored = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        path = self.checkpoint.path
+        for name, shape in needed.items():
+            if name not in stored:
+                raise CheckpointError(f"{path} has no tensor {name}, which its config asks for.")
+            if stored[name] != shape:
+                raise CheckpointError(
+                    f"{path}: {name} has shape {list(stored[name])}, its config asks for "
+                    f"{list(shape)}."
+                )
+        for name in stored.keys() - needed.keys() - {"lm_head.weight"}:
+            if not name.endswith(IGNORED):
+                raise CheckpointError(
+                    f"{path} has a tensor {name}, which its config has no use for."
+                )
+
+    def __len__(self) -> int:
+        return len(self.layouts)
+
+    @torch.inference_mode()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids `[N, T]` to hidden states `[N, T, hidden]`, fp32."""
+        table = self.checkpoint.read("model.embed_tokens.weight")
+        if int(ids.max()) >= len(table):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: its tokenizer gives id {int(ids.max())}, its embedding "
+                f"has {len(table)} rows."
+            )
+        return table[ids].float()
+
+    def layer(self, index: int) -> StreamedLayer:
+        """Reads one layer; drop the result before asking for the next."""
+        module = decoder_layers(self._model)[index]
+        # A fresh module each time, so that nothing of the layer outlives its use.
+        with torch.device("meta"):
+            fresh = type(module)(self.config, index).eval().requires_grad_(False)
+        weights = self.checkpoint.read_prefix(f"model.layers.{index}.")
+        used = {k: w.float() for k, w in weights.items() if not k.endswith(IGNORED)}
+        fresh.load_state_dict(used, assign=True)
+        return StreamedLayer(index, fresh)
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin for positions 0 to `length - 1`, each `[T, D]`."""
+        return self.rope.tables(torch.arange(length))
+
+    def exact_attention(self, layer: StreamedLayer, observe: Observer | None = None) -> Attention:
+        """The layer's own attention over whole windows; `observe` sees what goes into it."""
+
+        def attention(hidden: Tensor) -> Tensor:
+            stages = layer.attention
+            q, k, v = stages.project(hidden)
+            q, k = stages.normalise(q, k)
+            if observe is not None:
+                observe(q, k, v)
+            q, k = stages.rotate(q, k, *self.tables(hidden.shape[1]))
+            return stages.output(stages.attend(q, k, v))
+
+        return attention
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and output head: `[..., hidden]` to `[..., vocabulary]`, fp32."""
+        tied = self.config.tie_word_embeddings
+        head = self.checkpoint.read("model.embed_tokens.weight" if tied else "lm_head.weight")
+        result: Tensor = self.final_norm()(hidden) @ head.float().T
+        return result
+
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last layer, fp32."""
+        norm = self._model.model.norm
+        weight = self.checkpoint.read("model.norm.weight").float()
+        fresh: nn.Module = type(norm)(len(weight), eps=norm.variance_epsilon)
+        fresh.weight = nn.Parameter(weight, requires_grad=False)
+        return fresh

@@ -11,7 +11,18 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from kvtool import __version__
-from kvtool.cli import bench, chat, convert, evaluate, generate, inspect, run, verify
+from kvtool.cli import (
+    bench,
+    calibrate,
+    chat,
+    convert,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    run,
+    verify,
+)
 from kvtool.errors import KvtoolError, ResourceError, UsageError
 
 _EXIT_INTERRUPTED = 130
@@ -35,7 +46,8 @@ for _command in (
     run.run,
 ):
     app.command()(_command)
-app.add_typer(run.recipe_app)
+for _group in (calibrate.calibrate_app, plan.plan_app, run.recipe_app):
+    app.add_typer(_group)
 
 
 def _show_versions(wanted: bool) -> None:
@@ -97,7 +109,8 @@ def run_command(arguments: list[str]) -> int:
             return _report(ResourceError(f"the disk is full: {error}"))
         return _report(KvtoolError(str(error)))
     if code == _EXIT_INTERRUPTED:
-        resumes = arguments[0] == "convert" and "--no-resume" not in arguments
+        resumable = arguments[0] == "convert" or arguments[:2] == ["calibrate", "statistics"]
+        resumes = resumable and "--no-resume" not in arguments
         goes_on = "; the same command goes on where it stopped" if resumes else ""
         print(f"interrupted{goes_on}", file=sys.stderr)
     return code if isinstance(code, int) else 0

@@ -1,0 +1,136 @@
+"""Token budgets: how many tokens of a prompt each KV head keeps, and the plan that says so.
+
+Curves come from the statistics of the model, taken over windows as long as the context that the
+budget is for; `allocate.py` turns them into integers. All methods are given the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtool import __version__
+from kvtool.calibrate import allocate
+from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect
+from kvtool.checkpoint import Checkpoint
+from kvtool.errors import UsageError
+from kvtool.plan import LayerPlan, Plan, Policy, base_of
+
+Method = Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+Report = Callable[[str, int, int], None]
+"""Told (stage, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Everything that determines the budgets besides the model.
+
+    Attributes:
+        method: `uniform` and `pyramidkv` need no data; `adakv` shares a layer's budget among its
+            heads by attention mass, `prefixkv` and `compresskv` share among layers, by mass and by
+            eviction error; `uncomp` by the entropy of the queries; `mass` shares among all heads of
+            all layers so that the retained attention mass is largest.
+        policy: How the tokens are chosen at the end of a prompt.
+        context: Tokens of the prompt that the budget is for.
+        minimum: Tokens that every head keeps at least.
+    """
+
+    method: Method = "adakv"
+    policy: Policy = "snapkv"
+    context: int = 4096
+    minimum: int = 64
+    data: str | None = None
+    tokens: int = 16384
+    seed: int = 0
+
+
+def calibrate_budgets(
+    checkpoint: Checkpoint,
+    options: BudgetOptions,
+    budget_bytes: int,
+    itemsize: int,
+    *,
+    report: Report = lambda stage, done, total: None,
+) -> Plan:
+    """A plan whose cache takes `budget_bytes` after a prompt of `context` tokens, to the token.
+
+    Args:
+        itemsize: Bytes per cached number that the budget is stated for.
+
+    Raises:
+        UsageError: The budget is too small or too large for the bounds, or the context too long.
+    """
+    base = base_of(checkpoint)
+    limit = int(checkpoint.hf_config().max_position_embeddings)
+    if options.context > limit:
+        raise UsageError(f"--context {options.context} is beyond the model's {limit} tokens")
+    total = budget_bytes // (2 * itemsize * base.head_dim)
+    statistics = None
+    corpus, tokens = None, 0
+    if options.method not in ("uniform", "pyramidkv"):
+        wanted = StatisticsOptions(
+            data=options.data,
+            tokens=max(options.tokens, options.context),
+            window=options.context,
+            context=options.context,
+            seed=options.seed,
+        )
+        statistics = collect(checkpoint, wanted, report=report)
+        corpus, tokens = statistics.metadata["corpus"], statistics.tokens
+    budgets = share_out(options, (base.layers, base.kv_heads), total, statistics)
+    provenance = {
+        "method": options.method,
+        "options": {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize},
+        "corpus": corpus,
+        "tokens": tokens,
+        "versions": {
+            "kvtool": __version__,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+    }
+    layers = tuple(LayerPlan((False,) * base.kv_heads, budget=tuple(b)) for b in budgets.tolist())
+    return Plan(base, layers, policy=options.policy, provenance=(provenance,))
+
+
+def share_out(
+    options: BudgetOptions, shape: tuple[int, int], total: int, statistics: Statistics | None
+) -> Tensor:
+    """Budgets `[L, H]` int64 that sum to `total`.
+
+    Args:
+        shape: (L, H).
+        statistics: Of windows of `context` tokens; not needed by `uniform` and `pyramidkv`.
+    """
+    low, high = min(options.minimum, options.context), options.context
+    if options.method == "uniform":
+        return allocate.uniform(shape, total, low, high)
+    if options.method == "pyramidkv":
+        return allocate.pyramid(*shape, total, low, high)
+    assert statistics is not None
+    layers = [statistics.layer(index) for index in range(len(statistics))]
+    if options.method == "uncomp":
+        entropy = torch.stack([x.query_entropy.view(shape[1], -1).amax(-1) for x in layers])
+        return allocate.uncomp(entropy, total, low, high)
+    grid = torch.tensor([0, *statistics.budgets])
+    curves = torch.stack([F.pad(x.budget_mass, (1, 0)) for x in layers])  # [L, H, K]
+    if options.method == "adakv":
+        return allocate.ada_layers(curves, grid, total, low, high)
+    if options.method == "mass":
+        return allocate.allocate(curves, grid, total, low, high)
+    # Layers are the units: all heads of one keep the same number, up to the last odd tokens.
+    per_head = total // shape[1]
+    if options.method == "prefixkv":
+        layer = allocate.prefix(curves.mean(1), grid, per_head, low, high)
+    else:
+        errors = torch.tensor([x.eviction_error for x in layers], dtype=torch.float64)
+        layer = allocate.compress(errors, per_head, low, high)
+    return allocate.round_exactly(layer[:, None].expand(shape).double(), total, low, high)

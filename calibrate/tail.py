@@ -1,0 +1,179 @@
+"""A model in memory that reads a context once and the tokens behind it many times.
+
+What streaming a head does to the recall of a long context shows in the tail alone where the context
+was read densely, so every trial costs a forward pass over some dozens of tokens and not over all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import causal_attention
+from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.tasks import RecallSample
+from kvtool.kernels.streaming_attention import streaming_attention
+
+Prefill = Literal["dense", "streamed"]
+
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""Queries `[B, Q, M, D]` from position `start` on, keys and values `[B, H, start + M, D]`, and
+`start`; returns `[B, Q, M, D]`."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A streaming head sees the first `sink` tokens and the last `window`, itself included."""
+
+    sink: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A recall sample as a model has read it.
+
+    Attributes:
+        keys, values: Per layer `[1, H, C, D]` of the context, keys rotated; C is 0 where the policy
+            is to stream from the first token, and `ids` is then the whole sample.
+        ids: `[M]`, the tokens behind the context.
+        answers: `[A]`, where in `ids` the tokens to be recalled are.
+        sample: The sample itself.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    ids: Tensor
+    answers: Tensor
+    sample: RecallSample
+
+    @property
+    def start(self) -> int:
+        """Position of the first token of `ids`."""
+        return self.keys[0].shape[2]
+
+
+class TailModel:
+    """All layers of a GQA checkpoint, fp32."""
+
+    def __init__(self, stream: LayerStream, device: str = "cpu") -> None:
+        checkpoint = stream.checkpoint
+        self.device = torch.device(device)
+        self.layouts = stream.layouts
+        self.layers = [stream.layer(i).to(self.device) for i in range(len(stream))]
+        self.rope = replace(stream.rope, inv_freq=stream.rope.inv_freq.to(self.device))
+        self.norm = stream.final_norm().to(self.device)
+        self.table = checkpoint.read("model.embed_tokens.weight").float().to(self.device)
+        self.head = self.table
+        if not stream.config.tie_word_embeddings:
+            self.head = checkpoint.read("lm_head.weight").float().to(self.device)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """`[M]` to `[1, M, hidden]`."""
+        return self.table[ids.to(self.device)][None]
+
+    @torch.no_grad()
+    def read(self, sample: RecallSample, prefill: Prefill = "dense") -> Reading:
+        """Reads the context of a sample, densely, or leaves it to be streamed with the tail."""
+        context, ids, answers = sample.context, sample.tail, sample.answers
+        if prefill == "streamed":
+            ids, answers = torch.cat((context, ids)), answers + len(context)
+            context = context[:0]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        hidden = self.embed(context)
+        for index in range(len(self.layers)):
+
+            def remember(q: Tensor, k: Tensor, v: Tensor, start: int, index: int = index) -> Tensor:
+                keys.append(k.contiguous())
+                values.append(v.contiguous())
+                return q if not len(context) else self.dense(index)(q, k, v, start)
+
+            hidden = self.layer(index, hidden, None, remember)
+        return Reading(keys, values, ids.to(self.device), answers.to(self.device), sample)
+
+    def layer(self, index: int, hidden: Tensor, reading: Reading | None, attend: Attend) -> Tensor:
+        """Hidden states `[B, M, hidden]` behind a context through one layer; differentiable."""
+        stages = self.layers[index].attention
+        start = 0 if reading is None else reading.start
+        positions = torch.arange(start, start + hidden.shape[1], device=self.device)
+        cos, sin = self.rope.tables(positions)
+
+        def attention(normed: Tensor) -> Tensor:
+            q, k, v = stages.project(normed)
+            q, k = stages.normalise(q, k)
+            q, k = stages.rotate(q, k, cos, sin)
+            if start and reading is not None:
+                rows = (len(hidden), -1, -1, -1)
+                k = torch.cat((reading.keys[index].expand(rows), k), dim=2)
+                v = torch.cat((reading.values[index].expand(rows), v), dim=2)
+            return stages.output(attend(q, k, v, start))
+
+        return self.layers[index](hidden, attention)
+
+    def dense(self, index: int) -> Attend:
+        """The layer's own attention."""
+        layout = self.layouts[index]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+            return causal_attention(q, k, v, layout.scaling, layout.sliding_window)
+
+        return attend
+
+    def streamed(self, index: int, window: Window) -> Attend:
+        """All heads of the layer see sinks and a window only."""
+        scaling = self.layouts[index].scaling
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+            return streaming_attention(q, k, v, window.sink, window.window, scaling, start)
+
+        return attend
+
+    def split(self, index: int, streaming: Tensor, window: Window) -> Attend:
+        """Heads marked in `streaming [H]` (bool) see sinks and a window, the others everything."""
+        group = self.layouts[index].heads // self.layouts[index].kv_heads
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+            parts = []
+            for head, streams in enumerate(streaming.tolist()):
+                one = self.streamed(index, window) if streams else self.dense(index)
+                queries = q[:, head * group : (head + 1) * group]
+                parts.append(one(queries, k[:, head, None], v[:, head, None], start))
+            return torch.cat(parts, dim=1)
+
+        return attend
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The final norm."""
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def log_probabilities(self, hidden: Tensor, reading: Reading) -> Tensor:
+        """Of the whole vocabulary at every token to be recalled.
+
+        Args:
+            hidden: `[B, M, hidden]` behind the last layer.
+
+        Returns:
+            `[B, A, V]` fp32.
+        """
+        before = self.finish(hidden[:, reading.answers - 1])
+        return torch.log_softmax(before @ self.head.T, dim=-1)
+
+    @torch.no_grad()
+    def recall(self, reading: Reading, streaming: Tensor, window: Window) -> Tensor:
+        """`log_probabilities` `[A, V]` with the heads in `streaming [L, H]` (bool) streaming."""
+        hidden = self.embed(reading.ids)
+        for index, heads in enumerate(streaming):
+            attend = self.split(index, heads, window) if heads.any() else self.dense(index)
+            hidden = self.layer(index, hidden, reading, attend)
+        return self.log_probabilities(hidden, reading)[0]
+
+
+def divergence(original: Tensor, other: Tensor) -> Tensor:
+    """Mean KL(original || other) in nats over the tokens of log-probabilities `[..., A, V]`."""
+    return (original.exp() * (original - other)).sum(-1).mean(-1)

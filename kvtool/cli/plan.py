@@ -1,0 +1,191 @@
+"""``kvtool plan``: look at a plan, slice another size from it, put two together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.filesize import decimal
+from rich.table import Table
+
+from kvtool.cli import _console, _options
+from kvtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtool.plan import LayerPlan, Plan
+
+FULL, STREAMING, BUDGETED = "█", "·", "▒"
+SHADES, QUARTERS = "·░▒█", ("lowest quarter", "second", "third", "highest")
+_BF16 = 2
+
+plan_app = typer.Typer(name="plan", help="Look at plans, slice and compose.", no_args_is_help=True)
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.")]
+Context = Annotated[
+    int, typer.Option("--context", min=1, help="Tokens of a prompt that bytes are stated for.")
+]
+
+
+@plan_app.command("show")
+def show(plan: PlanFile, context: Context = 4096, json: _options.Json = False) -> None:
+    """Show what a plan keeps, head by head, and what its cache costs."""
+    from kvtool.plan import Plan
+
+    emit_plan(Plan.read(plan), plan, context, json)
+
+
+@plan_app.command("slice")
+def slice_(
+    plan: PlanFile,
+    output: _options.Output,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-budget", help="Share of the native cache at --context (55%), or bytes (300MB)."
+        ),
+    ] = None,
+    streaming_heads: Annotated[
+        str | None,
+        typer.Option("--streaming-heads", help="Share of all KV heads (50%), or their number."),
+    ] = None,
+    context: Context = 4096,
+    overwrite: _options.Overwrite = False,
+    json: _options.Json = False,
+) -> None:
+    """Choose the streaming heads anew, from the scores in a plan; nothing is calibrated again."""
+    from kvtool.plan import Plan, parse_budget, parse_share
+
+    if (kv_budget is None) == (streaming_heads is None):
+        raise UsageError("either --kv-budget or --streaming-heads says how large the slice is")
+    source = Plan.read(plan)
+    if kv_budget is not None:
+        budget = parse_budget(kv_budget, source.native_bytes(context, _BF16))
+        sliced = source.cut(budget, context, _BF16)
+    else:
+        assert streaming_heads is not None
+        count = parse_share(streaming_heads, source.base.all_heads)
+        sliced = source.stream_heads(count, *source.ring)
+    sliced.write(output, overwrite=overwrite)
+    emit_plan(sliced, output, context, json)
+
+
+@plan_app.command("compose")
+def compose(
+    heads: Annotated[
+        Path, typer.Argument(metavar="HEADS", help="The plan that says which heads stream.")
+    ],
+    budgets: Annotated[
+        Path, typer.Argument(metavar="BUDGETS", help="The plan with a token budget per head.")
+    ],
+    output: _options.Output,
+    context: Context = 4096,
+    overwrite: _options.Overwrite = False,
+    json: _options.Json = False,
+) -> None:
+    """Give the heads of HEADS that do not stream their token budgets from BUDGETS."""
+    from kvtool.plan import Plan
+
+    composed = Plan.read(heads).compose(Plan.read(budgets))
+    composed.write(output, overwrite=overwrite)
+    emit_plan(composed, output, context, json)
+
+
+def head_picture(plan: Plan) -> str:
+    """One row per KV head, one column per layer: full, streaming or with a token budget."""
+    columns = [_marks(layer) for layer in plan.layers]
+    width = len(str(plan.base.kv_heads - 1))
+    rows = [
+        f"{head:>{width}} {''.join(row)}" for head, row in enumerate(zip(*columns, strict=True))
+    ]
+    legend = f"{FULL} full  {STREAMING} streaming  {BUDGETED} token budget"
+    return "\n".join([*rows, f"{'':>{width}} rows: KV heads, columns: layers; {legend}"])
+
+
+def _marks(layer: LayerPlan) -> list[str]:
+    return [
+        STREAMING if streams else FULL if budget is None else BUDGETED
+        for streams, budget in zip(layer.streaming, layer.budgets, strict=True)
+    ]
+
+
+def score_picture(plan: Plan) -> str:
+    """One row per KV head, one column per layer: the darker, the higher the head's score ranks."""
+    assert plan.scores is not None
+    places = plan.scores.flatten().argsort(stable=True).argsort() * len(SHADES)
+    shades = (places // plan.base.all_heads).view(plan.scores.shape).T.tolist()
+    width = len(str(plan.base.kv_heads - 1))
+    rows = [
+        f"{head:>{width}} {''.join(SHADES[shade] for shade in row)}"
+        for head, row in enumerate(shades)
+    ]
+    legend = ", ".join(f"{shade} {name}" for shade, name in zip(SHADES, QUARTERS, strict=True))
+    return "\n".join([*rows, f"{'':>{width}} rows: KV heads, columns: layers; {legend}"])
+
+
+def emit_plan(
+    plan: Plan, path: Path, context: int, json: bool, also: dict[str, Any] | None = None
+) -> None:
+    """Prints what a plan keeps, and `also` in JSON."""
+    result = {**summary(plan, path, context), **(also or {})}
+    if not json:
+        _console.out.print(_facts(result))
+        _console.out.print(head_picture(plan), soft_wrap=True)
+    _console.emit(result, json)
+
+
+def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
+    """What a plan keeps, and what its cache costs as bfloat16, as plain values."""
+    return {
+        "plan": str(path),
+        "model": plan.base.source,
+        "fingerprint": plan.base.fingerprint,
+        "methods": [str(item.get("method", "unknown")) for item in plan.provenance],
+        "prefill": plan.prefill,
+        "policy": plan.policy,
+        "kv_heads": plan.base.all_heads,
+        "streaming_heads": plan.streaming_heads,
+        "layers": [
+            {
+                "streaming": sum(layer.streaming),
+                "sink": layer.sink,
+                "window": layer.window,
+                "budget": layer.budget,
+            }
+            for layer in plan.layers
+        ],
+        "scores": plan.scores is not None,
+        "bytes_per_token": plan.bytes_per_token(_BF16),
+        "native_bytes_per_token": plan.native_bytes(1, _BF16),
+        "context": context,
+        "bytes": plan.cache_bytes(context, _BF16),
+        "native_bytes": plan.native_bytes(context, _BF16),
+        "provenance": plan.provenance,
+    }
+
+
+def _facts(result: dict[str, Any]) -> Table:
+    table = Table(title=result["plan"], title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_row("model", result["model"])
+    table.add_row("method", ", ".join(result["methods"]) or "unknown")
+    table.add_row("prefill", result["prefill"])
+    layers = result["layers"]
+    rings = sorted({(x["sink"], x["window"]) for x in layers if x["streaming"]})
+    kept = ", ".join(f"the first {sink} and last {window} tokens" for sink, window in rings)
+    share = f"{result['streaming_heads']} of {result['kv_heads']} KV heads"
+    table.add_row("streaming", share + (f", {kept}" if kept else ""))
+    table.add_row("  per layer", " ".join(str(layer["streaming"]) for layer in layers))
+    budgets = [x for layer in layers for x in layer["budget"] or () if x is not None]
+    if budgets:
+        spread = f"{min(budgets)} to {max(budgets)} tokens, chosen by {result['policy']}"
+        table.add_row("token budgets", f"{len(budgets)} KV heads, {spread}")
+    native = result["native_bytes_per_token"]
+    per_token = f"{result['bytes_per_token']:,} bytes per further token (native {native:,})"
+    table.add_row("cache, bf16", per_token)
+    size, native = result["bytes"], result["native_bytes"]
+    table.add_row(
+        f"  at {result['context']:,} tokens",
+        f"{decimal(size)} (native {decimal(native)}, {size / native:.1%})",
+    )
+    return table

@@ -1,4 +1,4 @@
-"""Recipes: a conversion and what is checked afterwards, written down so that it can be repeated.
+"""Recipes: calibrations, conversions and checks, written down so that they can be repeated.
 
 A recipe is YAML with a strict schema. An unknown key is an error that names its line and the key
 that was probably meant; nothing in a recipe can name code.
@@ -10,7 +10,7 @@ import difflib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -63,8 +63,59 @@ class VerifyStep(_Strict):
     long_prompt: bool = True
 
 
+class StatisticsStep(_Strict):
+    """``kvtool calibrate statistics``; later steps find them in kvtool's cache."""
+
+    uses: Literal["calibrate statistics"]
+    data: str | None = None
+    tokens: int = 16384
+    window: int | None = None
+    context: int | None = None
+    sinks: int = 4
+    seed: int = 0
+
+
+class HeadsStep(_Strict):
+    """``kvtool calibrate retrieval-heads``; ``output`` may be given when the recipe is run."""
+
+    uses: Literal["calibrate retrieval-heads"]
+    output: str | None = None
+    method: Literal["ablation", "duo", "attention", "semantic", "entropy"] = "ablation"
+    streaming_heads: TextOrNumber | None = None
+    kv_budget: TextOrNumber | None = None
+    context: int = 4096
+    sink: int = 16
+    window: int = 256
+    prefill: Literal["dense", "streamed"] = "dense"
+    lengths: list[int] | None = None
+    samples: int = 8
+    data: str | None = None
+    steps: int = 300
+    mix: Literal["self", "teacher"] = "self"
+    penalty: float = 0.05
+    device: str = "auto"
+    seed: int = 0
+
+
+class BudgetsStep(_Strict):
+    """``kvtool calibrate budgets``; ``output`` may be given when the recipe is run."""
+
+    uses: Literal["calibrate budgets"]
+    output: str | None = None
+    kv_budget: TextOrNumber
+    method: Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"] = (
+        "adakv"
+    )
+    policy: Literal["snapkv", "expected"] = "snapkv"
+    context: int = 4096
+    minimum: int = 64
+    data: str | None = None
+    tokens: int = 16384
+    seed: int = 0
+
+
 class EvaluateStep(_Strict):
-    """``kvtool evaluate`` of the last conversion against the recipe's model."""
+    """``kvtool evaluate`` of the last plan or conversion against the recipe's model."""
 
     uses: Literal["evaluate"]
     data: str | None = None
@@ -72,6 +123,7 @@ class EvaluateStep(_Strict):
     prefill: int | None = None
     continuation: int | None = None
     quick: bool = False
+    lengths: list[int] | None = None
     speed: bool = True
     max_kl: float | None = None
     max_ppl_ratio: float | None = None
@@ -81,7 +133,13 @@ class EvaluateStep(_Strict):
     seed: int = 0
 
 
-Step = Annotated[ConvertStep | VerifyStep | EvaluateStep, Field(discriminator="uses")]
+_STEPS = (ConvertStep, VerifyStep, StatisticsStep, HeadsStep, BudgetsStep, EvaluateStep)
+Step = Annotated[
+    ConvertStep | VerifyStep | StatisticsStep | HeadsStep | BudgetsStep | EvaluateStep,
+    Field(discriminator="uses"),
+]
+USES: dict[str, type[_Strict]] = {get_args(s.model_fields["uses"].annotation)[0]: s for s in _STEPS}
+"""The step that each ``uses`` names."""
 
 
 class Recipe(_Strict):
@@ -125,12 +183,20 @@ def parse_recipe(text: str, name: str) -> Recipe:
         recipe = Recipe.model_validate(_plain(document))
     except ValidationError as error:
         raise _first_error(error, document, name) from error
-    if recipe.steps[0].uses != "convert":
-        line, column = _position(document, ("steps", 0))
-        raise RecipeError(
-            f"{name}:{line}:{column}: '{recipe.steps[0].uses}' comes before any 'convert' step,"
-            " so there is nothing to look at"
-        )
+    made: set[str] = set()
+    for index, step in enumerate(recipe.steps):
+        needed = {
+            "verify": {"convert"},
+            "evaluate": {"convert", "calibrate retrieval-heads", "calibrate budgets"},
+        }.get(step.uses)
+        if needed is not None and not needed & made:
+            line, column = _position(document, ("steps", index))
+            makers = " or ".join(f"'{maker}'" for maker in sorted(needed, reverse=True))
+            raise RecipeError(
+                f"{name}:{line}:{column}: '{step.uses}' comes before any {makers} step,"
+                " so there is nothing to look at"
+            )
+        made.add(step.uses)
     return recipe
 
 
@@ -197,10 +263,10 @@ def _message(details: ErrorDetails) -> str:
     if kind == "missing":
         return f"the key '{key}' is missing"
     if kind == "union_tag_not_found":
-        return "the key 'uses' is missing; it names the step: convert, verify or evaluate"
+        return f"the key 'uses' is missing; it names the step: {_listed(USES)}"
     if kind == "union_tag_invalid":
         given = (details.get("ctx") or {}).get("tag")
-        return f"unknown step '{given}' (known are convert, verify, evaluate)"
+        return f"unknown step '{given}' (known are {_listed(USES)})"
     if key == "kvtool":
         return f"this kvtool reads recipes of version {SCHEMA_VERSION}, not {details['input']!r}"
     wanted = details["msg"][:1].lower() + details["msg"][1:]
@@ -224,12 +290,7 @@ def _position(document: CommentedMap, location: Iterable[str | int]) -> tuple[in
 
 
 def _keys_at(location: tuple[str | int, ...]) -> list[str]:
-    steps: dict[str | int, type[BaseModel]] = {
-        "convert": ConvertStep,
-        "verify": VerifyStep,
-        "evaluate": EvaluateStep,
-    }
-    return _keys(steps[location[2]] if len(location) > 3 else Recipe)
+    return _keys(USES[str(location[2])] if len(location) > 3 else Recipe)
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

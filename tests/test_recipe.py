@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtool.checkpoint import sha256_file
+from kvtool.cli import calibrate as calibrate_command
+from kvtool.cli import calibrate_statistics as statistics_command
 from kvtool.cli import convert as convert_command
 from kvtool.cli import evaluate as evaluate_command
 from kvtool.cli import run_command
@@ -17,9 +19,12 @@ from kvtool.cli import verify as verify_command
 from kvtool.convert.mla import MlaOptions
 from kvtool.errors import RecipeError
 from kvtool.recipe import (
+    BudgetsStep,
     ConvertStep,
     EvaluateStep,
+    HeadsStep,
     Recipe,
+    StatisticsStep,
     VerifyStep,
     dump_recipe,
     load_recipe,
@@ -39,6 +44,9 @@ steps:
     max_kl: 0.5
 """
 COMMANDS = {
+    StatisticsStep: statistics_command.statistics,
+    HeadsStep: calibrate_command.retrieval_heads,
+    BudgetsStep: calibrate_command.budgets,
     ConvertStep: convert_command.convert,
     VerifyStep: verify_command.verify,
     EvaluateStep: evaluate_command.evaluate,
@@ -231,8 +239,8 @@ def test_dry_run_of_a_recipe_writes_nothing(
 @pytest.mark.parametrize(
     ("steps", "arguments", "message"),
     [
-        (1, [], "says no output folder"),
-        (2, ["-o", "out"], "has 2 conversions, so --output cannot name them all"),
+        (1, [], "does not say where an output goes"),
+        (2, ["-o", "out"], "has 2 outputs, so --output cannot name them all"),
     ],
 )
 def test_unclear_output_is_a_usage_error(

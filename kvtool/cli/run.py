@@ -38,42 +38,55 @@ def run(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Run the steps of RECIPE. With --json every step prints one object."""
+    from kvtool.cli import calibrate
+    from kvtool.cli.calibrate_statistics import statistics
     from kvtool.cli.convert import convert
     from kvtool.cli.evaluate import evaluate
     from kvtool.cli.verify import verify
-    from kvtool.recipe import ConvertStep, EvaluateStep, load_recipe
+    from kvtool.recipe import (
+        BudgetsStep,
+        ConvertStep,
+        EvaluateStep,
+        HeadsStep,
+        StatisticsStep,
+        load_recipe,
+    )
 
     loaded = load_recipe(recipe)
-    outputs = _outputs(
-        recipe, [s.output for s in loaded.steps if isinstance(s, ConvertStep)], output
-    )
+    makers = (ConvertStep, HeadsStep, BudgetsStep)
+    outputs = _outputs(recipe, [s.output for s in loaded.steps if isinstance(s, makers)], output)
     shared: dict[str, Any] = {
         "json": json,
         "quiet": quiet,
         "offline": offline,
         "trust_remote_code": trust_remote_code,
     }
-    made = outputs[0]
+    made = Path()  # the last conversion
+    plan: Path | None = None  # the last plan, unless a conversion came after it
+    writing: dict[str, Any] = {"overwrite": overwrite, "revision": loaded.revision}
     for step in loaded.steps:
-        options = step.model_dump(exclude={"uses", "output"})
+        options = {**step.model_dump(exclude={"uses", "output"}), **shared}
         if isinstance(step, ConvertStep):
-            made = outputs.pop(0)
-            convert(
-                loaded.model,
-                made,
-                **options,
-                **shared,
-                revision=loaded.revision,
-                overwrite=overwrite,
-                resume=resume,
-                dry_run=dry_run,
+            made, plan = outputs.pop(0), None
+            convert(loaded.model, made, **options, **writing, resume=resume, dry_run=dry_run)
+        elif isinstance(step, StatisticsStep):
+            statistics(loaded.model, **options, **writing, resume=resume, dry_run=dry_run)
+        elif isinstance(step, HeadsStep):
+            plan = outputs.pop(0)
+            calibrate.retrieval_heads(
+                loaded.model, plan, **options, **writing, resume=resume, dry_run=dry_run
             )
         elif dry_run:
             continue
+        elif isinstance(step, BudgetsStep):
+            plan = outputs.pop(0)
+            calibrate.budgets(loaded.model, plan, **options, **writing)
         elif isinstance(step, EvaluateStep):
-            evaluate(str(made), against=_pinned(loaded, shared), **options, **shared)
+            base = _pinned(loaded, shared)
+            judged = base if plan is not None else str(made)
+            evaluate(judged, plan=plan, against=base, **options)
         else:
-            verify(made, loaded.model, **options, **shared, revision=loaded.revision)
+            verify(made, loaded.model, **options, revision=loaded.revision)
 
 
 def _pinned(recipe: Recipe, shared: dict[str, Any]) -> str:
@@ -101,16 +114,17 @@ def validate(recipe: RecipeFile) -> None:
 
 
 def _outputs(recipe: Path, in_recipe: list[str | None], given: Path | None) -> list[Path]:
-    """The output folder of every conversion of the recipe."""
+    """The output of every conversion and plan of the recipe."""
     if given is not None:
-        if len(in_recipe) > 1:
+        if len(in_recipe) != 1:
             raise UsageError(
-                f"{recipe}: has {len(in_recipe)} conversions, so --output cannot name them all"
+                f"{recipe}: has {len(in_recipe)} outputs, so --output cannot name them all"
             )
         return [given]
     named = [Path(name) for name in in_recipe if name is not None]
     if len(named) < len(in_recipe):
         raise UsageError(
-            f"{recipe}: says no output folder", hint=f"'kvtool run {recipe} -o FOLDER' does"
+            f"{recipe}: does not say where an output goes",
+            hint=f"'kvtool run {recipe} -o OUTPUT' does",
         )
     return named

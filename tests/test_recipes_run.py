@@ -1,0 +1,86 @@
+"""The recipe and the CI job for streaming heads really run: on a random model, on a real one."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvtool.checkpoint import Checkpoint
+from kvtool.cli import run_command
+from kvtool.plan import Plan
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+JOB = REPOSITORY / "recipes" / "ci" / "streaming-heads.sh"
+
+
+def test_the_heads_recipe_measures_plans_and_evaluates(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (REPOSITORY / "recipes" / "smollm2-heads.yaml").read_text(encoding="utf-8")
+    for shipped, small in (
+        ("model: smollm2", f"model: {tiny('llama')}"),
+        ("  - uses: calibrate statistics", "  - uses: calibrate statistics\n    tokens: 1024"),
+        ("method: ablation", "method: entropy\n    window: 64\n    seed: 3"),  # it cannot recall
+        ("output: smollm2-heads.plan", f"output: {tmp_path / 'heads.plan'}"),
+        ("lengths: [2048, 4096]", "lengths: [256]\n    windows: 2\n    prefill: 192"),
+        ("max_ppl_ratio: 1.05", "max_ppl_ratio: 2.0"),
+        ("    min_recall: 0.95\n", ""),
+    ):
+        assert shipped in text
+        text = text.replace(shipped, small)
+    recipe = tmp_path / "heads.yaml"
+    recipe.write_text(text)
+
+    assert run_command(["run", str(recipe), "--json"]) == 0
+    captured = capsys.readouterr()
+    statistics, heads, report = objects(captured.out)
+    assert captured.err == ""
+    assert statistics["tokens"] == 1024
+    assert heads["streaming_heads"] == 3
+    assert report["plan"]["streaming_heads"] == 3
+    plan = Plan.read(tmp_path / "heads.plan")
+    assert report["divergence"]["cache_bytes"] == plan.cache_bytes(192 + 256, 4)
+
+
+def test_the_ci_job_passes_on_a_real_model(smollm2: Checkpoint, tmp_path: Path) -> None:
+    wrapper = tmp_path / "kvtool"
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -m kvtool "$@"\n')
+    wrapper.chmod(0o755)
+    environment = {
+        **os.environ,
+        "KVTOOL": str(wrapper),
+        "STATISTICS_OPTIONS": "--tokens 512 --window 512",
+        "HEADS_OPTIONS": "--samples 1 --length 512 --sink 4 --window 48",
+        "EVALUATE_OPTIONS": "--windows 1 --prefill 256 --continuation 64 --length 512",
+        # Two short samples are not what anyone should calibrate with.
+        "MAX_PPL_RATIO": "1.5",
+        "MIN_RECALL": "0.8",
+    }
+
+    job = subprocess.run(
+        [str(JOB), str(smollm2.path), str(tmp_path / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (job.returncode, job.stderr) == (0, "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["plan"]["streaming_heads"] == 45
+    assert report["recall_share"] >= 0.8
+
+
+def objects(text: str) -> list[dict[str, object]]:
+    """The JSON objects that commands printed one after the other."""
+    decoder, found = json.JSONDecoder(), []
+    while text := text.lstrip():
+        value, end = decoder.raw_decode(text)
+        found.append(value)
+        text = text[end:]
+    return found

@@ -21,6 +21,7 @@ from kvtool.calibrate.allocate import (
     uniform,
 )
 from kvtool.errors import CalibrationError, UsageError
+from kvtool.plan import Base, LayerPlan, Plan
 
 property_test = settings(derandomize=True, deadline=None, max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
@@ -365,6 +366,15 @@ def test_duo_breaks_ties_by_index_and_refuses_impossible_counts() -> None:
     for streaming in (-1, 5):
         with pytest.raises(UsageError, match="the model has 4"):
             duo_threshold(torch.ones(2, 2), streaming)
+
+
+def test_a_plan_streams_the_heads_that_the_threshold_names() -> None:
+    scores = torch.tensor([[0.5, 0.1], [0.5, 0.9], [0.1, 0.5]])
+    full = (LayerPlan((False, False)),) * 3
+    plan = Plan(Base("m", "f", "c", 3, 2, 16), full, scores=scores)
+    for streaming in range(7):
+        planned = [layer.streaming for layer in plan.stream_heads(streaming, 4, 8).layers]
+        assert torch.equal(torch.tensor(planned), duo_threshold(scores, streaming))
 
 
 def test_budgets_beyond_the_measured_curves_are_refused() -> None:

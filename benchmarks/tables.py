@@ -62,6 +62,38 @@ def speed() -> None:
         print(f"| {row['context']} | " + " | ".join(f"{x:.0f}" for x in sides) + " |")
 
 
+def heads() -> None:
+    """Streaming heads: methods beside the mean of the random choices."""
+    result = read("heads.json")
+    print("| heads that stream, chosen by | KL | perplexity ratio | pass-key | 4-key needle |")
+    print("|---|---|---|---|---|")
+    for share in sorted({row["share"] for row in result["rows"]}):
+        rows = [row for row in result["rows"] if row["share"] == share]
+        chosen = [[row] for row in rows if "random" not in row["method"]]
+        random = [row for row in rows if "random" in row["method"]]
+        for group in [*chosen, *([random] if random else [])]:
+            name = group[0]["method"].split(",")[0]
+            name = f"random, mean of {len(group)}" if "random" in name else f"`{name}`"
+            kl, ratio = (
+                sum(row[key] for row in group) / len(group) for key in ("kl", "perplexity_ratio")
+            )
+            shown = "none" if not share else f"{share:.0%} {name}"
+            cells = [found(group, task) for task in ("pass-key", "4-key needle")]
+            print(f"| {shown} | {kl:.3f} | {ratio:.3f} | {cells[0]} | {cells[1]} |")
+
+
+def found(group: list[dict], task: str) -> str:
+    counts = [
+        (right, asked)
+        for row in group
+        for name, (right, asked) in row["recall"].items()
+        if name.startswith(task)
+    ]
+    right, asked = (sum(x) / len(group) for x in zip(*counts, strict=True))
+    return f"{right:.3g}/{asked:.0f}"
+
+
 if __name__ == "__main__":
     quality()
     speed()
+    heads()

@@ -66,7 +66,7 @@ class HeadOptions:
     lengths: tuple[int, ...] | None = None
     samples: int = 8
     mix: Mix = "self"
-    steps: int = 300
+    steps: int = 200
     penalty: float = 0.05
     data: str | None = None
     seed: int = 0

@@ -90,7 +90,7 @@ class HeadsStep(_Strict):
     lengths: list[int] | None = None
     samples: int = 8
     data: str | None = None
-    steps: int = 300
+    steps: int = 200
     mix: Literal["self", "teacher"] = "self"
     penalty: float = 0.05
     device: str = "auto"

@@ -105,7 +105,7 @@ def retrieval_heads(
     data: _options.Data = None,
     steps: Annotated[
         int, typer.Option(min=1, help="Training steps.", rich_help_panel=_TRAINING)
-    ] = 300,
+    ] = 200,
     mix: Annotated[
         Literal["self", "teacher"],
         typer.Option(

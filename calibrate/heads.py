@@ -39,6 +39,9 @@ LENGTHS = (1024, 2048)
 MIN_ACCURACY, MAX_NLL = 0.8, 0.5
 """What a model must reach on a recall task for its heads to be judged by it."""
 
+TIE = 1e-6
+"""Far below one copied token in any number of samples."""
+
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""
 
@@ -173,6 +176,8 @@ def check_options(checkpoint: Checkpoint, options: HeadOptions) -> None:
         raise UsageError("--sink must be at least 0 and --window at least 1")
     if options.samples < 1 or options.steps < 1 or options.penalty < 0:
         raise UsageError("--samples and --steps must be at least 1, --penalty at least 0")
+    if options.method == "entropy":
+        return  # it reads plain text
     for length in sample_lengths(options, int(stream.config.max_position_embeddings)):
         if length <= options.sink + options.window:
             raise UsageError(
@@ -234,7 +239,8 @@ def score_heads(
         details = {name: log[-1][name] for name in ("loss", "distillation", "mean_gate")}
     else:
         retrieval, semantic = attention_scores(model, readings, report)
-        scores = retrieval if options.method == "attention" else semantic
+        # Most heads never copy and tie at 0: the attention they pay to the needle parts them.
+        scores = semantic if options.method == "semantic" else retrieval + TIE * semantic
     tokens = sum(len(r.sample.context) + len(r.sample.tail) for r in readings)
     return HeadScores(scores, corpus.id, tokens, checks, details)
 

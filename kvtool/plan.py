@@ -307,14 +307,16 @@ class Plan:
 
     @property
     def ring(self) -> tuple[int, int]:
-        """Sink and window of the heads that stream.
+        """Sink and window of the heads that stream, or that the calibration had in mind.
 
         Raises:
-            PlanError: No head streams, or not all with the same.
+            PlanError: That is not known, or not all heads stream with the same.
         """
         rings = {(layer.sink, layer.window) for layer in self.layers if any(layer.streaming)}
+        if not rings:
+            rings = {ring for item in self.provenance if (ring := _intended_ring(item))}
         if len(rings) != 1:
-            why = "no head streams" if not rings else "layers stream with different windows"
+            why = "no head streams" if not rings else "heads stream with different windows"
             raise PlanError(f"{why}, so what another streaming head would keep is unknown")
         return rings.pop()
 
@@ -345,19 +347,16 @@ class Plan:
     def compose(self, other: Plan) -> Plan:
         """The heads of this plan with the token budgets of `other`, but for heads that stream.
 
+        How prompts are read is for the heads to say: budgeted heads read them densely anyway.
+
         Raises:
-            PlanError: They are for different models, prefill differently, both choose heads or
-                both have budgets, or are in the wrong order.
+            PlanError: They are for different models, both choose heads or both have budgets, or
+                are in the wrong order.
         """
         if self.base != other.base:
             raise PlanError(
                 f"one plan is for {self.base.source}, the other for {other.base.source}, "
                 "and these are different models"
-            )
-        if self.prefill != other.prefill:
-            raise PlanError(
-                f"one plan has {self.prefill} prompts, the other {other.prefill} ones; "
-                "a cache is filled in one way"
             )
         if other.streaming_heads and self.streaming_heads:
             raise PlanError("both plans choose heads that stream")
@@ -566,6 +565,17 @@ def _document(plan: Plan) -> dict[str, Any]:
         "provenance": plan.provenance,
         "layers": [{"heads": heads(layer), "budget": layer.budget} for layer in plan.layers],
     }
+
+
+def _intended_ring(provenance: dict[str, Any]) -> tuple[int, int] | None:
+    """The sink and window that a calibration measured with, if it says so."""
+    options = provenance.get("options")
+    if not isinstance(options, dict):
+        return None
+    sink, window = options.get("sink"), options.get("window")
+    if isinstance(sink, int) and isinstance(window, int) and sink >= 0 and window >= 1:
+        return sink, window
+    return None
 
 
 def _json(value: Any) -> str:

@@ -536,6 +536,20 @@ def test_composing_takes_heads_from_one_plan_and_budgets_from_the_other() -> Non
     assert heads.compose(replace(SCORED, scores=None)).layers == heads.layers
 
 
+def test_the_heads_say_how_prompts_are_read() -> None:
+    streamed = replace(SCORED.stream_heads(3, 4, 8), prefill="streamed")
+    assert streamed.compose(BUDGETS).prefill == "streamed"
+
+
+def test_a_plan_without_streaming_heads_is_sliced_with_what_it_was_calibrated_for() -> None:
+    measured = replace(SCORED, provenance=({"options": {"sink": 2, "window": 16}},))
+    assert measured.ring == (2, 16)
+    assert measured.stream_heads(3, *measured.ring).ring == (2, 16)
+    for options in (None, [], {"sink": "2", "window": 16}, {"sink": 2, "window": 0}):
+        with pytest.raises(PlanError, match="no head streams"):
+            _ = replace(SCORED, provenance=({"options": options},)).ring
+
+
 def test_a_policy_goes_with_the_last_budget() -> None:
     everything = SCORED.stream_heads(6, 4, 8).compose(BUDGETS)
     assert everything.policy is None
@@ -546,7 +560,6 @@ def test_plans_that_do_not_belong_together_are_refused() -> None:
     heads = SCORED.stream_heads(3, 4, 8)
     for one, other, complaint in (
         (heads, replace(BUDGETS, base=replace(BASE, fingerprint="g")), "different models"),
-        (heads, replace(BUDGETS, prefill="streamed"), "streamed"),
         (heads, heads, "both plans choose heads"),
         (BUDGETS, BUDGETS, "both plans have token budgets"),
         (heads.compose(BUDGETS), heads, "both plans choose heads"),

@@ -281,10 +281,10 @@ def test_allocated_bytes_are_the_planned_ones(tiny, streaming):
     checkpoint = Checkpoint.open(str(tiny("llama")))
     plan = make_plan(checkpoint, streaming)
     engine = Engine.load(checkpoint, plan=plan)
-    for pages in (1, 3):
-        cache = engine.new_cache(1, pages * PAGE)
-        engine.extend(cache, tokens(pages * PAGE))
-        assert cache.allocated_bytes == plan.cache_bytes(pages * PAGE, 4)
+    for length in (1, PAGE - 1, PAGE, PAGE + 1, 100, 3 * PAGE):
+        cache = engine.new_cache(1, length)
+        engine.extend(cache, tokens(length))
+        assert cache.allocated_bytes == plan.cache_bytes(length, 4)
     assert engine.new_cache(5, PAGE).allocated_bytes == 5 * plan.cache_bytes(PAGE, 4)
 
 
@@ -295,7 +295,7 @@ def test_planes_of_full_heads_grow_by_doubling_whole_pages(loaded):
     for token in tokens(2 * PAGE + 1):
         engine.decode(cache, token[None])
         sizes.add(cache.capacity)
-    assert sorted(sizes) == [PAGE, 2 * PAGE, 4 * PAGE]
+    assert sorted(sizes) == [10, PAGE, 2 * PAGE, 4 * PAGE]
     cache = engine.new_cache(1, 10)
     engine.extend(cache, tokens(2 * PAGE + 1))
     assert cache.capacity == 3 * PAGE
@@ -452,22 +452,26 @@ def test_a_row_without_a_prompt_keeps_all_it_decodes(loaded):
 
 
 @pytest.mark.parametrize("budgets", [RAGGED, EQUAL, ([1, 200], [200, 200], [64, 63])])
-@pytest.mark.parametrize("pages", [1, 2])
-def test_bytes_of_budgeted_heads_are_the_planned_ones(tiny, budgets, pages):
+@pytest.mark.parametrize("length", [1, PAGE, PAGE + 1, 100, 2 * PAGE])
+def test_bytes_of_budgeted_heads_are_the_planned_ones(tiny, budgets, length):
     checkpoint = Checkpoint.open(str(tiny("llama")))
     plan = make_plan(checkpoint, NONE, budgets=budgets, policy="snapkv")
     engine = Engine.load(checkpoint, plan=plan)
-    cache = engine.new_cache(1, pages * PAGE)
+    cache = engine.new_cache(1, length)
     full = sum(row.count(None) for row in budgets)
-    assert cache.allocated_bytes == full * 2 * 4 * 16 * pages * PAGE  # no room for the prompt
-    engine.extend(cache, tokens(pages * PAGE))
-    assert cache.allocated_bytes == plan.cache_bytes(pages * PAGE, 4)
-    engine.decode(cache, tokens(1))
-    tails = 6 - full
-    grown = cache.stores[0].full.capacity - pages * PAGE
-    assert cache.allocated_bytes == plan.cache_bytes(pages * PAGE, 4) + 2 * 4 * 16 * (
-        tails * PAGE + full * grown
-    )
+    assert cache.allocated_bytes == full * 2 * 4 * 16 * length  # no room for the prompt
+    engine.extend(cache, tokens(length))
+    assert cache.allocated_bytes == plan.cache_bytes(length, 4)
+    for pages in (1, 2, 3):  # a tail is as long as what came after the prompt, in whole pages
+        while cache.lengths[0] < length + pages * PAGE:
+            engine.decode(cache, tokens(1))
+        grown = sum(
+            row.count(None) * (getattr(store, "full", store).capacity - length)
+            for row, store in zip(budgets, cache.stores, strict=True)
+        )
+        assert cache.allocated_bytes == plan.cache_bytes(length, 4) + 2 * 4 * 16 * (
+            (6 - full) * pages * PAGE + grown
+        )
 
 
 def test_a_budgeted_row_goes_back_to_its_prompt_and_no_further(loaded):
@@ -559,3 +563,26 @@ def test_reordered_heads_compute_the_same_layer(tiny):
 def test_only_layers_that_drop_something_get_a_split_store(loaded):
     engine, _ = loaded()
     assert [isinstance(a, SplitAttention) for a in engine.attentions] == [True, False, True]
+
+
+@pytest.mark.parametrize("streaming", [MIXED, NONE])
+def test_an_interrupted_row_is_fed_again_before_it_is_believed(loaded, monkeypatch, streaming):
+    engine, _ = loaded(streaming=streaming)
+    cache, other = engine.new_cache(1, 128), engine.new_cache(1, 128)
+    text, more = tokens(60), tokens(20, seed=1)
+    engine.extend(cache, text)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.attentions[2], "attention", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.extend(cache, tokens(30, seed=2))
+    held = cache.lengths[0]
+    if held:
+        engine.extend(other, text[:held])
+    fed = torch.cat((text, more))[held:]
+    torch.testing.assert_close(
+        engine.extend(cache, fed), engine.extend(other, fed), atol=1e-4, rtol=0
+    )

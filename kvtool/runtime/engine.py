@@ -189,6 +189,10 @@ class Engine:
         begin, total = cache.lengths[row], cache.lengths[row] + len(ids)
         self._check_length(total)
         cache.reserve([total if r == row else n for r, n in enumerate(cache.lengths)])
+        # A layer may drop what the row would need to go back, so until all layers are through, an
+        # interrupted row holds nothing.
+        intact = all(store.can_crop(row, total, begin) for store in cache.stores)
+        cache.lengths[row] = begin if intact else 0
         collected: list[Tensor] = []
         start = begin
         for piece in ids.to(self.device).split(chunk):

@@ -20,7 +20,7 @@ from kvtool.attention import (
     rope_of,
 )
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import CheckpointError, UnsupportedModelError
+from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config, is_factor, read_factors
 from kvtool.plan import Plan
 from kvtool.runtime.layers import (
@@ -96,7 +96,13 @@ def _check_plan(
             hint="use the plan with the model that this one was converted from",
         )
     plan.check_base(checkpoint)
+    positions = int(checkpoint.hf_config().max_position_embeddings)
     for i, (kept, layout) in enumerate(zip(plan.layers, layouts, strict=True)):
+        if kept.sink + kept.window > positions:
+            raise PlanError(
+                f"layer {i} streams with {kept.sink} + {kept.window} tokens, more than the "
+                f"{positions} positions of {checkpoint.source}"
+            )
         if layout.sliding_window is not None and not kept.plain:
             raise UnsupportedModelError(
                 f"layer {i} of {checkpoint.source} has a sliding window of {layout.sliding_window} "

@@ -31,7 +31,7 @@ from kvtool.runtime.selection import Selector, keep, selector
 from kvtool.runtime.stores import DenseStore, Store
 
 PAGE = 64
-"""Tokens that growing planes are allocated for at once."""
+"""Planes that outgrow what they were made for grow by whole pages of this many tokens."""
 
 
 def whole_pages(tokens: int) -> int:
@@ -65,11 +65,11 @@ class FullHeads(DenseStore):
     def __init__(
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float
     ) -> None:
-        super().__init__(rows, heads, whole_pages(capacity), head_dim, like)
+        super().__init__(rows, heads, capacity, head_dim, like)
         self.scaling = scaling
 
-    def reserve(self, lengths: Sequence[int]) -> None:
-        super().reserve([whole_pages(n) for n in lengths])
+    def grown(self, length: int) -> int:
+        return whole_pages(super().grown(length))
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
@@ -211,6 +211,9 @@ class BudgetedHeads(DroppingHeads):
         kept = sum(row.keys.nbytes + row.values.nbytes for row in self.kept)
         return super().allocated_bytes + kept
 
+    def grown(self, length: int) -> int:
+        return whole_pages(length)  # tails are short beside what was kept
+
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return length >= self.kept[row].prompt
 
@@ -227,7 +230,7 @@ class BudgetedHeads(DroppingHeads):
                 self.kept[row] = self.nothing
         prompts = [self.kept[row].prompt for row in rows]
         lengths = [n - prompt for n, prompt in zip(step.lengths, prompts, strict=True)]
-        self.reserve([whole_pages(n) for n in lengths])
+        self.reserve(lengths)
         starts = [n - new.k.shape[2] for n in lengths]
         self.write(step.row, starts, {"keys": new.k, "values": new.v})
         contexts = []

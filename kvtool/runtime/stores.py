@@ -36,15 +36,18 @@ class Store:
         return next(iter(self.planes.values())).shape[-2]
 
     def reserve(self, lengths: Sequence[int]) -> None:
-        """Makes sure that row b has room for `lengths[b]` tokens; growing at least doubles."""
-        capacity = max(lengths)
-        if capacity <= self.capacity:
+        """Makes sure that row b has room for `lengths[b]` tokens."""
+        if max(lengths) <= self.capacity:
             return
-        capacity = max(capacity, 2 * self.capacity)
+        capacity = self.grown(max(lengths))
         for name, plane in self.planes.items():
             larger = plane.new_empty((*plane.shape[:-2], capacity, plane.shape[-1]))
             larger[..., : plane.shape[-2], :] = plane
             self.planes[name] = larger
+
+    def grown(self, length: int) -> int:
+        """The next capacity when `length` tokens do not fit: doubling copies each token once."""
+        return max(length, 2 * self.capacity)
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         """Whether a row of `stored` tokens still has what its first `length` tokens had left."""

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool import __version__
 from kvtool.calibrate import allocate
 from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import UsageError
-from kvtool.plan import LayerPlan, Plan, Policy, base_of
+from kvtool.plan import LayerPlan, Plan, Policy, base_of, check_can_drop, provenance_of
 
 Method = Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -66,12 +63,11 @@ def calibrate_budgets(
         itemsize: Bytes per cached number that the budget is stated for.
 
     Raises:
-        UsageError: The budget is too small or too large for the bounds, or the context too long.
+        UnsupportedModelError: Layers have a sliding window.
+        UsageError: The budget is too small or too large for the bounds.
     """
     base = base_of(checkpoint)
-    limit = int(checkpoint.hf_config().max_position_embeddings)
-    if options.context > limit:
-        raise UsageError(f"--context {options.context} is beyond the model's {limit} tokens")
+    check_can_drop(checkpoint)
     total = budget_bytes // (2 * itemsize * base.head_dim)
     statistics = None
     corpus, tokens = None, 0
@@ -86,17 +82,8 @@ def calibrate_budgets(
         statistics = collect(checkpoint, wanted, report=report)
         corpus, tokens = statistics.metadata["corpus"], statistics.tokens
     budgets = share_out(options, (base.layers, base.kv_heads), total, statistics)
-    provenance = {
-        "method": options.method,
-        "options": {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize},
-        "corpus": corpus,
-        "tokens": tokens,
-        "versions": {
-            "kvtool": __version__,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
-    }
+    asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
+    provenance = provenance_of(options.method, asked, corpus, tokens)
     layers = tuple(LayerPlan((False,) * base.kv_heads, budget=tuple(b)) for b in budgets.tolist())
     return Plan(base, layers, policy=options.policy, provenance=(provenance,))
 

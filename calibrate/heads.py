@@ -8,28 +8,28 @@ order is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from kvtool import __version__
 from kvtool.calibrate.ablation import ablation_scores
 from kvtool.calibrate.attention_scores import attention_scores
 from kvtool.calibrate.duo import GatedModel, Mix, teach
 from kvtool.calibrate.statistics import StatisticsOptions, collect
+from kvtool.calibrate.statistics import memory_bytes as statistics_memory
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import Prefill, Reading, TailModel, Window
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Training, train
-from kvtool.errors import CalibrationError, UnsupportedModelError, UsageError
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.errors import CalibrationError, UsageError
+from kvtool.plan import LayerPlan, Plan, base_of, check_can_drop, provenance_of
 
 Method = Literal["ablation", "duo", "attention", "semantic", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -141,19 +141,14 @@ def calibrate_heads(
     found = score_heads(
         checkpoint, options, device=device, folder=folder, resume=resume, report=report
     )
-    provenance = {
-        "method": options.method,
-        "options": asdict(options),
-        "corpus": found.corpus,
-        "tokens": found.tokens,
-        "recall": [{**asdict(check), "passed": check.passed} for check in found.checks],
+    provenance = provenance_of(
+        options.method,
+        asdict(options),
+        found.corpus,
+        found.tokens,
+        recall=[{**asdict(check), "passed": check.passed} for check in found.checks],
         **found.details,
-        "versions": {
-            "kvtool": __version__,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
-    }
+    )
     full = LayerPlan((False,) * base.kv_heads)
     return Plan(
         base,
@@ -167,11 +162,7 @@ def calibrate_heads(
 def check_options(checkpoint: Checkpoint, options: HeadOptions) -> None:
     """Refuses what cannot work before any weight is read."""
     stream = LayerStream(checkpoint)
-    if any(layout.sliding_window is not None for layout in stream.layouts):
-        raise UnsupportedModelError(
-            f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
-            "streaming heads in them are not supported"
-        )
+    check_can_drop(checkpoint)
     if options.sink < 0 or options.window < 1:
         raise UsageError("--sink must be at least 0 and --window at least 1")
     if options.samples < 1 or options.steps < 1 or options.penalty < 0:
@@ -185,6 +176,21 @@ def check_options(checkpoint: Checkpoint, options: HeadOptions) -> None:
                 "tokens that a streaming head sees, so no head would be missed",
                 hint="use a longer --length or a smaller --window",
             )
+
+
+def memory_bytes(checkpoint: Checkpoint, options: HeadOptions) -> int:
+    """About what the calibration holds at once, besides Python and its libraries.
+
+    The model in fp32, and keys and values of all contexts; `entropy` holds one layer at a time.
+    """
+    if options.method == "entropy":
+        stream, tokens = LayerStream(checkpoint), StatisticsOptions().tokens
+        return statistics_memory(stream, tokens)
+    base = base_of(checkpoint)
+    weights = sum(4 * math.prod(info.shape) for info in checkpoint.tensors.values())
+    lengths = sample_lengths(options, int(checkpoint.hf_config().max_position_embeddings))
+    tokens = sum(lengths[i % len(lengths)] for i in range(options.samples))
+    return weights + 2 * 4 * base.head_dim * base.all_heads * tokens
 
 
 def sample_lengths(options: HeadOptions, context: int) -> list[int]:

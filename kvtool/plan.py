@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from kvtool import __version__
 from kvtool._tensors import first_line, open_safetensors
 from kvtool.attention import describe
 from kvtool.checkpoint import Checkpoint
@@ -163,6 +165,25 @@ def base_of(checkpoint: Checkpoint) -> Base:
         layout.kv_heads,
         layout.head_dim,
     )
+
+
+def check_can_drop(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModelError where no head can keep less than the model gives it."""
+    if any(layout.sliding_window is not None for layout in describe(checkpoint.hf_config())):
+        raise UnsupportedModelError(
+            f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
+            "streaming heads or token budgets in them are not supported"
+        )
+
+
+def provenance_of(
+    method: str, options: dict[str, Any], corpus: str | None, tokens: int, **more: Any
+) -> dict[str, Any]:
+    """How a plan was made, as a plan holds it: `more` are numbers of the method."""
+    versions = {"kvtool": __version__}
+    versions |= {name: version(name) for name in ("torch", "transformers")}
+    said = {"method": method, "options": options, "corpus": corpus, "tokens": tokens}
+    return {**said, **more, "versions": versions}
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,7 @@ class HeadsStep(_Strict):
     method: Literal["ablation", "duo", "attention", "semantic", "entropy"] = "ablation"
     streaming_heads: TextOrNumber | None = None
     kv_budget: TextOrNumber | None = None
-    context: int = 4096
+    context: int | None = None
     sink: int = 16
     window: int = 256
     prefill: Literal["dense", "streamed"] = "dense"
@@ -107,7 +107,7 @@ class BudgetsStep(_Strict):
         "adakv"
     )
     policy: Literal["snapkv", "expected"] = "snapkv"
-    context: int = 4096
+    context: int | None = None
     minimum: int = 64
     data: str | None = None
     tokens: int = 16384

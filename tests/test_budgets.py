@@ -68,24 +68,50 @@ def test_what_statistics_say_decides_and_what_they_cost_is_paid_once(
 
 
 @pytest.mark.parametrize(
-    ("share", "context", "message"),
+    "share",
+    [0.01, 1.5],
+)
+def test_impossible_budgets_are_refused(tiny: Callable[..., Path], share: float) -> None:
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    with pytest.raises(UsageError, match="cannot be met"):
+        calibrate_budgets(checkpoint, options("uniform"), int(share * HEADS * CONTEXT * TOKEN), 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "arguments", "code", "message"),
     [
-        (0.01, CONTEXT, "cannot be met"),
-        (1.5, CONTEXT, "cannot be met"),
-        (0.5, 100_000, "beyond the model's 512"),
+        ("llama", {}, ["--context", "100000"], 2, "beyond the model's 512 tokens"),
+        ("mistral", {"sliding_window": 64}, [], 4, "sliding window"),
     ],
 )
-def test_impossible_budgets_are_refused(
-    tiny: Callable[..., Path], share: float, context: int, message: str
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_could_not_run_is_not_planned(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    family: str,
+    overrides: dict[str, int],
+    arguments: list[str],
+    code: int,
+    message: str,
+    dry: bool,
 ) -> None:
-    checkpoint = Checkpoint.open(str(tiny("llama")))
-    with pytest.raises(UsageError, match=message):
-        calibrate_budgets(
-            checkpoint,
-            options("uniform", context=context),
-            int(share * HEADS * context * TOKEN),
-            2,
-        )
+    model, output = str(tiny(family, **overrides)), tmp_path / "plan"
+    command = ["calibrate", "budgets", model, "-o", str(output), "--kv-budget", "50%", *arguments]
+    assert run_command([*command, *["--dry-run"] * dry]) == code
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_dry_run_says_what_the_cache_will_take_and_writes_nothing(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["calibrate", "budgets", str(tiny("llama")), "-o", str(tmp_path / "plan")]
+    assert run_command([*command, "--kv-budget", "25%", "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["native_bytes"] == HEADS * 512 * TOKEN
+    assert planned["bytes"] == planned["native_bytes"] // 4
+    assert not (tmp_path / "plan").exists()
 
 
 def test_budgets_compose_with_streaming_heads_on_the_command_line(

@@ -169,8 +169,9 @@ def test_hints_name_flags_that_exist(
 
 
 def test_an_output_is_kept_unless_it_is_a_plan_to_be_replaced(
-    tiny: Tiny, entropy: Path, tmp_path: Path, capsys: Capture
+    tiny: Tiny, entropy: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(heads, "score_heads", lambda *_, **__: pytest.fail("work was done"))
     before = entropy.read_bytes()
     assert calibrate(tiny("llama"), entropy, "--method", "entropy") == 2
     assert "exists already" in failure(capsys)
@@ -204,6 +205,7 @@ def test_dry_run_tells_the_size_and_writes_nothing(
     assert planned["streaming_heads"] == 3
     assert calibrate(tiny("llama"), tmp_path / "a.plan", *command) == 0
     assert "nothing written" in capfd.readouterr().out
+    assert calibrate(tiny("llama"), tmp_path / "a.plan", "--dry-run", "--window", "497") == 2
     assert list(tmp_path.iterdir()) == []
 
 

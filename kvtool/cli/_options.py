@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -137,7 +138,10 @@ def resolve_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        # Under accelerate launch, each process has a device of its own.
+        rank = os.environ.get("LOCAL_RANK")
+        mine = "cuda" if rank is None else f"cuda:{rank}"
+        return mine if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return name
     numbered = re.fullmatch(r"cuda(?::(\d+))?", name)
@@ -149,6 +153,18 @@ def resolve_device(name: str) -> str:
     if int(numbered[1] or 0) >= count:
         raise UsageError(f"--device {name}: the CUDA devices here end at cuda:{count - 1}")
     return name
+
+
+def memory_of(device: str) -> int | None:
+    """Bytes of memory that a device has; None where that cannot be told."""
+    import torch
+
+    if device != "cpu":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:

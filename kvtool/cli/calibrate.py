@@ -14,9 +14,10 @@ from rich.table import Table
 from kvtool.cli import _console, _options
 from kvtool.cli.calibrate_statistics import statistics
 from kvtool.cli.plan import emit_plan, score_picture, summary
-from kvtool.errors import UsageError
+from kvtool.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
+    from kvtool.checkpoint import Checkpoint
     from kvtool.plan import Plan
 
 calibrate_app = typer.Typer(
@@ -27,7 +28,7 @@ calibrate_app = typer.Typer(
 calibrate_app.command("statistics")(statistics)
 
 _METHOD, _TRAINING = "Method", "Training (--method duo)"
-_BF16 = 2
+_BF16, _CONTEXT = 2, 4096
 
 KvBudget = Annotated[
     str | None,
@@ -38,11 +39,11 @@ KvBudget = Annotated[
     ),
 ]
 Context = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--context",
         min=1,
-        help="Tokens of a sequence that the budget is for.",
+        help="Tokens of a sequence that the budget is for; 4096, or what the model can.",
         rich_help_panel=_METHOD,
     ),
 ]
@@ -70,7 +71,7 @@ def retrieval_heads(
         ),
     ] = None,
     kv_budget: KvBudget = None,
-    context: Context = 4096,
+    context: Context = None,
     sink: Annotated[
         int,
         typer.Option(
@@ -129,13 +130,14 @@ def retrieval_heads(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Find the heads of MODEL that need the whole past; the others keep sinks and a window."""
-    from kvtool.calibrate.heads import HeadOptions, calibrate_heads, check_options
+    from kvtool.calibrate.heads import HeadOptions, calibrate_heads, check_options, memory_bytes
     from kvtool.checkpoint import Checkpoint
     from kvtool.plan import LayerPlan, Plan, base_of, check_plan_output
 
     if kv_budget is not None and streaming_heads is not None:
         raise UsageError("--kv-budget and --streaming-heads both say how many heads stream")
     check_plan_output(output, overwrite=overwrite)
+    device = _options.resolve_device(device)
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
@@ -153,14 +155,26 @@ def retrieval_heads(
         seed=seed,
     )
     check_options(checkpoint, options)
+    context = _context(checkpoint, context)
     base = base_of(checkpoint)
     # Before the work: the size is possible whatever the scores turn out to be.
     full = (LayerPlan((False,) * base.kv_heads),) * base.layers
     size = _Size(streaming_heads, kv_budget, context, sink, window)
     planned = size.apply(Plan(base, full, prefill, scores=_zeros(base.layers, base.kv_heads)))
+    needed = memory_bytes(checkpoint, options)
+    if (there := _options.memory_of(device)) is not None and needed > there:
+        raise ResourceError(
+            f"calibrating {checkpoint.source} needs about {needed / 1e9:.1f} GB of memory, "
+            f"but there are {there / 1e9:.1f} GB",
+            hint="fewer --samples, a shorter --length, or --method entropy, which streams layers",
+        )
     if dry_run:
-        found = {**summary(planned, output, context), "dry_run": True}
-        found = {key: found[key] for key in found if key not in ("layers", "provenance", "scores")}
+        found = {**summary(planned, output, context), "memory_bytes": needed, "dry_run": True}
+        shown = (
+            *("plan", "model", "prefill", "streaming_heads", "kv_heads", "context", "bytes"),
+            *("native_bytes", "memory_bytes", "dry_run"),
+        )
+        found = {key: found[key] for key in shown}
         _console.emit(found, json, _facts("nothing written", found))
         return
     folder = output.with_name(output.name + ".partial")
@@ -169,7 +183,7 @@ def retrieval_heads(
         scored = calibrate_heads(
             checkpoint,
             options,
-            device=_options.resolve_device(device),
+            device=device,
             folder=folder if method == "duo" else None,
             resume=resume,
             report=report,
@@ -185,6 +199,20 @@ def retrieval_heads(
             accuracy = f"{check['accuracy']:.0%} of the tokens of '{check['kind']}'"
             _console.out.print(f"the model itself recalls {accuracy}, which {how}")
     emit_plan(plan, output, context, json, {"seconds": seconds})
+
+
+def _context(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Tokens that a budget is for.
+
+    Raises:
+        UsageError: The model has no such positions.
+    """
+    limit = int(checkpoint.hf_config().max_position_embeddings)
+    if asked is None:
+        return min(_CONTEXT, limit)
+    if asked > limit:
+        raise UsageError(f"--context {asked} is beyond the model's {limit} tokens")
+    return asked
 
 
 class _Size:
@@ -238,7 +266,7 @@ def budgets(
             rich_help_panel=_METHOD,
         ),
     ] = "snapkv",
-    context: Context = 4096,
+    context: Context = None,
     minimum: Annotated[
         int,
         typer.Option(min=1, help="Tokens that every head keeps.", rich_help_panel=_METHOD),
@@ -247,6 +275,7 @@ def budgets(
     tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
     overwrite: _options.Overwrite = False,
+    dry_run: _options.DryRun = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
     offline: _options.Offline = False,
@@ -256,20 +285,35 @@ def budgets(
     """Plan how many tokens of a prompt every head of MODEL keeps."""
     from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
     from kvtool.checkpoint import Checkpoint
-    from kvtool.plan import base_of, check_plan_output, parse_budget
+    from kvtool.plan import base_of, check_can_drop, check_plan_output, parse_budget
 
     check_plan_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
+    context = _context(checkpoint, context)
     base = base_of(checkpoint)
     native = 2 * _BF16 * base.head_dim * base.all_heads * context
     options = BudgetOptions(method, policy, context, minimum, data, tokens, seed)
+    allowed = parse_budget(kv_budget, native)
+    check_can_drop(checkpoint)
+    if dry_run:
+        token = 2 * _BF16 * base.head_dim
+        planned = {
+            "plan": str(output),
+            "model": checkpoint.source,
+            "method": method,
+            "policy": policy,
+            "context": context,
+            "bytes": allowed // token * token,
+            "native_bytes": native,
+            "dry_run": True,
+        }
+        _console.emit(planned, json, _facts("nothing written", planned))
+        return
     with _console.progress(quiet) as report:
         started = time.perf_counter()
-        plan = calibrate_budgets(
-            checkpoint, options, parse_budget(kv_budget, native), _BF16, report=report
-        )
+        plan = calibrate_budgets(checkpoint, options, allowed, _BF16, report=report)
         seconds = time.perf_counter() - started
     plan.write(output, overwrite=overwrite)
     emit_plan(plan, output, context, json, {"seconds": seconds})

@@ -76,11 +76,11 @@ def run(
             calibrate.retrieval_heads(
                 loaded.model, plan, **options, **writing, resume=resume, dry_run=dry_run
             )
-        elif dry_run:
-            continue
         elif isinstance(step, BudgetsStep):
             plan = outputs.pop(0)
-            calibrate.budgets(loaded.model, plan, **options, **writing)
+            calibrate.budgets(loaded.model, plan, **options, **writing, dry_run=dry_run)
+        elif dry_run:
+            continue
         elif isinstance(step, EvaluateStep):
             base = _pinned(loaded, shared)
             judged = base if plan is not None else str(made)

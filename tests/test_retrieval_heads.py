@@ -27,7 +27,6 @@ from kvtool.calibrate.heads import (
     read_samples,
     sample_lengths,
 )
-from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import Reading, TailModel, Window, divergence
 from kvtool.calibrate.tasks import RecallSample, RecallTask
@@ -635,3 +634,50 @@ def test_attention_and_semantic_are_the_two_scores_of_one_pass(opened, text, mon
     torch.testing.assert_close(scores("attention"), copied.float(), atol=1e-5, rtol=0)
     # Heads that never copy come in the order of what they pay to the needle, not of their layers.
     assert scores("attention").flatten().argsort().tolist() == [4, 1, 0, 3, 2, 5]
+
+
+def test_the_prefill_of_a_plan_is_the_one_that_was_measured(opened, text, no_bar):
+    plans = [
+        calibrate_heads(
+            opened()[0],
+            HeadOptions("ablation", 4, 24, prefill, lengths=(300,), samples=2, data=text),
+        )
+        for prefill in PREFILLS
+    ]
+    assert [plan.prefill for plan in plans] == list(PREFILLS)
+    assert not torch.allclose(plans[0].scores, plans[1].scores, rtol=0.01)
+
+
+def test_every_round_of_training_sees_each_lesson_once_in_another_order():
+    rounds = [[heads._shuffled(5 * turn + i, 5, seed=0) for i in range(5)] for turn in range(4)]
+    assert all(sorted(lessons) == [0, 1, 2, 3, 4] for lessons in rounds)
+    assert len({tuple(lessons) for lessons in rounds}) > 1
+
+
+# ------------------------------------------------------------------------------- a real model
+
+
+def test_ablation_finds_the_head_that_a_real_model_recalls_with(smollm2):
+    model = TailModel(LayerStream(smollm2))
+    options = HeadOptions(sink=4, window=64, lengths=(512,), samples=2)
+    readings, checks = read_samples(model, smollm2, calibration_text(), options, silent)
+    assert [check.kind for check in checks if check.passed] == ["ordinals", "names"]
+    window, readings = Window(options.sink, options.window), readings[1:]  # names: a short tail
+    scores = ablation_scores(model, readings, window, silent).flatten()
+    order = scores.argsort().tolist()
+    assert divmod(order[-1], 3) == (18, 2)
+    assert float(scores.min()) > -1e-5
+
+    def accuracy(streaming: list[int]) -> float:
+        mask = torch.zeros(90, dtype=torch.bool)
+        mask[streaming] = True
+        hits = []
+        for reading in readings:
+            predicted = model.recall(reading, mask.view(30, 3), window).argmax(-1)
+            hits.append(predicted == reading.ids[reading.answers])
+        return float(torch.cat(hits).float().mean())
+
+    original = accuracy([])
+    assert original > 0.8
+    assert accuracy(order[-9:]) < 0.5
+    assert accuracy(order[:45]) >= 0.9 * original

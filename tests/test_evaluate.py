@@ -70,7 +70,7 @@ def a_report(kl: float = 0.01, ratio: float = 1.02, correct: int = 3, asked: int
             perplexity_ratio=Estimate(ratio, 0.01),
             top1_agreement=Estimate(0.9, 0.1),
         ),
-        retrieval=[Recall("pass-key", 512, asked, correct, asked)],
+        retrieval=[Recall("pass-key", 512, asked, correct, asked, correct)],
         speed=None,
         bandwidth=None,
         peak_memory={"process_bytes": 10**9},
@@ -404,5 +404,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
 def test_smollm2_finds_its_pass_keys(smollm2: Checkpoint) -> None:
     engine = Engine.load(smollm2)
     cases = retrieval.passkey_cases(engine.tokenizer, evaluation_text().documents, lengths=(512,))
-    assert [retrieval.ask(engine, case) for case in cases] == [1, 1, 1, 1, 1]
+    assert [retrieval.ask(engine, case) for case in cases] == [[True]] * 5
     assert protocol.cache_size(engine).bytes_per_token_bf16 == 23_040
+
+
+def test_a_lucky_answer_does_not_make_up_for_a_lost_one() -> None:
+    questions = [retrieval.Question([1], "12345"), retrieval.Question([2], "54321")]
+    case = retrieval.Case("needle", 8, None, [0], questions)
+    (recall,) = retrieval.summarise([(case, [True, False], [False, True])])
+    assert (recall.asked, recall.correct, recall.base_correct, recall.kept) == (2, 1, 1, 0)
+    (alone,) = retrieval.summarise([(case, [True, False], None)])
+    assert (alone.correct, alone.base_correct, alone.kept) == (1, None, None)

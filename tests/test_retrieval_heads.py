@@ -27,6 +27,7 @@ from kvtool.calibrate.heads import (
     read_samples,
     sample_lengths,
 )
+from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import Reading, TailModel, Window, divergence
 from kvtool.calibrate.tasks import RecallSample, RecallTask
@@ -634,6 +635,15 @@ def test_attention_and_semantic_are_the_two_scores_of_one_pass(opened, text, mon
     torch.testing.assert_close(scores("attention"), copied.float(), atol=1e-5, rtol=0)
     # Heads that never copy come in the order of what they pay to the needle, not of their layers.
     assert scores("attention").flatten().argsort().tolist() == [4, 1, 0, 3, 2, 5]
+
+
+def test_the_entropy_of_a_head_is_the_largest_of_its_queries(opened, text):
+    checkpoint, _ = opened()
+    statistics = collect(checkpoint, StatisticsOptions(data=text))
+    scores = calibrate_heads(checkpoint, HeadOptions("entropy", data=text)).scores
+    for index, row in enumerate(scores):
+        of_queries = statistics.layer(index).query_entropy.tolist()
+        assert row.tolist() == pytest.approx([max(of_queries[:2]), max(of_queries[2:])])
 
 
 def test_the_prefill_of_a_plan_is_the_one_that_was_measured(opened, text, no_bar):

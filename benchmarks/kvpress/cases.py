@@ -73,12 +73,12 @@ def score(arguments: argparse.Namespace) -> None:
         for case in content["cases"]
     ]
 
-    def correct(method: dict[str, Any]) -> list[int]:
+    def correct(method: dict[str, Any]) -> list[list[bool]]:
         return [
-            sum(
+            [
                 retrieval.is_exact(str(tokenizer.decode(tokens)), question.answer)
                 for tokens, question in zip(answered, case.questions, strict=True)
-            )
+            ]
             for answered, case in zip(method["answers"], cases, strict=True)
         ]
 

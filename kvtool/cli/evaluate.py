@@ -57,7 +57,7 @@ def evaluate(
     ] = None,
     min_recall: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Fail below this share of the original's correct answers."),
+        typer.Option(min=0.0, help="Fail below this share of the answers that the original knows."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the JSON report here.")

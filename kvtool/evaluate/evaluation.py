@@ -227,7 +227,7 @@ def _retrieval(
     if not needles:
         notes.append(f"no 4-key needle fits the model's context of {max_context}")
     cases += needles
-    results: list[tuple[retrieval.Case, int, int | None]] = []
+    results: list[retrieval.Result] = []
     report("retrieval", 0, len(cases))
     for result in retrieval.run_cases(engine, base, cases):
         results.append(result)

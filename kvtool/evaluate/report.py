@@ -21,7 +21,7 @@ class Gates:
     """The worst that a caller accepts; None does not judge.
 
     Attributes:
-        min_recall: Correct answers of all retrieval questions, as a share of the original's.
+        min_recall: Of the retrieval questions that the original answers, the share still answered.
     """
 
     max_kl: float | None = None
@@ -70,9 +70,9 @@ class Report:
 
     @property
     def recall_share(self) -> float | None:
-        """Correct answers as a share of the original's; None where the original has none."""
+        """Of what the original answers, the share still answered; None where it answers nothing."""
         base = sum(recall.base_correct or 0 for recall in self.retrieval)
-        return sum(recall.correct for recall in self.retrieval) / base if base else None
+        return sum(recall.kept or 0 for recall in self.retrieval) / base if base else None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
@@ -123,7 +123,7 @@ class Report:
                 f"{recall.task}, {recall.length} tokens",
                 ABSENT if recall.base_correct is None else f"{recall.base_correct}/{recall.asked}",
                 f"{recall.correct}/{recall.asked}",
-                _percent(recall.correct, recall.base_correct),
+                ABSENT if not recall.base_correct else f"keeps {recall.kept}/{recall.base_correct}",
             )
         if self.speed is not None:
             self._add_speed(table, self.speed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,15 +53,24 @@ class Case:
     questions: list[Question]
 
 
+Result = tuple[Case, list[bool], list[bool] | None]
+"""A case, which of its questions were answered, and which the original answers."""
+
+
 @dataclass(frozen=True)
 class Recall:
-    """How many questions of one task at one length were answered digit for digit."""
+    """How many questions of one task at one length were answered digit for digit.
+
+    Attributes:
+        kept: Of those that the original answers; a lucky answer does not make up for a lost one.
+    """
 
     task: str
     length: int
     asked: int
     correct: int
     base_correct: int | None = None
+    kept: int | None = None
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -214,45 +223,39 @@ def is_exact(text: str, expected: str) -> bool:
     return found is not None and found.group() == expected
 
 
-def ask(engine: Engine, case: Case) -> int:
-    """Prefill the context once and ask every question of the same cache; count exact answers."""
+def ask(engine: Engine, case: Case) -> list[bool]:
+    """Prefill the context once and ask every question of the same cache: which are answered."""
     context = torch.tensor(case.context)
     longest = max(len(question.ids) for question in case.questions)
     cache = engine.new_cache(1, len(context) + longest + ANSWER_TOKENS)
     engine.extend(cache, context)
     compressed = cache.snapshot(0)
-    correct = 0
+    correct = []
     for question in case.questions:
         cache.restore(0, compressed)
         text = engine.tokenizer.decode(answer(engine, cache, question.ids))
-        correct += is_exact(str(text), question.answer)
+        correct.append(is_exact(str(text), question.answer))
     return correct
 
 
-def run_cases(
-    engine: Engine, base: Engine | None, cases: Sequence[Case]
-) -> Iterator[tuple[Case, int, int | None]]:
-    """Ask every case of both models: the case, correct answers, the original's."""
+def run_cases(engine: Engine, base: Engine | None, cases: Sequence[Case]) -> Iterator[Result]:
+    """Ask every case of both models."""
     for case in cases:
         yield case, ask(engine, case), None if base is None else ask(base, case)
 
 
-def summarise(results: Sequence[tuple[Case, int, int | None]]) -> list[Recall]:
+def summarise(results: Sequence[Result]) -> list[Recall]:
     """Add up the cases of each task and length, in the order they were asked."""
-    groups: dict[tuple[str, int], list[tuple[Case, int, int | None]]] = {}
+    groups: dict[tuple[str, int], list[Result]] = {}
     for result in results:
         groups.setdefault((result[0].task, result[0].length), []).append(result)
-    return [
-        Recall(
-            task=task,
-            length=length,
-            asked=sum(len(case.questions) for case, _, _ in group),
-            correct=sum(correct for _, correct, _ in group),
-            base_correct=(
-                None
-                if any(base is None for _, _, base in group)
-                else sum(base or 0 for _, _, base in group)
-            ),
-        )
-        for (task, length), group in groups.items()
-    ]
+    recalls = []
+    for (task, length), group in groups.items():
+        ours = [right for _, answers, _ in group for right in answers]
+        theirs = [right for _, _, answers in group for right in answers or ()]
+        recall = Recall(task, length, len(ours), sum(ours))
+        if len(theirs) == len(ours):
+            kept = sum(a and b for a, b in zip(ours, theirs, strict=True))
+            recall = replace(recall, base_correct=sum(theirs), kept=kept)
+        recalls.append(recall)
+    return recalls

@@ -11,3 +11,6 @@ mkdir -p .cache/bench benchmarks/results
 "$kvtool" convert smollm2 --to mla -o "$half" --kv-budget 50% --no-verify --overwrite --quiet
 "$kvtool" bench "$half" --against smollm2 --dense --context 512,4096,8000 --new-tokens 24 \
   --repeats 1 --json > benchmarks/results/decode.json
+"$kvtool" calibrate retrieval-heads smollm2 -o .cache/bench/heads.plan --overwrite
+"$kvtool" bench smollm2 --plan .cache/bench/heads.plan --dense --context 512,4096,8160 --new-tokens 24 \
+  --repeats 1 --json > benchmarks/results/decode_streaming.json

@@ -1,9 +1,10 @@
 """Scores read off the attention of a model that recalls: no gradient, one pass over the tail.
 
 * *Retrieval score* (Wu et al., arXiv 2404.15574): the share of recalled tokens at which the head's
-  most attended token is the very one being copied.
+  most attended position is one of the needle that holds the very token being copied.
 * *Semantic retrieval score* (CompressKV, arXiv 2508.02401): the attention mass that the head puts
-  on the whole needle while its tokens are recalled, which also credits heads that look around.
+  on the whole needle while its tokens are recalled, which also credits heads that look around. Here
+  the needle is what is asked for, without the sentence that introduces it.
 
 Both count only tokens that the model itself recalls. They are defined per query head; a KV head is
 needed when any head of its group needs it, so its score is their maximum.
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.calibrate.tail import Attend, Reading, TailModel
@@ -27,25 +29,29 @@ def attention_scores(
     model: TailModel, readings: Sequence[Reading], report: Report
 ) -> tuple[Tensor, Tensor]:
     """Retrieval and semantic retrieval scores of every KV head, each `[L, H]` float64 in [0, 1]."""
-    layers, heads = len(model.layers), model.layouts[0].kv_heads
-    retrieval = torch.zeros(layers, heads, dtype=torch.float64)
+    layers, layout = len(model.layers), model.layouts[0]
+    retrieval = torch.zeros(layers, layout.heads, dtype=torch.float64)
     semantic = torch.zeros_like(retrieval)
     report("reading attention", 0, len(readings))
     for number, reading in enumerate(readings):
         rows, recalled = look(model, reading)
         sample = reading.sample
-        positions = sample.source[sample.answers].to(model.device)  # [A], in the context
+        text = torch.cat((sample.context, sample.tail)).to(model.device)
         spans = sample.spans[sample.answers].to(model.device)  # [A, 2]
+        column = torch.arange(len(text), device=model.device)
+        needle = (column >= spans[:, :1]) & (column < spans[:, 1:])  # [A, S]
+        copied = needle & (text == reading.ids[reading.answers][:, None])
         for index, attention in enumerate(rows):  # [Q, A, S]
-            top = attention.argmax(-1) == positions
-            column = torch.arange(attention.shape[-1], device=model.device)
-            needle = (column >= spans[:, :1]) & (column < spans[:, 1:])  # [A, S]
-            mass = (attention * needle).sum(-1)
-            for scores, found in ((retrieval, top), (semantic, mass)):
-                per_query = (found * recalled).double().sum(-1) / max(int(recalled.sum()), 1)
-                scores[index] += per_query.view(heads, -1).amax(-1).cpu() / len(readings)
+            top = F.one_hot(attention.argmax(-1), len(text)).bool()
+            for scores, found in ((retrieval, top & copied), (semantic, attention * needle)):
+                per_query = (found.sum(-1) * recalled).double().sum(-1)
+                scores[index] += per_query.cpu() / max(int(recalled.sum()), 1) / len(readings)
         report("reading attention", number + 1, len(readings))
-    return retrieval, semantic
+
+    def of_groups(scores: Tensor) -> Tensor:
+        return scores.view(layers, layout.kv_heads, -1).amax(-1)
+
+    return of_groups(retrieval), of_groups(semantic)
 
 
 def look(model: TailModel, reading: Reading) -> tuple[list[Tensor], Tensor]:

@@ -5,13 +5,17 @@ attention (equation 1). With the weights frozen, the gates are trained on synthe
 keep the final hidden states of the tail (equation 2) while an L1 penalty pulls them to 0
 (equation 3). A gate that stays up belongs to a retrieval head.
 
-The published code differs from the paper in one place: it mixes in the *teacher's* full attention,
-so an error that enters a head's own keys is never seen. `mix="self"` is the paper's, `"teacher"`
+The published code differs from the paper in what it mixes in: the *teacher's* full attention, so
+that an error that enters a head's own keys is never seen. `mix="self"` is the paper's, `"teacher"`
 the code's.
 
-The loss is divided by the mean square of the teacher's hidden states, which makes the penalty mean
-the same in every model; gates are fp32, since bfloat16 has 256 steps below 1 and ties there; and
-they start a little below 1, where the gradient of the distillation is not zero.
+Where this differs from both: the gates act where the plan will make a difference, which with
+prompts read densely is the tail only (`prefill="streamed"` gates every token, as published). A few
+fixed contexts take the place of new ones at every step, with shorter keys and fewer steps, and
+digits under names are asked for besides DuoAttention's ordinals. The loss is divided by the mean
+square of the teacher's hidden states, which makes the penalty mean the same in every model; gates
+are fp32, since bfloat16 has 256 steps below 1 and ties there; and they start a little below 1,
+where the gradient of the distillation is not zero.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvtool.attention import causal_attention
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tasks import RecallSample
+from kvtool.errors import CheckpointError
 from kvtool.kernels.streaming_attention import streaming_attention
 
 Prefill = Literal["dense", "streamed"]
@@ -73,7 +74,15 @@ class TailModel:
             self.head = checkpoint.read("lm_head.weight").float().to(self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """`[M]` to `[1, M, hidden]`."""
+        """`[M]` to `[1, M, hidden]`.
+
+        Raises:
+            CheckpointError: The tokenizer knows more tokens than the embedding.
+        """
+        if len(ids) and int(ids.max()) >= len(self.table):
+            raise CheckpointError(
+                f"the tokenizer gives id {int(ids.max())}, the embedding has {len(self.table)} rows"
+            )
         return self.table[ids.to(self.device)][None]
 
     @torch.no_grad()

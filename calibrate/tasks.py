@@ -51,7 +51,8 @@ class RecallSample:
         tail: `[M]` token ids: for each key a question, its answer and a separator.
         source: `[M]` int64: for tokens of an answer their position in the context, else -1.
         first: `[M]` bool: answer tokens that only the question tells, as no answer token precedes.
-        spans: `[M, 2]` int64: for answer tokens the start and end of their needle, else -1.
+        spans: `[M, 2]` int64: for answer tokens where in the context what they answer starts and
+            ends, else -1.
     """
 
     context: Tensor

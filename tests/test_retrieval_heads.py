@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -405,25 +406,29 @@ def test_attention_rows_sum_to_one_and_do_not_see_the_future(llama):
         assert bool((row[:, : reading.start + answer] > 0).all())
 
 
-def crafted(rows: Tensor, recalled: list[bool], monkeypatch) -> tuple[list[float], list[float]]:
-    """Scores of one layer with two KV heads from attention rows `[4, 4, 26]`.
+def crafted_parts(secret: tuple[int, ...] = (10, 11, 12, 13)) -> tuple[Any, Any]:
+    """A reading and a model of one layer with two KV heads.
 
     The needle is at 10 to 13 of a context of 20 tokens; behind it one token asks for all four.
     """
     sample = RecallSample(
-        context=torch.arange(20),
-        tail=torch.tensor([5, 10, 11, 12, 13, 6]),
+        context=torch.tensor([*range(10), *secret, *range(14, 20)]),
+        tail=torch.tensor([5, *secret, 6]),
         source=torch.tensor([-1, 10, 11, 12, 13, -1]),
         first=torch.tensor([False, True, False, False, False, False]),
         spans=torch.tensor([[-1, -1]] + [[10, 14]] * 4 + [[-1, -1]]),
     )
-    model = SimpleNamespace(
-        layers=[None], layouts=[SimpleNamespace(kv_heads=2)], device=torch.device("cpu")
-    )
-    reading = SimpleNamespace(sample=sample)
-    monkeypatch.setattr(
-        attention_module, "look", lambda model, reading: ([rows], torch.tensor(recalled))
-    )
+    layouts = [SimpleNamespace(heads=4, kv_heads=2)]
+    model = SimpleNamespace(layers=[None], layouts=layouts, device=torch.device("cpu"))
+    return SimpleNamespace(sample=sample, ids=sample.tail, answers=sample.answers), model
+
+
+def crafted(
+    rows: Tensor, recalled: list[bool], monkeypatch, secret: tuple[int, ...] = (10, 11, 12, 13)
+) -> tuple[list[float], list[float]]:
+    """Scores from attention rows `[4, 4, 26]`."""
+    reading, model = crafted_parts(secret)
+    monkeypatch.setattr(attention_module, "look", lambda *_: ([rows], torch.tensor(recalled)))
     retrieval, semantic = attention_scores(model, [reading], silent)
     return retrieval[0].tolist(), semantic[0].tolist()
 
@@ -445,6 +450,27 @@ def test_scores_are_hits_and_mass_at_recalled_tokens_of_the_best_head_of_a_group
     assert semantic == pytest.approx([0.8, 0.25])
     retrieval, _ = crafted(rows[[1, 2, 0, 3]], recalled, monkeypatch)
     assert retrieval == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_a_token_may_be_copied_from_wherever_the_needle_holds_it(monkeypatch):
+    rows = torch.zeros(4, 4, 26)
+    rows[:, range(4), [12, 11, 10, 5]] = 1.0  # the first and third are the same; 5 is elsewhere
+    retrieval, _ = crafted(rows, [True] * 4, monkeypatch, secret=(7, 11, 7, 5))
+    assert retrieval == [3 / 4, 3 / 4]
+
+
+def test_a_group_is_as_good_as_its_best_head_over_all_readings(monkeypatch):
+    rows = torch.zeros(2, 4, 4, 26)
+    rows[..., 0] = 1.0
+    for reading, head in ((0, 0), (1, 1)):  # each head of a group copies in one reading only
+        rows[reading, head, range(4), range(10, 14)] = 2.0
+    halves = [crafted(each, [True] * 4, monkeypatch)[0][0] for each in rows]
+    assert halves == [1.0, 1.0]
+    turns = iter(rows)
+    sample, model = crafted_parts()
+    monkeypatch.setattr(attention_module, "look", lambda *_: ([next(turns)], torch.ones(4) > 0))
+    retrieval, _ = attention_scores(model, [sample, sample], silent)
+    assert retrieval[0, 0] == 0.5
 
 
 def test_tokens_that_are_not_recalled_do_not_count(monkeypatch):

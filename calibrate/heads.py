@@ -23,13 +23,13 @@ from kvtool.calibrate.duo import GatedModel, Mix, teach
 from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as statistics_memory
 from kvtool.calibrate.stream import LayerStream
-from kvtool.calibrate.tail import Prefill, Reading, TailModel, Window
+from kvtool.calibrate.tail import Reading, TailModel, Window
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Training, train
 from kvtool.errors import CalibrationError, UsageError
-from kvtool.plan import LayerPlan, Plan, base_of, check_can_drop, provenance_of
+from kvtool.plan import LayerPlan, Plan, Prefill, base_of, check_can_drop, provenance_of
 
 Method = Literal["ablation", "duo", "attention", "semantic", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tasks import RecallSample
 from kvtool.errors import CheckpointError
 from kvtool.kernels.streaming_attention import streaming_attention
-
-Prefill = Literal["dense", "streamed"]
+from kvtool.plan import Prefill
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """Queries `[B, Q, M, D]` from position `start` on, keys and values `[B, H, start + M, D]`, and

@@ -110,6 +110,7 @@ def run_command(arguments: list[str]) -> int:
         return _report(KvtoolError(str(error)))
     if code == _EXIT_INTERRUPTED:
         resumable = arguments[0] == "convert" or arguments[:2] == ["calibrate", "statistics"]
+        resumable |= arguments[:2] == ["calibrate", "retrieval-heads"] and "duo" in arguments
         resumes = resumable and "--no-resume" not in arguments
         goes_on = "; the same command goes on where it stopped" if resumes else ""
         print(f"interrupted{goes_on}", file=sys.stderr)

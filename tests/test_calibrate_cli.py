@@ -193,6 +193,17 @@ def test_a_folder_beside_the_output_is_left_alone(tiny: Tiny, tmp_path: Path) ->
     assert (stranger / "notes.txt").read_text() == "mine"
 
 
+def test_training_does_not_go_on_in_a_strangers_folder(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stranger = tmp_path / "a.plan.partial"
+    stranger.mkdir()
+    (stranger / "notes.txt").write_text("mine")
+    assert calibrate(tiny("llama"), tmp_path / "a.plan", "--method", "duo") == 2
+    assert "is in the way" in failure(capsys)
+    assert (stranger / "notes.txt").read_text() == "mine"
+
+
 def test_dry_run_tells_the_size_and_writes_nothing(
     tiny: Tiny, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,6 +178,8 @@ def retrieval_heads(
         _console.emit(found, json, _facts("nothing written", found))
         return
     folder = output.with_name(output.name + ".partial")
+    if method == "duo" and folder.exists():
+        _check_is_training(folder)
     with _console.progress(quiet) as report:
         started = time.perf_counter()
         scored = calibrate_heads(
@@ -213,6 +215,18 @@ def _context(checkpoint: Checkpoint, asked: int | None) -> int:
     if asked > limit:
         raise UsageError(f"--context {asked} is beyond the model's {limit} tokens")
     return asked
+
+
+def _check_is_training(folder: Path) -> None:
+    """Raises UsageError if a folder holds anything that a training of ours does not write."""
+    from kvtool.distill import LOG, STATE
+
+    ours = (LOG, STATE.removesuffix(".safetensors"))
+    if not folder.is_dir() or any(not x.name.startswith(ours) for x in folder.iterdir()):
+        raise UsageError(
+            f"{folder} is in the way: kvtool trains there, and did not write it",
+            hint="move it, or name another output",
+        )
 
 
 class _Size:

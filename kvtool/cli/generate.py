@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from kvtool.cli import _options as options
 from kvtool.cli._console import emit, err
@@ -118,6 +119,9 @@ def generate(
 
     prefill, decode = first - start, end - first
     rate = (len(tokens) - 1) / decode if len(tokens) > 1 else None
+    # Rings are there from the first token on: only what a further one costs is worth a number.
+    itemsize = engine.dtype.itemsize
+    per_token = cache.bytes_per_token() if kept is None else kept.bytes_per_token(itemsize)
     result = {
         "model": checkpoint.source,
         "text": "".join(pieces),
@@ -127,7 +131,7 @@ def generate(
         "prefill_seconds": prefill,
         "decode_seconds": decode,
         "decode_tokens_per_second": rate,
-        "cache_bytes_per_token": cache.bytes_per_token(),
+        "cache_bytes_per_token": per_token,
         "cache_bytes": cache.allocated_bytes,
     }
     if json:
@@ -136,7 +140,7 @@ def generate(
         speed = "" if rate is None else f", {len(tokens) - 1} more at {rate:.1f} tokens/s"
         err.print(
             f"{len(ids)} prompt tokens, first token after {prefill:.2f} s{speed}, "
-            f"cache {cache.bytes_per_token():,.0f} bytes per token"
+            f"cache {decimal(cache.allocated_bytes)}, {per_token:,.0f} bytes per token"
         )
 
 

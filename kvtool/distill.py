@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -178,6 +179,12 @@ def train(
 def _accelerator() -> Any:
     # Precision is the student's business, whatever the launcher was configured for.
     accelerator = Accelerator(mixed_precision="no")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UsageError(
+            f"{started} processes were started, but accelerate found {accelerator.num_processes}",
+            hint="without a GPU, set ACCELERATE_USE_CPU=true for all of them",
+        )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -136,7 +137,9 @@ def retrieval_heads(
 
     if kv_budget is not None and streaming_heads is not None:
         raise UsageError("--kv-budget and --streaming-heads both say how many heads stream")
-    check_plan_output(output, overwrite=overwrite)
+    main = os.environ.get("RANK", "0") == "0"  # under accelerate launch, one process writes
+    if main:
+        check_plan_output(output, overwrite=overwrite)
     device = _options.resolve_device(device)
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
@@ -191,6 +194,8 @@ def retrieval_heads(
             report=report,
         )
         seconds = time.perf_counter() - started
+    if not main:
+        return
     plan = size.apply(scored)
     plan.write(output, overwrite=overwrite)
     if method == "duo":

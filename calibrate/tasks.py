@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from kvtool.corpus import start_tokens
 from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class RecallTask:
         self.random = random.Random(seed)
         self.haystack = self._ids("\n\n".join(documents))
         self.position = self.random.randrange(len(self.haystack))
-        self.lead = _lead(tokenizer)
+        self.lead = start_tokens(tokenizer)
 
     def sample(self, length: int) -> RecallSample:
         """A sample of `length` tokens, context and tail together, with a key per 256 of them.
@@ -183,10 +184,3 @@ class _Tail:
             torch.tensor(first),
             torch.tensor(spans),
         )
-
-
-def _lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, for tokenizers that put one before a text."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a")["input_ids"]
-    return [bos] if bos is not None and len(ids) > 1 and ids[0] == bos else []

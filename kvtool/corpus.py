@@ -66,7 +66,7 @@ class Corpus:
         """
         import torch
 
-        start = _start_tokens(tokenizer)
+        start = start_tokens(tokenizer)
         fresh = length - len(start)  # tokens of text in a window
         order = random.Random(seed).sample(self.documents, len(self.documents))
         ids: list[int] = []
@@ -246,7 +246,8 @@ def _three_quarters(texts: list[str]) -> int:
     return min(1 + sum(s < 0.75 * total for s in sums), max(len(texts) - 1, 1))
 
 
-def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, for tokenizers that put one before a text."""
     ids = tokenizer("a").input_ids
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids and ids[0] == bos else []

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvtool.corpus import start_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -95,13 +97,6 @@ class Filler:
         return taken
 
 
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, for tokenizers that put one before a text."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a")["input_ids"]
-    return [bos] if bos is not None and len(ids) > 1 and ids[0] == bos else []
-
-
 def _insert(filler: list[int], pieces: Sequence[tuple[float, list[int]]]) -> list[int]:
     """Filler with each piece put in at its depth, a share of the filler's length."""
     ids: list[int] = []
@@ -126,7 +121,7 @@ def passkey_cases(
     """
     numbers = random.Random(seed)
     filler = Filler(tokenizer, documents)
-    lead, question = _leading_ids(tokenizer), plain_ids(tokenizer, PASSKEY_QUESTION)
+    lead, question = start_tokens(tokenizer), plain_ids(tokenizer, PASSKEY_QUESTION)
     cases = []
     for length in lengths:
         for depth in depths:
@@ -154,7 +149,7 @@ def needle_cases(
     """
     numbers = random.Random(seed + 1)
     filler = Filler(tokenizer, documents)
-    lead = _leading_ids(tokenizer)
+    lead = start_tokens(tokenizer)
     cases = []
     for length in [length for length in lengths for _ in range(contexts)]:
         places = numbers.sample(PLACES, len(PLACES))

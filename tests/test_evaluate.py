@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,25 @@ from kvtool.cli import run_command
 from kvtool.corpus import evaluation_text
 from kvtool.errors import CheckpointError, UsageError
 from kvtool.evaluate import protocol, retrieval
+from kvtool.evaluate.chat import Chat, ChatPrompt
 from kvtool.evaluate.evaluation import Settings, conversion_cost, evaluate, manifest_base
 from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
 from kvtool.evaluate.report import Gates, Report
 from kvtool.evaluate.retrieval import Recall
+from kvtool.plan import LayerPlan, Plan, Policy, base_of
 from kvtool.runtime import Engine
 
 SHORT = Settings(
-    windows=3, prefill=48, continuation=16, passkey_lengths=(256,), needle_contexts=1, speed=False
+    windows=3,
+    prefill=48,
+    continuation=16,
+    passkey_lengths=(256,),
+    needle_contexts=1,
+    chat_new_tokens=12,
+    speed=False,
 )
-SHORT_OPTIONS = ["--windows", "2", "--prefill", "48", "--continuation", "16", "--no-speed", "-q"]
+SHORT_WINDOWS = ["--windows", "2", "--prefill", "48", "--continuation", "16"]
+SHORT_OPTIONS = ["--quick", *SHORT_WINDOWS, "--no-speed", "-q"]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +85,14 @@ def a_report(kl: float = 0.01, ratio: float = 1.02, correct: int = 3, asked: int
         bandwidth=None,
         peak_memory={"process_bytes": 10**9},
         seconds=1.0,
+        chat=Chat(
+            max_new_tokens=160,
+            prompts=[
+                ChatPrompt("en", "Say hello.", ended=True, base_ended=True),
+                ChatPrompt("en", "Say more.", ended=False, base_ended=True),
+                ChatPrompt("de", "Sag nichts.", ended=True, base_ended=False),
+            ],
+        ),
     )
 
 
@@ -89,11 +107,18 @@ def test_a_model_against_itself_has_no_divergence_and_equal_recall(
     assert report.bytes_share == 1.0
     assert {recall.task for recall in report.retrieval} == {"pass-key", "4-key needle"}
     assert all(recall.correct == recall.base_correct for recall in report.retrieval)
+    assert [(layer.kl, layer.output_error) for layer in report.layers] == [(0.0, 0.0)] * 3
+    assert report.chat is not None
+    assert all(prompt.ended == prompt.base_ended for prompt in report.chat.prompts)
+    assert all(sample.text == sample.base for sample in report.samples)
     json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_damaged_weights_diverge(tiny: Callable[..., Path], noisy: Path) -> None:
-    divergence = measure(noisy, tiny("llama")).divergence
+    report = measure(noisy, tiny("llama"))
+    assert all(layer.kl is not None and layer.kl > 1e-4 for layer in report.layers)
+    assert all(layer.score_error is None for layer in report.layers)
+    divergence = report.divergence
     assert divergence.kl is not None
     assert divergence.kl.value > 1e-3
     assert divergence.kl.standard_error is not None
@@ -117,6 +142,60 @@ def test_judged_positions_are_those_a_plain_forward_pass_predicts(
         assert score.nll == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_buckets_hold_the_loss_of_a_plain_forward_pass_over_the_whole_window(
+    tiny: Callable[..., Path],
+) -> None:
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    engine = Engine.load(checkpoint)
+    windows = evaluation_text().windows(engine.tokenizer, 333, 2)
+    stock = checkpoint.load_transformers(torch.float32)
+    with torch.no_grad():
+        logits = stock(windows[:, :-1]).logits.transpose(1, 2)
+    nll = torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none").mean(0)
+    scores = list(protocol.score_windows(engine, engine, windows, prefill=150))
+    found = protocol.summarise(scores, 150, 182)
+    expected = [
+        (0, 128, "prompt", nll[0:128:4]),
+        (128, 150, "prompt", nll[128:150:4]),
+        (150, 278, "cache", nll[150:278]),
+        (278, 332, "cache", nll[278:332]),
+    ]
+    assert len(found.positions) == len(expected)
+    for bucket, (start, end, judged, losses) in zip(found.positions, expected, strict=True):
+        assert (bucket.start, bucket.end, bucket.judged) == (start, end, judged)
+        assert bucket.nll == pytest.approx(losses.mean().item(), rel=1e-5)
+        assert (bucket.base_nll, bucket.kl) == (bucket.nll, 0.0)
+    alone = next(protocol.score_windows(engine, None, windows, prefill=150)).buckets
+    assert all(bucket.base_nll is bucket.kl is None for bucket in alone)
+
+
+def test_one_prediction_in_some_is_the_same_whatever_the_pieces(tiny: Callable[..., Path]) -> None:
+    engine = Engine.load(Checkpoint.open(str(tiny("llama"))))
+    ids = torch.arange(3, 40)
+    full = engine.extend(engine.new_cache(1, 37), ids, all_logits=True)
+    for chunk in (5, 2, 8192):
+        some = engine.extend(engine.new_cache(1, 37), ids, all_logits=True, every=3, chunk=chunk)
+        torch.testing.assert_close(some, full[::3], rtol=1e-3, atol=1e-3)
+
+
+def test_a_prompt_that_is_read_densely_is_read_by_the_exact_model(
+    tiny: Callable[..., Path],
+) -> None:
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    layers = (LayerPlan((True, False), 2, 8),) * 3
+    engine, base = (
+        Engine.load(checkpoint, plan=Plan(base_of(checkpoint), layers)),
+        Engine.load(checkpoint),
+    )
+    windows = evaluation_text().windows(base.tokenizer, 201, 1)
+    (score,) = protocol.score_windows(engine, base, windows, prefill=100)
+    prompt, fed = score.buckets
+    assert (prompt.judged, prompt.kl) == ("prompt", pytest.approx(0.0, abs=1e-9))
+    assert fed.kl == score.kl
+    assert score.kl is not None
+    assert score.kl > 1e-3
+
+
 def test_comparison_agrees_with_torch_across_its_slices() -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(70, 50, generator=generator)
@@ -127,7 +206,9 @@ def test_comparison_agrees_with_torch_across_its_slices() -> None:
     expected = torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
     assert kl == pytest.approx(expected.item(), rel=1e-12)
     assert base_nll == pytest.approx(torch.nn.functional.nll_loss(p, targets).item(), rel=1e-12)
-    assert nll == pytest.approx(protocol.negative_log_likelihood(other, targets), rel=1e-12)
+    assert nll == pytest.approx(torch.nn.functional.nll_loss(q, targets).item(), rel=1e-12)
+    alone = protocol.mean(protocol.judge(other, None, targets))
+    assert alone == protocol.Scores(70, nll)
     assert top1 == pytest.approx((base.argmax(-1) == other.argmax(-1)).float().mean().item())
 
 
@@ -202,6 +283,31 @@ def test_cache_size_is_measured_from_the_store(tiny: Callable[..., Path]) -> Non
     size = protocol.cache_size(Engine.load(Checkpoint.open(str(tiny("llama")))))
     values = 3 * 2 * 2 * 16  # layers, keys and values, KV heads, head size
     assert size == CacheSize(4.0 * values, 2.0 * values, 0.0)
+
+
+@pytest.mark.parametrize("budget", [None, (20, None)])
+def test_bytes_by_layer_add_up_to_what_the_whole_cache_takes(
+    tiny: Callable[..., Path], budget: tuple[int | None, ...] | None
+) -> None:
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    layers = (
+        LayerPlan((True, False), 2, 8),
+        LayerPlan((False, False), budget=budget),
+        LayerPlan((True, True), 4, 16),
+    )
+    policy: Policy | None = None if budget is None else "expected"
+    plan = Plan(base_of(checkpoint), layers, policy=policy)
+    engine = Engine.load(checkpoint, plan=plan)
+    sizes, whole = protocol.layer_sizes(engine), protocol.cache_size(engine)
+    head = 2 * 16 * 4  # keys and values, head size, bytes of fp32
+    kept = 0 if budget is None else 20
+    assert [size.bytes_per_token for size in sizes] == [head, 2 * head, 0]
+    assert [size.constant_bytes for size in sizes] == [10 * head, kept * head, 40 * head]
+    assert whole.bytes_per_token == plan.bytes_per_token(4)
+    assert whole.bytes_per_token_bf16 == sum(size.bytes_per_token_bf16 for size in sizes)
+    if budget is None:
+        total = whole.constant_bytes + 500 * whole.bytes_per_token
+        assert total == engine.new_cache(1, 500).allocated_bytes == plan.cache_bytes(500, 4)
 
 
 def test_contexts_have_the_stated_length_and_hold_their_keys_at_the_stated_depth() -> None:
@@ -290,12 +396,24 @@ def test_models_with_other_tokenizers_are_refused(
         (Gates(max_kl=0.02), a_report(kl=math.nan), ["KL"]),
         (Gates(max_ppl_ratio=1.01, min_recall=0.8), a_report(), ["perplexity ratio", "recall"]),
         (Gates(min_recall=0.1), a_report(correct=0, asked=0), ["recall"]),
+        (Gates(min_chat_end=0.5), a_report(), []),
+        (Gates(min_chat_end=0.51), a_report(), ["chat"]),
+        (Gates(min_chat_end=0.0), replace(a_report(), chat=None), ["chat"]),
     ],
 )
 def test_gates_name_what_fails(gates: Gates, report: Report, names: list[str]) -> None:
     failures = report.failures(gates)
     assert len(failures) == len(names)
     assert all(name in failure for name, failure in zip(names, failures, strict=True))
+
+
+def test_chat_is_judged_by_the_prompts_that_the_original_ends() -> None:
+    report = a_report()
+    assert report.chat_share == 0.5
+    assert report.to_dict()["chat_share"] == 0.5
+    columns = [list(column.cells) for column in report.table().columns]
+    row = next(row for row in zip(*columns, strict=True) if str(row[0]).startswith("chat"))
+    assert row[1:] == ("2/3", "2/3", "keeps 1/2")
 
 
 def test_a_failed_gate_prints_the_table_and_ends_with_code_6(
@@ -406,6 +524,48 @@ def test_smollm2_finds_its_pass_keys(smollm2: Checkpoint) -> None:
     cases = retrieval.passkey_cases(engine.tokenizer, evaluation_text().documents, lengths=(512,))
     assert [retrieval.ask(engine, case) for case in cases] == [[True]] * 5
     assert protocol.cache_size(engine).bytes_per_token_bf16 == 23_040
+
+
+def test_every_pass_key_case_is_told_with_its_length_and_depth(tiny: Callable[..., Path]) -> None:
+    report = measure(tiny("llama"), None)
+    assert [(case.length, case.depth) for case in report.passkey] == [
+        (256, depth) for depth in retrieval.DEPTHS
+    ]
+    question = [retrieval.Question([1], "12345")]
+    results: list[retrieval.Result] = [
+        (retrieval.Case("pass-key", 8, 0.1, [0], question), [True], [False]),
+        (retrieval.Case("4-key needle", 8, None, [0], question), [True], [True]),
+    ]
+    assert retrieval.passkeys(results) == [retrieval.PassKey(8, 0.1, True, False)]
+
+
+def test_models_of_other_depth_are_compared_but_not_layer_by_layer(
+    tiny: Callable[..., Path],
+) -> None:
+    report = measure(tiny("llama", num_hidden_layers=2), tiny("llama"))
+    assert any("layers not compared" in note for note in report.notes)
+    assert [layer.kl for layer in report.layers] == [None, None]
+    assert sum(layer.bytes_per_token_bf16 for layer in report.layers) == (
+        report.cache.bytes_per_token_bf16
+    )
+
+
+def test_layers_and_chat_can_be_left_out(tiny: Callable[..., Path]) -> None:
+    settings = replace(SHORT, layers=False, chat=False)
+    report = measure(tiny("llama"), tiny("llama"), settings)
+    assert [layer.kl for layer in report.layers] == [None] * 3
+    assert report.chat is None
+    assert report.samples == []
+
+
+def test_a_plan_gets_a_text_of_which_it_drops_something(tiny: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    plan = Plan(base_of(checkpoint), (LayerPlan((True, False), 4, 26),) * 3)
+    settings = replace(SHORT, prefill=80, layer_prefill=8, chat=False)
+    report = evaluate(checkpoint, checkpoint, evaluation_text(), plan=plan, settings=settings)
+    assert report.settings["layer_prefill"] == 60
+    assert report.settings["layer_continuation"] == 16
+    assert all(layer.kl is not None and layer.kl > 0 for layer in report.layers)
 
 
 def test_a_lucky_answer_does_not_make_up_for_a_lost_one() -> None:

@@ -45,7 +45,7 @@ def test_wheel_has_every_module_once_and_nothing_else(built: Path) -> None:
         names = wheel.namelist()
     assert max(Counter(names).values()) == 1
     package = {name for name in names if ".dist-info/" not in name}
-    assert package == source_modules() | {"kvtool/py.typed"}
+    assert package == source_modules() | {"kvtool/py.typed", "kvtool/evaluate/report.html.j2"}
     for room in ROOMS:
         assert f"kvtool/{room}/__init__.py" in package
     assert any(name.endswith("licenses/LICENSE") for name in names)

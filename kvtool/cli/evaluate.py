@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from json import loads
 from pathlib import Path
 from typing import Annotated
 
@@ -59,8 +61,19 @@ def evaluate(
         float | None,
         typer.Option(min=0.0, help="Fail below this share of the answers that the original knows."),
     ] = None,
+    min_chat_end: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Fail below this share of the chat prompts that the original ends."
+        ),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the JSON report here.")
+        list[Path] | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Also write the report here, a .json or .html; may be given more than once.",
+        ),
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -79,14 +92,14 @@ def evaluate(
     from kvtool.evaluate.evaluation import evaluate as measure
     from kvtool.evaluate.report import Gates
 
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise UsageError(f"{output} cannot be written: it must be a file in an existing folder")
+    for file in output or ():
+        check_output(file, (".json", ".html"))
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
     kept = options.read_plan(plan, checkpoint)
     source = against if against is not None else manifest_base(checkpoint)
     if source is None and kept is not None:
         source = model  # without its plan
-    gates = Gates(max_kl, max_ppl_ratio, min_recall)
+    gates = Gates(max_kl, max_ppl_ratio, min_recall, min_chat_end)
     if source is None and gates.judge:
         raise UsageError(
             f"{model} names no original to be judged against", hint="give it with --against"
@@ -119,10 +132,27 @@ def evaluate(
             report=report_progress,
         )
     result = report.to_dict()
-    if output is not None:
-        output.write_text(dump_json(result) + "\n", encoding="utf-8")
+    for file in output or ():
+        text = dump_json(result) + "\n"
+        if file.suffix == ".html":
+            from kvtool.evaluate.html import report_page
+
+            text = report_page(loads(text), report.table())
+        file.write_text(text, encoding="utf-8")
     emit(result, json, report.table())
     if kept is not None and not json:
         out.print(head_picture(kept), soft_wrap=True)
     if failed := report.failures(gates):
         raise GateError(f"{model}: {'; '.join(failed)}")
+
+
+def check_output(file: Path, suffixes: Sequence[str]) -> None:
+    """Refuses, before any work, a file that cannot be written or is of no known kind.
+
+    Raises:
+        UsageError: It is a folder, lies in none, or ends otherwise.
+    """
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise UsageError(f"{file} cannot be written: it must be a file in an existing folder")
+    if file.suffix not in suffixes:
+        raise UsageError(f"{file} cannot be written: it must end in {' or '.join(suffixes)}")

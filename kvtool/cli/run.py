@@ -84,7 +84,8 @@ def run(
         elif isinstance(step, EvaluateStep):
             base = _pinned(loaded, shared)
             judged = base if plan is not None else str(made)
-            evaluate(judged, plan=plan, against=base, **options)
+            reports = [Path(file) for file in step.output or ()]
+            evaluate(judged, plan=plan, against=base, output=reports, **options)
         else:
             verify(made, loaded.model, **options, revision=loaded.revision)
 

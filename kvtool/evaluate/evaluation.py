@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import Corpus
 from kvtool.errors import CheckpointError, UnsupportedModelError, UsageError
-from kvtool.evaluate import protocol, retrieval, throughput
-from kvtool.evaluate.protocol import Divergence, cache_size
+from kvtool.evaluate import layers, protocol, retrieval, throughput
+from kvtool.evaluate.chat import PROMPTS, Chat, Sample, converse
+from kvtool.evaluate.layers import Damage, LayerResult
+from kvtool.evaluate.protocol import Divergence, cache_size, layer_sizes
 from kvtool.evaluate.report import Report, plan_facts
-from kvtool.evaluate.retrieval import Recall
+from kvtool.evaluate.retrieval import Result
 from kvtool.evaluate.throughput import Bandwidth, Speed
 from kvtool.plan import Plan
 from kvtool.runtime import Engine
@@ -32,6 +34,10 @@ class Settings:
 
     Attributes:
         prefill, continuation: None is the protocol's, or less where the model's context is short.
+        layers: Measure what each layer alone breaks.
+        layer_prefill, layer_continuation: Of its text; never more than of the other windows. A plan
+            that drops nothing of so short a prompt gets a longer one.
+        chat: Ask `chat_prompts` questions, each answered in at most `chat_new_tokens`.
     """
 
     windows: int = 8
@@ -41,6 +47,12 @@ class Settings:
     passkey_depths: tuple[float, ...] = retrieval.DEPTHS
     needle_lengths: tuple[int, ...] = retrieval.NEEDLE_LENGTHS
     needle_contexts: int = retrieval.NEEDLE_CONTEXTS
+    layers: bool = True
+    layer_prefill: int = 384
+    layer_continuation: int = 128
+    chat: bool = True
+    chat_prompts: int = len(PROMPTS)
+    chat_new_tokens: int = 160
     speed: bool = True
     speed_context: int = 1024
     speed_new_tokens: int = 32
@@ -56,6 +68,10 @@ class Settings:
             passkey_depths=(0.1, 0.5, 0.9),
             needle_lengths=retrieval.NEEDLE_LENGTHS[:1],
             needle_contexts=1,
+            layer_prefill=256,
+            layer_continuation=64,
+            chat_prompts=8,
+            chat_new_tokens=96,
             speed_repeats=1,
         )
 
@@ -126,8 +142,17 @@ def evaluate(
     )
     if note is not None:
         notes.append(note)
+    settings = replace(
+        settings,
+        prefill=prefill,
+        continuation=continuation,
+        layer_prefill=layers.prompt_length(plan, settings.layer_prefill, prefill),
+        layer_continuation=min(settings.layer_continuation, continuation),
+    )
     divergence = _divergence(engine, original, corpus, settings, prefill, continuation, report)
-    recalls = _retrieval(engine, original, corpus, settings, max_context, notes, report)
+    damage = _layers(engine, original, corpus, settings, notes, report)
+    results = _retrieval(engine, original, corpus, settings, max_context, notes, report)
+    conversation, samples = _chat(engine, original, corpus, settings, max_context, notes, report)
     speed = (
         _speed(engine, original, settings, bandwidth, max_context, notes, report)
         if bandwidth is not None
@@ -136,24 +161,23 @@ def evaluate(
     return Report(
         source=checkpoint.source,
         base=None if base is None else base.source,
-        settings={
-            **asdict(settings),
-            "prefill": prefill,
-            "continuation": continuation,
-            "corpus": corpus.id,
-        },
+        settings={**asdict(settings), "corpus": corpus.id},
         environment=throughput.environment(engine.device, dtype),
         plan=None if plan is None else plan_facts(plan),
         conversion=conversion_cost(checkpoint),
         cache=cache_size(engine),
         base_cache=None if original is None else cache_size(original),
         divergence=divergence,
-        retrieval=recalls,
+        retrieval=retrieval.summarise(results),
         speed=speed,
         bandwidth=bandwidth,
         peak_memory=throughput.peak_memory(engine.device),
         seconds=perf_counter() - start,
         notes=notes,
+        passkey=retrieval.passkeys(results),
+        layers=damage,
+        samples=samples,
+        chat=conversation,
     )
 
 
@@ -190,6 +214,32 @@ def _divergence(
     return protocol.summarise(scores, prefill, continuation)
 
 
+def _layers(
+    engine: Engine,
+    base: Engine | None,
+    corpus: Corpus,
+    settings: Settings,
+    notes: list[str],
+    report: Progress,
+) -> list[LayerResult]:
+    sizes = layer_sizes(engine)
+    if base is None:
+        return layers.layer_results(sizes, None, None)
+    if not layers.comparable(engine, base):
+        notes.append("layers not compared: the original has other ones")
+        return layers.layer_results(sizes, None, None)
+    damage: list[Damage] | None = None
+    if settings.layers:
+        length = settings.layer_prefill + settings.layer_continuation
+        (window,) = corpus.windows(engine.tokenizer, length, 1, settings.seed)
+        damage = []
+        report("layers", 0, len(sizes))
+        for found in layers.layer_damage(engine, base, window, settings.layer_prefill):
+            damage.append(found)
+            report("layers", len(damage), len(sizes))
+    return layers.layer_results(sizes, layer_sizes(base), damage)
+
+
 def _retrieval(
     engine: Engine,
     base: Engine | None,
@@ -198,7 +248,7 @@ def _retrieval(
     max_context: int,
     notes: list[str],
     report: Progress,
-) -> list[Recall]:
+) -> list[Result]:
     lengths, note = retrieval.fit_lengths("pass-key", settings.passkey_lengths, max_context)
     if note is not None:
         notes.append(note)
@@ -227,12 +277,39 @@ def _retrieval(
     if not needles:
         notes.append(f"no 4-key needle fits the model's context of {max_context}")
     cases += needles
-    results: list[retrieval.Result] = []
+    results: list[Result] = []
     report("retrieval", 0, len(cases))
     for result in retrieval.run_cases(engine, base, cases):
         results.append(result)
         report("retrieval", len(results), len(cases))
-    return retrieval.summarise(results)
+    return results
+
+
+def _chat(
+    engine: Engine,
+    base: Engine | None,
+    corpus: Corpus,
+    settings: Settings,
+    max_context: int,
+    notes: list[str],
+    report: Progress,
+) -> tuple[Chat | None, list[Sample]]:
+    if not settings.chat:
+        return None, []
+    conversation, samples = converse(
+        engine,
+        base,
+        corpus.documents,
+        prompts=settings.chat_prompts,
+        max_new_tokens=settings.chat_new_tokens,
+        max_context=max_context,
+        report=report,
+    )
+    if not samples:
+        notes.append(f"nothing was asked in chat: the model's context is {max_context}")
+    elif conversation is None:
+        notes.append("nothing was asked in chat: there is no chat template that takes a question")
+    return conversation, samples
 
 
 def _speed(

@@ -2,26 +2,32 @@
 
 A plain forward pass never reads a stored key, so it says nothing about a cache. Here the first P
 tokens of a window are prefilled, and the next C true tokens are fed through the cache that the
-prefill left; only the predictions of the second part are judged.
+prefill left; only the predictions of the second part are judged. How the loss runs over the window
+is told by buckets of positions, for which every few predictions of the first part are judged too.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
+    from kvtool.plan import LayerPlan
     from kvtool.runtime import Engine
 
 PREFILL, CONTINUATION = 1536, 256
 SLICE = 32  # positions compared at once: float64 logits of a large vocabulary are heavy
+BUCKET = 128  # positions whose mean is reported
+PROMPT_STRIDE = 4  # one prediction of a prompt in so many is judged: logits of all are gigabytes
 BFLOAT16_BYTES = 2
 
 
@@ -61,6 +67,24 @@ class CacheSize:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """Means over the predictions made after the tokens at `start` up to, not including, `end`.
+
+    Attributes:
+        judged: `prompt` while it was read, or `cache` for what was fed through the cache it left.
+        nll, base_nll: -log p of the token that came, in nats, under the model and the original.
+        kl: KL(original || compressed) in nats.
+    """
+
+    start: int
+    end: int
+    judged: Literal["prompt", "cache"]
+    nll: float
+    base_nll: float | None
+    kl: float | None
+
+
+@dataclass(frozen=True)
 class Divergence:
     """The second part of each window, predicted from the cache that the first part left.
 
@@ -72,6 +96,7 @@ class Divergence:
         cache_bytes: Of one sequence when all of it is fed, as allocated; the prompt has been
             compressed by then. base_cache_bytes: the same of the original.
         top1_agreement: Share of positions where both models' most likely token is the same.
+        positions: The whole window in buckets; means over windows.
     """
 
     windows: int
@@ -84,11 +109,23 @@ class Divergence:
     kl: Estimate | None = None
     perplexity_ratio: Estimate | None = None
     top1_agreement: Estimate | None = None
+    positions: list[Bucket] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums or means over some positions; what compares with an original is None without one."""
+
+    positions: int
+    nll: float
+    base_nll: float | None = None
+    kl: float | None = None
+    top1: float | None = None
 
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Means over the C judged positions of one window, and the bytes its cache took."""
+    """Means over the C judged positions of one window, the bytes its cache took, its buckets."""
 
     nll: float
     cache_bytes: int
@@ -96,27 +133,47 @@ class WindowScores:
     base_nll: float | None = None
     kl: float | None = None
     top1: float | None = None
+    buckets: tuple[Bucket, ...] = ()
 
 
 def cache_size(engine: Engine) -> CacheSize:
-    """Measure the store: two allocations tell what grows with the length from what does not."""
-    plan = engine.plan
+    """What all layers take together."""
+    layers = layer_sizes(engine)
+    return CacheSize(
+        bytes_per_token=sum(layer.bytes_per_token for layer in layers),
+        bytes_per_token_bf16=sum(layer.bytes_per_token_bf16 for layer in layers),
+        constant_bytes=sum(layer.constant_bytes for layer in layers),
+    )
+
+
+def layer_sizes(engine: Engine) -> list[CacheSize]:
+    """Measure each layer's store: two allocations tell what grows with the length."""
+    plan, item = engine.plan, engine.dtype.itemsize
     if plan is not None and plan.policy is not None:
         # An empty cache does not show what a token budget will keep of a prompt.
-        item, context = engine.dtype.itemsize, engine.max_context
-        kept = plan.cache_bytes(context, item)
-        growth = kept - plan.cache_bytes(context - 1, item)
-        per_token = plan.bytes_per_token(item)
-        return CacheSize(per_token, per_token / item * BFLOAT16_BYTES, kept - growth * context)
+        return [_planned_size(layer, plan.base.head_dim, engine) for layer in plan.layers]
     small, large = 1024, 2048
-    small_bytes = engine.new_cache(1, small).allocated_bytes
-    large_bytes = engine.new_cache(1, large).allocated_bytes
-    slope = (large_bytes - small_bytes) / (large - small)
-    return CacheSize(
-        bytes_per_token=slope,
-        bytes_per_token_bf16=slope / engine.dtype.itemsize * BFLOAT16_BYTES,
-        constant_bytes=max(large_bytes - slope * large, 0.0),
-    )
+    sizes = []
+    for before, after in zip(_store_bytes(engine, small), _store_bytes(engine, large), strict=True):
+        slope = (after - before) / (large - small)
+        constant = max(after - slope * large, 0.0)
+        sizes.append(CacheSize(slope, slope / item * BFLOAT16_BYTES, constant))
+    return sizes
+
+
+def _store_bytes(engine: Engine, capacity: int) -> list[int]:
+    return [store.allocated_bytes for store in engine.new_cache(1, capacity).stores]
+
+
+def _planned_size(layer: LayerPlan, head_dim: int, engine: Engine) -> CacheSize:
+    """What a layer with token budgets takes behind a prompt as long as the model's context."""
+    context, item = engine.max_context, engine.dtype.itemsize
+    per_head = 2 * item * head_dim
+    kept = layer.tokens(context)
+    growth = kept - layer.tokens(context - 1)
+    per_token = per_head * layer.streaming.count(False)
+    constant = per_head * (kept - growth * context)
+    return CacheSize(per_token, per_token / item * BFLOAT16_BYTES, constant)
 
 
 def fit_window(
@@ -158,6 +215,56 @@ def fit_window(
     return max_context - short, short, note
 
 
+def judge(
+    logits: torch.Tensor, base_logits: torch.Tensor | None, targets: torch.Tensor
+) -> list[Scores]:
+    """Compare two models' logits [C, V] with the tokens [C] that came, in float64.
+
+    Returns:
+        Sums over each `SLICE` positions.
+    """
+    slices = []
+    for start in range(0, len(targets), SLICE):
+        part = slice(start, start + SLICE)
+        index = targets[part, None]
+        q = torch.log_softmax(logits[part].double(), dim=-1)
+        scores = Scores(len(index), -q.gather(1, index).sum().item())
+        if base_logits is not None:
+            p = torch.log_softmax(base_logits[part].double(), dim=-1)
+            scores = replace(
+                scores,
+                base_nll=-p.gather(1, index).sum().item(),
+                kl=kl_sum(p, q),
+                top1=(p.argmax(-1) == q.argmax(-1)).sum().item(),
+            )
+        slices.append(scores)
+    return slices
+
+
+def kl_sum(p: torch.Tensor, q: torch.Tensor) -> float:
+    """KL(p || q) of log-probabilities [C, V], summed over the positions."""
+    # p log p is 0 where a logit is -inf; without the mask it would be NaN.
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum().item()
+
+
+def mean(parts: Sequence[Scores]) -> Scores:
+    """Means over all positions of several sums."""
+    positions = sum(part.positions for part in parts)
+
+    def over(sums: Sequence[float | None]) -> float | None:
+        # Added one by one: from Python 3.12 on, sum() rounds otherwise.
+        known = [value for value in sums if value is not None]
+        return reduce(operator.add, known) / positions if known else None
+
+    return Scores(
+        positions,
+        reduce(operator.add, [part.nll for part in parts]) / positions,
+        over([part.base_nll for part in parts]),
+        over([part.kl for part in parts]),
+        over([part.top1 for part in parts]),
+    )
+
+
 def compare_logits(
     base: torch.Tensor, other: torch.Tensor, targets: torch.Tensor
 ) -> tuple[float, float, float, float]:
@@ -167,43 +274,11 @@ def compare_logits(
         Mean negative log-likelihood of `targets` [C] under base and other, mean
         KL(base || other), and the share of positions whose argmax agrees.
     """
-    positions = len(targets)
-    base_nll = other_nll = kl = agree = 0.0
-    for start in range(0, positions, SLICE):
-        part = slice(start, start + SLICE)
-        p = torch.log_softmax(base[part].double(), dim=-1)
-        q = torch.log_softmax(other[part].double(), dim=-1)
-        index = targets[part, None]
-        base_nll -= p.gather(1, index).sum().item()
-        other_nll -= q.gather(1, index).sum().item()
-        agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
-        # p log p is 0 where a logit is -inf; without the mask it would be NaN.
-        kl += torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum().item()
-    return base_nll / positions, other_nll / positions, kl / positions, agree / positions
-
-
-def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Mean over positions of -log p(target), for logits [C, V] and targets [C]."""
-    total = 0.0
-    for start in range(0, len(targets), SLICE):
-        part = slice(start, start + SLICE)
-        q = torch.log_softmax(logits[part].double(), dim=-1)
-        total -= q.gather(1, targets[part, None]).sum().item()
-    return total / len(targets)
-
-
-def continuation_logits(
-    engine: Engine, ids: torch.Tensor, prefill: int
-) -> tuple[torch.Tensor, int]:
-    """Prefill ids[:P], then feed the rest through the cache.
-
-    Returns:
-        Logits [C, V] of the rest, and the bytes allocated in the end.
-    """
-    cache = engine.new_cache(1, len(ids))
-    engine.extend(cache, ids[:prefill])
-    logits = engine.extend(cache, ids[prefill:], all_logits=True).float().cpu()
-    return logits, cache.allocated_bytes
+    scores = mean(judge(other, base, targets))
+    assert scores.base_nll is not None
+    assert scores.kl is not None
+    assert scores.top1 is not None
+    return scores.base_nll, scores.nll, scores.kl, scores.top1
 
 
 def score_windows(
@@ -211,27 +286,83 @@ def score_windows(
 ) -> Iterator[WindowScores]:
     """Score windows [N, P + C + 1] one by one; the last token of each is only a target."""
     for window in windows:
-        fed, targets = window[:-1], window[prefill + 1 :]
-        logits, size = continuation_logits(engine, fed, prefill)
-        if base is None:
-            yield WindowScores(negative_log_likelihood(logits, targets), size)
-            continue
-        base_logits, base_size = continuation_logits(base, fed, prefill)
-        base_nll, nll, kl, top1 = compare_logits(base_logits, logits, targets)
-        yield WindowScores(nll, size, base_size, base_nll, kl, top1)
+        yield _score_window(engine, base, window, prefill)
+
+
+def _score_window(
+    engine: Engine, base: Engine | None, window: torch.Tensor, prefill: int
+) -> WindowScores:
+    length = len(window) - 1
+    engines = [engine] if base is None else [engine, base]
+    caches = [one.new_cache(1, length) for one in engines]
+
+    def feed(start: int, end: int, every: int) -> list[Scores]:
+        """Judges one prediction in `every` after the tokens from `start` to `end`."""
+        ours, *theirs = [
+            one.extend(cache, window[start:end], all_logits=True, every=every).cpu()
+            for one, cache in zip(engines, caches, strict=True)
+        ]
+        targets = window[start + 1 : end + 1 : every]
+        return judge(ours, theirs[0] if theirs else None, targets)
+
+    read = feed(0, prefill, PROMPT_STRIDE)
+    fed = feed(prefill, length, 1)
+    scores = mean(fed)
+    return WindowScores(
+        scores.nll,
+        caches[0].allocated_bytes,
+        None if base is None else caches[1].allocated_bytes,
+        scores.base_nll,
+        scores.kl,
+        scores.top1,
+        (
+            *_buckets(read, 0, prefill, "prompt", PROMPT_STRIDE),
+            *_buckets(fed, prefill, length, "cache", 1),
+        ),
+    )
+
+
+def _buckets(
+    slices: Sequence[Scores], start: int, end: int, judged: Literal["prompt", "cache"], every: int
+) -> Iterator[Bucket]:
+    """Means over each `BUCKET` positions from `start` to `end`, one in `every` of them judged."""
+    count = BUCKET // (every * SLICE)
+    for first in range(0, len(slices), count):
+        scores = mean(slices[first : first + count])
+        at = start + first * every * SLICE
+        yield Bucket(at, min(at + BUCKET, end), judged, scores.nll, scores.base_nll, scores.kl)
+
+
+def _mean_buckets(windows: Sequence[tuple[Bucket, ...]]) -> list[Bucket]:
+    """Bucket by bucket the means over windows."""
+
+    def over(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return fmean(known) if known else None
+
+    return [
+        replace(
+            group[0],
+            nll=fmean([bucket.nll for bucket in group]),
+            base_nll=over([bucket.base_nll for bucket in group]),
+            kl=over([bucket.kl for bucket in group]),
+        )
+        for group in zip(*windows, strict=True)
+    ]
 
 
 def summarise(scores: Sequence[WindowScores], prefill: int, continuation: int) -> Divergence:
     """Means and standard errors over windows; the ratio's error is of the paired differences."""
     perplexity = Estimate.of([score.nll for score in scores]).exp()
     size = max(score.cache_bytes for score in scores)
+    positions = _mean_buckets([score.buckets for score in scores])
     paired = [
         (score.nll, score.base_nll, score.kl, score.top1)
         for score in scores
         if score.base_nll is not None and score.kl is not None and score.top1 is not None
     ]
     if not paired:
-        return Divergence(len(scores), prefill, continuation, size, perplexity)
+        return Divergence(len(scores), prefill, continuation, size, perplexity, positions=positions)
     return Divergence(
         windows=len(scores),
         prefill=prefill,
@@ -243,4 +374,5 @@ def summarise(scores: Sequence[WindowScores], prefill: int, continuation: int) -
         kl=Estimate.of([kl for _, _, kl, _ in paired]),
         perplexity_ratio=Estimate.of([nll - base for nll, base, _, _ in paired]).exp(),
         top1_agreement=Estimate.of([top1 for _, _, _, top1 in paired]),
+        positions=positions,
     )

@@ -7,12 +7,14 @@ from typing import Any
 
 from rich.table import Table
 
+from kvtool.evaluate.chat import Chat, Sample
+from kvtool.evaluate.layers import LayerResult
 from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
-from kvtool.evaluate.retrieval import Recall
+from kvtool.evaluate.retrieval import PassKey, Recall
 from kvtool.evaluate.throughput import Bandwidth, Speed
 from kvtool.plan import Plan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ABSENT = "–"
 
 
@@ -22,15 +24,17 @@ class Gates:
 
     Attributes:
         min_recall: Of the retrieval questions that the original answers, the share still answered.
+        min_chat_end: Of the chat prompts that the original ends, the share still ended.
     """
 
     max_kl: float | None = None
     max_ppl_ratio: float | None = None
     min_recall: float | None = None
+    min_chat_end: float | None = None
 
     @property
     def judge(self) -> bool:
-        return any(gate is not None for gate in (self.max_kl, self.max_ppl_ratio, self.min_recall))
+        return any(gate is not None for gate in vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class Report:
         plan: Facts of the plan that the cache was run with.
         peak_memory: Of the whole process, with every model that it held.
         notes: What was done otherwise than asked, in sentences.
+        passkey: The pass-key cases that `retrieval` adds up.
+        layers: One entry per decoder layer.
+        samples: Continuations to read.
+        chat: None where the model has no chat template, or was not asked.
     """
 
     source: str
@@ -61,6 +69,10 @@ class Report:
     conversion: dict[str, float] | None = None
     plan: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    passkey: list[PassKey] = field(default_factory=list)
+    layers: list[LayerResult] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    chat: Chat | None = None
 
     @property
     def bytes_share(self) -> float | None:
@@ -74,6 +86,13 @@ class Report:
         base = sum(recall.base_correct or 0 for recall in self.retrieval)
         return sum(recall.kept or 0 for recall in self.retrieval) / base if base else None
 
+    @property
+    def chat_share(self) -> float | None:
+        """Of the prompts that the original ends, the share ended too; None where it ends none."""
+        prompts = self.chat.prompts if self.chat is not None else []
+        kept = [prompt.ended for prompt in prompts if prompt.base_ended]
+        return sum(kept) / len(kept) if kept else None
+
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
         return {
@@ -81,6 +100,7 @@ class Report:
             **asdict(self),
             "bytes_share": self.bytes_share,
             "recall_share": self.recall_share,
+            "chat_share": self.chat_share,
         }
 
     def failures(self, gates: Gates) -> list[str]:
@@ -93,14 +113,17 @@ class Report:
             value = float("nan") if measured is None else measured.value
             if limit is not None and not value <= limit:  # NaN must fail
                 failed.append(f"{name} {value:.3g} is above the allowed {limit:g}")
-        if gates.min_recall is not None:
-            share = self.recall_share
+        for name, share, least, nothing in (
+            ("recall is", self.recall_share, gates.min_recall, "answers no question"),
+            ("chat endings are", self.chat_share, gates.min_chat_end, "ends no chat prompt"),
+        ):
+            if least is None:
+                continue
             if share is None:
-                failed.append("recall cannot be judged, the original answers no question")
-            elif share < gates.min_recall:
+                failed.append(f"{name.split()[0]} cannot be judged, the original {nothing}")
+            elif share < least:
                 failed.append(
-                    f"recall is {share:.1%} of the original's, "
-                    f"below the allowed {gates.min_recall:.1%}"
+                    f"{name} {share:.1%} of the original's, below the allowed {least:.1%}"
                 )
         return failed
 
@@ -125,6 +148,8 @@ class Report:
                 f"{recall.correct}/{recall.asked}",
                 ABSENT if not recall.base_correct else f"keeps {recall.kept}/{recall.base_correct}",
             )
+        if self.chat is not None:
+            self._add_chat(table, self.chat)
         if self.speed is not None:
             self._add_speed(table, self.speed)
         cost = self.conversion or {}
@@ -192,6 +217,17 @@ class Report:
             table.add_row(
                 "same most likely token", ABSENT, f"{result.top1_agreement.value:.2%}", ABSENT
             )
+
+    def _add_chat(self, table: Table, chat: Chat) -> None:
+        ended = [prompt.ended for prompt in chat.prompts]
+        known = [prompt for prompt in chat.prompts if prompt.base_ended]
+        kept = sum(prompt.ended for prompt in known)
+        table.add_row(
+            f"chat prompts that end ({chat.max_new_tokens} tokens)",
+            ABSENT if self.base is None else f"{len(known)}/{len(ended)}",
+            f"{sum(ended)}/{len(ended)}",
+            f"keeps {kept}/{len(known)}" if known else ABSENT,
+        )
 
     def _add_speed(self, table: Table, speed: Speed) -> None:
         at = f"at {speed.context}, tokens/s"

@@ -75,6 +75,16 @@ class Recall:
     kept: int | None = None
 
 
+@dataclass(frozen=True)
+class PassKey:
+    """One pass-key case: `length` of context and question, `depth` as a share of the context."""
+
+    length: int
+    depth: float
+    correct: bool
+    base_correct: bool | None
+
+
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of `text` without the special tokens that a tokenizer puts around it."""
     # Not verbose: a tokenizer warns of every text longer than its model's context.
@@ -254,3 +264,12 @@ def summarise(results: Sequence[Result]) -> list[Recall]:
             recall = replace(recall, base_correct=sum(theirs), kept=kept)
         recalls.append(recall)
     return recalls
+
+
+def passkeys(results: Sequence[Result]) -> list[PassKey]:
+    """The pass-key cases one by one: they alone have a depth, and one question each."""
+    return [
+        PassKey(case.length, case.depth, ours[0], None if theirs is None else theirs[0])
+        for case, ours, theirs in results
+        if case.depth is not None
+    ]

@@ -169,6 +169,7 @@ class Engine:
         row: int = 0,
         *,
         all_logits: bool = False,
+        every: int = 1,
         chunk: int = 8192,
     ) -> Tensor:
         """Feeds `ids [T]` behind what a row already holds: a prompt, a later turn, a true text.
@@ -178,10 +179,11 @@ class Engine:
 
         Args:
             all_logits: Return the logits after every token, not only after the last.
+            every: With `all_logits`, one token in so many, the first of them on.
             chunk: Tokens per pass through the model; bounds the memory of activations.
 
         Returns:
-            `[V]`, or `[T, V]` with `all_logits`, fp32.
+            `[V]`, or with `all_logits` `[T, V]` (T / `every`, rounded up), fp32.
 
         Raises:
             UsageError: The row would outgrow the model's context.
@@ -198,15 +200,18 @@ class Engine:
         for piece in ids.to(self.device).split(chunk):
             end = start + len(piece)
             positions = torch.arange(start, end, device=self.device)[None]
-            step = Step(cache.stores, row, [start], [end], prompt=total if begin == 0 else None)
-            hidden = self._run(step, piece[None], positions)
-            start = end
+            step = Step(
+                cache.stores, row, [start], [end], total if begin == 0 else None,
+                self.tables(positions),
+            )  # fmt: skip
+            hidden = self._run(step, piece[None])
             if all_logits:
-                collected.append(self._logits(hidden)[0])
+                collected.append(self.logits(hidden[:, (begin - start) % every :: every])[0])
+            start = end
         cache.lengths[row] = total
         if all_logits:
             return torch.cat(collected)
-        return self._logits(hidden[:, -1:])[0, 0]
+        return self.logits(hidden[:, -1:])[0, 0]
 
     @torch.inference_mode()
     def decode(self, cache: KVCache, ids: Tensor) -> Tensor:
@@ -216,10 +221,10 @@ class Engine:
         self._check_length(max(lengths))
         cache.reserve(lengths)
         positions = torch.tensor(starts, device=self.device)[:, None]
-        step = Step(cache.stores, None, starts, lengths)
-        hidden = self._run(step, ids.to(self.device)[:, None], positions)
+        step = Step(cache.stores, None, starts, lengths, None, self.tables(positions))
+        hidden = self._run(step, ids.to(self.device)[:, None])
         cache.lengths = lengths
-        return self._logits(hidden)[:, 0]
+        return self.logits(hidden)[:, 0]
 
     def generate(
         self,
@@ -266,20 +271,22 @@ class Engine:
                 return
             logits = self.decode(cache, torch.tensor(drawn))
 
-    def _run(self, step: Step, ids: Tensor, positions: Tensor) -> Tensor:
-        """Token ids `[B, T]` through the decoder layers to final hidden states `[B, T, hidden]`."""
-        for rope in self._ropes:
-            cos, sin = rope.tables(positions)
-            step.tables.append((cos.to(self.dtype), sin.to(self.dtype)))
+    def tables(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cos and sin at `positions [B, T]`, `[B, T, d]` each, per distinct RoPE of the model."""
+        tables = [rope.tables(positions) for rope in self._ropes]
+        return [(cos.to(self.dtype), sin.to(self.dtype)) for cos, sin in tables]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[B, T, V]` fp32 of what the last layer gives, `[B, T, hidden]`."""
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        return logits.float()
+
+    def _run(self, step: Step, ids: Tensor) -> Tensor:
+        """Token ids `[B, T]` through the decoder layers to hidden states `[B, T, hidden]`."""
         hidden: Tensor = self.model.model.embed_tokens(ids)
         for layer in decoder_layers(self.model):
             hidden = layer(hidden, past_key_values=step)
-        normed: Tensor = self.model.model.norm(hidden)
-        return normed
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.model.lm_head(hidden)
-        return logits.float()
+        return hidden
 
     def _check_length(self, length: int) -> None:
         if length > self.max_context:

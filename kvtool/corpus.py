@@ -3,10 +3,14 @@
 By default both are the documentation of the running Python (`pydoc_data.topics`): English prose
 with code, always present. A file or hub data set takes its place with `--data`; it is cut in the
 same way, so that the same `--data` for calibration and for evaluation gives two disjoint texts.
+
+Tokens that a chat model sees between turns occur in no prose, and what is measured on prose alone
+does not keep them. So a share of the windows can be conversations made of the text.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import itertools
@@ -31,6 +35,19 @@ _SEPARATOR = "\n\n"
 # paragraphs: long enough to fill a window of some thousand tokens with one context.
 _PIECE = 24_000
 _HUB_CHARACTERS = 20_000_000
+# Characters of a passage of a conversation, at most: turns have to end often.
+_PASSAGE = 600
+_QUESTIONS = (
+    "Explain: {}",
+    "Continue this text:\n\n{}",
+    "{}\n\nWhat comes next?",
+    "Tell me more about this: {}",
+    "I have read the following. How does it go on?\n\n{}",
+)
+# Some templates tell the model what day it is, and windows must not depend on it.
+_FIXED_DAY = "{% macro strftime_now(format) %}1 January 2025{% endmacro %}{{ '' }}"
+
+_Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -54,12 +71,25 @@ class Corpus:
         return f"{self.name}-{digest.hexdigest()[:12]}"
 
     def windows(
-        self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int = 0
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        count: int,
+        seed: int = 0,
+        chat: float = 0.0,
     ) -> torch.Tensor:
         """Token windows `[count, length]` (int64) that share no token of the text.
 
         The documents are shuffled by `seed`, joined by an empty line and cut. Where the tokenizer
         starts a text with a BOS token, so does each window: models lean on it as an attention sink.
+
+        Windows of conversations lie evenly among the others. They hold conversations in the
+        tokenizer's chat template, from the beginning of one on: users show passages of the text,
+        and the assistant answers with what follows.
+
+        Args:
+            chat: Share of the windows that are conversations, 0 to 1; none of them are if the
+                tokenizer has no template for it, see `can_chat`.
 
         Raises:
             UsageError: The corpus has fewer tokens than that.
@@ -68,23 +98,58 @@ class Corpus:
 
         start = start_tokens(tokenizer)
         fresh = length - len(start)  # tokens of text in a window
-        order = random.Random(seed).sample(self.documents, len(self.documents))
-        ids: list[int] = []
-        for document in order:
-            if len(ids) >= count * fresh:
-                break
-            # A text longer than the model's context is no reason for a warning: it will be cut.
-            ids += tokenizer(
-                document + _SEPARATOR, add_special_tokens=False, verbose=False
-            ).input_ids
-        if len(ids) < count * fresh or fresh < 1:
-            raise UsageError(
-                f"The corpus {self.name} has {len(ids)} tokens, fewer than the {count * fresh} "
-                f"of {count} windows of {length}.",
-                hint="Ask for fewer or shorter windows, or name a longer text with --data.",
+        generator = random.Random(seed)
+        order = generator.sample(self.documents, len(self.documents))
+        if chat and not can_chat(tokenizer):
+            chat = 0.0
+        talks = [int(chat * (i + 1) + 0.5) > int(chat * i + 0.5) for i in range(count)]
+        talking, plain = sum(talks), count - sum(talks)
+        shared = functools.partial(_shared, order, talking / max(count, 1), min(_PASSAGE, length))
+        ids = _joined(tokenizer, (text for text, _ in shared() if text), plain * fresh)
+        if len(ids) < plain * fresh or fresh < 1:
+            beside = " beside conversations" if talking else ""
+            raise self._too_short(
+                f"has {len(ids)} tokens{beside}, fewer than the {plain * fresh} of {plain} windows "
+                f"of {length}"
             )
-        text = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
-        return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), text], dim=1)
+        exchanges = _exchanges((p for _, passages in shared() for p in passages), generator)
+        chats = _chat_windows(tokenizer, exchanges, generator, start, length)
+        found = list(itertools.islice(chats, talking))
+        if len(found) < talking:
+            raise self._too_short(
+                f"fills {len(found)} windows of {length} with conversations, fewer than {talking}"
+            )
+        windows = torch.empty(count, length, dtype=torch.int64)
+        windows[:, : len(start)] = torch.tensor(start, dtype=torch.int64)
+        chosen = torch.tensor(talks, dtype=torch.bool)
+        windows[~chosen, len(start) :] = torch.tensor(ids, dtype=torch.int64).view(plain, fresh)
+        windows[chosen] = torch.tensor(found, dtype=torch.int64).view(talking, length)
+        return windows
+
+    def count_tokens(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> int:
+        """Tokens of the text, counted no further than to `limit`."""
+        count = 0
+        for document in self.documents:
+            count += len(tokenizer(document, add_special_tokens=False, verbose=False).input_ids)
+            if count >= limit:
+                break
+        return min(count, limit)
+
+    def excerpt(self, characters: int) -> list[str]:
+        """The first documents, as many as it takes to have that many characters, or all."""
+        sums = itertools.accumulate(map(len, self.documents), initial=0)
+        return [d for d, before in zip(self.documents, sums, strict=False) if before < characters]
+
+    def _too_short(self, why: str) -> UsageError:
+        return UsageError(
+            f"The corpus {self.name} {why}.",
+            hint="Ask for fewer or shorter windows, or name a longer text with --data.",
+        )
+
+
+def can_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template is there and takes turns of a user and an assistant."""
+    return bool(_rendered(tokenizer, 2 * _exchange("Hello", "Hello")))
 
 
 def calibration_text(data: str | None = None) -> Corpus:
@@ -251,3 +316,93 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = tokenizer("a").input_ids
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids and ids[0] == bos else []
+
+
+def _shared(documents: Iterable[str], share: float, size: int) -> Iterator[tuple[str, list[str]]]:
+    """Of each document its first part, and the passages of the rest.
+
+    At any point the rests have `share` of all characters so far, less than one passage short.
+    """
+    due = 0.0
+    for document in documents:
+        passages = _passages(document, size)
+        cut = len(passages)
+        due += share * len(document)
+        while cut and len(passages[cut - 1]) <= due:
+            cut -= 1
+            due -= len(passages[cut])
+        yield "".join(passages[:cut]), passages[cut:]
+
+
+def _passages(text: str, size: int) -> list[str]:
+    """Paragraphs, or where they have more than `size` characters, some lines or sentences of them.
+
+    Joined they are the text.
+    """
+    paragraph = rf".{{1,{size}}}?\n\s*\n"
+    sentences = rf".{{1,{size}}}(?:\n|(?<=[.!?])\s|(?<=[。！？])|\Z)"
+    return re.findall(rf"{paragraph}|{sentences}|.{{1,{size}}}", text, re.DOTALL)
+
+
+def _joined(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], count: int) -> list[int]:
+    """The first `count` tokens of texts joined by an empty line, or all that there are."""
+    ids: list[int] = []
+    for text in texts:
+        if len(ids) >= count:
+            break
+        # A text longer than the model's context is no reason for a warning: it will be cut.
+        ids += tokenizer(text + _SEPARATOR, add_special_tokens=False, verbose=False).input_ids
+    return ids[:count]
+
+
+def _exchanges(passages: Iterable[str], generator: random.Random) -> Iterator[_Messages]:
+    """Questions about a passage, each answered with the one to three that follow."""
+    told = (passage for passage in passages if passage.strip())
+    for passage in told:
+        answer = "".join(itertools.islice(told, generator.randint(1, 3)))
+        if answer:
+            question = generator.choice(_QUESTIONS).format(passage.strip())
+            yield _exchange(question, answer.strip())
+
+
+def _exchange(question: str, answer: str) -> _Messages:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _chat_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    exchanges: Iterable[_Messages],
+    generator: random.Random,
+    start: list[int],
+    length: int,
+) -> Iterator[list[int]]:
+    """Windows of `length` tokens, full of conversations of three exchanges on average."""
+    window: list[int] = []
+    messages: _Messages = []
+    for exchange in exchanges:
+        ids = _rendered(tokenizer, messages + exchange)
+        if ids is None:  # something in this text has a meaning for the template
+            continue
+        if not window and ids[: len(start)] != start:
+            ids = start + ids
+        if len(window) + len(ids) >= length:
+            yield (window + ids)[:length]
+            window, messages = [], []
+        elif generator.randrange(3) == 0:
+            window, messages = window + ids, []
+        else:
+            messages = messages + exchange
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> list[int] | None:
+    """The tokens of a conversation; None if the template does not take it."""
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages,
+            chat_template=_FIXED_DAY + tokenizer.get_chat_template(),
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},
+        )
+    except Exception:  # a template comes with the checkpoint and raises what it likes
+        return None
+    return list(ids)

@@ -1,5 +1,6 @@
 """Calibration and evaluation text never meet, and windows are the same every time."""
 
+import hashlib
 import json
 import re
 import sys
@@ -8,15 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from kvtool.corpus import Corpus, calibration_text, evaluation_text
+from kvtool import corpus as corpus_module
+from kvtool.checkpoint import Checkpoint
+from kvtool.corpus import Corpus, calibration_text, can_chat, evaluation_text
 from kvtool.errors import UsageError
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+def starting_with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def paragraphs(corpus: Corpus) -> set[str]:
@@ -123,14 +136,9 @@ def test_windows_are_disjoint_pieces_of_the_documents(tokenizer: PreTrainedToken
 def test_each_window_starts_as_the_tokenizer_starts_a_text(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    from tokenizers import processors
-
     corpus = evaluation_text()
     plain = corpus.windows(tokenizer, 63, 2)
-    bos = make_tokenizer()
-    bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|bos|> $A", special_tokens=[("<|bos|>", bos.bos_token_id)]
-    )
+    bos = starting_with_bos(make_tokenizer())
     windows = corpus.windows(bos, 64, 2)
     assert windows[:, 0].tolist() == [bos.bos_token_id] * 2
     assert torch.equal(windows[:, 1:], plain)
@@ -141,3 +149,188 @@ def test_too_little_text_says_how_much_there_is(tokenizer: PreTrainedTokenizerFa
     available = len(tokenizer("abc\n\n").input_ids)
     with pytest.raises(UsageError, match=rf"tiny has {available} tokens, fewer than the 128"):
         corpus.windows(tokenizer, 64, 2)
+
+
+# ------------------------------------------------------------------------------- conversations
+
+SYSTEM = "{% if loop.first %}<|pad|>Be kind.<|eos|>{% endif %}"
+TURN = "[{{ message.role }}]{{ message.content }}{{ eos_token }}"
+LOOP = "{%% for message in messages %%}%s{%% endfor %%}"
+
+
+def numbers(documents: int = 20, each: int = 400) -> Corpus:
+    """Paragraphs of ten numbers of five digits, each number once."""
+    texts = []
+    for document in range(documents):
+        first = 10_000 + each * document
+        rows = [range(i, i + 10) for i in range(first, first + each, 10)]
+        texts.append("\n\n".join(" ".join(map(str, row)) for row in rows))
+    return Corpus("numbers", texts)
+
+
+def with_template(template: str | None) -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_without_conversations_windows_are_those_of_earlier_versions(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    documents = [
+        f"Document {d}.\n\n" + "\n\n".join(f"Paragraph {p} of document {d}." for p in range(30))
+        for d in range(20)
+    ]
+    windows = Corpus("c", documents).windows(tokenizer, 50, 60, seed=2)
+    assert hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16] == "9badcbe6d2855152"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.7, 1.0])
+def test_the_first_windows_have_the_share_of_conversations_that_all_have(
+    tokenizer: PreTrainedTokenizerFast, share: float
+) -> None:
+    windows = numbers().windows(tokenizer, 100, 50, chat=share)
+    assert windows.shape == (50, 100)
+    talks = windows[:, 0] == tokenizer.bos_token_id
+    assert torch.equal(talks, (windows == tokenizer.bos_token_id).any(dim=1))
+    read = torch.arange(1, 51)
+    assert ((talks.cumsum(0) - share * read).abs() <= 0.5 + 1e-6).all()
+
+
+def test_a_conversation_is_what_the_template_makes_of_its_turns(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    windows = calibration_text().windows(tokenizer, 2000, 4, chat=1.0)
+    for window in windows.tolist():
+        # This template begins every turn alike, so that all turns of a window are one conversation.
+        turns = tokenizer.decode(window).split("<|bos|>")[1:]
+        messages = []
+        for turn in turns:
+            role, content = turn.split("\n", 1)
+            assert role == ("assistant" if len(messages) % 2 else "user")
+            messages.append({"role": role, "content": content.removesuffix("<|eos|>\n")})
+        messages[-1]["content"] = messages[-1]["content"].split("<|eos|>")[0]
+        rendered = tokenizer.apply_chat_template(messages, return_dict=False)
+        cut = len(messages) - 1  # the window ends somewhere in the last turn
+        whole = tokenizer.apply_chat_template(messages[:cut], return_dict=False)
+        assert window[: len(whole)] == whole == rendered[: len(whole)]
+        assert window.count(tokenizer.eos_token_id) - cut in (0, 1)
+        assert len(messages) >= 4
+
+
+def test_windows_of_conversations_begin_with_the_system_prompt(smollm2: Checkpoint) -> None:
+    tokenizer = smollm2.tokenizer()
+    windows = calibration_text().windows(tokenizer, 256, 8, chat=0.25)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    talks = (windows == end).any(dim=1)
+    assert talks.sum() == 2
+    assert not (windows[~talks] == start).any()
+    for window in windows[talks]:
+        text = tokenizer.decode(window)
+        assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant")
+        assert re.match(r".*?<\|im_end\|>\n<\|im_start\|>user\n.*?<\|im_end\|>\n", text, re.DOTALL)
+        assert text.count("<|im_start|>") - text.count("<|im_end|>") in (0, 1)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_no_text_is_read_twice(tokenizer: PreTrainedTokenizerFast, share: float) -> None:
+    corpus = numbers()
+    windows = corpus.windows(tokenizer, 200, 60, seed=3, chat=share)
+    read = [n for window in windows for n in re.findall(r"\b\d{5}\b", tokenizer.decode(window))]
+    assert len(read) == len(set(read)) > 1000
+    assert set(read) <= set(" ".join(corpus.documents).split())
+
+
+def test_conversations_are_the_same_every_time(tokenizer: PreTrainedTokenizerFast) -> None:
+    corpus = calibration_text()
+    first = corpus.windows(tokenizer, 128, 12, seed=1, chat=0.25)
+    assert torch.equal(first, corpus.windows(tokenizer, 128, 12, seed=1, chat=0.25))
+    talks = first[:, 0] == tokenizer.bos_token_id
+    other = corpus.windows(tokenizer, 128, 12, seed=2, chat=0.25)
+    assert torch.equal(talks, other[:, 0] == tokenizer.bos_token_id)
+    assert not (first == other).all(dim=1).any()
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}" + LOOP % TURN, LOOP % TURN])
+def test_a_window_has_the_bos_token_once(template: str) -> None:
+    tokenizer = starting_with_bos(with_template(template))
+    windows = numbers().windows(tokenizer, 1500, 4, chat=0.5)
+    assert windows[:, 0].tolist() == [tokenizer.bos_token_id] * 4
+    texts = [tokenizer.decode(window) for window in windows]
+    talks = [text.startswith("<|bos|>[user]") for text in texts]
+    assert talks == [True, False, True, False]
+    assert not any("<|bos|><|bos|>" in text for text in texts)
+    # Further conversations in a window begin as the template says.
+    again = texts[0][7:].count("<|bos|>")
+    assert again == texts[0].count("<|eos|><|bos|>[user]")
+    assert (again > 0) == (template != LOOP % TURN)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "",
+        "{{ messages",
+        LOOP
+        % ("{% if message.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}" + TURN),
+        LOOP % "{{ message.content + 1 }}",
+        {"tool_use": LOOP % TURN},
+    ],
+    ids=["none", "empty", "syntax", "refuses", "type", "named"],
+)
+def test_a_tokenizer_that_cannot_chat_gives_the_plain_windows(template: str | None) -> None:
+    tokenizer = with_template(template)
+    assert not can_chat(tokenizer)
+    corpus = numbers()
+    plain = corpus.windows(tokenizer, 64, 8)
+    assert torch.equal(corpus.windows(tokenizer, 64, 8, chat=0.5), plain)
+
+
+def test_a_text_that_the_template_refuses_is_left_out() -> None:
+    refuse = "{% if '12345' in message.content %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = with_template(LOOP % (refuse + TURN))
+    windows = numbers().windows(tokenizer, 4000, 8, chat=1.0)
+    text = "".join(tokenizer.decode(window) for window in windows)
+    assert "12345" not in text
+    assert "12300" in text
+
+
+def test_a_template_that_names_the_day_gives_the_same_tokens_on_any_day() -> None:
+    tokenizer = with_template("Today is {{ strftime_now('%d %b %Y') }}." + LOOP % TURN)
+    text = tokenizer.decode(numbers().windows(tokenizer, 64, 1, chat=1.0)[0])
+    assert text.startswith("Today is 1 January 2025.[user]")
+
+
+@pytest.mark.parametrize("length", [64, 256])
+def test_conversations_need_no_more_text_than_prose(smollm2: Checkpoint, length: int) -> None:
+    tokenizer, corpus = smollm2.tokenizer(), Corpus("part", calibration_text().documents[-30:])
+    tokens = len(tokenizer("\n\n".join(corpus.documents), verbose=False).input_ids)
+    count = int(0.94 * tokens) // length
+    assert len(corpus.windows(tokenizer, length, count, chat=0.25)) == count > 15
+
+
+def test_too_little_text_for_conversations_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
+    corpus = numbers(1)
+    with pytest.raises(
+        UsageError, match=r"numbers has \d+ tokens beside conversations, fewer than"
+    ):
+        corpus.windows(tokenizer, 512, 20, chat=0.25)
+    with pytest.raises(UsageError, match=r"fills \d windows of 512 with conversations, fewer than"):
+        corpus.windows(tokenizer, 512, 20, chat=1.0)
+
+
+@given(
+    st.lists(st.text("ab \n.。", max_size=200), max_size=8),
+    st.sampled_from([0.0, 0.25, 0.6, 1.0]),
+    st.integers(1, 40),
+)
+def test_text_is_shared_out_without_loss(documents: list[str], share: float, size: int) -> None:
+    parts = list(corpus_module._shared(documents, share, size))
+    assert [first + "".join(rest) for first, rest in parts] == documents
+    longest = max((len(p) for d in documents for p in corpus_module._passages(d, size)), default=0)
+    total = given_away = 0
+    for document, (_, rest) in zip(documents, parts, strict=True):
+        total += len(document)
+        given_away += sum(map(len, rest))
+        assert 0 <= share * total - given_away + 1e-9 < longest + 1e-6

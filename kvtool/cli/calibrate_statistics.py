@@ -56,6 +56,16 @@ def statistics(
             min=0, help="First positions of each window, kept apart.", rich_help_panel=_INPUT
         ),
     ] = 4,
+    chat: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="Share of the text put into conversations, if the model has a chat template.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = 0.25,
     seed: _options.Seed = 0,
     overwrite: _options.Overwrite = False,
     resume: _options.Resume = True,
@@ -74,7 +84,7 @@ def statistics(
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
-    options = measured.StatisticsOptions(data, tokens, window, context, sinks, seed)
+    options = measured.StatisticsOptions(data, tokens, window, context, sinks, chat, seed)
     planned = measured.plan(checkpoint, options)
     planned["reused"] &= resume
     if output is not None:
@@ -131,6 +141,7 @@ def _table(title: str, facts: dict[str, Any]) -> Table:
         f"{facts['tokens']} tokens: {facts['windows']} windows of {facts['window']}, "
         f"the first {facts['sinks']} positions of each apart",
     )
+    table.add_row("in conversations", f"{facts['chat']:.0%}" if facts["chat"] else "none")
     table.add_row("positions", f"within {facts['context']}")
     if "seconds" in facts:
         table.add_row("seconds", f"{facts['seconds']:.1f}")

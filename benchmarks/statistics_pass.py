@@ -1,10 +1,10 @@
 """What `kvtool calibrate statistics` costs: time beside a bare forward pass, memory at 8B size.
 
     python benchmarks/statistics_pass.py time [MODEL]
-    python benchmarks/statistics_pass.py write FOLDER     a random model of 8B shape (15 GB)
-    python benchmarks/statistics_pass.py memory FOLDER    in a process that did not write it
+    python benchmarks/shape_8b.py FOLDER                  a random model of 8B shape (16 GB)
+    python benchmarks/statistics_pass.py memory FOLDER    what it takes to measure that
 
-The first and the last print one JSON object.
+Both print one JSON object.
 """
 
 import argparse
@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 from kvtool.calibrate.statistics import StatisticsOptions, collect, plan
 from kvtool.calibrate.stream import LayerStream
@@ -86,54 +84,6 @@ def since(start: tuple[float, float]) -> tuple[float, float]:
     return now[0] - start[0], now[1] - start[1]
 
 
-def write_8b(folder: Path, layers: int) -> None:
-    """A Llama of the shape of 8B in bf16; all layers have the same random weights."""
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(folder)
-    Checkpoint.open("smollm2").tokenizer().save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
-
-    hidden, inner, ones = 4096, 14336, torch.ones(4096, dtype=torch.bfloat16)
-    parts = {
-        "self_attn.q_proj": random(4096, hidden),
-        "self_attn.k_proj": random(1024, hidden),
-        "self_attn.v_proj": random(1024, hidden),
-        "self_attn.o_proj": random(hidden, 4096),
-        "mlp.gate_proj": random(inner, hidden),
-        "mlp.up_proj": random(inner, hidden),
-        "mlp.down_proj": random(hidden, inner),
-        "input_layernorm": ones,
-        "post_attention_layernorm": ones.clone(),
-    }
-    shards = [
-        {f"model.layers.{i}.{name}.weight": x for name, x in parts.items()} for i in range(layers)
-    ]
-    shards.append({"model.embed_tokens.weight": random(128256, hidden), "model.norm.weight": ones})
-    shards.append({"lm_head.weight": shards[-1]["model.embed_tokens.weight"]})
-    weight_map = {}
-    for number, shard in enumerate(shards):
-        file = f"model-{number:05d}.safetensors"
-        save_file(shard, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    index = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(index)
-
-
 def measure_memory(folder: Path, tokens: int, window: int) -> dict[str, object]:
     """Largest resident memory of this process, which must be fresh."""
     checkpoint = Checkpoint.open(str(folder))
@@ -159,20 +109,16 @@ def measure_memory(folder: Path, tokens: int, window: int) -> dict[str, object]:
 def main() -> None:
     """Parses, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["time", "write", "memory"])
+    parser.add_argument("what", choices=["time", "memory"])
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=32, help="of the model that is written")
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
     if asked.what == "time":
         found = measure_time(asked.model, asked.tokens, asked.window, asked.repeats)
-    elif asked.what == "memory":
-        found = measure_memory(Path(asked.model), asked.tokens, asked.window)
     else:
-        write_8b(Path(asked.model), asked.layers)
-        return
+        found = measure_memory(Path(asked.model), asked.tokens, asked.window)
     print(json.dumps(found, indent=2))
 
 

@@ -36,13 +36,13 @@ from kvtool import __version__
 from kvtool.attention import AttentionLayout
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint, check_disk
-from kvtool.corpus import Corpus, calibration_text
+from kvtool.corpus import Corpus, calibration_text, can_chat
 from kvtool.errors import CalibrationError, UsageError
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""
 
-FORMAT = 1
+FORMAT = 2
 """Of the file and of what the numbers in it mean; another one is measured anew."""
 WINDOW = 2048
 """Tokens per window, if the model's context allows."""
@@ -57,6 +57,7 @@ KINDS = ("queries", "rotated_queries", "joint", "rotated_keys", "outputs")
 """What is summed up, see :class:`LayerStatistics`."""
 
 _BATCH = 2048  # tokens that go through a layer together
+_ROWS, _EVERY = 128, 4  # queries whose attention is written out at once; every fourth is looked at
 _NAME = "statistics.safetensors"
 
 
@@ -71,6 +72,8 @@ class StatisticsOptions:
         context: Each window starts at a random position such that it ends within `context`;
             `None` is 8192 or the model's context. `context == window` starts all at 0.
         sinks: First positions of each window, kept apart.
+        chat: Share of the windows that are conversations in the model's chat template; 0 is used
+            where there is none.
         seed: Fixes the order of the text and the starts.
     """
 
@@ -79,6 +82,7 @@ class StatisticsOptions:
     window: int | None = None
     context: int | None = None
     sinks: int = 4
+    chat: float = 0.25
     seed: int = 0
 
 
@@ -122,6 +126,8 @@ class LayerStatistics:
         outputs: `[Q·D]`, what goes into the output projection.
         sinks: The same five by name, over the sink positions, without second moments.
         sink_joint: `[2K]`, of the sinks' [k̂ ; v].
+        attended: `[2K, 2K]` float64, second moment of [k̂ ; v] in which a token, sinks too, counts
+            by the attention that it gets: Σ_j a_j y_j y_jᵀ, mean over queries and heads.
         distance_mass: `[Q, buckets]` float64, share of the attention by distance: to the token
             itself, to 1, 2-3, 4-7, ... tokens back, and last to sinks, at whatever distance.
         budget_mass: `[H, budgets]` float64, share of the attention of head h's group that the n
@@ -140,6 +146,7 @@ class LayerStatistics:
     outputs: Moments
     sinks: dict[str, Summary]
     sink_joint: Moments
+    attended: Tensor
     distance_mass: Tensor
     budget_mass: Tensor
     eviction_error: float
@@ -232,6 +239,7 @@ class Statistics:
             **{kind: moments(kind, elsewhere) for kind in KINDS},
             sinks={kind: summary(f"sinks.{kind}") for kind in KINDS},
             sink_joint=moments("sinks.joint", at_sinks),
+            attended=unpack(x["attended"]),
             distance_mass=x["distance_mass"],
             budget_mass=x["budget_mass"],
             eviction_error=float(x["eviction_error"]),
@@ -290,8 +298,8 @@ def plan(checkpoint: Checkpoint, options: StatisticsOptions | None = None) -> di
     """What `collect` would do; nothing is written.
 
     Returns:
-        `file`, whether it is `reused`, `tokens`, `windows`, `window`, `context`, `sinks`, `bytes`
-        of the file, `disk_bytes` and `memory_bytes` needed.
+        `file`, whether it is `reused`, `tokens`, `windows`, `window`, `context`, `sinks`, `chat`,
+        `bytes` of the file, `disk_bytes` and `memory_bytes` needed.
 
     Raises:
         KvtoolError: As `collect`, as far as it can be known before.
@@ -306,6 +314,7 @@ def plan(checkpoint: Checkpoint, options: StatisticsOptions | None = None) -> di
         "window": used.window,
         "context": used.context,
         "sinks": used.sinks,
+        "chat": used.chat,
         "bytes": file_bytes(pass_.stream),
         "disk_bytes": pass_.disk_bytes,
         "memory_bytes": memory_bytes(pass_.stream, used.tokens),
@@ -317,7 +326,7 @@ def file_bytes(stream: LayerStream) -> int:
     total = 0
     for layout in stream.layouts:
         width = {kind: (g, w) for kind, (g, w) in _shapes(layout).items()}
-        squares = [*width.values(), width["joint"]]
+        squares = [*width.values(), width["joint"], width["joint"]]  # sinks', attended
         total += sum(8 * g * w * (w + 1) // 2 for g, w in squares)
         total += sum(2 * 12 * g * w for g, w in width.values())
     return total
@@ -355,13 +364,16 @@ class _Pass:
     def __init__(self, checkpoint: Checkpoint, options: StatisticsOptions) -> None:
         self.checkpoint = checkpoint
         self.stream = LayerStream(checkpoint)
-        self.options = _resolved(options, int(self.stream.config.max_position_embeddings))
+        resolved = _resolved(options, int(self.stream.config.max_position_embeddings))
+        tokenizer = checkpoint.tokenizer()
+        chat = resolved.chat if can_chat(tokenizer) else 0.0
+        self.options = dataclasses.replace(resolved, chat=chat)
         self.corpus: Corpus = calibration_text(options.data)
         window, context, seed = self.options.window, self.options.context, self.options.seed
         assert window is not None
         assert context is not None
         count = self.options.tokens // window
-        self.ids = self.corpus.windows(checkpoint.tokenizer(), window, count, seed)
+        self.ids = self.corpus.windows(tokenizer, window, count, seed, chat)
         generator = torch.Generator().manual_seed(seed)
         self.starts = torch.randint(0, context - window + 1, (count,), generator=generator)
         self.budgets = _budgets(window)
@@ -461,6 +473,8 @@ def _resolved(options: StatisticsOptions, limit: int) -> StatisticsOptions:
         raise UsageError(f"--window {window} is longer than the context of {context}")
     if not 0 <= options.sinks < window:
         raise UsageError(f"--sinks {options.sinks} leaves nothing of a window of {window}")
+    if not 0 <= options.chat <= 1:
+        raise UsageError(f"--chat {options.chat} is not a share between 0 and 1")
     if options.tokens < window:
         raise UsageError(f"--tokens {options.tokens} is less than one window of {window}")
     tokens = options.tokens // window * window
@@ -545,6 +559,8 @@ class _LayerSums:
         self.bulk = {kind: _Sums(*shapes[kind], second=True) for kind in KINDS}
         self.at_sinks = {kind: _Sums(*shapes[kind], second=kind == "joint") for kind in KINDS}
         self.budgets = torch.tensor(budgets) - 1
+        width = 2 * layout.kv_heads * layout.head_dim
+        self.attended = torch.zeros(width, width, dtype=torch.float64)
         self.windows = 0
         self.per_window: dict[str, Tensor] = {}
 
@@ -552,8 +568,12 @@ class _LayerSums:
     def add(self, layer: StreamedLayer, seen: _Seen) -> None:
         """Adds what a batch of windows showed."""
         self.windows += len(seen.q)
+        received = received_mass(seen.q_rotated, seen.k_rotated, self.layout, self.sinks)
         for kind, x in _kinds(seen).items():
             x = x.to(torch.float64, memory_format=torch.contiguous_format)
+            if kind == "joint":
+                tokens = x.flatten(0, 2)
+                self.attended.addmm_(tokens.T, tokens * received.flatten()[:, None])
             self.at_sinks[kind].add(x[:, :, : self.sinks].flatten(1, 2))
             bulk = x[:, :, self.sinks :]
             self.bulk[kind].add(bulk.flatten(1, 2))
@@ -574,6 +594,7 @@ class _LayerSums:
     def tensors(self) -> dict[str, Tensor]:
         """Under their names in the file, without the layer."""
         found = {name: total / self.windows for name, total in self.per_window.items()}
+        found["attended"] = pack(self.attended / self.windows)
         for kind in KINDS:
             found |= self.bulk[kind].tensors(kind)
             found |= self.at_sinks[kind].tensors(f"sinks.{kind}")
@@ -602,14 +623,35 @@ def sampled_attention(q: Tensor, k: Tensor, layout: AttentionLayout) -> Tensor:
         `[B, H, g, R, T]`, fp32, rows sum to 1.
     """
     length = q.shape[2]
-    rows = q[:, :, -ROWS:].unflatten(1, (layout.kv_heads, -1))
-    scores = rows @ k[:, :, None].mT * layout.scaling
-    distance = _distance(rows.shape[3], length)
+    return _attention(q[:, :, -ROWS:], k, layout, _distance(min(ROWS, length), length))
+
+
+def _attention(q: Tensor, k: Tensor, layout: AttentionLayout, distance: Tensor) -> Tensor:
+    """Attention `[B, H, g, R, T]` of queries `[B, Q, R, D]`, `distance [R, T]` before the keys."""
+    grouped = q.unflatten(1, (layout.kv_heads, -1))
+    scores = grouped @ k[:, :, None].mT * layout.scaling
     hidden = distance < 0
     if layout.sliding_window is not None:
         hidden |= distance >= layout.sliding_window
     mass: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
     return mass
+
+
+def received_mass(q: Tensor, k: Tensor, layout: AttentionLayout, sinks: int) -> Tensor:
+    """`[B, T]` float64: attention that each key gets, mean over heads and every fourth query.
+
+    Args:
+        q, k: Rotated, `[B, Q or H, T, D]`.
+        sinks: First positions whose queries are left out.
+    """
+    length = q.shape[2]
+    distance = _distance(length, length)
+    received = torch.zeros(len(q), length, dtype=torch.float64)
+    looked_at = torch.arange(sinks, length, _EVERY)
+    for rows in looked_at.split(_ROWS):  # T x T of every head is too much at once
+        mass = _attention(q[:, :, rows], k, layout, distance[rows])
+        received += mass.sum(dim=(1, 2, 3)).double()
+    return received / (q.shape[1] * len(looked_at))
 
 
 def _distance(rows: int, length: int) -> Tensor:

@@ -21,6 +21,8 @@ from kvtool.attention import (
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CalibrationError, CheckpointError
 
+BATCH = 8
+"""Windows that go through a layer together."""
 IGNORED = "rotary_emb.inv_freq"
 """Ending of tensors that old checkpoints hold and nothing reads."""
 
@@ -72,8 +74,13 @@ class StreamedLayer:
             del self._slot.attention
         return result
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the attention is given of `hidden [B, T, hidden]`."""
+        result: Tensor = self._module.input_layernorm(hidden)
+        return result
+
     @torch.inference_mode()
-    def run(self, hidden: Tensor, attention: Attention, batch: int = 8) -> None:
+    def run(self, hidden: Tensor, attention: Attention, batch: int = BATCH) -> None:
         """Takes `hidden [N, T, hidden]` through the layer, in place, `batch` windows at a time.
 
         Raises:

@@ -40,9 +40,14 @@ def write(
     options: MlaOptions,
     corpus: Corpus,
     config: dict[str, Any],
+    replaced: list[str],
     result: ConversionResult,
 ) -> None:
-    """Writes everything that describes the conversion. Weights and probe are there already."""
+    """Writes everything that describes the conversion. Weights and probe are there already.
+
+    Args:
+        replaced: Parts of an attention module that are not the source's any more.
+    """
     summary = {
         "version": __version__,
         "method": options.method,
@@ -64,6 +69,7 @@ def write(
         "plan": result.plan,
         "ranks": result.ranks,
         "freqfold": result.freqfold,
+        "replaced": replaced,
         "calibration": corpus.id if options.method != "exact" else None,
         "versions": versions(),
         "seconds": round(result.seconds, 1),
@@ -91,7 +97,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest["sha256"], manifest["base"]["fingerprint"]
-        manifest["method"], manifest["target"], manifest["ranks"]
+        manifest["method"], manifest["target"], manifest["ranks"], manifest["replaced"]
         manifest["plan"]["attention_dtype"], manifest["plan"]["rope_dim"]
     except FileNotFoundError:
         raise CheckpointError(

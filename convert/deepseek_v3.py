@@ -83,7 +83,7 @@ def stock_layer(
 
     # Per head: the original query, then its reading of the shared RoPE key; and the stock softmax
     # scale (d_n + d_r)^-1/2 undone.
-    blocks = rope.view(rope_dim, groups, dim).transpose(0, 1)  # [H, d_r, D]
+    blocks = factors.rope_query[..., interleaved].mT  # [H, d_r, D]
     blocks = blocks.repeat_interleave(heads // groups, dim=0)
     select = torch.eye(dim, dtype=torch.float64)[:nope_dim].expand(heads, -1, -1)
     scale = layout.scaling * math.sqrt(nope_dim + rope_dim)

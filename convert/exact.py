@@ -6,7 +6,7 @@ head; the latent holds the values as they are. The cache has the same size as be
 
 import torch
 
-from kvtool.attention import AttentionLayout, LatentFactors, Rope
+from kvtool.attention import AttentionLayout, LatentFactors, Rope, query_blocks
 
 
 def exact_factors(layout: AttentionLayout, rope: Rope) -> LatentFactors:
@@ -18,6 +18,7 @@ def exact_factors(layout: AttentionLayout, rope: Rope) -> LatentFactors:
     order = channel.transpose(0, 1).flatten()  # all real parts, then all imaginary ones
     return LatentFactors(
         rope=identity[order],
+        rope_query=query_blocks(identity[order], heads),
         inv_freq=rope.inv_freq.repeat(heads),
         down=torch.cat((torch.zeros_like(identity), identity), dim=1),
         key_up=torch.zeros(heads, 0, width, dtype=torch.float64),

@@ -1,12 +1,13 @@
 """GQA to MLA: plan, fit layer by layer, write, resume.
 
 The order of work: statistics of the model are measured, or found where an earlier run left them;
-from them :class:`LatentFactors` are fitted layer by layer (see `exact.py` and `transmla.py`) and
-the layer's tensors written at once; the shards are put together at the end. A killed run goes on
-behind the last layer it finished and ends with the same bytes.
+from them :class:`LatentFactors` are fitted layer by layer (`fitting.py`, by the method of
+`aware.py`, `transmla.py` or `exact.py`); all layers together are healed if asked for (`heal.py`);
+the tensors of the target are written layer by layer, and put together as shards at the end. A
+killed run goes on behind what it finished last and ends with the same bytes.
 
-While fitting, a *probe* text goes through the factors themselves, in fp32. Its logits are what the
-written checkpoint must reproduce in any engine, and `verify` holds it to them.
+While the tensors are written, a *probe* text goes through the factors themselves, in fp32. Its
+logits are what the written checkpoint must reproduce in any engine; `verify` holds it to them.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +29,39 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvtool import __version__
-from kvtool.attention import FactoredAttention, LatentFactors, Rope, rotate
+from kvtool import __version__, distill
+from kvtool.attention import AttentionLayout, LatentFactors
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics import Statistics, StatisticsOptions
-from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
+from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import (
     Checkpoint,
     Staging,
     check_disk,
     check_output,
     read_header,
+    scratch_folder,
     torch_dtype,
     write_shards,
 )
-from kvtool.convert import artifact, deepseek_v3, targets, transmla
+from kvtool.convert import artifact, aware, deepseek_v3, fitting, heal, targets, transmla
 from kvtool.convert.exact import exact_factors
-from kvtool.corpus import calibration_text, evaluation_text
+from kvtool.convert.fitting import (
+    ConvertedLayer,
+    converted_attention,
+    fitted_file,
+    healed_file,
+    save,
+)
+from kvtool.corpus import calibration_text, can_chat, evaluation_text
 from kvtool.errors import CalibrationError, UnsupportedModelError, UsageError
 from kvtool.factored import factor_tensors, factored_config
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""
 
-WINDOW = 256
-"""Tokens per calibration window (TransMLA's converter: 128 windows of 256)."""
+WINDOW = 2048
+"""Tokens per calibration window (TransMLA's converter: 256): rotations matter at long distances."""
 SEARCH_WINDOWS = 4
 """How many of them serve to choose FreqFold."""
 PROBE = 2112
@@ -63,23 +73,27 @@ class MlaOptions:
     """Everything that determines the output besides the model.
 
     Attributes:
-        method: `exact` or `transmla`.
+        method: `exact`, `transmla` or `aware`.
         target: `transformers`, `vllm` or `kvtool`.
-        kv_budget, rope_dim, rank: Widths, see :func:`targets.transmla_size`.
+        kv_budget, rope_dim, rank: Widths, see :func:`targets.latent_size`.
         freqfold: F of TransMLA, or `auto`.
         data: Calibration text; `None` is Python's own documentation.
         tokens: Calibration tokens.
+        heal: How long the original teaches the result, see :meth:`heal.Amount.parse`.
+        teacher: Another model that teaches instead, with the same tokenizer.
         dtype: Of the attention tensors; `auto` keeps the source's.
     """
 
-    method: str = "transmla"
+    method: str = "aware"
     target: str = "transformers"
     kv_budget: str | None = None
     rope_dim: int | None = None
     rank: int | None = None
     freqfold: str = "auto"
     data: str | None = None
-    tokens: int = 8192
+    tokens: int = 16384
+    heal: str | None = None
+    teacher: str | None = None
     seed: int = 0
     dtype: str = "auto"
     shard_size: str = "2GB"
@@ -140,23 +154,28 @@ def plan(
             )
         size = targets.Size(width, width, layout.cached_values)
     else:
-        size = targets.transmla_size(config, options.kv_budget, options.rope_dim, options.rank)
-        if options.freqfold != "auto":
+        widths = (options.kv_budget, options.rope_dim, options.rank)
+        size = targets.latent_size(config, options.method, options.target, *widths)
+        if options.method == "transmla" and options.freqfold != "auto":
             if not options.freqfold.isdecimal():
                 raise UsageError(f"--freqfold {options.freqfold} is neither 'auto' nor a number")
             targets.check_freqfold(int(options.freqfold), layout.head_dim, size.rope_dim)
-        if options.tokens < WINDOW:
-            raise UsageError(f"--tokens {options.tokens} is less than one window of {WINDOW}")
+        window = min(WINDOW, _context(config))
+        if options.tokens < window:
+            raise UsageError(f"--tokens {options.tokens} is less than one window of {window}")
+    if options.method != "transmla" and options.freqfold != "auto":
+        raise UsageError(f"--freqfold has no place in --method {options.method}")
+    _check_healing(checkpoint, options)
     dtype = _save_dtype(checkpoint, options)
     nope = 0 if options.method == "exact" else layout.head_dim
-    attention = layers * _attention_values(stream, size, nope, options.target)
+    attention = layers * _attention_values(layout, size, nope, options)
     others = sum(t.nbytes for n, t in checkpoint.tensors.items() if not _is_replaced(n, options))
     untied = config.tie_word_embeddings and options.target == "vllm"
     head = checkpoint.tensors["model.embed_tokens.weight"].nbytes if untied else 0
     output_bytes = others + head + attention * dtype.itemsize
     probe = 4 * layout.hidden_size * min(PROBE, _context(config))
     measuring = 0
-    if options.method == "transmla":
+    if options.method != "exact":
         measuring = statistics.memory_bytes(stream, options.tokens)
     layer_bytes = max(
         sum(t.nbytes for n, t in checkpoint.tensors.items() if n.startswith(f"model.layers.{i}."))
@@ -166,6 +185,19 @@ def plan(
     # Layer files lie beside the shards until the end, the states of the probe until the shards
     # are written, and twice while they are replaced. Statistics have a place of their own.
     disk_bytes = attention * dtype.itemsize + probe + max(output_bytes, probe)
+    fitted = layers * _fitted_bytes(layout, size, nope)
+    disk_bytes += fitted
+    if options.method == "aware":
+        disk_bytes += 4 * 4 * options.tokens * layout.hidden_size  # two streams, old and new
+    healing = 0
+    if options.heal is not None:
+        trained = layers * _attention_values(layout, size, nope, replace(options, target="kvtool"))
+        disk_bytes += fitted + 2 * 3 * 4 * trained  # a state of values and moments, old and new
+        weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+        healing = heal.memory_bytes(config, weights, trained)
+        if options.teacher is not None:
+            tensors = Checkpoint.open(options.teacher).tensors.values()
+            healing += sum(4 * math.prod(t.shape) for t in tensors)
     if output is not None:
         check_output(output, overwrite=overwrite, source=checkpoint.path)
         partial = output.with_name(output.name + ".partial")
@@ -184,7 +216,7 @@ def plan(
         "output_bytes": output_bytes,
         "disk_bytes": disk_bytes,
         "memory_bytes": _BASE_MEMORY
-        + max(measuring, 2 * probe + max(shard, 3 * layer_bytes, 2 * head)),
+        + max(measuring, healing, 2 * probe + max(shard, 3 * layer_bytes, 2 * head)),
         "attention_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -201,11 +233,16 @@ def convert(
     report: Report = lambda stage, done, total: None,
     overwrite: bool = False,
     resume: bool = True,
-) -> ConversionResult:
+    device: str = "cpu",
+) -> ConversionResult | None:
     """Converts a GQA checkpoint to MLA.
+
+    Under `accelerate launch` the first process does everything but healing alone; the others take
+    part in that, and get None.
 
     Args:
         output: The folder to make; it appears only when everything is in it.
+        device: Where healing runs; everything else is done on the CPU.
         report: Progress.
         overwrite: Replace an existing checkpoint there.
         resume: Go on where a killed run with the same model and options stopped.
@@ -214,6 +251,12 @@ def convert(
         KvtoolError: See `plan`; also a full disk (predicted), bad values met on the way.
     """
     started = time.perf_counter()
+    if options.heal is not None:
+        distill.wait_for_everyone()  # all connect before some wait for hours
+    if distill.processes()[0] > 0:
+        if options.heal is not None:
+            _heal(checkpoint, options, scratch_folder(output), device, report)
+        return None
     planned = plan(checkpoint, options, output, overwrite=overwrite)
     stream = LayerStream(checkpoint)
     corpus = calibration_text(options.data)
@@ -232,7 +275,10 @@ def convert(
         source=checkpoint.path,
     )
     work = _Work(stream, options, planned, staging.scratch, report)
-    freqfold = work.fit(resume)
+    work.fit(resume)
+    if options.heal is not None:
+        _heal(checkpoint, options, staging.scratch, device, report)
+    work.emit()
     layers = [work.layer_file(i) for i in range(len(stream))]
     tensors, infos = _all_tensors(checkpoint, options, layers)
     report("writing", 0, 1)
@@ -249,13 +295,14 @@ def convert(
         output=output,
         plan=planned,
         ranks=ranks,
-        freqfold=freqfold,
+        freqfold=work.freqfold,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory(),
     )
     work.write_probe(staging.path)
     checkpoint.copy_side_files(staging.path)
-    artifact.write(staging.path, checkpoint, fingerprint, options, corpus, work.config(), result)
+    config, replaced = work.config(), replaced_parts(options)
+    artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, replaced, result)
     staging.commit()
     return result
 
@@ -281,47 +328,65 @@ class _Work:
         self.scratch, self.report = scratch, report
         self.checkpoint = stream.checkpoint
         self.dtype = _save_dtype(self.checkpoint, options)
-        self.state_file = scratch / "streams.safetensors"
+        self.freqfold: int | None = None
 
     def layer_file(self, index: int) -> Path:
         """Where the finished tensors of a layer wait for the shards."""
         return self.scratch / f"layer-{index:05d}.safetensors"
 
-    def fit(self, resume: bool) -> int | None:
-        """Fits and writes every layer that is not there yet; returns TransMLA's F."""
-        ids, probe_ids = _texts(self.checkpoint, self.options, _context(self.stream.config))
-        measured = None if ids is None else self._statistics(resume)
-        fold = None if ids is None else self._freqfold(ids)
-        if self.state_file.is_file():
-            first = int(_read_metadata(self.state_file)["next_layer"])
-            with safe_open(self.state_file, "pt") as stored:
-                probe = stored.get_tensor("probe")
-        else:
-            first = 0
-            probe = self.stream.embed(probe_ids[None])
-            save_file({"ids": probe_ids}, self.scratch / "probe_ids.safetensors")
-        total = len(self.stream)
-        self.report("converting", first, total)
-        for index in range(first, total):
-            layer = self.stream.layer(index)
-            factors = self._fit_layer(layer, measured, fold)
-            layer.run(probe, factored_attention(self.stream, layer, factors))
-            metadata = {"rank": str(factors.rank)}
-            _save(self._emit(index, factors), self.layer_file(index), metadata)
-            _save({"probe": probe}, self.state_file, {"next_layer": str(index + 1)})
-            del layer
-            self.report("converting", index + 1, total)
-        self.probe = probe[0]
-        return fold
+    def fit(self, resume: bool) -> None:
+        """Fits every layer that is not there yet."""
+        text, _ = _texts(self.checkpoint, self.options, _context(self.stream.config))
+        measured = None if text is None else self._statistics(resume)
+        fit = self._method(measured, text)
+        refit = text if self.options.method == "aware" else None
+        fitting.fit_layers(self.stream, fit, self.scratch, self.report, refit)
 
     def _statistics(self, resume: bool) -> Statistics:
-        options = StatisticsOptions(
-            data=self.options.data,
-            tokens=self.options.tokens,
-            window=min(WINDOW, _context(self.stream.config)),
-            seed=self.options.seed,
-        )
+        options = _statistics_options(self.options, _context(self.stream.config))
         return statistics.collect(self.checkpoint, options, self.report, resume)
+
+    def _method(
+        self, measured: Statistics | None, text: Tensor | None
+    ) -> Callable[[StreamedLayer], LatentFactors]:
+        """How the factors of a layer come from its weights and statistics."""
+        rope, layout = self.stream.rope, self.stream.layouts[0]
+        heads, width = layout.kv_heads, layout.kv_heads * layout.head_dim
+        rope_dim, rank = self.planned["rope_dim"], self.planned["rank"]
+        if measured is None or text is None:
+            return lambda layer: exact_factors(layout, rope)
+        if self.options.method == "transmla":
+            self.freqfold = fold = self._freqfold(text)
+
+            def published(layer: StreamedLayer) -> LatentFactors:
+                # Sinks included, as published: the latent holds them too.
+                moment = measured.layer(layer.index).joint_moment
+                gram = transmla.key_gram(moment[:width, :width], heads)
+                basis = transmla.RotatedBasis(gram, rope_dim, fold)
+                return transmla.latent_factors(moment, basis, rope, heads, rank)
+
+            return published
+
+        def components(index: int) -> aware.Components:
+            return aware.rope_components(measured.layer(index), layout, rope)
+
+        shared: Tensor | None = None
+        if self.options.target == "vllm":
+            shared = aware.one_per_frequency(layout.head_dim, rope_dim)
+        elif self.options.target == "transformers":
+            every = [components(i) for i in range(len(self.stream))]
+            shared = aware.shared_by_layers(every, rope_dim // 2)
+
+        def ours(layer: StreamedLayer) -> LatentFactors:
+            found = components(layer.index)
+            kept = shared
+            if kept is None:
+                kept = aware.most_damaging(found.damage, rope_dim // 2)
+            output = layer.attention.o_proj.weight
+            basis = aware.basis_of(found, kept)
+            return aware.latent_factors(measured.layer(layer.index), basis, output, rope, rank)
+
+        return ours
 
     def _freqfold(self, ids: Tensor) -> int:
         if self.options.freqfold != "auto":
@@ -335,25 +400,43 @@ class _Work:
             chosen.write_text(str(fold))
         return int(chosen.read_text())
 
-    def _fit_layer(
-        self, layer: StreamedLayer, measured: Statistics | None, fold: int | None
-    ) -> LatentFactors:
-        layout, rope = layer.attention.layout, self.stream.rope
-        if measured is None or fold is None:
-            return exact_factors(layout, rope)
-        # Sinks included, as published: the latent holds them too.
-        moment = measured.layer(layer.index).joint_moment
-        width = layout.kv_heads * layout.head_dim
-        gram = transmla.key_gram(moment[:width, :width], layout.kv_heads)
-        basis = transmla.RotatedBasis(gram, self.planned["rope_dim"], fold)
-        return transmla.latent_factors(moment, basis, rope, layout.kv_heads, self.planned["rank"])
+    def emit(self) -> None:
+        """Writes the tensors of every layer, and takes the probe through what they mean."""
+        _, probe_ids = _texts(self.checkpoint, self.options, _context(self.stream.config))
+        first, state_file = 0, self.scratch / "probe_states.safetensors"
+        if state_file.is_file():
+            first = int(_read_metadata(state_file)["next_layer"])
+            with safe_open(state_file, "pt") as stored:
+                probe = stored.get_tensor("probe")
+        else:
+            probe = self.stream.embed(probe_ids[None])
+            save_file({"ids": probe_ids}, self.scratch / "probe_ids.safetensors")
+        total = len(self.stream)
+        self.report("converting", first, total)
+        for index in range(first, total):
+            layer = self.stream.layer(index)
+            converted = ConvertedLayer.load(self.converted_file(index))
+            layer.run(probe, converted_attention(layer, converted, self.stream.rope.scale))
+            metadata = {"rank": str(converted.factors.rank)}
+            save(self._emit(index, converted), self.layer_file(index), metadata)
+            save({"probe": probe}, state_file, {"next_layer": str(index + 1)})
+            del layer
+            self.report("converting", index + 1, total)
+        self.probe = probe[0]
 
-    def _emit(self, index: int, factors: LatentFactors) -> dict[str, Tensor]:
+    def converted_file(self, index: int) -> Path:
+        """The layer as it is to be written: healed, or as fitted."""
+        file = fitted_file if self.options.heal is None else healed_file
+        return file(self.scratch, index)
+
+    def _emit(self, index: int, converted: ConvertedLayer) -> dict[str, Tensor]:
         """The tensors of one layer under their full names, in the dtype of the output."""
         prefix = f"model.layers.{index}."
+        own = {f"self_attn.{name}": weight for name, weight in converted.weights.items()}
         if self.options.target == "kvtool":
-            return factor_tensors(index, factors, self.dtype)
-        read = self.checkpoint.read_prefix(prefix)
+            replaced = {prefix + name: weight.to(self.dtype) for name, weight in own.items()}
+            return replaced | factor_tensors(index, converted.factors, self.dtype)
+        read = self.checkpoint.read_prefix(prefix) | own
 
         def double(name: str) -> Tensor | None:
             return read[name].double() if name in read else None
@@ -369,7 +452,9 @@ class _Work:
         )
         layout = self.stream.layouts[index]
         eps = targets.latent_eps(self.stream.config, self.options.target)
-        tensors = deepseek_v3.stock_layer(source, layout, factors, self.planned["rank"], eps)
+        rank = self.planned["rank"]
+        tensors = deepseek_v3.stock_layer(source, layout, converted.factors, rank, eps)
+        tensors |= {n: t for n, t in converted.weights.items() if n.startswith("o_proj.")}
         if layout.qkv_bias and not layout.output_bias:
             tensors["o_proj.bias"] = torch.zeros(layout.hidden_size)
         return {
@@ -392,16 +477,12 @@ class _Work:
         if self.options.target == "kvtool":
             return factored_config(self.checkpoint.config)
         layout, planned = self.stream.layouts[0], self.planned
-        exact = exact_factors(layout, self.stream.rope)
-        inv_freq, nope_dim = exact.inv_freq, exact.key_up.shape[1]
-        if self.options.method == "transmla":
-            # The same frequencies in every layer: component j of a band takes frequency c·j of it.
-            step = layout.head_dim // planned["rope_dim"]
-            inv_freq, nope_dim = self.stream.rope.inv_freq[::step], layout.head_dim
+        last = ConvertedLayer.load(self.converted_file(len(self.stream) - 1)).factors
+        nope_dim = last.key_up.shape[1]
         return deepseek_v3.stock_config(
             self.stream.config,
             layout,
-            inv_freq,
+            last.inv_freq,  # the same in every layer
             self.stream.rope,
             planned["rank"],
             nope_dim,
@@ -410,19 +491,31 @@ class _Work:
         )
 
 
-def factored_attention(
-    stream: LayerStream, layer: StreamedLayer, factors: LatentFactors
-) -> Attention:
-    """The layer as its factors define it, in fp32, over whole windows."""
-    stages = FactoredAttention(layer.attention, factors)
-
-    def attention(hidden: Tensor) -> Tensor:
-        q, c, k_pe = stages.query_and_compress(hidden)
-        rope = Rope(factors.inv_freq, stream.rope.scale)
-        cos, sin = rope.tables(torch.arange(hidden.shape[1]))
-        return stages.output(stages.attend_expanded(q, c, rotate(k_pe, cos, sin), cos, sin))
-
-    return attention
+def _heal(
+    checkpoint: Checkpoint, options: MlaOptions, scratch: Path, device: str, report: Report
+) -> None:
+    """Trains all fitted layers together, unless that is done; every process takes part."""
+    assert options.heal is not None
+    distill.wait_for_everyone()  # until the first one has fitted
+    stream = LayerStream(checkpoint)
+    total = len(stream)
+    if healed_file(scratch, total - 1).is_file():
+        return
+    healed = heal.heal(
+        checkpoint,
+        [ConvertedLayer.load(fitted_file(scratch, i)) for i in range(total)],
+        stream.rope.scale,
+        heal.Amount.parse(options.heal),
+        scratch,
+        data=options.data,
+        teacher=None if options.teacher is None else Checkpoint.open(options.teacher),
+        device=device,
+        seed=options.seed,
+        report=report,
+    )
+    if distill.processes()[0] == 0:
+        for index, layer in enumerate(healed):
+            layer.save(healed_file(scratch, index))
 
 
 def _texts(
@@ -431,19 +524,37 @@ def _texts(
     """Calibration windows `[N, T]`, unless the method needs none, and the probe `[T]`, held out."""
     tokenizer = checkpoint.tokenizer()
     ids = None
-    if options.method == "transmla":
-        window = min(WINDOW, context)
-        count = options.tokens // window
-        ids = calibration_text(options.data).windows(tokenizer, window, count, options.seed)
+    if options.method != "exact":
+        used = _statistics_options(options, context)
+        assert used.window is not None
+        count = used.tokens // used.window
+        chat = used.chat if can_chat(tokenizer) else 0.0
+        corpus = calibration_text(options.data)
+        ids = corpus.windows(tokenizer, used.window, count, options.seed, chat)
     probe = evaluation_text(options.data).windows(tokenizer, min(PROBE, context), 1)[0]
     return ids, probe
 
 
+def _statistics_options(options: MlaOptions, context: int) -> StatisticsOptions:
+    """The text that a conversion reads."""
+    return StatisticsOptions(
+        data=options.data, tokens=options.tokens, window=min(WINDOW, context), seed=options.seed
+    )
+
+
 def _is_replaced(name: str, options: MlaOptions) -> bool:
     """Whether the output holds other tensors instead of this one of the source."""
-    if options.target == "kvtool":
-        return False
-    return any(f".self_attn.{part}." in name for part in artifact.REPLACED)
+    return any(f".self_attn.{part}." in name for part in replaced_parts(options))
+
+
+def replaced_parts(options: MlaOptions) -> list[str]:
+    """Parts of an attention module of which the output does not hold the source's tensors."""
+    parts = list(artifact.REPLACED) if options.target != "kvtool" else []
+    if options.heal is not None:
+        parts = [*artifact.REPLACED, "o_proj"]
+    elif options.method == "aware":
+        parts.append("o_proj")
+    return parts
 
 
 def _all_tensors(
@@ -470,12 +581,6 @@ def _all_tensors(
     return tensors, infos
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    save_file(dict(tensors), unfinished, metadata)
-    unfinished.replace(file)
-
-
 def _read_metadata(file: Path) -> dict[str, str]:
     with safe_open(file, "pt") as stored:
         return dict(stored.metadata())
@@ -497,20 +602,44 @@ def _save_dtype(checkpoint: Checkpoint, options: MlaOptions) -> torch.dtype:
     return dtype
 
 
-def _attention_values(stream: LayerStream, size: targets.Size, nope: int, target: str) -> int:
-    """Numbers in the attention tensors that one layer's conversion writes."""
-    layout = stream.layouts[0]
+def _check_healing(checkpoint: Checkpoint, options: MlaOptions) -> None:
+    if options.heal is not None:
+        heal.Amount.parse(options.heal)
+    if options.teacher is not None:
+        if options.heal is None:
+            raise UsageError("--teacher teaches while healing: give --heal, too")
+        heal.check_teacher(Checkpoint.open(options.teacher), checkpoint)
+
+
+def _fitted_bytes(layout: AttentionLayout, size: targets.Size, nope: int) -> int:
+    """Of the file that keeps a fitted layer until it is written: float64 factors, and weights."""
     width = layout.kv_heads * layout.head_dim
-    if target == "kvtool":
+    factors = 2 * size.rope_dim * width + size.rank * (3 * width + (nope and width))
+    return 8 * factors + 4 * layout.hidden_size * (2 * layout.heads * layout.head_dim + 2 * width)
+
+
+def _attention_values(
+    layout: AttentionLayout, size: targets.Size, nope: int, options: MlaOptions
+) -> int:
+    """Numbers in the attention tensors that one layer's conversion writes."""
+    width, inner = layout.kv_heads * layout.head_dim, layout.heads * layout.head_dim
+    replaced = replaced_parts(options)
+    output = inner * layout.hidden_size + int(layout.output_bias) * layout.hidden_size
+    output *= "o_proj" in replaced
+    if options.target == "kvtool":
         ups = (nope and width) + width
-        return size.rope_dim * width + size.rope_dim // 2 + size.rank * (2 * width + ups)
+        factors = 2 * size.rope_dim * width + size.rope_dim // 2 + size.rank * (2 * width + ups)
+        rows = inner + 2 * width
+        own = rows * (layout.hidden_size + int(layout.qkv_bias)) if "q_proj" in replaced else 0
+        return factors + own + output
     heads, hidden, bias = layout.heads, layout.hidden_size, int(layout.qkv_bias)
     query_in, query_out = heads * layout.head_dim, heads * (nope + size.rope_dim)
     query = query_out * hidden
     if bias:
         query = query_in * (hidden + 2) + query_in * query_out
     down = (size.rank + size.rope_dim) * (hidden + bias) + size.rank
-    return query + down + heads * (nope + layout.head_dim) * size.rank
+    zeros = hidden if bias and not layout.output_bias else 0  # the stock bias of o_proj
+    return query + down + heads * (nope + layout.head_dim) * size.rank + output + zeros
 
 
 def _context(config: Any) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.attention import LatentFactors, Rope, causal_attention, rotate
+from kvtool.attention import LatentFactors, Rope, causal_attention, query_blocks, rotate
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 
 Report = Callable[[str, int, int], None]
@@ -119,6 +119,7 @@ def latent_factors(
     key_up = alpha * rope.scale**2 * nope.T @ from_keys  # [K, r]
     return LatentFactors(
         rope=basis.rope,
+        rope_query=query_blocks(basis.rope, heads),
         inv_freq=basis.inv_freq(rope),
         down=principal.T @ merge,
         key_up=key_up.view(heads, -1, rank),

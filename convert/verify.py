@@ -134,7 +134,7 @@ def _check_untouched(
     report: VerifyReport, converted: Checkpoint, against: Checkpoint, manifest: dict[str, Any]
 ) -> None:
     """Everything but the attention projections must be the original's, to the byte."""
-    replaced = () if manifest["target"] == "kvtool" else artifact.REPLACED
+    replaced = manifest["replaced"]
     shared = {
         name: name
         for name in against.tensors

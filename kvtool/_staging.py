@@ -58,9 +58,8 @@ class Staging:
         source: Path | None = None,
     ) -> None:
         self.output = Path(output).expanduser().resolve()
-        self.path = self.output.with_name(self.output.name + ".partial")
-        self.scratch = self.path / ".scratch"
-        self._key_file = self.path / ".scratch" / "key"
+        self.scratch = scratch_folder(self.output)
+        self.path, self._key_file = self.scratch.parent, self.scratch / "key"
         check_output(self.output, overwrite=overwrite, source=source)
         if self.path.exists() and not self._key_file.is_file():
             raise UsageError(
@@ -95,6 +94,12 @@ class Staging:
         shutil.rmtree(self.output / self.scratch.name)
         if aside is not None:
             shutil.rmtree(aside)
+
+
+def scratch_folder(output: Path) -> Path:
+    """Where the making of an output keeps what only a resumed run needs."""
+    output = Path(output).expanduser().resolve()
+    return output.with_name(output.name + ".partial") / ".scratch"
 
 
 def check_output(output: Path, *, overwrite: bool = False, source: Path | None = None) -> None:

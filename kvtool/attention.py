@@ -372,12 +372,13 @@ class LatentFactors:
 
         latent  c    = down · [k̂ ; v]                     [r]
         shared  k_pe = RoPE(rope · k̂)                     [d_r]
-        query   q_pe,i = RoPE(rope[:, block of head i's group] · q̂_i)
+        query   q_pe,i = RoPE(rope_query[g(i)]ᵀ · q̂_i)
         key     k_i  = [key_up[g(i)] · c ; k_pe],   value v_i = value_up[g(i)] · c
         score        = scaling · ( q̂_i · key_up c + q_pe,i · k_pe )
 
     Attributes:
         rope: `[d_r, K]`; row `p` and row `p + d_r/2` are the pair turned by `inv_freq[p]`.
+        rope_query: `[H, D, d_r]`, reads the shared RoPE query off a head's query.
         inv_freq: `[d_r/2]`.
         down: `[r, 2K]`.
         key_up: `[H, d_n, r]` with d_n = D, or 0 where every score comes from `k_pe`.
@@ -385,6 +386,7 @@ class LatentFactors:
     """
 
     rope: Tensor
+    rope_query: Tensor
     inv_freq: Tensor
     down: Tensor
     key_up: Tensor
@@ -394,6 +396,14 @@ class LatentFactors:
     def rank(self) -> int:
         """Width r of the latent."""
         return self.down.shape[0]
+
+
+def query_blocks(rope: Tensor, heads: int) -> Tensor:
+    """`[H, D, d_r]`: how a query reads the components that the rows of `rope [d_r, K]` hold.
+
+    Each head reads the columns of its own KV head; exact for rows that are orthonormal.
+    """
+    return rope.view(rope.shape[0], heads, -1).permute(1, 2, 0).contiguous()
 
 
 class LatentAttention(nn.Module):
@@ -459,6 +469,18 @@ class LatentAttention(nn.Module):
         q = torch.cat((q.transpose(1, 2)[..., :nope], q_pe), dim=-1)
         return causal_attention(q, k, v, self.scaling).transpose(1, 2)
 
+    def context(self, hidden: Tensor, scale: float = 1.0) -> Tensor:
+        """What `output` reads, `[B, T, Q, d_v]`, of whole windows `hidden [B, T, hidden]`.
+
+        Args:
+            scale: Of the model's RoPE.
+        """
+        q, c, k_pe = self.query_and_compress(hidden)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        cos, sin = Rope(self.inv_freq, scale).tables(positions)
+        cos, sin = cos.to(k_pe.dtype), sin.to(k_pe.dtype)
+        return self.attend_expanded(q, c, rotate(k_pe, cos, sin), cos, sin)
+
 
 class FactoredAttention(LatentAttention):
     """A GQA module that caches what :class:`LatentFactors` keeps of its keys and values.
@@ -476,16 +498,9 @@ class FactoredAttention(LatentAttention):
         layout = gqa.layout
         self.name, self.heads, self.scaling = gqa.name, layout.heads, layout.scaling
         self.rank, self.rope_dim = factors.rank, factors.rope.shape[0]
-        # The shared RoPE query of a head reads the columns of `rope` that belong to its KV head.
-        blocks = factors.rope.view(self.rope_dim, layout.kv_heads, layout.head_dim)
-        for part, tensor in (
-            ("down", factors.down),
-            ("rope", factors.rope),
-            ("key_up", factors.key_up),
-            ("value_up", factors.value_up),
-            ("rope_query", blocks.permute(1, 2, 0).contiguous()),
-        ):
-            self.register_buffer(part, tensor.to(gqa.qkv.weight), persistent=False)
+        for part in ("down", "rope", "rope_query", "key_up", "value_up"):
+            tensor = getattr(factors, part).to(gqa.qkv.weight)
+            setattr(self, part, nn.Parameter(tensor, requires_grad=False))
         self.inv_freq = factors.inv_freq.to(gqa.qkv.weight.device)
 
     def query_and_compress(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool._sources import BUILTIN_MODEL, locate
-from kvtool._staging import Shaped, Staging, check_disk, check_output, sha256_file, write_shards
+from kvtool._staging import (
+    Shaped,
+    Staging,
+    check_disk,
+    check_output,
+    scratch_folder,
+    sha256_file,
+    write_shards,
+)
 from kvtool._tensors import (
     PICKLES,
     TensorInfo,
@@ -45,6 +53,7 @@ __all__ = [
     "TensorInfo",
     "check_disk",
     "check_output",
+    "scratch_folder",
     "dtype_name",
     "quiet_transformers",
     "read_header",

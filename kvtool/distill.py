@@ -14,11 +14,16 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
+from accelerate import (  # type: ignore[import-untyped]
+    Accelerator,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -95,6 +100,10 @@ class Student(nn.Module):
     def constrain(self) -> None:
         """Puts the parameters back where they may be, before the first and after every step."""
 
+    def rates(self) -> Mapping[str, float]:
+        """By the name of a parameter, what its learning rate is multiplied by; 1 if not named."""
+        return {}
+
 
 def train(
     student: Student,
@@ -140,7 +149,9 @@ def train(
     accelerator = _accelerator()
     model = accelerator.prepare_model(student) if accelerator.num_processes > 1 else student
     trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trainable.values(), weight_decay=training.weight_decay)
+    relative = student.rates()
+    groups = [{"params": [p], "relative": relative.get(n, 1.0)} for n, p in trainable.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay)
     run = _identity(key, training, accelerator.num_processes, trainable)
     state = None if folder is None else _State(folder, run, trainable, optimizer)
 
@@ -163,7 +174,7 @@ def train(
         _check_finite(measured, step, training)
         rate = training.rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["relative"]
         optimizer.step()
         _constrain(student)
         seconds = time.perf_counter() - started
@@ -176,10 +187,22 @@ def train(
     return log
 
 
+def processes() -> tuple[int, int]:
+    """Which process this is, and of how many, under `accelerate launch`; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def wait_for_everyone() -> None:
+    """Returns when all processes are here, however long one of them worked alone."""
+    if processes()[1] > 1:
+        _accelerator().wait_for_everyone()
+
+
 def _accelerator() -> Any:
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     # Precision is the student's business, whatever the launcher was configured for.
-    accelerator = Accelerator(mixed_precision="no")
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+    started = processes()[1]
     if started != accelerator.num_processes:
         raise UsageError(
             f"{started} processes were started, but accelerate found {accelerator.num_processes}",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -28,8 +28,20 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _one_as_list(value: Any) -> Any:
+    """A single file needs no list around it."""
+    return [value] if isinstance(value, str) else value
+
+
+def _check_reports(files: list[str]) -> list[str]:
+    if any(Path(file).suffix not in (".json", ".html") for file in files):
+        raise ValueError("a report ends in .json or .html")
+    return files
+
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TextOrNumber = Annotated[str, BeforeValidator(_number_as_text)]
+ReportFiles = Annotated[list[str], BeforeValidator(_one_as_list), AfterValidator(_check_reports)]
 
 
 class _Strict(BaseModel):
@@ -42,12 +54,14 @@ class ConvertStep(_Strict):
     uses: Literal["convert"]
     to: Literal["mla"]
     output: str | None = None
-    method: Literal["exact", "transmla"] = "transmla"
+    method: Literal["aware", "transmla", "exact"] = "aware"
     target: Literal["transformers", "vllm", "kvtool"] = "transformers"
     kv_budget: TextOrNumber | None = None
     rope_dim: int | None = None
     rank: int | None = None
     freqfold: TextOrNumber = "auto"
+    heal: TextOrNumber | None = None
+    teacher: str | None = None
     data: str | None = None
     tokens: int = 8192
     seed: int = 0
@@ -72,6 +86,7 @@ class StatisticsStep(_Strict):
     window: int | None = None
     context: int | None = None
     sinks: int = 4
+    chat: float = 0.25
     seed: int = 0
 
 
@@ -115,9 +130,13 @@ class BudgetsStep(_Strict):
 
 
 class EvaluateStep(_Strict):
-    """``kvtool evaluate`` of the last plan or conversion against the recipe's model."""
+    """``kvtool evaluate`` of the last plan or conversion against the recipe's model.
+
+    ``output`` is one file or several.
+    """
 
     uses: Literal["evaluate"]
+    output: ReportFiles | None = None
     data: str | None = None
     windows: int | None = None
     prefill: int | None = None
@@ -128,6 +147,7 @@ class EvaluateStep(_Strict):
     max_kl: float | None = None
     max_ppl_ratio: float | None = None
     min_recall: float | None = None
+    min_chat_end: float | None = None
     dtype: DtypeName = "auto"
     device: str = "auto"
     seed: int = 0

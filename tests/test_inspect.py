@@ -117,6 +117,7 @@ def test_our_own_latent_format_shows_the_rank_of_every_layer(tiny: Tiny, tmp_pat
     for layer, rank in enumerate(ranks):
         factors = LatentFactors(
             rope=torch.zeros(16, 32),
+            rope_query=torch.zeros(2, 16, 16),
             inv_freq=torch.zeros(8),
             down=torch.zeros(rank, 64),
             key_up=torch.zeros(2, 16, rank),

@@ -115,6 +115,23 @@ def test_what_is_wrong_is_said_with_its_place(old: str, new: str, message: str) 
     assert error_of(VALID.replace(old, new)).startswith(message)
 
 
+@pytest.mark.parametrize("given", ["r.html", "[r.html]", "\n      - r.html"])
+def test_one_report_or_several_may_be_written(given: str) -> None:
+    step = parse_recipe(VALID + f"    output: {given}\n", "r.yaml").steps[-1]
+    assert isinstance(step, EvaluateStep)
+    assert step.output == ["r.html"]
+    both = parse_recipe(VALID + "    output: [r.html, r.json]\n", "r.yaml").steps[-1]
+    assert isinstance(both, EvaluateStep)
+    assert both.output == ["r.html", "r.json"]
+
+
+@pytest.mark.parametrize("given", ["r.txt", "[r.json, r]"])
+def test_a_report_of_no_known_kind_is_refused_with_its_line(given: str) -> None:
+    message = error_of(VALID + f"    output: {given}\n")
+    assert message.startswith("r.yaml:10:5: 'output' is ")
+    assert message.endswith("a report ends in .json or .html")
+
+
 @pytest.mark.parametrize("text", ["", "- 1\n", "just words\n", "7\n"])
 def test_a_document_that_is_no_mapping_is_refused(text: str) -> None:
     assert error_of(text).startswith("r.yaml:1:1: a recipe is a mapping")
@@ -154,7 +171,12 @@ convert_steps = st.fixed_dictionaries(
 )
 evaluate_steps = st.fixed_dictionaries(
     {"uses": st.just("evaluate")},
-    optional={"quick": st.booleans(), "max_kl": st.floats(0, 10), "device": names},
+    optional={
+        "quick": st.booleans(),
+        "max_kl": st.floats(0, 10),
+        "device": names,
+        "output": st.none() | st.lists(names.map("{}.html".format)),
+    },
 )
 
 
@@ -254,6 +276,21 @@ def test_unclear_output_is_a_usage_error(
     file.write_text(dump_recipe("smollm2", [{"uses": "convert", "to": "mla"}] * steps))
     assert run_command(["run", str(file), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_reports_of_a_recipe_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(convert_command, "convert", lambda *arguments, **options: None)
+    monkeypatch.setattr(
+        evaluate_command, "evaluate", lambda *arguments, **options: given.append(options["output"])
+    )
+    file = tmp_path / "r.yaml"
+    step = {"uses": "evaluate", "output": ["r.json", "r.html"]}
+    file.write_text(dump_recipe("m", [{"uses": "convert", "to": "mla"}, step]))
+    assert run_command(["run", str(file), "-o", str(tmp_path / "out")]) == 0
+    assert given == [[Path("r.json"), Path("r.html")]]
 
 
 def test_validate_says_what_a_recipe_does(

@@ -1,15 +1,17 @@
 """The algebra of TransMLA: what is exact, what is nested, what is lost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES
 
-from kvtool.attention import FactoredAttention, LatentFactors, Rope
+from kvtool.attention import FactoredAttention, LatentFactors, Rope, query_blocks
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import transmla
 from kvtool.convert.exact import exact_factors
-from kvtool.convert.mla import factored_attention
+from kvtool.convert.fitting import ConvertedLayer, converted_attention
 from kvtool.convert.targets import freqfold_candidates
 
 CASES = [(family, {}) for family in FAMILIES] + [
@@ -45,16 +47,16 @@ def rotated_exact(layout, rope: Rope, real: torch.Tensor, imag: torch.Tensor) ->
     mixed = torch.stack(
         [torch.einsum("leh,hlk->elk", u, part) for u, part in zip((real, imag), rows, strict=True)]
     )
-    return LatentFactors(
-        mixed.reshape_as(exact.rope), exact.inv_freq, exact.down, exact.key_up, exact.value_up
-    )
+    rope = mixed.reshape_as(exact.rope)
+    return replace(exact, rope=rope, rope_query=query_blocks(rope, heads))
 
 
 def outputs(stream, layer, hidden, factors):
     """Attention outputs of the original and of the factors, on normed hidden states."""
     with torch.inference_mode():
         expected = stream.exact_attention(layer)(hidden)
-        return expected, factored_attention(stream, layer, factors)(hidden)
+        converted = converted_attention(layer, ConvertedLayer(factors), stream.rope.scale)
+        return expected, converted(hidden)
 
 
 def test_exact_factors_reproduce_the_layer(layer_of):
@@ -94,7 +96,7 @@ def test_full_rank_equals_the_model_that_lost_its_rope(layer_of, collapse):
     )
     with torch.inference_mode():
         expected = transmla.partial_rope_attention(stream, layer, basis)(hidden)
-        got = factored_attention(stream, layer, factors)(hidden)
+        got = converted_attention(layer, ConvertedLayer(factors), stream.rope.scale)(hidden)
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 

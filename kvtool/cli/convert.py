@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,12 +31,13 @@ def convert(
         typer.Option("--to", help="The attention to convert to.", rich_help_panel=_METHOD),
     ],
     method: Annotated[
-        Literal["exact", "transmla"],
+        Literal["aware", "transmla", "exact"],
         typer.Option(
-            help="exact: lossless, same cache size. transmla: a smaller cache, close to the model.",
+            help="aware: a smaller cache, chosen by what attention loses. transmla: as published. "
+            "exact: lossless, same cache size.",
             rich_help_panel=_METHOD,
         ),
-    ] = "transmla",
+    ] = "aware",
     target: Annotated[
         Literal["transformers", "vllm", "kvtool"],
         typer.Option(help="The engine that has to load the result.", rich_help_panel=_METHOD),
@@ -66,10 +68,27 @@ def convert(
             rich_help_panel=_METHOD,
         ),
     ] = "auto",
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="Let the original teach the result: tokens such as 200k, or a time such as 20min.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --heal: a larger model with the same tokenizer that teaches instead.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     data: _options.Data = None,
     tokens: _options.Tokens = 8192,
     seed: _options.Seed = 0,
     dtype: _options.Dtype = "auto",
+    device: _options.Device = "auto",
     shard_size: _options.ShardSize = "2GB",
     overwrite: _options.Overwrite = False,
     resume: _options.Resume = True,
@@ -91,6 +110,7 @@ def convert(
     """Convert MODEL to multi-head latent attention (MLA), as a stock checkpoint."""
     from kvtool.checkpoint import Checkpoint
     from kvtool.convert import artifact, mla
+    from kvtool.distill import processes
 
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
@@ -104,6 +124,8 @@ def convert(
         freqfold=freqfold,
         data=data,
         tokens=tokens,
+        heal=heal,
+        teacher=teacher,
         seed=seed,
         dtype=dtype,
         shard_size=shard_size,
@@ -116,10 +138,19 @@ def convert(
         table.add_row("memory to convert, about", decimal(plan["memory_bytes"]))
         _console.emit(plan, json, table)
         return
-    with _console.progress(quiet) as report:
+    first = processes()[0] == 0
+    with _console.progress(quiet or not first) as report:
         result = mla.convert(
-            checkpoint, output, options, report=report, overwrite=overwrite, resume=resume
+            checkpoint,
+            output,
+            options,
+            report=report,
+            overwrite=overwrite,
+            resume=resume,
+            device=_options.resolve_device(device),
         )
+    if result is None:  # another process of accelerate launch writes
+        return
     summary = result.to_dict()
     table = _table(f"{model} to {to}: {output}")
     _add_plan(table, result.plan)
@@ -166,7 +197,9 @@ def _verify_in_fresh_process(output: Path, against: Checkpoint, *, quiet: bool) 
     # The folder, not what the user typed: it is at hand, so no revision and no network are needed.
     command += ["--against", str(against.path)]
     command += ["--quiet"] * quiet + ["--trust-remote-code"] * against.trust_remote_code
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    # Under accelerate launch: this one is alone.
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=alone)
     if done.returncode not in (0, GateError.exit_code):
         raise KvtoolError(
             f"{output}: verification ended with exit code {done.returncode}",

@@ -1,0 +1,135 @@
+"""Fits :class:`LatentFactors` layer by layer, and keeps what is done for a killed run to go on.
+
+A method that reads the statistics alone needs no text here. `aware` also solves each output
+projection on the calibration text: two copies of its hidden states go through the layers, one as
+the original has them, one as the layers converted so far do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kvtool.attention import FactoredAttention, GroupedQueryAttention, LatentFactors
+from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
+from kvtool.convert import aware
+
+Report = Callable[[str, int, int], None]
+"""Told (stage, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """What a conversion makes of one attention layer, independent of any engine.
+
+    Attributes:
+        weights: Of the layer's own projections that it replaces, by name relative to `self_attn`.
+    """
+
+    factors: LatentFactors
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def save(self, file: Path) -> None:
+        """Writes all tensors as they are."""
+        parts = {f.name: getattr(self.factors, f.name) for f in fields(LatentFactors)}
+        parts |= {_WEIGHTS + name: weight for name, weight in self.weights.items()}
+        save(parts, file, {})
+
+    @classmethod
+    def load(cls, file: Path) -> ConvertedLayer:
+        """Reads what `save` wrote."""
+        with safe_open(file, "pt") as stored:
+            parts = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        weights = {n.removeprefix(_WEIGHTS): t for n, t in parts.items() if n.startswith(_WEIGHTS)}
+        factors = LatentFactors(**{f.name: parts[f.name] for f in fields(LatentFactors)})
+        return cls(factors, weights)
+
+
+_WEIGHTS = "weights."
+
+
+def save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file that is either whole or not there."""
+    unfinished = file.with_suffix(".unfinished")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, metadata)
+    unfinished.replace(file)
+
+
+def latent_stages(own: GroupedQueryAttention, converted: ConvertedLayer) -> FactoredAttention:
+    """The stages of an attention module after its conversion; its own weights are replaced."""
+    order = ("q_proj", "k_proj", "v_proj")
+    for name, weight in converted.weights.items():
+        projection, kind = name.split(".")
+        if projection == "o_proj":
+            setattr(own.o_proj, kind, nn.Parameter(weight.float(), requires_grad=False))
+        else:
+            rows = getattr(own.qkv, kind).detach().split(own.sizes)
+            rows[order.index(projection)].copy_(weight)
+    return FactoredAttention(own, converted.factors)
+
+
+def converted_attention(layer: StreamedLayer, converted: ConvertedLayer, scale: float) -> Attention:
+    """The layer as its conversion defines it, in fp32, over whole windows.
+
+    Args:
+        scale: Of the model's RoPE.
+    """
+    stages = latent_stages(layer.attention, converted)
+    return lambda hidden: stages.output(stages.context(hidden, scale))
+
+
+def fitted_file(folder: Path, index: int) -> Path:
+    """Where the :class:`ConvertedLayer` of a layer is kept."""
+    return folder / f"fitted-{index:05d}.safetensors"
+
+
+def healed_file(folder: Path, index: int) -> Path:
+    """The same, of a layer after healing."""
+    return folder / f"healed-{index:05d}.safetensors"
+
+
+def fit_layers(
+    stream: LayerStream,
+    fit: Callable[[StreamedLayer], LatentFactors],
+    folder: Path,
+    report: Report,
+    text: Tensor | None = None,
+) -> None:
+    """Fits every layer that is not in `folder` yet.
+
+    Args:
+        text: `[N, T]`, to solve the output projections anew on; None leaves them.
+    """
+    total, states = len(stream), folder / "streams.safetensors"
+    first = sum(fitted_file(folder, i).is_file() for i in range(total))
+    original = converted = torch.empty(0)
+    if text is not None and states.is_file():
+        with safe_open(states, "pt") as stored:
+            first = int(stored.metadata()["next_layer"])
+            original, converted = (stored.get_tensor(n) for n in ("original", "converted"))
+    elif text is not None:
+        first, original = 0, stream.embed(text)
+        converted = original.clone()
+    report("fitting", first, total)
+    for index in range(first, total):
+        layer = stream.layer(index)
+        fitted = ConvertedLayer(fit(layer))
+        if text is not None:
+            stages = latent_stages(layer.attention, fitted)
+            weight = aware.refit_output(stream, layer, stages, original, converted)
+            weights = {"o_proj.weight": weight}
+            if (bias := layer.attention.o_proj.bias) is not None:
+                weights["o_proj.bias"] = bias.detach()
+            fitted = ConvertedLayer(fitted.factors, weights)
+        fitted.save(fitted_file(folder, index))
+        if text is not None:
+            position = {"next_layer": str(index + 1)}
+            save({"original": original, "converted": converted}, states, position)
+        del layer
+        report("fitting", index + 1, total)

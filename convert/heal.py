@@ -1,0 +1,363 @@
+"""Healing: the original model teaches the converted one, KL(original ‖ converted) of their logits.
+
+What is left to learn is where a closed form does not reach: through the softmax and across layers.
+Everything in an attention module is trained, its factors, projections and biases, from what the
+fit left there; the other weights stay, and both models share them. The latent norm is no part of
+it: a healed layer is written like a fitted one, with its norm made linear.
+
+Text alone does not teach a cache to be searched, so a quarter of the windows are recall tasks.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvtool import distill
+from kvtool.attention import FactoredAttention, GroupedQueryAttention, LatentFactors, decoder_layers
+from kvtool.calibrate.tasks import RecallTask
+from kvtool.checkpoint import Checkpoint
+from kvtool.convert.fitting import ConvertedLayer, latent_stages
+from kvtool.corpus import calibration_text
+from kvtool.distill import Student, Training
+from kvtool.errors import UsageError
+
+WINDOW = 2048
+"""Tokens of a window."""
+BATCH = 1
+"""Windows of a step."""
+RECALL = 0.25
+"""Share of the windows that are recall tasks."""
+CHAT = 0.25
+"""Share of the others that are conversations, see :meth:`Corpus.windows`."""
+LEARNING_RATE = 5e-4
+"""Relative: AdamW moves a parameter by this share of its root mean square per step."""
+_SLICE = 512  # positions whose logits are there at once
+_FACTORS = ("down", "rope", "rope_query", "key_up", "value_up")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How long to heal: tokens, or seconds of the machine that runs it."""
+
+    tokens: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Amount:
+        """Reads `200k`, `1.5M`, `40000` (tokens) or `20min`, `2h`.
+
+        Raises:
+            UsageError: It is none of these.
+        """
+        units = {"min": 60.0, "h": 3600.0, "k": 1e3, "m": 1e6, "": 1.0}
+        number = text.strip().lower()
+        unit = next(u for u in units if number.endswith(u))
+        try:
+            value = float(number.removesuffix(unit)) * units[unit]
+        except ValueError:
+            value = -1.0
+        if not 0 < value < float("inf"):
+            raise UsageError(
+                f"--heal {text} is neither a number of tokens such as 200k nor a time such as 20min"
+            )
+        return cls(seconds=value) if unit in ("min", "h") else cls(tokens=int(value))
+
+
+def lessons(checkpoint: Checkpoint, data: str | None, count: int, length: int, seed: int) -> Tensor:
+    """Windows `[count, length]` of calibration text, conversations and recall tasks, mixed evenly.
+
+    Text that is too short is read again, cut elsewhere.
+    """
+    tokenizer, corpus = checkpoint.tokenizer(), calibration_text(data)
+    recalled = [int(RECALL * (i + 1)) > int(RECALL * i) for i in range(count)]
+    tasks = [
+        RecallTask(tokenizer, corpus.excerpt(_HAYSTACK), kind, words=5, seed=seed)
+        for kind in ("names", "ordinals")
+    ]
+    wanted = count - sum(recalled)
+    text: list[Tensor] = []
+    epoch, once = (
+        0,
+        max(1, int(0.9 * corpus.count_tokens(tokenizer, 2 * wanted * length)) // length),
+    )
+    while len(text) < wanted:
+        count = min(once, wanted - len(text))
+        try:
+            text += corpus.windows(tokenizer, length, count, seed + epoch, CHAT).unbind()
+        except UsageError:
+            if once == 1:
+                raise
+            once //= 2  # conversations do not fill their windows to the last token
+        else:
+            epoch += 1
+    rows = iter(text)
+    drawn = 0
+    windows = []
+    for recall in recalled:
+        if recall:
+            sample = tasks[drawn % len(tasks)].sample(length)
+            windows.append(torch.cat((sample.context, sample.tail))[:length])
+            drawn += 1
+        else:
+            windows.append(next(rows))
+    return torch.stack(windows)
+
+
+_HAYSTACK = 400_000  # characters that recall tasks hide their keys in
+
+
+class _Either(nn.Module):
+    """Stands where a decoder layer expects its attention: the original's, or the converted one."""
+
+    def __init__(self, original: GroupedQueryAttention, converted: FactoredAttention) -> None:
+        super().__init__()
+        self.original, self.converted = original, converted
+        self.teaching = False
+        self.scale = 1.0
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: Any, **_: Any
+    ) -> tuple[Tensor, None]:
+        if not self.teaching:
+            context = self.converted.context(hidden_states, self.scale)
+            return self.converted.output(context), None
+        stages = self.original
+        cos, sin = (table[:, None] for table in position_embeddings)
+        q, k, v = stages.project(hidden_states)
+        q, k = stages.rotate(*stages.normalise(q, k), cos, sin)
+        return stages.output(stages.attend(q, k, v)), None
+
+
+class MlaStudent(Student):
+    """The converted model; the original shares all its weights outside the attention.
+
+    Args:
+        model: The original as transformers loads it; its attention modules are replaced.
+        teacher: Another model with the same vocabulary, instead of the original.
+        scale: Of the model's RoPE.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[ConvertedLayer],
+        scale: float,
+        teacher: Any | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        # In a tuple, so that its weights are no parameters of this module.
+        self._teacher = (teacher,)
+        self.attentions: list[_Either] = []
+        for index, layer in enumerate(decoder_layers(model)):
+            name = f"model.layers.{index}.self_attn"
+            own = GroupedQueryAttention(copy.deepcopy(layer.self_attn), name)
+            converted = latent_stages(own, layers[index])
+            either = _Either(GroupedQueryAttention(layer.self_attn, name), converted)
+            either.scale = scale
+            for part in _FACTORS:
+                getattr(converted, part).requires_grad_(True)
+            for projection in (own.qkv, own.o_proj):
+                projection.requires_grad_(True)
+            layer.self_attn = either
+            self.attentions.append(either)
+
+    def rates(self) -> Mapping[str, float]:
+        """Parameters differ in size by orders of magnitude: each moves in its own measure."""
+        sizes = {n: p.detach().square().mean().sqrt() for n, p in self.named_parameters()}
+        return {name: max(float(size), 1e-4) for name, size in sizes.items()}
+
+    def hidden(self, ids: Tensor, teaching: bool) -> Tensor:
+        """Final hidden states `[B, T, hidden]` of windows `[B, T]`."""
+        for attention in self.attentions:
+            attention.teaching = teaching
+        states: Tensor = self.model.model(ids, use_cache=False).last_hidden_state
+        return states
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean KL per position of windows `ids [B, T]`, in nats."""
+        device = self.model.device
+        ids = ids.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
+            with torch.no_grad():
+                (teacher,) = self._teacher
+                head = self.model.lm_head if teacher is None else teacher.lm_head
+                told = self.hidden(ids, True) if teacher is None else _states(teacher, ids)
+            size = min(len(head.weight), len(self.model.lm_head.weight))  # some are padded
+            states = self.hidden(ids, False)
+            weights = (self.model.lm_head.weight[:size], head.weight[:size])
+            total: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
+                states.flatten(0, 1), told.flatten(0, 1), *weights
+            )
+        return total / ids.numel(), {}
+
+    def converted(self) -> list[ConvertedLayer]:
+        """The layers as they are now."""
+        return [_layer(either.converted) for either in self.attentions]
+
+
+def _states(model: Any, ids: Tensor) -> Tensor:
+    model.to(ids.device)  # the student may have been moved
+    states: Tensor = model.model(ids, use_cache=False).last_hidden_state
+    return states
+
+
+class _Divergence(torch.autograd.Function):
+    """Σ over positions of KL(p ‖ q), with the gradient taken at once.
+
+    p and q are the softmax of teacher and student. With logits z of the student, dKL/dz = q - p, so
+    no logits are kept until the backward pass, nor computed again in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, told: Tensor, head: Tensor, teacher_head: Tensor
+    ) -> Tensor:
+        """Final hidden states `[T, hidden]` of both, and their output heads `[V, hidden]`."""
+        total = torch.zeros((), device=states.device)
+        gradients = []
+        head, teacher_head = head.to(states.dtype), teacher_head.to(told.dtype)
+        for ours, theirs in zip(states.split(_SLICE), told.split(_SLICE), strict=True):
+            q = F.linear(ours, head).float().log_softmax(dim=-1)
+            p = F.linear(theirs, teacher_head).float().log_softmax(dim=-1)
+            probability = p.exp()
+            total += (probability * p.sub_(q)).sum()
+            gradients.append(q.exp_().sub_(probability).to(states.dtype) @ head)
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """Scales what `forward` found."""
+        (states,) = ctx.saved_tensors
+        return states * gradient, None, None, None
+
+
+def _layer(stages: FactoredAttention) -> ConvertedLayer:
+    factors = {part: getattr(stages, part).detach().double() for part in _FACTORS}
+    weights: dict[str, Tensor] = {}
+    names = ("q_proj", "k_proj", "v_proj")
+    for kind, tensor in stages.gqa.qkv.named_parameters():
+        rows = tensor.detach().split(stages.gqa.sizes)
+        weights |= {f"{name}.{kind}": part for name, part in zip(names, rows, strict=True)}
+    weights |= {f"o_proj.{kind}": t.detach() for kind, t in stages.gqa.o_proj.named_parameters()}
+    return ConvertedLayer(LatentFactors(inv_freq=stages.inv_freq, **factors), weights)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are faster than of float32."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+
+
+def heal(
+    checkpoint: Checkpoint,
+    layers: Sequence[ConvertedLayer],
+    scale: float,
+    amount: Amount,
+    folder: Path,
+    *,
+    data: str | None,
+    teacher: Checkpoint | None,
+    device: str,
+    seed: int,
+    report: Callable[[str, int, int], None],
+) -> list[ConvertedLayer]:
+    """Trains the converted layers; goes on where a killed run stopped that left its state.
+
+    Args:
+        folder: Belongs to this healing alone.
+
+    Raises:
+        UsageError: The teacher has another tokenizer.
+        KvtoolError: See :func:`kvtool.distill.train`.
+    """
+    student = MlaStudent(
+        checkpoint.load_transformers(torch.float32, device),
+        layers,
+        scale,
+        None if teacher is None else _load_teacher(teacher, checkpoint, device),
+    )
+    length = min(WINDOW, int(student.model.config.max_position_embeddings))
+    main, processes = distill.processes()[0] == 0, distill.processes()[1]
+    if amount.seconds is not None and main:
+        _measure_steps(student, amount.seconds, checkpoint, length, data, folder, seed)
+    distill.wait_for_everyone()
+    if amount.tokens is not None:
+        steps = max(1, amount.tokens // (BATCH * length * processes))
+    else:
+        steps = int((folder / STEPS).read_text())
+    training = Training(steps, LEARNING_RATE, warmup=0.1, cooldown=0.5, clip=1.0, seed=seed)
+    windows = lessons(checkpoint, data, steps * BATCH * processes, length, seed)
+    batches = windows.split(BATCH)
+    distill.train(
+        student,
+        batches.__getitem__,
+        training,
+        folder,
+        report=lambda _, done, total: report("healing", done, total),
+    )
+    return student.converted()
+
+
+def memory_bytes(config: Any, weights: int, trained: int) -> int:
+    """About what healing holds besides Python and its libraries.
+
+    Args:
+        weights: Numbers in the checkpoint. trained: Those in the parameters that healing trains.
+    """
+    length = BATCH * min(WINDOW, int(config.max_position_embeddings))
+    sizes = 8 * int(config.hidden_size) + 4 * int(config.intermediate_size)
+    kept = 4 * sizes  # of a token, per layer
+    logits = 4 * 4 * min(_SLICE, length) * int(config.vocab_size)
+    # Twice the original attention, and of the trained numbers also gradients and AdamW's moments.
+    activations = length * kept * int(config.num_hidden_layers)
+    return 4 * weights + 20 * trained + activations + logits
+
+
+def check_teacher(teacher: Checkpoint, checkpoint: Checkpoint) -> None:
+    """Raises UsageError unless both have the same tokens."""
+    if teacher.tokenizer().get_vocab() != checkpoint.tokenizer().get_vocab():
+        raise UsageError(
+            f"the teacher {teacher.source} and {checkpoint.source} have different tokenizers, so "
+            "their predictions cannot be compared"
+        )
+
+
+def _load_teacher(teacher: Checkpoint, checkpoint: Checkpoint, device: str) -> Any:
+    check_teacher(teacher, checkpoint)
+    return teacher.load_transformers(torch.float32, device).requires_grad_(False)
+
+
+STEPS = "steps"
+
+
+def _measure_steps(
+    student: MlaStudent,
+    seconds: float,
+    checkpoint: Checkpoint,
+    length: int,
+    data: str | None,
+    folder: Path,
+    seed: int,
+) -> None:
+    """Notes how many steps a time is worth here, once: a resumed run keeps the number."""
+    if (folder / STEPS).is_file():
+        return
+    ids = lessons(checkpoint, data, BATCH, length, seed)
+    times = []
+    for _ in range(2):  # the first also warms up
+        started = time.perf_counter()
+        loss, _logged = student(ids)
+        loss.backward()
+        student.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - started)
+    (folder / STEPS).write_text(str(max(1, int(seconds / min(times)))))

@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 kvtool=${KVTOOL:-.venv/bin/kvtool}
 half=.cache/bench/smollm2-half
 mkdir -p .cache/bench benchmarks/results
-"$kvtool" convert smollm2 --to mla -o "$half" --kv-budget 50% --no-verify --overwrite --quiet
+"$kvtool" convert smollm2 --to mla -o "$half" --kv-budget 50% --method transmla --no-verify --overwrite --quiet
 "$kvtool" bench "$half" --against smollm2 --dense --context 512,4096,8000 --new-tokens 24 \
   --repeats 1 --json > benchmarks/results/decode.json
 "$kvtool" calibrate retrieval-heads smollm2 -o .cache/bench/heads.plan --overwrite

@@ -24,7 +24,12 @@ def recall(report: dict, task: str) -> str:
 def quality() -> None:
     print("| | cache bytes per token | KL | perplexity ratio | pass-key | 4-key needle |")
     print("|---|---|---|---|---|---|")
-    for name in ("exact", "transmla-75", "transmla-50", "transmla-37.5"):
+    names = ["exact"]
+    methods = ("transmla", "aware", "aware-kvtool", "healed")
+    names += [f"{method}-{budget}" for budget in (75, 50, 37.5) for method in methods]
+    for name in names:
+        if not (RESULTS / f"mla_curve/{name}.json").is_file():
+            continue
         report = read(f"mla_curve/{name}.json")
         divergence, cache = report["divergence"], report["cache"]
         kl, ratio = divergence["kl"], divergence["perplexity_ratio"]
@@ -32,7 +37,7 @@ def quality() -> None:
             f"{kl['value']:.3f} ± {kl['standard_error']:.3f}"
         )  # fmt: skip
         print(
-            f"| `{name.split('-')[0]}` | {cache['bytes_per_token_bf16']:.0f} "
+            f"| `{name.rpartition('-')[0] or name}` | {cache['bytes_per_token_bf16']:.0f} "
             f"({report['bytes_share']:.1%}) | {shown} | {ratio['value']:.3f} ± "
             f"{ratio['standard_error']:.3f} | {recall(report, 'pass-key')} | "
             f"{recall(report, '4-key needle')} |"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MANIFEST = "kvtool_manifest.json"
 PROBE = Path("kvtool") / "probe.safetensors"
 """In a folder of its own: some engines load every safetensors file beside the config."""
+HEALING = PROBE.with_name("healing.jsonl")
+"""The steps of healing and their losses."""
 
 REPLACED = ("q_proj", "k_proj", "v_proj", "rotary_emb")
 """Parts of an attention module that a stock output holds other tensors for."""

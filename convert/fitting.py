@@ -67,7 +67,8 @@ def latent_stages(own: GroupedQueryAttention, converted: ConvertedLayer) -> Fact
     for name, weight in converted.weights.items():
         projection, kind = name.split(".")
         if projection == "o_proj":
-            setattr(own.o_proj, kind, nn.Parameter(weight.float(), requires_grad=False))
+            copied = weight.to(torch.float32, copy=True)
+            setattr(own.o_proj, kind, nn.Parameter(copied, requires_grad=False))
         else:
             rows = getattr(own.qkv, kind).detach().split(own.sizes)
             rows[order.index(projection)].copy_(weight)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -266,6 +267,8 @@ def convert(
     files = sorted({info.file for info in checkpoint.tensors.values()})
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     made_of = [__version__, torch.__version__, fingerprint, stamps, corpus.id]
+    if options.teacher is not None:
+        made_of.append(Checkpoint.open(options.teacher).fingerprint())
     key = json.dumps([*made_of, dataclasses.asdict(options)])
     staging = Staging(
         output,
@@ -300,6 +303,8 @@ def convert(
         peak_memory_bytes=peak_memory(),
     )
     work.write_probe(staging.path)
+    if options.heal is not None:
+        shutil.copyfile(staging.scratch / distill.LOG, staging.path / artifact.HEALING)
     checkpoint.copy_side_files(staging.path)
     config, replaced = work.config(), replaced_parts(options)
     artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, replaced, result)

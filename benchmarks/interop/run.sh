@@ -53,8 +53,8 @@ same "exact, one KV head: vLLM against the original in transformers" \
 for model in "$work/mqa" smollm2; do
   name=$(basename "$model")-transmla
   # The two targets differ in the latent norm alone, whose epsilon each engine chooses for itself.
-  convert "$model" "$name" --kv-budget 75% --rope-dim 32 --freqfold 4 --target transformers
-  convert "$model" "$name-vllm" --kv-budget 75% --rope-dim 32 --freqfold 4 --target vllm
+  convert "$model" "$name" --method transmla --kv-budget 75% --rope-dim 32 --freqfold 4 --target transformers
+  convert "$model" "$name-vllm" --method transmla --kv-budget 75% --rope-dim 32 --freqfold 4 --target vllm
   same "transmla, $model at 75 %: vLLM against transformers" \
     "$(tokens "$python" transformers "$work/$name")" "$(tokens "$vllm" vllm "$work/$name-vllm")"
 done

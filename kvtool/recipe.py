@@ -63,7 +63,7 @@ class ConvertStep(_Strict):
     heal: TextOrNumber | None = None
     teacher: str | None = None
     data: str | None = None
-    tokens: int = 8192
+    tokens: int = 16384
     seed: int = 0
     dtype: DtypeName = "auto"
     shard_size: str = "2GB"
@@ -86,7 +86,7 @@ class StatisticsStep(_Strict):
     window: int | None = None
     context: int | None = None
     sinks: int = 4
-    chat: float = 0.25
+    chat_share: float = 0.25
     seed: int = 0
 
 

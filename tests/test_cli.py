@@ -22,7 +22,7 @@ from kvtool.cli import _console, app, run_command
 from kvtool.errors import ResourceError
 
 COMMANDS = (
-    *("inspect", "convert", "verify", "evaluate", "bench", "generate", "chat", "run"),
+    *("inspect", "convert", "verify", "evaluate", "compare", "bench", "generate", "chat", "run"),
     *("calibrate", "plan", "recipe"),
 )
 CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")

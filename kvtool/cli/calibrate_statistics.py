@@ -56,7 +56,7 @@ def statistics(
             min=0, help="First positions of each window, kept apart.", rich_help_panel=_INPUT
         ),
     ] = 4,
-    chat: Annotated[
+    chat_share: Annotated[
         float,
         typer.Option(
             min=0,
@@ -84,7 +84,7 @@ def statistics(
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
-    options = measured.StatisticsOptions(data, tokens, window, context, sinks, chat, seed)
+    options = measured.StatisticsOptions(data, tokens, window, context, sinks, chat_share, seed)
     planned = measured.plan(checkpoint, options)
     planned["reused"] &= resume
     if output is not None:

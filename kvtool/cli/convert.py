@@ -85,7 +85,7 @@ def convert(
         ),
     ] = None,
     data: _options.Data = None,
-    tokens: _options.Tokens = 8192,
+    tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
     dtype: _options.Dtype = "auto",
     device: _options.Device = "auto",

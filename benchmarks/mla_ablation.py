@@ -1,7 +1,8 @@
 """What each ingredient of `convert --method aware` is worth: one row each, KL on held-out text.
 
 All variants go through the model together, layer by layer, in fp32. They differ in the lines that
-name them; everything else is the library's code.
+name them; everything else is the library's code. Each layer chooses its own frequencies, as for
+`--target kvtool`; stock layers share one list, which has a row of its own.
 
     python benchmarks/mla_ablation.py -o benchmarks/results/mla-ablation.json
 """
@@ -29,6 +30,7 @@ from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import aware, transmla
 from kvtool.convert.fitting import ConvertedLayer, converted_attention, latent_stages
+from kvtool.convert.mla import WINDOW
 from kvtool.corpus import calibration_text, evaluation_text
 
 JUDGED = 256  # last positions of each held-out window
@@ -147,11 +149,11 @@ def run(budget: int, tokens: int, windows: int, length: int) -> list[dict[str, A
     """All variants at `budget` numbers per token and layer."""
     checkpoint = Checkpoint.open("smollm2")
     stream = LayerStream(checkpoint)
-    options = StatisticsOptions(tokens=tokens, window=512)
+    options = StatisticsOptions(tokens=tokens, window=WINDOW)
     measured = statistics.collect(checkpoint, options)
     chat = float(measured.metadata["options"]["chat"])
     tokenizer = checkpoint.tokenizer()
-    text = calibration_text().windows(tokenizer, 512, tokens // 512, 0, chat)
+    text = calibration_text().windows(tokenizer, WINDOW, tokens // WINDOW, 0, chat)
     held_out = evaluation_text().windows(tokenizer, length, windows)
     rope_dim = 8 * round(0.39 * budget / 8)
     rows = ladder(rope_dim, budget - rope_dim)

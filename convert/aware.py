@@ -19,7 +19,7 @@ frequency, and cuts the rank by the energy of keys and values. Here:
 3. *The output projection is solved anew* on lower layers that are converted already, for the
    original's attention output plus a share of what the hidden states have drifted since.
 
-All algebra is float64. Everything but step 3 reads only :class:`LayerStatistics`.
+Everything but step 3 reads only :class:`LayerStatistics`, and is float64.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Healing: the original model teaches the converted one, KL(original ‖ converted) of their logits.
 
 What is left to learn is where a closed form does not reach: through the softmax and across layers.
-Everything in an attention module is trained, its factors, projections and biases, from what the
-fit left there; the other weights stay, and both models share them. The latent norm is no part of
-it: a healed layer is written like a fitted one, with its norm made linear.
+The factors, projections and biases of every attention module are trained, from what the fit left
+there; the other weights stay, and both models share them. The latent norm is no part of it: a
+healed layer is written like a fitted one, with its norm made linear.
 
 Text alone does not teach a cache to be searched, so a quarter of the windows are recall tasks.
 """
@@ -22,11 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool import distill
-from kvtool.attention import FactoredAttention, GroupedQueryAttention, LatentFactors, decoder_layers
-from kvtool.calibrate.tasks import RecallTask
+from kvtool.attention import (
+    FAMILIES,
+    FactoredAttention,
+    GroupedQueryAttention,
+    LatentFactors,
+    decoder_layers,
+)
+from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert.fitting import ConvertedLayer, latent_stages
-from kvtool.corpus import calibration_text
+from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Student, Training
 from kvtool.errors import UsageError
 
@@ -41,6 +47,7 @@ CHAT = 0.25
 LEARNING_RATE = 5e-4
 """Relative: AdamW moves a parameter by this share of its root mean square per step."""
 _SLICE = 512  # positions whose logits are there at once
+_MOST = 1e9  # tokens; their windows are held in memory
 _FACTORS = ("down", "rope", "rope_query", "key_up", "value_up")
 
 
@@ -58,41 +65,51 @@ class Amount:
         Raises:
             UsageError: It is none of these.
         """
-        units = {"min": 60.0, "h": 3600.0, "k": 1e3, "m": 1e6, "": 1.0}
-        number = text.strip().lower()
+        units = {"min": 60.0, "h": 3600.0, "k": 1e3, "M": 1e6, "": 1.0}
+        number = text.strip()
+        if not number.endswith("M"):
+            number = number.lower()  # but `20m` is neither minutes nor millions
         unit = next(u for u in units if number.endswith(u))
         try:
             value = float(number.removesuffix(unit)) * units[unit]
         except ValueError:
             value = -1.0
-        if not 0 < value < float("inf"):
+        if not 1 <= value <= _MOST:
             raise UsageError(
-                f"--heal {text} is neither a number of tokens such as 200k nor a time such as 20min"
+                f"--heal {text} is neither a number of tokens such as 200k or 1.5M nor a time such "
+                "as 20min or 2h"
             )
         return cls(seconds=value) if unit in ("min", "h") else cls(tokens=int(value))
+
+    def steps(self, length: int, processes: int) -> int:
+        """Steps that a number of tokens makes, in windows of `length`."""
+        assert self.tokens is not None
+        return max(1, self.tokens // (BATCH * length * processes))
 
 
 def lessons(checkpoint: Checkpoint, data: str | None, count: int, length: int, seed: int) -> Tensor:
     """Windows `[count, length]` of calibration text, conversations and recall tasks, mixed evenly.
 
-    Text that is too short is read again, cut elsewhere.
+    Text that is too short is read again, its documents in another order. Where recall tasks do not
+    fit into the length, there are none.
     """
     tokenizer, corpus = checkpoint.tokenizer(), calibration_text(data)
-    recalled = [int(RECALL * (i + 1)) > int(RECALL * i) for i in range(count)]
-    tasks = [
-        RecallTask(tokenizer, corpus.excerpt(_HAYSTACK), kind, words=5, seed=seed)
-        for kind in ("names", "ordinals")
-    ]
+    tasks = _recall_tasks(tokenizer, corpus, seed)
+    share = RECALL
+    try:
+        for task in _recall_tasks(tokenizer, corpus, seed):
+            task.sample(length)
+    except UsageError:
+        share = 0.0
+    recalled = [int(share * (i + 1)) > int(share * i) for i in range(count)]
     wanted = count - sum(recalled)
     text: list[Tensor] = []
-    epoch, once = (
-        0,
-        max(1, int(0.9 * corpus.count_tokens(tokenizer, 2 * wanted * length)) // length),
-    )
+    there = corpus.count_tokens(tokenizer, 2 * wanted * length)
+    epoch, once = 0, max(1, int(0.9 * there) // length)
     while len(text) < wanted:
-        count = min(once, wanted - len(text))
+        more = min(once, wanted - len(text))
         try:
-            text += corpus.windows(tokenizer, length, count, seed + epoch, CHAT).unbind()
+            text += corpus.windows(tokenizer, length, more, seed + epoch, CHAT).unbind()
         except UsageError:
             if once == 1:
                 raise
@@ -113,6 +130,12 @@ def lessons(checkpoint: Checkpoint, data: str | None, count: int, length: int, s
 
 
 _HAYSTACK = 400_000  # characters that recall tasks hide their keys in
+
+
+def _recall_tasks(tokenizer: Any, corpus: Corpus, seed: int) -> list[RecallTask]:
+    kinds: tuple[Kind, ...] = ("names", "ordinals")
+    haystack = corpus.excerpt(_HAYSTACK)
+    return [RecallTask(tokenizer, haystack, kind, words=5, seed=seed) for kind in kinds]
 
 
 class _Either(nn.Module):
@@ -286,15 +309,15 @@ def heal(
         scale,
         None if teacher is None else _load_teacher(teacher, checkpoint, device),
     )
-    length = min(WINDOW, int(student.model.config.max_position_embeddings))
+    length = window(checkpoint, teacher)
     main, processes = distill.processes()[0] == 0, distill.processes()[1]
     if amount.seconds is not None and main:
         _measure_steps(student, amount.seconds, checkpoint, length, data, folder, seed)
     distill.wait_for_everyone()
-    if amount.tokens is not None:
-        steps = max(1, amount.tokens // (BATCH * length * processes))
-    else:
+    if amount.tokens is None:
         steps = int((folder / STEPS).read_text())
+    else:
+        steps = amount.steps(length, processes)
     training = Training(steps, LEARNING_RATE, warmup=0.1, cooldown=0.5, clip=1.0, seed=seed)
     windows = lessons(checkpoint, data, steps * BATCH * processes, length, seed)
     batches = windows.split(BATCH)
@@ -323,8 +346,18 @@ def memory_bytes(config: Any, weights: int, trained: int) -> int:
     return 4 * weights + 20 * trained + activations + logits
 
 
+def window(checkpoint: Checkpoint, teacher: Checkpoint | None) -> int:
+    """Tokens of a window that all models have positions for."""
+    models = [checkpoint] if teacher is None else [checkpoint, teacher]
+    return min(WINDOW, *(int(m.hf_config().max_position_embeddings) for m in models))
+
+
 def check_teacher(teacher: Checkpoint, checkpoint: Checkpoint) -> None:
-    """Raises UsageError unless both have the same tokens."""
+    """Raises UsageError unless it is of a known family and both have the same tokens."""
+    family = teacher.config.get("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UsageError(f"the teacher {teacher.source} is of type '{family}', not of {known}")
     if teacher.tokenizer().get_vocab() != checkpoint.tokenizer().get_vocab():
         raise UsageError(
             f"the teacher {teacher.source} and {checkpoint.source} have different tokenizers, so "
@@ -358,6 +391,10 @@ def _measure_steps(
         started = time.perf_counter()
         loss, _logged = student(ids)
         loss.backward()
+        if student.model.device.type == "cuda":
+            torch.cuda.synchronize()
         student.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - started)
-    (folder / STEPS).write_text(str(max(1, int(seconds / min(times)))))
+    unfinished = folder / f"{STEPS}.unfinished"
+    unfinished.write_text(str(max(1, int(seconds / min(times)))))
+    unfinished.replace(folder / STEPS)

@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -122,10 +121,12 @@ def plan(
     output: Path | None = None,
     *,
     overwrite: bool = False,
+    teacher: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Checks everything that can be checked before work starts, and says what it will cost.
 
     Args:
+        teacher: What `options.teacher` names, opened.
         output: Where it would be written; checked too if given.
         overwrite: Whether something may be there already.
 
@@ -166,7 +167,8 @@ def plan(
             raise UsageError(f"--tokens {options.tokens} is less than one window of {window}")
     if options.method != "transmla" and options.freqfold != "auto":
         raise UsageError(f"--freqfold has no place in --method {options.method}")
-    _check_healing(checkpoint, options)
+    teacher = _opened(options, teacher)
+    planned_healing = _check_healing(checkpoint, options, teacher)
     dtype = _save_dtype(checkpoint, options)
     nope = 0 if options.method == "exact" else layout.head_dim
     attention = layers * _attention_values(layout, size, nope, options)
@@ -196,12 +198,11 @@ def plan(
         disk_bytes += fitted + 2 * 3 * 4 * trained  # a state of values and moments, old and new
         weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
         healing = heal.memory_bytes(config, weights, trained)
-        if options.teacher is not None:
-            tensors = Checkpoint.open(options.teacher).tensors.values()
-            healing += sum(4 * math.prod(t.shape) for t in tensors)
+        if teacher is not None:
+            healing += sum(4 * math.prod(t.shape) for t in teacher.tensors.values())
     if output is not None:
         check_output(output, overwrite=overwrite, source=checkpoint.path)
-        partial = output.with_name(output.name + ".partial")
+        partial = scratch_folder(output).parent
         there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         check_disk(output, max(0, disk_bytes - there))
     _texts(checkpoint, options, _context(config))
@@ -219,6 +220,7 @@ def plan(
         "memory_bytes": _BASE_MEMORY
         + max(measuring, healing, 2 * probe + max(shard, 3 * layer_bytes, 2 * head)),
         "attention_dtype": str(dtype).removeprefix("torch."),
+        "healing": planned_healing,
     }
 
 
@@ -235,6 +237,7 @@ def convert(
     overwrite: bool = False,
     resume: bool = True,
     device: str = "cpu",
+    teacher: Checkpoint | None = None,
 ) -> ConversionResult | None:
     """Converts a GQA checkpoint to MLA.
 
@@ -244,6 +247,7 @@ def convert(
     Args:
         output: The folder to make; it appears only when everything is in it.
         device: Where healing runs; everything else is done on the CPU.
+        teacher: What `options.teacher` names, opened.
         report: Progress.
         overwrite: Replace an existing checkpoint there.
         resume: Go on where a killed run with the same model and options stopped.
@@ -252,13 +256,14 @@ def convert(
         KvtoolError: See `plan`; also a full disk (predicted), bad values met on the way.
     """
     started = time.perf_counter()
+    teacher = _opened(options, teacher)
     if options.heal is not None:
         distill.wait_for_everyone()  # all connect before some wait for hours
     if distill.processes()[0] > 0:
         if options.heal is not None:
-            _heal(checkpoint, options, scratch_folder(output), device, report)
+            _heal(checkpoint, options, teacher, scratch_folder(output), device, report)
         return None
-    planned = plan(checkpoint, options, output, overwrite=overwrite)
+    planned = plan(checkpoint, options, output, overwrite=overwrite, teacher=teacher)
     stream = LayerStream(checkpoint)
     corpus = calibration_text(options.data)
     fingerprint = checkpoint.fingerprint()
@@ -267,8 +272,8 @@ def convert(
     files = sorted({info.file for info in checkpoint.tensors.values()})
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     made_of = [__version__, torch.__version__, fingerprint, stamps, corpus.id]
-    if options.teacher is not None:
-        made_of.append(Checkpoint.open(options.teacher).fingerprint())
+    if teacher is not None:
+        made_of.append(teacher.fingerprint())
     key = json.dumps([*made_of, dataclasses.asdict(options)])
     staging = Staging(
         output,
@@ -280,7 +285,7 @@ def convert(
     work = _Work(stream, options, planned, staging.scratch, report)
     work.fit(resume)
     if options.heal is not None:
-        _heal(checkpoint, options, staging.scratch, device, report)
+        _heal(checkpoint, options, teacher, staging.scratch, device, report)
     work.emit()
     layers = [work.layer_file(i) for i in range(len(stream))]
     tensors, infos = _all_tensors(checkpoint, options, layers)
@@ -304,7 +309,7 @@ def convert(
     )
     work.write_probe(staging.path)
     if options.heal is not None:
-        shutil.copyfile(staging.scratch / distill.LOG, staging.path / artifact.HEALING)
+        _copy_log(staging.scratch / distill.LOG, staging.path / artifact.HEALING)
     checkpoint.copy_side_files(staging.path)
     config, replaced = work.config(), replaced_parts(options)
     artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, replaced, result)
@@ -497,7 +502,12 @@ class _Work:
 
 
 def _heal(
-    checkpoint: Checkpoint, options: MlaOptions, scratch: Path, device: str, report: Report
+    checkpoint: Checkpoint,
+    options: MlaOptions,
+    teacher: Checkpoint | None,
+    scratch: Path,
+    device: str,
+    report: Report,
 ) -> None:
     """Trains all fitted layers together, unless that is done; every process takes part."""
     assert options.heal is not None
@@ -513,7 +523,7 @@ def _heal(
         heal.Amount.parse(options.heal),
         scratch,
         data=options.data,
-        teacher=None if options.teacher is None else Checkpoint.open(options.teacher),
+        teacher=teacher,
         device=device,
         seed=options.seed,
         report=report,
@@ -521,6 +531,13 @@ def _heal(
     if distill.processes()[0] == 0:
         for index, layer in enumerate(healed):
             layer.save(healed_file(scratch, index))
+
+
+def _copy_log(log: Path, target: Path) -> None:
+    """Without the times: a resumed conversion ends with the same bytes."""
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps({k: v for k, v in r.items() if k != "seconds"}) + "\n" for r in records]
+    target.write_text("".join(lines), encoding="utf-8")
 
 
 def _texts(
@@ -607,13 +624,27 @@ def _save_dtype(checkpoint: Checkpoint, options: MlaOptions) -> torch.dtype:
     return dtype
 
 
-def _check_healing(checkpoint: Checkpoint, options: MlaOptions) -> None:
-    if options.heal is not None:
-        heal.Amount.parse(options.heal)
-    if options.teacher is not None:
-        if options.heal is None:
+def _opened(options: MlaOptions, teacher: Checkpoint | None) -> Checkpoint | None:
+    """The teacher, by its name if the caller did not open it."""
+    return teacher or (None if options.teacher is None else Checkpoint.open(options.teacher))
+
+
+def _check_healing(
+    checkpoint: Checkpoint, options: MlaOptions, teacher: Checkpoint | None
+) -> dict[str, Any] | None:
+    """What healing is planned."""
+    if options.heal is None:
+        if teacher is not None:
             raise UsageError("--teacher teaches while healing: give --heal, too")
-        heal.check_teacher(Checkpoint.open(options.teacher), checkpoint)
+        return None
+    if options.method == "exact":
+        raise UsageError("--method exact loses nothing that --heal could bring back")
+    if teacher is not None:
+        heal.check_teacher(teacher, checkpoint)
+    amount = heal.Amount.parse(options.heal)
+    length = heal.window(checkpoint, teacher)
+    steps = None if amount.tokens is None else amount.steps(length, 1)
+    return {**dataclasses.asdict(amount), "window": length, "steps": steps}
 
 
 def _fitted_bytes(layout: AttentionLayout, size: targets.Size, nope: int) -> int:

@@ -194,9 +194,8 @@ def latent_size(
             widths = (x for x in range(head, 1, -1) if head % x == 0 and x % 2 == 0)
             rope_dim = next((x for x in widths if x <= total - x), 2)
     if rope_dim < 2 or rope_dim % 2 or (head % rope_dim and not free):
-        raise UsageError(
-            f"--rope-dim {rope_dim} is impossible: it must be even and divide the head size {head}"
-        )
+        divide = "" if free else f" and divide the head size {head}"
+        raise UsageError(f"--rope-dim {rope_dim} is impossible: it must be even{divide}")
     if rope_dim > width:
         raise UsageError(f"--rope-dim {rope_dim} is impossible: all keys together have {width}")
     if rank is None:

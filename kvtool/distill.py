@@ -189,7 +189,8 @@ def train(
 
 def processes() -> tuple[int, int]:
     """Which process this is, and of how many, under `accelerate launch`; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ.get("RANK", "0")), count) if count > 1 else (0, 1)
 
 
 def wait_for_everyone() -> None:

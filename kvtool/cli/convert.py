@@ -130,15 +130,20 @@ def convert(
         dtype=dtype,
         shard_size=shard_size,
     )
+    opened = None
+    if teacher is not None:
+        opened = Checkpoint.open(teacher, offline=offline, trust_remote_code=trust_remote_code)
+    first = processes()[0] == 0
     if dry_run:
-        plan = mla.plan(checkpoint, options, output, overwrite=overwrite)
+        plan = mla.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened)
+        if not first:
+            return
         table = _table(f"{model} to {to}: nothing written")
         _add_plan(table, plan)
         table.add_row("disk needed", decimal(plan["disk_bytes"]))
         table.add_row("memory to convert, about", decimal(plan["memory_bytes"]))
         _console.emit(plan, json, table)
         return
-    first = processes()[0] == 0
     with _console.progress(quiet or not first) as report:
         result = mla.convert(
             checkpoint,
@@ -148,6 +153,7 @@ def convert(
             overwrite=overwrite,
             resume=resume,
             device=_options.resolve_device(device),
+            teacher=opened,
         )
     if result is None:  # another process of accelerate launch writes
         return
@@ -186,6 +192,11 @@ def _add_plan(table: Table, plan: dict[str, Any]) -> None:
     table.add_row("method", f"{plan['method']} for {plan['target']}")
     table.add_row("cache bytes per token", f"{before} before, {after} after ({after / before:.1%})")
     table.add_row("latent per layer", f"rank {plan['rank']} + {plan['rope_dim']} with positions")
+    if (healing := plan["healing"]) is not None:
+        amount = f"{healing['seconds'] or 0:.0f} seconds"
+        if healing["tokens"] is not None:
+            amount = f"{healing['tokens']} tokens, {healing['steps']} steps"
+        table.add_row("healing", f"{amount}, windows of {healing['window']}")
     table.add_row(
         "weights", f"{decimal(plan['output_bytes'])}, attention {plan['attention_dtype']}"
     )

@@ -212,6 +212,9 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
         f"({plan['share']:.1%}) |",
         f"| latent rank + shared RoPE key | {plan['rank']} + {plan['rope_dim']} |",
     ]
+    if (amount := manifest["options"].get("heal")) is not None:
+        teacher = manifest["options"]["teacher"] or base
+        lines.append(f"| healed, taught by {teacher} | {amount} |")
     for name, (label, form) in _MEASURED.items():
         if name in measured:
             lines.append(f"| {label} | {form.format(measured[name])} |")

@@ -11,6 +11,7 @@ Text alone does not teach a cache to be searched, so a quarter of the windows ar
 from __future__ import annotations
 
 import copy
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,8 +98,10 @@ def lessons(checkpoint: Checkpoint, data: str | None, count: int, length: int, s
     tasks = _recall_tasks(tokenizer, corpus, seed)
     share = RECALL
     try:
-        for task in _recall_tasks(tokenizer, corpus, seed):
-            task.sample(length)
+        for task in tasks:
+            trial = copy.copy(task)
+            trial.random = random.Random(seed)
+            trial.sample(length - 32)  # some samples need a little more than others
     except UsageError:
         share = 0.0
     recalled = [int(share * (i + 1)) > int(share * i) for i in range(count)]
@@ -278,7 +281,9 @@ def _layer(stages: FactoredAttention) -> ConvertedLayer:
 
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether products of bfloat16 are faster than of float32."""
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def heal(

@@ -197,7 +197,7 @@ def plan(
         trained = layers * _attention_values(layout, size, nope, replace(options, target="kvtool"))
         disk_bytes += fitted + 2 * 3 * 4 * trained  # a state of values and moments, old and new
         weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        healing = heal.memory_bytes(config, weights, trained)
+        healing = _BASE_MEMORY + heal.memory_bytes(config, weights, trained)
         if teacher is not None:
             healing += sum(4 * math.prod(t.shape) for t in teacher.tensors.values())
     if output is not None:
@@ -218,9 +218,9 @@ def plan(
         "output_bytes": output_bytes,
         "disk_bytes": disk_bytes,
         "memory_bytes": _BASE_MEMORY
-        + max(measuring, healing, 2 * probe + max(shard, 3 * layer_bytes, 2 * head)),
+        + max(measuring, 2 * probe + max(shard, 3 * layer_bytes, 2 * head)),
         "attention_dtype": str(dtype).removeprefix("torch."),
-        "healing": planned_healing,
+        "healing": planned_healing and {**planned_healing, "memory_bytes": healing},
     }
 
 
@@ -282,10 +282,16 @@ def convert(
         resume=resume,
         source=checkpoint.path,
     )
-    work = _Work(stream, options, planned, staging.scratch, report)
+    cost = _Cost(staging.scratch / "cost.json", started)
+
+    def noted(stage: str, done: int, total: int) -> None:
+        cost.note()
+        report(stage, done, total)
+
+    work = _Work(stream, options, planned, staging.scratch, noted)
     work.fit(resume)
     if options.heal is not None:
-        _heal(checkpoint, options, teacher, staging.scratch, device, report)
+        _heal(checkpoint, options, teacher, staging.scratch, device, noted)
     work.emit()
     layers = [work.layer_file(i) for i in range(len(stream))]
     tensors, infos = _all_tensors(checkpoint, options, layers)
@@ -304,8 +310,8 @@ def convert(
         plan=planned,
         ranks=ranks,
         freqfold=work.freqfold,
-        seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory(),
+        seconds=cost.seconds,
+        peak_memory_bytes=cost.peak_memory_bytes,
     )
     work.write_probe(staging.path)
     if options.heal is not None:
@@ -315,6 +321,31 @@ def convert(
     artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, replaced, result)
     staging.commit()
     return result
+
+
+class _Cost:
+    """Seconds and peak memory of a conversion, over all the runs that it took."""
+
+    def __init__(self, file: Path, started: float) -> None:
+        self.file, self.started = file, started
+        self.before = {"seconds": 0.0, "peak_memory_bytes": 0}
+        if file.is_file():
+            self.before = json.loads(file.read_text())
+
+    @property
+    def seconds(self) -> float:
+        return self.before["seconds"] + time.perf_counter() - self.started
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return max(int(self.before["peak_memory_bytes"]), peak_memory())
+
+    def note(self) -> None:
+        """Keeps them for a run that goes on."""
+        unfinished = self.file.with_suffix(".unfinished")
+        known = {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
+        unfinished.write_text(json.dumps(known))
+        unfinished.replace(self.file)
 
 
 def peak_memory() -> int:

@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from kvtool.cli import _console, _options
-from kvtool.errors import GateError, KvtoolError
+from kvtool.errors import GateError, KvtoolError, ResourceError
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -130,12 +130,14 @@ def convert(
         dtype=dtype,
         shard_size=shard_size,
     )
+    device = _options.resolve_device(device)
     opened = None
     if teacher is not None:
         opened = Checkpoint.open(teacher, offline=offline, trust_remote_code=trust_remote_code)
     first = processes()[0] == 0
     if dry_run:
         plan = mla.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened)
+        _check_memory(plan, device)
         if not first:
             return
         table = _table(f"{model} to {to}: nothing written")
@@ -144,6 +146,10 @@ def convert(
         table.add_row("memory to convert, about", decimal(plan["memory_bytes"]))
         _console.emit(plan, json, table)
         return
+    if first:
+        _check_memory(
+            mla.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened), device
+        )
     with _console.progress(quiet or not first) as report:
         result = mla.convert(
             checkpoint,
@@ -152,7 +158,7 @@ def convert(
             report=report,
             overwrite=overwrite,
             resume=resume,
-            device=_options.resolve_device(device),
+            device=device,
             teacher=opened,
         )
     if result is None:  # another process of accelerate launch writes
@@ -180,6 +186,18 @@ def convert(
         )
 
 
+def _check_memory(plan: dict[str, Any], device: str) -> None:
+    needs = [("converting", plan["memory_bytes"], "cpu", "a smaller --shard-size, fewer --tokens")]
+    if (healing := plan["healing"]) is not None:
+        needs.append(("healing", healing["memory_bytes"], device, "convert without --heal"))
+    for what, needed, where, instead in needs:
+        if (there := _options.memory_of(where)) is not None and needed > there:
+            raise ResourceError(
+                f"{what} needs about {decimal(needed)} of memory, {where} has {decimal(there)}",
+                hint=instead,
+            )
+
+
 def _table(title: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column(style="bold", no_wrap=True)
@@ -196,7 +214,11 @@ def _add_plan(table: Table, plan: dict[str, Any]) -> None:
         amount = f"{healing['seconds'] or 0:.0f} seconds"
         if healing["tokens"] is not None:
             amount = f"{healing['tokens']} tokens, {healing['steps']} steps"
-        table.add_row("healing", f"{amount}, windows of {healing['window']}")
+        table.add_row(
+            "healing",
+            f"{amount}, windows of {healing['window']}, memory about "
+            f"{decimal(healing['memory_bytes'])}",
+        )
     table.add_row(
         "weights", f"{decimal(plan['output_bytes'])}, attention {plan['attention_dtype']}"
     )

@@ -41,7 +41,7 @@ def run(
     from kvtool.cli import calibrate
     from kvtool.cli.calibrate_statistics import statistics
     from kvtool.cli.convert import convert
-    from kvtool.cli.evaluate import evaluate
+    from kvtool.cli.evaluate import check_output, evaluate
     from kvtool.cli.verify import verify
     from kvtool.recipe import (
         BudgetsStep,
@@ -55,6 +55,9 @@ def run(
     loaded = load_recipe(recipe)
     makers = (ConvertStep, HeadsStep, BudgetsStep)
     outputs = _outputs(recipe, [s.output for s in loaded.steps if isinstance(s, makers)], output)
+    for step in loaded.steps:
+        for file in (step.output or ()) if isinstance(step, EvaluateStep) else ():
+            check_output(Path(file), (".json", ".html"))
     shared: dict[str, Any] = {
         "json": json,
         "quiet": quiet,

@@ -127,7 +127,7 @@ class LayerStatistics:
         sinks: The same five by name, over the sink positions, without second moments.
         sink_joint: `[2K]`, of the sinks' [k̂ ; v].
         attended: `[2K, 2K]` float64, second moment of [k̂ ; v] in which a token, sinks too, counts
-            by the attention that it gets: Σ_j a_j y_j y_jᵀ, mean over queries and heads.
+            by the attention that it gets: Σ_j a_j y_j y_jᵀ, mean over heads and every fourth query.
         distance_mass: `[Q, buckets]` float64, share of the attention by distance: to the token
             itself, to 1, 2-3, 4-7, ... tokens back, and last to sinks, at whatever distance.
         budget_mass: `[H, budgets]` float64, share of the attention of head h's group that the n

@@ -41,7 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint, sha256_file
-from kvtool.convert import deepseek_v3, mla, targets, transmla
+from kvtool.convert import aware, deepseek_v3, mla, targets, transmla
 from kvtool.convert.verify import verify
 from kvtool.corpus import calibration_text
 from kvtool.errors import (
@@ -136,7 +136,7 @@ def test_exact_on_bfloat16_weights_verifies(converted):
     assert report.measured["kl"] < 2e-2
 
 
-@pytest.mark.parametrize("method", ["exact", "transmla"])
+@pytest.mark.parametrize("method", ["exact", "aware"])
 @pytest.mark.parametrize("target", ["transformers", "kvtool"])
 @pytest.mark.parametrize(("source", "saved"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_attention_may_be_saved_in_another_dtype(converted, method, target, source, saved):
@@ -144,6 +144,7 @@ def test_attention_may_be_saved_in_another_dtype(converted, method, target, sour
     model, output = converted("llama", overrides, **options)
     for name, tensor in weights(output).items():
         own = ("kv_", "q_proj") if target == "transformers" else (".latent.",)
+        own += ("o_proj",) * (method == "aware")
         expected = saved if any(part in name for part in own) else source
         if "inv_freq" in name:
             expected = "float32"
@@ -152,7 +153,7 @@ def test_attention_may_be_saved_in_another_dtype(converted, method, target, sour
     assert report.passed, report.checks
 
 
-@pytest.mark.parametrize("method", ["exact", "transmla"])
+@pytest.mark.parametrize("method", ["exact", "aware"])
 def test_a_float16_model_converts_for_our_own_runtime(converted, method):
     model, output = converted("llama", {"dtype": "float16"}, method=method, target="kvtool")
     report = verify(output, Checkpoint.open(str(model)))
@@ -184,7 +185,7 @@ def test_vllm_reads_the_same_model_whatever_its_epsilon(converted):
     assert (got - logits(stock(model), ids)).abs().max() <= 1e-3
 
 
-@pytest.mark.parametrize("method", ["exact", "transmla"])
+@pytest.mark.parametrize("method", ["exact", "transmla", "aware"])
 def test_an_output_for_vllm_verifies_whatever_its_epsilon(converted, method):
     overrides = {"num_key_value_heads": 1, "rms_norm_eps": 1e-5}
     model, output = converted("llama", overrides, method=method, target="vllm")
@@ -210,9 +211,9 @@ def test_the_stock_config_says_what_its_class_would_default_wrongly(tiny, tmp_pa
     assert config.max_position_embeddings == 512
 
 
-# ------------------------------------------------------------------------------------ transmla
+# ---------------------------------------------------------------------------- transmla and aware
 
-TRANSMLA = [
+LOSSY = [
     *((family, target) for family in ("llama", "mistral") for target in targets.TARGETS),
     ("qwen2", "transformers"),
     ("qwen2", "kvtool"),
@@ -220,9 +221,12 @@ TRANSMLA = [
 ]
 
 
-@pytest.mark.parametrize(("family", "target"), TRANSMLA)
-def test_transmla_verifies_and_our_runtime_equals_the_stock_model(converted, family, target):
-    model, output = converted(family, {}, target=target, kv_budget="50%")
+@pytest.mark.parametrize("method", ["transmla", "aware"])
+@pytest.mark.parametrize(("family", "target"), LOSSY)
+def test_a_conversion_verifies_and_our_runtime_equals_the_stock_model(
+    converted, family, target, method
+):
+    model, output = converted(family, {}, target=target, kv_budget="50%", method=method)
     report = verify(output, Checkpoint.open(str(model)))
     assert report.passed, report.checks
     assert report.measured["bytes_per_token"] == 192
@@ -245,15 +249,16 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("method", ["transmla", "aware"])
 @pytest.mark.parametrize(("family", "overrides"), SHAPES.values(), ids=SHAPES.keys())
-def test_transmla_verifies_on_models_of_every_shape(converted, family, overrides):
-    model, output = converted(family, overrides, rope_dim=8, kv_budget="60%")
+def test_a_conversion_verifies_on_models_of_every_shape(converted, family, overrides, method):
+    model, output = converted(family, overrides, rope_dim=8, kv_budget="60%", method=method)
     report = verify(output, Checkpoint.open(str(model)))
     assert report.passed, report.checks
 
 
 def test_verify_looks_beyond_2048_tokens_where_the_model_does(converted):
-    model, output = converted("llama", {"max_position_embeddings": 4096}, freqfold="2")
+    model, output = converted("llama", {"max_position_embeddings": 4096}, tokens=2048)
     report = verify(output, Checkpoint.open(str(model)))
     assert report.passed, report.checks
     assert report.measured["tokens"] > 2048
@@ -275,7 +280,7 @@ def partial_rope_logits(
 
 def calibration_windows(model: Path, tokens: int) -> torch.Tensor:
     tokenizer = Checkpoint.open(str(model)).tokenizer()
-    return calibration_text().windows(tokenizer, 256, tokens // 256)
+    return calibration_text().windows(tokenizer, 512, tokens // 512, chat=0.25)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +301,7 @@ def test_at_full_rank_only_the_dropped_rope_is_lost(tiny, tmp_path, family, over
     model = edited_copy(tiny(family, **overrides), tmp_path / "model", kill_channels)
     output, rank = tmp_path / "out", 2 * 32 - rope_dim - dead
     target = "kvtool" if family == "qwen3" else "transformers"
-    widths = {"rank": rank, "rope_dim": rope_dim, "freqfold": str(fold)}
+    widths = {"rank": rank, "rope_dim": rope_dim, "freqfold": str(fold), "method": "transmla"}
     assert convert(model, output, target=target, tokens=tokens, **widths).ranks == [rank] * 3
 
     ids = random_ids()
@@ -322,17 +327,19 @@ def test_freqfold_is_doubled_while_the_model_without_rope_gets_better(
         if loss >= lowest:
             break
         expected, lowest, fold = fold, loss, 2 * fold
-    result = convert(model, tmp_path / "out", rope_dim=rope_dim, target="kvtool")
+    options = {"rope_dim": rope_dim, "target": "kvtool", "method": "transmla"}
+    result = convert(model, tmp_path / "out", **options)
     assert result.freqfold == expected
     assert json.loads((tmp_path / "out" / MANIFEST).read_text())["freqfold"] == expected
 
 
+@pytest.mark.parametrize("method", ["transmla", "aware"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_a_larger_budget_is_closer_to_the_original(converted, kv_heads):
+def test_a_larger_budget_is_closer_to_the_original(converted, kv_heads, method):
     ids, kl = random_ids(), {}
     for budget in ("50%", "90%"):
         overrides = {"num_key_value_heads": kv_heads}
-        model, output = converted("llama", overrides, kv_budget=budget)
+        model, output = converted("llama", overrides, kv_budget=budget, method=method)
         kl[budget] = mean_kl(logits(stock(model), ids), logits(stock(output), ids))
     assert kl["90%"] < kl["50%"]
 
@@ -341,9 +348,12 @@ def test_a_larger_budget_is_closer_to_the_original(converted, kv_heads):
 
 WRITTEN = {
     "exact": ("qwen2", {"method": "exact"}),
-    "transmla": ("llama", {"kv_budget": "50%", "target": "transformers"}),
-    "vllm": ("llama", {"kv_budget": "50%", "target": "vllm"}),
-    "kvtool": ("qwen3", {"kv_budget": "50%", "target": "kvtool"}),
+    "transmla": ("llama", {"kv_budget": "50%", "method": "transmla", "target": "transformers"}),
+    "transmla-kvtool": ("qwen3", {"kv_budget": "50%", "method": "transmla", "target": "kvtool"}),
+    "aware": ("llama", {"kv_budget": "50%", "method": "aware", "target": "transformers"}),
+    "aware-biases": ("qwen2", {"kv_budget": "50%", "method": "aware", "target": "transformers"}),
+    "aware-vllm": ("llama", {"kv_budget": "50%", "method": "aware", "target": "vllm"}),
+    "aware-kvtool": ("qwen3", {"kv_budget": "50%", "method": "aware", "target": "kvtool"}),
 }
 
 
@@ -357,12 +367,19 @@ def written(request, converted) -> tuple[Path, Path]:
 def test_only_attention_tensors_change(written):
     model, output = written
     before, after = weights(model), weights(output)
-    replaced = {name for name in before if any(f".{part}." in name for part in PROJECTIONS)}
+    manifest = json.loads((output / MANIFEST).read_text())
+    parts = [*PROJECTIONS, "rotary_emb"] if manifest["target"] != "kvtool" else []
+    parts += ["o_proj"] if manifest["method"] == "aware" else []
+    assert manifest["replaced"] == parts
+    replaced = {name for name in before if any(f".self_attn.{part}." in name for part in parts)}
     kept = before.keys() - replaced
     assert {name for name in kept if "self_attn" not in name}
     for name in kept:
         assert before[name].dtype == after[name].dtype
         assert before[name].numpy().tobytes() == after[name].numpy().tobytes(), name
+    for name in replaced & {name for name in after if "o_proj.weight" in name}:
+        assert after[name].shape == before[name].shape
+        assert not torch.equal(after[name], before[name])
     assert all(".self_attn." in name for name in after.keys() - kept)
 
 
@@ -408,11 +425,12 @@ def test_the_recipe_replays_to_the_same_bits(converted, tmp_path, monkeypatch):
     from kvtool.cli.run import run
 
     model, output = converted("llama", {}, kv_budget="50%")
+    method = mla.MlaOptions().method
     recipe = load_recipe(output / "recipe.yaml")
     step = recipe.steps[0]
     assert recipe.model == str(model)
     assert isinstance(step, ConvertStep)
-    assert (step.kv_budget, step.tokens, step.method) == ("50%", 1024, "transmla")
+    assert (step.kv_budget, step.tokens, step.method) == ("50%", 1024, method)
     passed = {"passed": True, "checks": [], "measured": {}}
     monkeypatch.setattr(command, "_verify_in_fresh_process", lambda *_, **__: passed)
     run(output / "recipe.yaml", output=tmp_path / "replayed", quiet=True)
@@ -434,23 +452,23 @@ def test_two_runs_give_the_same_bits(converted, tmp_path):
     assert digests(tmp_path / "again") == digests(output)
 
 
-def test_two_processes_give_the_same_bits(converted, killed):
-    _, output = converted("llama", {}, **KILLED)
-    assert digests(killed / "whole") == digests(output)
-
-
 def test_overwrite_replaces_the_older_output(converted, tmp_path):
     model, whole = converted("llama", {}, method="exact")
     output = tmp_path / "out"
-    convert(model, output, freqfold="1", kv_budget="50%")
+    convert(model, output, kv_budget="50%")
     convert(model, output, method="exact", overwrite=True)
     assert digests(output) == digests(whole)
 
 
 # -------------------------------------------------------------------------------------- killed
 
-KILLED = {"kv_budget": "50%", "shard_size": "100KB", "tokens": 1024}
-POINTS = ("search", "layer", "torn", "probe", "writing", "shard", "manifest", "commit")
+KILLED = {
+    method: {"kv_budget": "50%", "shard_size": "100KB", "tokens": 1024, "method": method}
+    for method in ("transmla", "aware")
+}
+_LATER = ("layer", "torn", "probe", "writing", "shard", "manifest", "commit")
+POINTS = {"transmla": ("search", *_LATER), "aware": ("fit", "states", *_LATER)}
+KILLS = [(method, point) for method, points in POINTS.items() for point in points]
 # One process imports everything once; a child of it is killed at each point.
 KILLER = """
 import os, shutil, signal, sys
@@ -459,7 +477,7 @@ import torch
 torch.set_num_threads(1)
 from kvtool import _staging
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import artifact, mla
+from kvtool.convert import artifact, fitting, mla
 
 model, folder, points, options = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(), sys.argv[4]
 
@@ -469,15 +487,24 @@ def die(*_, **__):
 def arm(point, output):
     '''Makes the run die at a point; returns what to report progress to.'''
     steps = {"search": ("choosing FreqFold", 2, 3), "layer": ("converting", 2, 3)}
-    steps["writing"] = ("writing", 0, 1)
+    steps |= {"fit": ("fitting", 2, 3), "writing": ("writing", 0, 1)}
+    if point == "states":  # the second layer is there, the states behind it are not
+        keep, kept = fitting.save, []
+        def first(tensors, file, *rest):
+            if file.name.startswith("streams"):
+                kept.append(file)
+                if len(kept) == 2:
+                    die()
+            keep(tensors, file, *rest)
+        fitting.save = first
     if point == "torn":  # in the middle of writing the second layer
-        save = mla.save_file
+        save = fitting.save_file
         def torn(tensors, file, *rest):
             if file.name.startswith("layer-00001"):
                 file.write_bytes(b"half a file")
                 die()
             save(tensors, file, *rest)
-        mla.save_file = torn
+        fitting.save_file = torn
     if point == "probe":  # weights are there, nothing else is
         artifact.write_probe = die
     if point == "shard":  # between two shards
@@ -515,43 +542,58 @@ for point in points:
 
 
 @pytest.fixture(scope="module")
-def killed(tiny, tmp_path_factory) -> Path:
-    """A folder with what conversions left that were killed at each of `POINTS`."""
-    folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-c", KILLER, tiny("llama"), folder, " ".join(POINTS), repr(KILLED)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.split("\n")[:-1] == [f"{p} {signal.SIGKILL:d}" for p in POINTS], done.stderr
-    return folder
+def killed(tiny, tmp_path_factory) -> Callable[[str], Path]:
+    """``killed(method)``: a folder with what conversions left that were killed at `POINTS`."""
+    folders: dict[str, Path] = {}
+
+    def get(method: str) -> Path:
+        if method not in folders:
+            folder, points = tmp_path_factory.mktemp("killed"), POINTS[method]
+            options = repr(KILLED[method])
+            command = [sys.executable, "-c", KILLER, tiny("llama"), folder, " ".join(points)]
+            done = subprocess.run([*command, options], capture_output=True, text=True, check=False)
+            expected = [f"{point} {signal.SIGKILL:d}" for point in points]
+            assert done.stdout.split("\n")[:-1] == expected, done.stderr
+            folders[method] = folder
+        return folders[method]
+
+    return get
 
 
 @pytest.fixture
-def leftover(killed, tmp_path) -> Callable[[str], Path]:
-    """``leftover(point)``: the output path of a conversion killed there, with its leavings."""
+def leftover(killed, tmp_path) -> Callable[[str, str], Path]:
+    """``leftover(method, point)``: the output of a conversion killed there, with its leavings."""
 
-    def get(point: str) -> Path:
-        shutil.copytree(killed / f"{point}.partial", tmp_path / f"{point}.partial")
+    def get(method: str, point: str) -> Path:
+        shutil.copytree(killed(method) / f"{point}.partial", tmp_path / f"{point}.partial")
         return tmp_path / point
 
     return get
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("method", KILLED)
+def test_two_processes_give_the_same_bits(converted, killed, method):
+    _, output = converted("llama", {}, **KILLED[method])
+    assert digests(killed(method) / "whole") == digests(output)
+
+
+@pytest.mark.parametrize(("method", "point"), KILLS)
 def test_a_killed_conversion_leaves_no_output_and_resumes_to_the_same_bits(
-    converted, killed, leftover, point
+    converted, killed, leftover, method, point
 ):
-    model, whole = converted("llama", {}, **KILLED)
-    assert not (killed / point).exists()
-    output = leftover(point)
-    convert(model, output, **KILLED)
+    model, whole = converted("llama", {}, **KILLED[method])
+    assert not (killed(method) / point).exists()
+    output = leftover(method, point)
+    convert(model, output, **KILLED[method])
     assert digests(output) == digests(whole)
     assert list(output.parent.iterdir()) == [output]
 
 
-@pytest.mark.parametrize("point", ["writing", "manifest"])
-def test_what_was_resumed_verifies(converted, leftover, point):
-    model, _ = converted("llama", {}, **KILLED)
-    output = leftover(point)
-    convert(model, output, **KILLED)
+@pytest.mark.parametrize(("method", "point"), [("transmla", "writing"), ("aware", "manifest")])
+def test_what_was_resumed_verifies(converted, leftover, method, point):
+    model, _ = converted("llama", {}, **KILLED[method])
+    output = leftover(method, point)
+    convert(model, output, **KILLED[method])
     report = verify(output, Checkpoint.open(str(model)))
     assert report.passed, report.checks
 
@@ -562,37 +604,42 @@ def steps_of(model: Path, output: Path, **options: Any) -> list[tuple[str, int, 
     return steps
 
 
-def test_a_resumed_conversion_does_not_repeat_finished_layers(tiny, leftover, monkeypatch):
-    fitted = []
-    fit = mla._Work._fit_layer
+@pytest.mark.parametrize(("point", "repeated"), [("fit", [2]), ("states", [1, 2]), ("layer", [])])
+def test_a_resumed_conversion_does_not_repeat_finished_layers(
+    tiny, leftover, monkeypatch, point, repeated
+):
+    solved: list[int] = []
+    refit = aware.refit_output
     monkeypatch.setattr(
-        mla._Work,
-        "_fit_layer",
-        lambda work, layer, *rest: fitted.append(layer.index) or fit(work, layer, *rest),
+        aware,
+        "refit_output",
+        lambda stream, layer, *rest: solved.append(layer.index) or refit(stream, layer, *rest),
     )
-    steps = steps_of(tiny("llama"), leftover("layer"), **KILLED)
-    assert fitted == [2]
+    steps = steps_of(tiny("llama"), leftover("aware", point), **KILLED["aware"])
+    assert solved == repeated
+    fitted, written = 3 - len(repeated), 2 if point == "layer" else 0
     assert steps == [
-        ("converting", 2, 3),
-        ("converting", 3, 3),
+        *(("fitting", done, 3) for done in range(fitted, 4)),
+        *(("converting", done, 3) for done in range(written, 4)),
         ("writing", 0, 1),
         ("writing", 1, 1),
     ]
-    fitted.clear()
-    assert steps_of(tiny("llama"), leftover("shard"), **KILLED)[0] == ("converting", 3, 3)
-    assert not fitted
 
 
 @pytest.mark.parametrize("change", [{"resume": False}, {"seed": 1}, {"kv_budget": "60%"}])
 def test_a_new_start_or_other_options_repeat_everything(tiny, leftover, change):
-    steps = steps_of(tiny("llama"), leftover("layer"), **{**KILLED, **change})
+    options = {**KILLED["transmla"], **change}
+    steps = steps_of(tiny("llama"), leftover("transmla", "layer"), **options)
     assert ("choosing FreqFold", 1, 3) in steps
+    assert ("fitting", 0, 3) in steps
     assert ("converting", 0, 3) in steps
 
 
 def test_another_model_does_not_resume_what_the_first_left(tiny, leftover):
     other = tiny("llama", rms_norm_eps=1e-5)
-    assert ("converting", 0, 3) in steps_of(other, leftover("layer"), **KILLED)
+    steps = steps_of(other, leftover("aware", "layer"), **KILLED["aware"])
+    assert ("fitting", 0, 3) in steps
+    assert ("converting", 0, 3) in steps
 
 
 # ---------------------------------------------------------------------------------- true ranks
@@ -615,7 +662,8 @@ def low_rank(tensors: dict[str, torch.Tensor]) -> None:
 def test_a_layer_that_needs_less_gets_less(tiny, tmp_path, poorer, target):
     model = edited_copy(tiny("llama"), tmp_path / "model", poorer)
     output = tmp_path / "out"
-    result = convert(model, output, freqfold="2", target=target)  # rank 32 of 48
+    # Rank 32 of 48.
+    result = convert(model, output, method="transmla", freqfold="2", target=target)
     true = [32, 16 + 8, 32]  # K - d_r unrotated keys and 8 values
     manifest = json.loads((output / MANIFEST).read_text())
     assert result.ranks == manifest["ranks"] == true
@@ -646,16 +694,30 @@ def test_exact_verifies_where_a_value_channel_is_dead(tiny, tmp_path, target):
     assert report.passed, report.checks
 
 
-@pytest.mark.parametrize("part", [("k_proj",), ("v_proj",), ("k_proj", "v_proj")], ids="+".join)
-def test_a_layer_whose_keys_or_values_are_all_zero_converts(tiny, tmp_path, part):
+@pytest.mark.parametrize("method", ["transmla", "aware"])
+@pytest.mark.parametrize(
+    "part",
+    [("q_proj",), ("k_proj",), ("v_proj",), ("k_proj", "v_proj"), ("o_proj",)],
+    ids="+".join,
+)
+def test_a_layer_with_a_projection_that_is_all_zero_converts(tiny, tmp_path, part, method):
     def silence(tensors):
         for name in part:
             tensors[f"model.layers.1.self_attn.{name}.weight"].zero_()
 
     model = edited_copy(tiny("llama"), tmp_path / "model", silence)
-    convert(model, tmp_path / "out", freqfold="2")
+    convert(model, tmp_path / "out", method=method)
     report = verify(tmp_path / "out", Checkpoint.open(str(model)))
     assert report.passed, report.checks
+
+
+def test_a_layer_without_unrotated_keys_converts(tiny, tmp_path):
+    # Every rotation is kept: d_r = K, and the latent holds values alone.
+    model, output = tiny("llama"), tmp_path / "out"
+    convert(model, output, rope_dim=32, rank=28, method="aware")
+    report = verify(output, Checkpoint.open(str(model)))
+    assert report.passed, report.checks
+    assert report.measured["kl"] < 0.5
 
 
 # -------------------------------------------------------------------------------- neutral norm
@@ -702,6 +764,7 @@ def test_the_neutral_norm_of_nothing_is_finite():
 
 # -------------------------------------------------------------------------------------- errors
 
+PUBLISHED = {"method": "transmla"}
 BAD_OPTIONS = {
     "rank": ({"rank": 49}, "--rank 49 is impossible.*48"),
     "rank-zero": ({"rank": 0}, "--rank 0"),
@@ -709,8 +772,12 @@ BAD_OPTIONS = {
     "rank-and-rope-fill-the-cache": ({"rank": 48}, "rank 48 .* does not shrink the cache"),
     "rank-beyond-budget": ({"rank": 40, "kv_budget": "50%"}, "--rank 40.*32"),
     "rope-odd": ({"rope_dim": 1}, "--rope-dim 1 is impossible.*even"),
-    "rope-not-dividing": ({"rope_dim": 6}, "--rope-dim 6 is impossible.*divide the head size 16"),
-    "rope-too-wide": ({"rope_dim": 32}, "--rope-dim 32 is impossible"),
+    "rope-not-dividing": (
+        {"rope_dim": 6, "target": "vllm"},
+        "--rope-dim 6 is impossible.*divide the head size 16",
+    ),
+    "rope-too-wide": ({"rope_dim": 34}, "--rope-dim 34 is impossible"),
+    "rope-too-wide-transmla": ({"rope_dim": 32, **PUBLISHED}, "--rope-dim 32 is impossible"),
     "rope-zero": ({"rope_dim": 0}, "--rope-dim 0 is impossible"),
     "budget-zero": ({"kv_budget": "0"}, "--kv-budget '0' is neither"),
     "budget-zero-share": ({"kv_budget": "0%"}, "--kv-budget '0%' is neither"),
@@ -729,21 +796,25 @@ BAD_OPTIONS = {
         {"kv_budget": "50%", "rank": 16, "rope_dim": 16},
         "--kv-budget, --rank and --rope-dim together",
     ),
-    "freqfold-word": ({"freqfold": "many"}, "--freqfold many is neither"),
-    "freqfold-negative": ({"freqfold": "-1"}, "--freqfold -1 is neither"),
-    "freqfold-superscript": ({"freqfold": "²"}, "--freqfold ² is neither"),
-    "freqfold-zero": ({"freqfold": "0"}, "--freqfold 0 is impossible"),
-    "freqfold-not-dividing": ({"freqfold": "3"}, "--freqfold 3 is impossible.*divides 8"),
-    "freqfold-too-large": ({"freqfold": "16"}, "--freqfold 16 is impossible"),
+    "freqfold-word": ({"freqfold": "many", **PUBLISHED}, "--freqfold many is neither"),
+    "freqfold-negative": ({"freqfold": "-1", **PUBLISHED}, "--freqfold -1 is neither"),
+    "freqfold-superscript": ({"freqfold": "²", **PUBLISHED}, "--freqfold ² is neither"),
+    "freqfold-zero": ({"freqfold": "0", **PUBLISHED}, "--freqfold 0 is impossible"),
+    "freqfold-not-dividing": (
+        {"freqfold": "3", **PUBLISHED},
+        "--freqfold 3 is impossible.*divides 8",
+    ),
+    "freqfold-too-large": ({"freqfold": "16", **PUBLISHED}, "--freqfold 16 is impossible"),
     "freqfold-below-collapse": (
-        {"freqfold": "1", "rope_dim": 8},
+        {"freqfold": "1", "rope_dim": 8, **PUBLISHED},
         "--freqfold 1 is impossible.*multiple of 2",
     ),
-    "tokens": ({"tokens": 100}, "--tokens 100 is less than one window of 256"),
+    "freqfold-of-another-method": ({"freqfold": "2"}, "--freqfold has no place.*aware"),
+    "tokens": ({"tokens": 100}, "--tokens 100 is less than one window of 512"),
     "exact-with-budget": ({"method": "exact", "kv_budget": "50%"}, "exact keeps every byte"),
     "exact-with-rank": ({"method": "exact", "rank": 8}, "exact keeps every byte"),
     "exact-with-rope": ({"method": "exact", "rope_dim": 16}, "exact keeps every byte"),
-    "method": ({"method": "magic"}, "--method magic is unknown.*exact, transmla"),
+    "method": ({"method": "magic"}, "--method magic is unknown.*aware, transmla, exact"),
     "target": ({"target": "moon"}, "--target moon is unknown.*transformers, vllm, kvtool"),
     "float16": ({"dtype": "float16"}, "float16 underflows"),
     "shard-size": ({"shard_size": "big"}, "--shard-size big is not a size"),
@@ -791,7 +862,7 @@ def test_every_share_of_the_cache_has_widths(tiny, head_dim):
     for share in range(2, 100, 2):
         total = native * share // 100
         if total >= 3:  # one pair with positions and one number without
-            size = targets.transmla_size(config, f"{share}%", None, None)
+            size = targets.latent_size(config, "transmla", "vllm", f"{share}%", None, None)
             assert size.rank + size.rope_dim == total
             assert size.rank >= 1
             assert head_dim % size.rope_dim == size.rope_dim % 2 == 0
@@ -902,15 +973,15 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
     convert(tiny("llama"), tmp_path / "out", method="exact")
 
 
-@pytest.mark.parametrize("options", [{"method": "exact"}, {}, {"freqfold": "1"}], ids=repr)
+@pytest.mark.parametrize("method", ["exact", "transmla", "aware"])
 @pytest.mark.parametrize("part", ["self_attn.v_proj", "self_attn.k_proj", "mlp.up_proj"])
-def test_values_that_are_not_finite_are_named_by_layer(tiny, tmp_path, part, options):
+def test_values_that_are_not_finite_are_named_by_layer(tiny, tmp_path, part, method):
     def spoil(tensors):
         tensors[f"model.layers.1.{part}.weight"][3, 5] = float("nan")
 
     model = edited_copy(tiny("llama"), tmp_path / "model", spoil)
     with pytest.raises(CalibrationError, match="layer 1 produces values that are not finite"):
-        convert(model, tmp_path / "out", **options)
+        convert(model, tmp_path / "out", method=method)
     assert not (tmp_path / "out").exists()
 
 

@@ -129,6 +129,36 @@ def test_the_optimizer_uses_the_learning_rate_of_the_schedule() -> None:
     torch.testing.assert_close(student.weight.detach(), torch.tensor([-way, way]))
 
 
+class Rated(Gates):
+    """Gates whose correction moves at a rate of its own."""
+
+    def rates(self) -> Mapping[str, float]:
+        return {"correction": 0.25, "base": 7.0}
+
+
+def test_a_parameter_with_a_rate_of_its_own_moves_at_that_share_of_the_schedule() -> None:
+    student, before = Rated(), weights(Rated())
+    log = train(student, batch, Training(steps=1, learning_rate=0.1, warmup=0, cooldown=0), None)
+    # AdamW's first step is the learning rate in every weight, whatever the gradient.
+    for name, rate in (("gate", 0.1), ("correction", 0.025)):
+        moved = (weights(student)[name] - before[name]).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, rate), atol=1e-4, rtol=0)
+    assert torch.equal(student.base, before["base"])
+    assert log[0]["learning_rate"] == 0.1
+
+
+def test_rates_hold_in_a_run_that_goes_on(tmp_path: Path) -> None:
+    whole, resumed = Rated(), Rated()
+    train(whole, batch, TRAINING, None)
+    with pytest.raises(KeyboardInterrupt):
+        train(Rated(), failing_at(6, KeyboardInterrupt()), TRAINING, tmp_path)
+    train(resumed, batch, TRAINING, tmp_path)
+    assert all(torch.equal(weights(resumed)[n], w) for n, w in weights(whole).items())
+    plain = Gates()
+    train(plain, batch, TRAINING, None)
+    assert not torch.equal(plain.correction, whole.correction)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

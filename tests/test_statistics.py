@@ -182,6 +182,32 @@ def test_attention_mass_is_that_of_the_stock_model(both):
             close(layer.budget_mass[:, at], kept)
 
 
+def test_tokens_count_in_the_attended_moment_by_what_attention_they_get(both):
+    measured, oracle = both
+    for index, attention in enumerate(oracle.attentions):
+        received = attention[:, :, 4 :: statistics._EVERY].mean(dim=(1, 2))  # [B, T]
+        x = oracle.vectors(index)["joint"][0]  # [B, T, W]
+        expected = torch.einsum("bt,bti,btj->ij", received, x, x) / len(x)
+        attended = measured.layer(index).attended
+        assert attended.dtype == torch.float64
+        assert torch.equal(attended, attended.T)
+        close(attended, expected)
+
+
+def test_what_keys_receive_is_what_queries_behind_the_sinks_give(tiny, monkeypatch):
+    stream = LayerStream(Checkpoint.open(str(tiny("llama"))))
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(3, heads, 50, 16, generator=generator) for heads in (4, 2))
+    whole = statistics.received_mass(q, k, stream.layouts[0], sinks=4)
+    close(whole.sum(dim=1), torch.ones(3))
+    scores = q.double() @ k.double().repeat_interleave(2, dim=1).mT * stream.layouts[0].scaling
+    future = torch.ones(50, 50, dtype=torch.bool).triu(1)
+    mass = scores.masked_fill(future, -math.inf).softmax(dim=-1)
+    close(whole, mass[:, :, 4 :: statistics._EVERY].mean(dim=(1, 2)))
+    monkeypatch.setattr(statistics, "_ROWS", 7)  # not all queries at once
+    close(statistics.received_mass(q, k, stream.layouts[0], sinks=4), whole, 1e-6)
+
+
 def test_eviction_error_is_the_change_of_the_modules_output(tiny):
     model = tiny("qwen2")
     measured, oracle = measure(model), Oracle(model)
@@ -342,7 +368,8 @@ def test_what_is_there_is_not_measured_again(tiny, monkeypatch):
 def test_another_text_model_or_option_is_measured_by_itself(tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"Paragraph {i} of another text." for i in range(200)))
-    changes = [{"seed": 1}, {"window": 50}, {"context": 399}, {"sinks": 3}, {"data": str(text)}]
+    changes = [{"seed": 1}, {"window": 50}, {"context": 399}, {"sinks": 3}, {"chat": 0.5}]
+    changes.append({"data": str(text)})
     found = [measure(tiny("llama"), **change).path for change in [{}, *changes]]
     found.append(measure(tiny("llama", rms_norm_eps=1e-5)).path)
     assert len(set(found)) == len(found)
@@ -448,6 +475,8 @@ def test_predicted_sizes_are_the_real_ones(tiny, home):
         ({"window": 500}, "--window 500 is longer than the context of 400"),
         ({"context": 513}, "--context 513 is more than the 512 positions"),
         ({"sinks": 60}, "--sinks 60 leaves nothing of a window of 60"),
+        ({"chat": 1.5}, "--chat 1.5 is not a share between 0 and 1"),
+        ({"chat": float("nan")}, "--chat nan is not a share"),
         ({"tokens": 59}, "--tokens 59 is less than one window of 60"),
         ({"tokens": 10**7}, "fewer than the"),
     ],
@@ -462,9 +491,19 @@ def test_defaults_fit_the_model(tiny):
     checkpoint = Checkpoint.open(str(tiny("llama")))
     used = plan(checkpoint)
     assert (used["window"], used["context"], used["sinks"]) == (512, 512, 4)
-    assert used["tokens"] == 16384
-    windows = calibration_text().windows(checkpoint.tokenizer(), 512, 32)
+    assert (used["tokens"], used["chat"]) == (16384, 0.25)
+    windows = calibration_text().windows(checkpoint.tokenizer(), 512, 32, chat=0.25)
     assert torch.equal(statistics._Pass(checkpoint, StatisticsOptions()).ids, windows)
+
+
+def test_without_a_chat_template_any_share_of_conversations_is_none(tiny, tmp_path):
+    model = edited_copy(tiny("llama"), tmp_path / "model", lambda tensors: None)
+    assert measure(model).metadata["options"]["chat"] == 0.25
+    (model / "chat_template.jinja").unlink()
+    measured = measure(model)
+    assert measured.metadata["options"]["chat"] == 0
+    assert measure(model, chat=0.0).path == measured.path
+    assert "in conversations none" in " ".join(call(model, "--dry-run").stdout.split())
 
 
 @pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"])
@@ -501,6 +540,7 @@ def test_the_command_says_what_it_left_and_where(tiny, tmp_path):
     first = json.loads(call(tiny("llama"), "--json", "-q", "-o", output).stdout)
     assert first["file"] == str(output)
     assert (first["tokens"], first["window"], first["context"]) == (300, 60, 512)
+    assert first["chat"] == 0.25
     assert first["bytes"] == os.path.getsize(output)  # noqa: PTH202
     assert first["seconds"] > 0
     assert first["peak_memory_bytes"] > 10**8
@@ -513,8 +553,9 @@ def test_the_command_says_what_it_left_and_where(tiny, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(tiny, home):
-    shown = call(tiny("llama"), "--dry-run").stdout
+    shown = call(tiny("llama"), "--dry-run", "--chat-share", "0.4").stdout
     assert "300 tokens: 5 windows of 60" in shown
+    assert "in conversations 40%" in " ".join(shown.split())
     assert "memory needed" in shown
     assert not home.exists()
 

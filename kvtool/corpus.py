@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from kvtool.errors import UsageError
+from kvtool.errors import UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +44,11 @@ _QUESTIONS = (
     "Tell me more about this: {}",
     "I have read the following. How does it go on?\n\n{}",
 )
-# Some templates tell the model what day it is, and windows must not depend on it.
+# Some templates tell the model what day it is, and no measurement may depend on it.
 _FIXED_DAY = "{% macro strftime_now(format) %}1 January 2025{% endmacro %}{{ '' }}"
 
-_Messages = list[dict[str, str]]
+Messages = list[dict[str, str]]
+"""Turns of a conversation: `role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,46 @@ class Corpus:
 
 def can_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a chat template is there and takes turns of a user and an assistant."""
-    return bool(_rendered(tokenizer, 2 * _exchange("Hello", "Hello")))
+    try:
+        chat_tokens(tokenizer, 2 * _exchange("Hello", "Hello"))
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    answer: bool = False,
+    today: bool = False,
+) -> list[int]:
+    """The token ids of a conversation, as the model was trained to read it.
+
+    Args:
+        answer: End where an answer begins.
+        today: Let the template know what day it is; otherwise all days are the same.
+
+    Raises:
+        UnsupportedModelError: There is no chat template, or none that takes these turns.
+    """
+    if not tokenizer.chat_template:
+        raise UnsupportedModelError("no chat template is there")
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages,
+            chat_template=("" if today else _FIXED_DAY) + tokenizer.get_chat_template(),
+            add_generation_prompt=answer,
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},
+        )
+    except Exception as error:  # a template comes with the checkpoint and raises what it likes
+        raise UnsupportedModelError(
+            f"the chat template does not take this conversation: {error}"
+        ) from error
+    if not ids:
+        raise UnsupportedModelError("the chat template makes nothing of this conversation")
+    return list(ids)
 
 
 def calibration_text(data: str | None = None) -> Corpus:
@@ -355,7 +395,7 @@ def _joined(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], count: int
     return ids[:count]
 
 
-def _exchanges(passages: Iterable[str], generator: random.Random) -> Iterator[_Messages]:
+def _exchanges(passages: Iterable[str], generator: random.Random) -> Iterator[Messages]:
     """Questions about a passage, each answered with the one to three that follow."""
     told = (passage for passage in passages if passage.strip())
     for passage in told:
@@ -365,23 +405,24 @@ def _exchanges(passages: Iterable[str], generator: random.Random) -> Iterator[_M
             yield _exchange(question, answer.strip())
 
 
-def _exchange(question: str, answer: str) -> _Messages:
+def _exchange(question: str, answer: str) -> Messages:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _chat_windows(
     tokenizer: PreTrainedTokenizerBase,
-    exchanges: Iterable[_Messages],
+    exchanges: Iterable[Messages],
     generator: random.Random,
     start: list[int],
     length: int,
 ) -> Iterator[list[int]]:
     """Windows of `length` tokens, full of conversations of three exchanges on average."""
     window: list[int] = []
-    messages: _Messages = []
+    messages: Messages = []
     for exchange in exchanges:
-        ids = _rendered(tokenizer, messages + exchange)
-        if ids is None:  # something in this text has a meaning for the template
+        try:
+            ids = chat_tokens(tokenizer, messages + exchange)
+        except UnsupportedModelError:  # something in this text has a meaning for the template
             continue
         if not window and ids[: len(start)] != start:
             ids = start + ids
@@ -392,17 +433,3 @@ def _chat_windows(
             window, messages = window + ids, []
         else:
             messages = messages + exchange
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> list[int] | None:
-    """The tokens of a conversation; None if the template does not take it."""
-    try:
-        ids = tokenizer.apply_chat_template(
-            messages,
-            chat_template=_FIXED_DAY + tokenizer.get_chat_template(),
-            return_dict=False,
-            tokenizer_kwargs={"verbose": False},
-        )
-    except Exception:  # a template comes with the checkpoint and raises what it likes
-        return None
-    return list(ids)

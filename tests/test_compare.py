@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,14 @@ def test_a_row_has_the_numbers_of_its_report(write: Write) -> None:
         ({"settings": {"windows": 4}}, "windows is 4 instead of 2"),
         ({"settings": {"corpus": "mine"}}, "corpus is mine instead of text"),
         (
+            {"divergence": {"base_perplexity": {"value": 10.1, "standard_error": 1.0}}},
+            "the original's perplexity is 10.1 instead of 10.0",
+        ),
+        (
+            {"divergence": {"base_cache_bytes": 80_000}},
+            "the original's cache is 80000 instead of 40000",
+        ),
+        (
             {"settings": {"passkey_lengths": [2048]}},
             "passkey_lengths is 2048 instead of 512, 1024",
         ),
@@ -110,14 +119,27 @@ def test_reports_that_were_measured_unlike_each_other_are_refused_with_what_diff
     assert refusal(*files) == f"{files[2]} cannot be compared with {files[0]}: {said}"
 
 
-def test_how_long_the_chats_may_be_counts_where_both_were_asked(write: Write) -> None:
-    long, short = ({"max_new_tokens": count, "prompts": []} for count in (160, 96))
+def test_the_same_original_on_another_device_may_be_compared(write: Write) -> None:
+    close = write(
+        "close", 0.4, 0.1, divergence={"base_perplexity": {"value": 10.01, "standard_error": 1.0}}
+    )
+    assert len(compare([write("a", 0.5, 0.1), close]).rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompts", "said"),
+    [(96, 4, "chat tokens is 96 instead of 160"), (160, 3, "chat prompts is 3 instead of 4")],
+)
+def test_what_was_asked_in_chat_counts_where_both_were_asked(
+    tmp_path: Path, write: Write, tokens: int, prompts: int, said: str
+) -> None:
     plain = write("plain", 0.5, 0.1)
-    first, second = write("first", 0.5, 0.1), write("second", 0.5, 0.1)
-    for file, chat in ((first, long), (second, short)):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat": chat}))
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    for file, longest, count in ((first, 160, 4), (second, tokens, prompts)):
+        chat = {"max_new_tokens": longest, "prompts": [{}] * count}
+        file.write_text(json.dumps(json.loads(plain.read_text()) | {"chat": chat}))
     assert len(compare([plain, first]).rows) == 2
-    assert refusal(plain, first, second).endswith("chat tokens is 96 instead of 160")
+    assert refusal(plain, first, second).endswith(f": {said}")
 
 
 def test_settings_that_decide_no_number_may_differ(write: Write) -> None:
@@ -147,6 +169,42 @@ def test_a_file_that_is_no_report_is_named(
     message = refusal(write("a", 0.5, 0.1), file)
     assert message.startswith(f"{file}: ")
     assert said in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"bytes_share": None}, "its bytes_share is not a number"),
+        ({"bytes_share": "half"}, "its bytes_share is not a number"),
+        ({"cache": {"bytes_per_token_bf16": None}}, "its bytes_per_token_bf16 is not a number"),
+        ({"divergence": {"kl": {"value": "x", "standard_error": 0.1}}}, "its value is not a num"),
+        ({"divergence": {"base_perplexity": {"value": []}}}, "its value is not a number"),
+        ({"recall_share": "all"}, "its recall_share is not a number"),
+    ],
+)
+def test_a_report_with_something_else_for_a_number_is_named(
+    write: Write, changes: dict[str, Any], said: str
+) -> None:
+    good, damaged = write("good", 0.5, 0.1), write("damaged", 0.4, 0.1, **changes)
+    assert refusal(good, damaged).startswith(
+        f"{damaged}: not a report of 'kvtool evaluate': {said}"
+    )
+
+
+def test_a_number_that_is_not_finite_is_one_that_was_not_measured(write: Write) -> None:
+    row, _ = compare([write("a", 0.4, math.nan), write("b", 0.5, 0.1)]).rows
+    assert (row.label, row.kl, row.optimal) == ("a", None, False)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(15.0, 0.0), (None, 20.0), (15.0, None)])
+def test_there_is_no_ratio_of_speeds_without_both(
+    write: Write, ours: float | None, theirs: float | None
+) -> None:
+    file = write("a", 0.5, 0.1)
+    rates = {"ours": ours, "dense": theirs}
+    speed = {name: {"decode_tokens_per_second": rate} for name, rate in rates.items()}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"speed": speed}))
+    assert [row.decode_ratio for row in compare([file, file]).rows] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +279,18 @@ def test_the_command_prints_a_table_or_json(
     result = json.loads(capfd.readouterr().out)
     assert [row["file"] for row in result["reports"]] == files[::-1]
     assert result["conditions"]["original"] == "ORIGINAL"
+
+
+def test_a_comparison_is_printed_even_if_its_picture_cannot_be_written(
+    write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "page.html"
+    output.symlink_to(tmp_path / "missing" / "page.html")
+    file = str(write("half", 0.5, 0.1))
+    assert run_command(["compare", file, file, "-o", str(output), "--json"]) == 1
+    out, err = capfd.readouterr()
+    assert len(json.loads(out)["reports"]) == 2
+    assert str(output) in err
 
 
 def test_the_page_of_a_comparison_is_like_that_of_a_report(write: Write, tmp_path: Path) -> None:

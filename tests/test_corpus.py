@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from kvtool import corpus as corpus_module
 from kvtool.checkpoint import Checkpoint
-from kvtool.corpus import Corpus, calibration_text, can_chat, evaluation_text
-from kvtool.errors import UsageError
+from kvtool.cli.generate import chat_ids
+from kvtool.corpus import Corpus, calibration_text, can_chat, chat_tokens, evaluation_text
+from kvtool.errors import UnsupportedModelError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,7 @@ def test_too_little_text_says_how_much_there_is(tokenizer: PreTrainedTokenizerFa
 
 SYSTEM = "{% if loop.first %}<|pad|>Be kind.<|eos|>{% endif %}"
 TURN = "[{{ message.role }}]{{ message.content }}{{ eos_token }}"
+HI = [{"role": "user", "content": "Hi"}]
 LOOP = "{%% for message in messages %%}%s{%% endfor %%}"
 
 
@@ -216,6 +218,14 @@ def test_a_conversation_is_what_the_template_makes_of_its_turns(
         assert window[: len(whole)] == whole == rendered[: len(whole)]
         assert window.count(tokenizer.eos_token_id) - cut in (0, 1)
         assert len(messages) >= 4
+
+
+@pytest.mark.parametrize(("answer", "end"), [(False, ""), (True, "<|bos|>assistant\n")])
+def test_a_conversation_ends_behind_its_last_turn_or_where_the_answer_begins(
+    tokenizer: PreTrainedTokenizerFast, answer: bool, end: str
+) -> None:
+    ids = chat_tokens(tokenizer, HI, answer=answer)
+    assert tokenizer.decode(ids) == "<|bos|>user\nHi<|eos|>\n" + end
 
 
 def test_windows_of_conversations_begin_with_the_system_prompt(smollm2: Checkpoint) -> None:
@@ -300,6 +310,29 @@ def test_a_template_that_names_the_day_gives_the_same_tokens_on_any_day() -> Non
     tokenizer = with_template("Today is {{ strftime_now('%d %b %Y') }}." + LOOP % TURN)
     text = tokenizer.decode(numbers().windows(tokenizer, 64, 1, chat=1.0)[0])
     assert text.startswith("Today is 1 January 2025.[user]")
+
+
+def test_a_person_is_told_what_day_it_is() -> None:
+    tokenizer = with_template("{{ strftime_now('%Y') }}" + LOOP % TURN)
+    year, said = tokenizer.decode(chat_ids(tokenizer, HI, "MODEL")).split("[", 1)
+    assert int(year) > 2025
+    assert said == "user]Hi<|eos|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (None, "no chat template is there"),
+        ("{{ raise_exception('only poems') }}", "does not take this conversation: only poems"),
+        ("{{ messages[0].content + 1 }}", "does not take this conversation: can only conc"),
+        ("{{ '' }}", "makes nothing of this conversation"),
+    ],
+)
+def test_a_conversation_that_a_template_does_not_take_is_refused_with_its_reason(
+    template: str | None, why: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"^MODEL: .*{why}"):
+        chat_ids(with_template(template), HI, "MODEL")
 
 
 @pytest.mark.parametrize("length", [64, 256])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli import evaluate as evaluate_command
 from kvtool.cli import run_command
+from kvtool.cli.evaluate import check_output
 from kvtool.corpus import evaluation_text
 from kvtool.errors import CheckpointError, UsageError
 from kvtool.evaluate import protocol, retrieval
@@ -517,6 +520,66 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     missing = tmp_path / "missing" / "report.json"
     assert run_command(["evaluate", str(tiny("llama")), "-o", str(missing), "-q"]) == 2
     assert str(missing) in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_read_only_output_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    output = tmp_path / "report.json"
+    if exists:
+        output.touch()
+    check_output(output, (".json",))
+    denied = output if exists else tmp_path
+    # Modes would not do: root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (denied, os.W_OK))
+    with pytest.raises(UsageError, match=r"report\.json cannot be written: permission"):
+        check_output(output, (".json",))
+
+
+def test_what_was_measured_is_shown_even_if_a_report_cannot_be_written(
+    tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page, report = tmp_path / "report.html", tmp_path / "report.json"
+    page.symlink_to(tmp_path / "missing" / "report.html")
+    outputs = ["-o", str(page), "-o", str(report)]
+    assert run_command(["evaluate", str(tiny("llama")), *SHORT_OPTIONS, "--json", *outputs]) == 1
+    out, err = capfd.readouterr()
+    assert str(page) in err
+    assert json.loads(report.read_text()) == json.loads(out)
+
+
+def test_layers_and_chat_are_left_out_on_request(
+    tiny: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny("llama"))
+    command = ["evaluate", model, "--against", model, *SHORT_OPTIONS, "--no-layers", "--no-chat"]
+    assert run_command([*command, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert [layer["kl"] for layer in result["layers"]] == [None] * 3
+    assert (result["chat"], result["samples"]) == (None, [])
+    assert run_command([*command, "--min-chat-end", "0.5"]) == 2
+    assert "--no-chat" in capfd.readouterr().err
+
+
+def test_a_report_is_written_even_if_nothing_can_be_printed(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate_command, "emit", closed)
+    report = tmp_path / "report.json"
+    assert run_command(["evaluate", str(tiny("llama")), *SHORT_OPTIONS, "-o", str(report)]) == 1
+    assert json.loads(report.read_text())["bytes_share"] is None
+
+
+@pytest.mark.parametrize("gate", ["--min-recall", "--min-chat-end"])
+def test_no_model_can_keep_more_than_all_that_its_original_knows(
+    gate: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["evaluate", "anything", gate, "2"]) == 2
+    assert gate in capfd.readouterr().err
 
 
 def test_smollm2_finds_its_pass_keys(smollm2: Checkpoint) -> None:

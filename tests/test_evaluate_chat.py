@@ -60,9 +60,26 @@ def test_a_question_is_rendered_by_the_template_up_to_where_the_answer_begins(
     assert engine.tokenizer.decode(ids[0]) == "<|bos|>user\nHi<|eos|>\n<|bos|>assistant\n"
 
 
-@pytest.mark.parametrize("template", [None, "{{ raise_exception('no lone questions') }}"])
+def test_the_same_is_asked_on_any_day(engine: Engine) -> None:
+    engine.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    ids = chat_ids(engine.tokenizer, ["Hi"])
+    assert ids is not None
+    assert engine.tokenizer.decode(ids[0]) == "1 January 2025: Hi"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "",
+        "{{ raise_exception('no lone questions') }}",
+        "{{ messages[0].content + 1 }}",
+        {"tool_use": "{{ messages[0].content }}"},
+    ],
+    ids=["none", "empty", "refuses", "type", "named"],
+)
 def test_without_a_template_that_takes_a_question_samples_continue_the_text(
-    engine: Engine, template: str | None
+    engine: Engine, template: str | dict[str, str] | None
 ) -> None:
     engine.tokenizer.chat_template = template
     chat, samples = converse(

@@ -164,6 +164,23 @@ def test_score_errors_are_those_of_the_scores_that_the_layers_attend_with(
     assert first.score_error > 1e-2
 
 
+@pytest.mark.parametrize("heads", [{"num_attention_heads": 8, "head_dim": 8}, {"head_dim": 8}])
+def test_scores_are_compared_only_with_those_of_as_many_query_heads(
+    tiny: Callable[..., Path], lossy: Path, heads: dict[str, int]
+) -> None:
+    found = damage(load(lossy), load(tiny("llama", **heads)))
+    assert all(layer.kl > 1e-3 and layer.output_error > 1e-2 for layer in found)
+    assert [layer.score_error is None for layer in found] == [len(heads) == 2] * 3
+
+
+def test_a_layer_that_gives_nothing_has_no_error(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    def prune(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
+
+    pruned = load(edited_copy(tiny("llama"), tmp_path / "pruned", prune))
+    assert damage(pruned, pruned) == [Damage(0.0, 0.0, None)] * 3
+
+
 def test_layers_of_other_shapes_are_not_comparable(tiny: Callable[..., Path]) -> None:
     base = load(tiny("llama"))
     assert comparable(base, load(tiny("qwen3")))

@@ -171,7 +171,7 @@ def test_a_page_is_one_file_that_fetches_and_runs_nothing(page: str) -> None:
 
 def test_text_of_a_report_is_escaped_everywhere(page: str) -> None:
     assert "<script" not in page
-    assert "<b>alert" not in page
+    assert '"<b>' not in page
     parsed = Page(page)
     assert parsed.tags["b"] == 5  # the big numbers
     for text in (EVIL, "same ", f"other {EVIL}", "写一句话。"):

@@ -36,6 +36,7 @@ def compare(
     if len(reports) < 2:
         raise UsageError("a comparison needs two reports or more")
     comparison = put_together(reports)
+    emit(comparison.to_dict(), json, comparison.table())
     if output is not None:
         from kvtool.evaluate.html import compare_page, save_comparison
 
@@ -43,4 +44,3 @@ def compare(
             output.write_text(compare_page(comparison), encoding="utf-8")
         else:
             save_comparison(comparison, output)
-    emit(comparison.to_dict(), json, comparison.table())

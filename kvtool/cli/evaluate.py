@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from json import loads
 from pathlib import Path
@@ -50,6 +51,8 @@ def evaluate(
             "and 2048 for the pass-key, 1400 and 700 for the needle.",
         ),
     ] = None,
+    layers: Annotated[bool, typer.Option(help="Measure what each layer alone breaks.")] = True,
+    chat: Annotated[bool, typer.Option(help="Ask a few questions in chat.")] = True,
     speed: Annotated[bool, typer.Option(help="Time generation as well.")] = True,
     max_kl: Annotated[
         float | None, typer.Option(min=0.0, help="Fail (exit code 6) above this KL.")
@@ -59,12 +62,16 @@ def evaluate(
     ] = None,
     min_recall: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Fail below this share of the answers that the original knows."),
+        typer.Option(
+            min=0.0, max=1.0, help="Fail below this share of the answers that the original knows."
+        ),
     ] = None,
     min_chat_end: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Fail below this share of the chat prompts that the original ends."
+            min=0.0,
+            max=1.0,
+            help="Fail below this share of the chat prompts that the original ends.",
         ),
     ] = None,
     output: Annotated[
@@ -92,6 +99,8 @@ def evaluate(
     from kvtool.evaluate.evaluation import evaluate as measure
     from kvtool.evaluate.report import Gates
 
+    if min_chat_end is not None and not chat:
+        raise UsageError("--min-chat-end judges what --no-chat leaves out")
     for file in output or ():
         check_output(file, (".json", ".html"))
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
@@ -124,6 +133,8 @@ def evaluate(
                 windows=settings.windows if windows is None else windows,
                 prefill=prefill,
                 continuation=continuation,
+                layers=layers,
+                chat=chat,
                 speed=speed,
                 seed=seed,
             ),
@@ -132,16 +143,19 @@ def evaluate(
             report=report_progress,
         )
     result = report.to_dict()
-    for file in output or ():
-        text = dump_json(result) + "\n"
-        if file.suffix == ".html":
-            from kvtool.evaluate.html import report_page
+    # What was measured for long must outlive a file that cannot be written, and a closed pipe.
+    try:
+        emit(result, json, report.table())
+        if kept is not None and not json:
+            out.print(head_picture(kept), soft_wrap=True)
+    finally:
+        for file in sorted(output or (), key=lambda file: file.suffix == ".html"):
+            text = dump_json(result) + "\n"
+            if file.suffix == ".html":
+                from kvtool.evaluate.html import report_page
 
-            text = report_page(loads(text), report.table())
-        file.write_text(text, encoding="utf-8")
-    emit(result, json, report.table())
-    if kept is not None and not json:
-        out.print(head_picture(kept), soft_wrap=True)
+                text = report_page(loads(text), report.table())
+            file.write_text(text, encoding="utf-8")
     if failed := report.failures(gates):
         raise GateError(f"{model}: {'; '.join(failed)}")
 
@@ -150,9 +164,12 @@ def check_output(file: Path, suffixes: Sequence[str]) -> None:
     """Refuses, before any work, a file that cannot be written or is of no known kind.
 
     Raises:
-        UsageError: It is a folder, lies in none, or ends otherwise.
+        UsageError: It is a folder, lies in none, is read-only, or ends otherwise.
     """
-    if file.is_dir() or not file.absolute().parent.is_dir():
+    parent = file.absolute().parent
+    if file.is_dir() or not parent.is_dir():
         raise UsageError(f"{file} cannot be written: it must be a file in an existing folder")
+    if not os.access(file if file.exists() else parent, os.W_OK):
+        raise UsageError(f"{file} cannot be written: permission is denied")
     if file.suffix not in suffixes:
         raise UsageError(f"{file} cannot be written: it must end in {' or '.join(suffixes)}")

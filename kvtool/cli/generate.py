@@ -16,6 +16,8 @@ from kvtool.errors import UnsupportedModelError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from kvtool.corpus import Messages
+
 _SAMPLING = "Sampling"
 _LEAST_TEMPERATURE = 1e-3  # logits are divided by it: far below, they overflow
 
@@ -184,23 +186,19 @@ class TextStream:
         )
 
 
-def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], model: str
-) -> list[int]:
-    """A conversation as the model was trained to read it, ending where its answer begins."""
-    if not tokenizer.chat_template:
-        raise UnsupportedModelError(
-            f"{model} has no chat template, so it cannot hold a conversation",
-            hint="continue a plain text with 'kvtool generate'",
-        )
-    ids = tokenizer.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-        tokenizer_kwargs={"verbose": False},
-    )
-    return list(ids)
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, model: str) -> list[int]:
+    """A conversation of today, ending where the model answers.
+
+    Raises:
+        UnsupportedModelError: There is no chat template that takes it.
+    """
+    from kvtool.corpus import chat_tokens
+
+    try:
+        return chat_tokens(tokenizer, messages, answer=True, today=True)
+    except UnsupportedModelError as error:
+        hint = "continue a plain text with 'kvtool generate'"
+        raise UnsupportedModelError(f"{model}: {error}", hint) from error
 
 
 def sampling_options(

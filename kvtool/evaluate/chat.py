@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kvtool.corpus import start_tokens
+from kvtool.corpus import chat_tokens, start_tokens
+from kvtool.errors import UnsupportedModelError
 from kvtool.evaluate.retrieval import Filler
 
 if TYPE_CHECKING:
@@ -133,24 +134,10 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     Returns:
         None where there is no chat template, or one that refuses a lone question.
     """
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        return None
-
-    def rendered(text: str) -> list[int]:
-        ids: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            tokenizer_kwargs={"verbose": False},
-        )
-        return list(ids)
-
+    asked = [[{"role": "user", "content": text}] for text in texts]
     try:
-        return [rendered(text) for text in texts]
-    except TemplateError:
+        return [chat_tokens(tokenizer, messages, answer=True) for messages in asked]
+    except UnsupportedModelError:
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -27,6 +28,8 @@ DECIDING = (
     "needle_lengths",
     "needle_contexts",
 )
+# One original measured on two devices: kernels sum in other orders, in bfloat16 above all.
+TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def compare(files: Sequence[Path]) -> Comparison:
         differing = [
             f"{name} is {_shown(theirs[name])} instead of {_shown(mine[name])}"
             for name in mine
-            if mine[name] != theirs[name] and None not in (mine[name], theirs[name])
+            if _differ(mine[name], theirs[name])
         ]
         if differing:
             raise UsageError(f"{other} cannot be compared with {file}: {', '.join(differing)}")
@@ -167,12 +170,24 @@ def _read(file: Path) -> tuple[dict[str, Any], Row]:
 
 def _conditions(report: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same in two reports; None where one does not have it."""
+    chat = report.get("chat")
     return {
         "original": report["base"],
         "dtype": report["environment"]["dtype"],
         **{name: report["settings"].get(name) for name in DECIDING},
-        "chat tokens": (report.get("chat") or {}).get("max_new_tokens"),
+        "chat tokens": chat["max_new_tokens"] if chat else None,
+        "chat prompts": len(chat["prompts"]) if chat else None,
+        # Two models may have one name.
+        "the original's cache": report["divergence"].get("base_cache_bytes"),
+        "the original's perplexity": _number(report["divergence"]["base_perplexity"], "value"),
     }
+
+
+def _differ(mine: Any, theirs: Any) -> bool:
+    """Whether two reports tell different things of one condition, if both tell of it."""
+    if isinstance(mine, float) and isinstance(theirs, float):
+        return not math.isclose(mine, theirs, rel_tol=TOLERANCE)
+    return None not in (mine, theirs) and bool(mine != theirs)
 
 
 def _row(file: Path, report: Mapping[str, Any]) -> Row:
@@ -182,21 +197,40 @@ def _row(file: Path, report: Mapping[str, Any]) -> Row:
     return Row(
         label="",
         file=str(file),
-        source=report["source"],
-        bytes_share=report["bytes_share"],
-        bytes_per_token_bf16=report["cache"]["bytes_per_token_bf16"],
-        kl=kl["value"],
-        kl_error=kl["standard_error"],
-        perplexity_ratio=ratio["value"],
-        perplexity_ratio_error=ratio["standard_error"],
-        recall_share=report["recall_share"],
-        chat_share=report.get("chat_share"),
+        source=str(report["source"]),
+        bytes_share=_size(report, "bytes_share"),
+        bytes_per_token_bf16=_size(report["cache"], "bytes_per_token_bf16"),
+        kl=_number(kl, "value"),
+        kl_error=_number(kl, "standard_error"),
+        perplexity_ratio=_number(ratio, "value"),
+        perplexity_ratio_error=_number(ratio, "standard_error"),
+        recall_share=_number(report, "recall_share"),
+        chat_share=_number(report, "chat_share") if "chat_share" in report else None,
         decode_ratio=_ratio(speed["ours"], dense) if dense else None,
     )
 
 
-def _ratio(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float:
-    return ours["decode_tokens_per_second"] / theirs["decode_tokens_per_second"]
+def _ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float | None:
+    rate, original = (_number(speed, "decode_tokens_per_second") for speed in (ours, theirs))
+    return rate / original if rate is not None and original else None
+
+
+def _size(fields: Mapping[str, Any], name: str) -> float:
+    """A number that every report has."""
+    value = _number(fields, name)
+    if value is None:
+        raise TypeError(f"its {name} is not a number")
+    return value
+
+
+def _number(fields: Mapping[str, Any], name: str) -> float | None:
+    """A finite number, or None."""
+    value = fields[name]
+    if value is None:
+        return None
+    if not isinstance(value, int | float):
+        raise TypeError(f"its {name} is not a number")
+    return float(value) if math.isfinite(value) else None
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:

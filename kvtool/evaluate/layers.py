@@ -37,7 +37,8 @@ class Damage:
         output_error: Relative error of the attention's output, ||a - a'|| / ||a||, given what the
             original gives to the layer.
         score_error: The same of its scores before the softmax, each query's centred over the keys
-            that it sees: a constant does nothing to a softmax. None where the layer keeps its keys.
+            that it sees: a constant does nothing to a softmax. None where the layer keeps its keys,
+            or has another number of query heads.
     """
 
     kl: float
@@ -103,7 +104,8 @@ def layer_damage(engine: Engine, base: Engine, ids: Tensor, prefill: int) -> Ite
             after, changed = theirs.run(hidden, i, i + 1), ours.run(hidden, i, i + 1)
         scores = None
         if isinstance(attention, LatentRuntimeAttention):
-            scores = _relative_error(theirs.scores(i, true.hidden), ours.scores(i, tested.hidden))
+            right, wrong = theirs.scores(i, true.hidden), ours.scores(i, tested.hidden)
+            scores = _relative_error(right, wrong) if right.shape == wrong.shape else None
         kl = 0.0
         if not all(map(torch.equal, after, changed)):
             # What this writes into the stores above, the walk itself will write over.
@@ -189,9 +191,10 @@ def _centred(scores: Tensor) -> Tensor:
 
 
 def _relative_error(true: Tensor, other: Tensor) -> float:
-    """||true - other||_F / ||true||_F."""
+    """||true - other||_F / ||true||_F, and 0 between equals."""
     true = true.double()
-    return float((true - other.double()).norm() / true.norm())
+    error = (true - other.double()).norm()
+    return float(error / true.norm()) if error else 0.0
 
 
 def _log_probabilities(engine: Engine, hidden: Parts) -> list[Tensor]:

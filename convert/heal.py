@@ -191,7 +191,9 @@ class MlaStudent(Student):
             either = _Either(GroupedQueryAttention(layer.self_attn, name), converted)
             either.scale = scale
             for part in _FACTORS:
-                getattr(converted, part).requires_grad_(True)
+                factor = getattr(converted, part)
+                delattr(converted, part)
+                setattr(converted, part, nn.Parameter(factor))
             for projection in (own.qkv, own.o_proj):
                 projection.requires_grad_(True)
             layer.self_attn = either

@@ -500,7 +500,7 @@ class FactoredAttention(LatentAttention):
         self.rank, self.rope_dim = factors.rank, factors.rope.shape[0]
         for part in ("down", "rope", "rope_query", "key_up", "value_up"):
             tensor = getattr(factors, part).to(gqa.qkv.weight)
-            setattr(self, part, nn.Parameter(tensor, requires_grad=False))
+            self.register_buffer(part, tensor, persistent=False)
         self.inv_freq = factors.inv_freq.to(gqa.qkv.weight.device)
 
     def query_and_compress(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

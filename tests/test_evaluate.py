@@ -553,13 +553,21 @@ def test_layers_and_chat_are_left_out_on_request(
     tiny: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = str(tiny("llama"))
-    command = ["evaluate", model, "--against", model, *SHORT_OPTIONS, "--no-layers", "--no-chat"]
+    command = [
+        "evaluate",
+        model,
+        "--against",
+        model,
+        *SHORT_OPTIONS,
+        "--no-layers",
+        "--no-chat-prompts",
+    ]
     assert run_command([*command, "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert [layer["kl"] for layer in result["layers"]] == [None] * 3
     assert (result["chat"], result["samples"]) == (None, [])
     assert run_command([*command, "--min-chat-end", "0.5"]) == 2
-    assert "--no-chat" in capfd.readouterr().err
+    assert "--no-chat-prompts" in capfd.readouterr().err
 
 
 def test_a_report_is_written_even_if_nothing_can_be_printed(

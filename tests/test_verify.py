@@ -30,9 +30,9 @@ HEADS, HEAD, RANK = 4, 16, 32
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 KINDS = {
-    "transmla": {"freqfold": "2"},
+    "transmla": {"method": "transmla", "freqfold": "2"},
     "exact": {"method": "exact"},
-    "kvtool": {"freqfold": "2", "target": "kvtool"},
+    "kvtool": {"method": "transmla", "freqfold": "2", "target": "kvtool"},
 }
 
 
@@ -215,7 +215,8 @@ def test_wrong_bfloat16_weights_do_not_pass_for_rounding(tiny, tmp_path, method,
     if method == "exact" and wrong is swap_keys_and_values:
         wrong = values_of_the_other_group  # there are no key rows
     model = tiny("llama", dtype="bfloat16")
-    convert(model, tmp_path / "out", method=method, freqfold="2")
+    options = {} if method == "exact" else {"freqfold": "2"}
+    convert(model, tmp_path / "out", method=method, **options)
     base = Checkpoint.open(str(model))
     assert failures(verify(tmp_path / "out", base)) == set()
     assert failures(verify(edit(tmp_path / "out", wrong), base)) == {"as converted"}
@@ -271,7 +272,7 @@ def test_one_bit_in_a_projection_that_our_own_format_keeps_is_noticed(copy_of, f
 
 def test_an_output_head_that_was_untied_for_vllm_counts_as_untouched(tiny, tmp_path):
     model = tiny("llama", tie_word_embeddings=True)
-    convert(model, tmp_path / "out", freqfold="2", target="vllm")
+    convert(model, tmp_path / "out", method="transmla", freqfold="2", target="vllm")
     base = Checkpoint.open(str(model))
     assert failures(verify(tmp_path / "out", base)) == set()
     edit(tmp_path / "out", lambda tensors: flip_one_bit(tensors["lm_head.weight"]))

@@ -52,7 +52,7 @@ def evaluate(
         ),
     ] = None,
     layers: Annotated[bool, typer.Option(help="Measure what each layer alone breaks.")] = True,
-    chat: Annotated[bool, typer.Option(help="Ask a few questions in chat.")] = True,
+    chat_prompts: Annotated[bool, typer.Option(help="Ask a few questions in chat.")] = True,
     speed: Annotated[bool, typer.Option(help="Time generation as well.")] = True,
     max_kl: Annotated[
         float | None, typer.Option(min=0.0, help="Fail (exit code 6) above this KL.")
@@ -99,8 +99,8 @@ def evaluate(
     from kvtool.evaluate.evaluation import evaluate as measure
     from kvtool.evaluate.report import Gates
 
-    if min_chat_end is not None and not chat:
-        raise UsageError("--min-chat-end judges what --no-chat leaves out")
+    if min_chat_end is not None and not chat_prompts:
+        raise UsageError("--min-chat-end judges what --no-chat-prompts leaves out")
     for file in output or ():
         check_output(file, (".json", ".html"))
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
@@ -134,7 +134,7 @@ def evaluate(
                 prefill=prefill,
                 continuation=continuation,
                 layers=layers,
-                chat=chat,
+                chat=chat_prompts,
                 speed=speed,
                 seed=seed,
             ),

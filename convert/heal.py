@@ -142,13 +142,18 @@ def _recall_tasks(tokenizer: Any, corpus: Corpus, seed: int) -> list[RecallTask]
 
 
 class _Either(nn.Module):
-    """Stands where a decoder layer expects its attention: the original's, or the converted one."""
+    """Stands where a decoder layer expects its attention: the original's, or the converted one.
 
-    def __init__(self, original: GroupedQueryAttention, converted: FactoredAttention) -> None:
+    Args:
+        scale: Of the model's RoPE.
+    """
+
+    def __init__(
+        self, original: GroupedQueryAttention, converted: FactoredAttention, scale: float
+    ) -> None:
         super().__init__()
-        self.original, self.converted = original, converted
+        self.original, self.converted, self.scale = original, converted, scale
         self.teaching = False
-        self.scale = 1.0
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: Any, **_: Any
@@ -188,8 +193,7 @@ class MlaStudent(Student):
             name = f"model.layers.{index}.self_attn"
             own = GroupedQueryAttention(copy.deepcopy(layer.self_attn), name)
             converted = latent_stages(own, layers[index])
-            either = _Either(GroupedQueryAttention(layer.self_attn, name), converted)
-            either.scale = scale
+            either = _Either(GroupedQueryAttention(layer.self_attn, name), converted, scale)
             for part in _FACTORS:
                 factor = getattr(converted, part)
                 delattr(converted, part)
@@ -317,8 +321,8 @@ def heal(
         None if teacher is None else _load_teacher(teacher, checkpoint, device),
     )
     length = window(checkpoint, teacher)
-    main, processes = distill.processes()[0] == 0, distill.processes()[1]
-    if amount.seconds is not None and main:
+    rank, processes = distill.processes()
+    if amount.seconds is not None and rank == 0:
         _measure_steps(student, amount.seconds, checkpoint, length, data, folder, seed)
     distill.wait_for_everyone()
     if amount.tokens is None:

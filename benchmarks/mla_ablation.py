@@ -30,7 +30,7 @@ from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import aware, transmla
 from kvtool.convert.fitting import ConvertedLayer, converted_attention, latent_stages
-from kvtool.convert.mla import WINDOW
+from kvtool.convert.planning import WINDOW
 from kvtool.corpus import calibration_text, evaluation_text
 
 JUDGED = 256  # last positions of each held-out window

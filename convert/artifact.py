@@ -20,7 +20,8 @@ from kvtool.errors import CheckpointError
 from kvtool.recipe import dump_recipe
 
 if TYPE_CHECKING:
-    from kvtool.convert.mla import ConversionResult, MlaOptions
+    from kvtool.convert.mla import ConversionResult
+    from kvtool.convert.planning import MlaOptions
 
 MANIFEST = "kvtool_manifest.json"
 PROBE = Path("kvtool") / "probe.safetensors"

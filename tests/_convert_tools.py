@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kvtool.checkpoint import Checkpoint, sha256_file
-from kvtool.convert import mla
+from kvtool.convert import mla, planning
 from kvtool.runtime import Engine
 
 MANIFEST = "kvtool_manifest.json"
@@ -51,11 +51,11 @@ def convert(model: Path | str, output: Path, **options: Any) -> mla.ConversionRe
     run = {name: options.pop(name) for name in ("report", "resume", "overwrite") if name in options}
     if options.get("method") != "exact":
         options = {"tokens": 1024} | options
-    return mla.convert(Checkpoint.open(str(model)), output, mla.MlaOptions(**options), **run)
+    return mla.convert(Checkpoint.open(str(model)), output, planning.MlaOptions(**options), **run)
 
 
 def plan(model: Path | str, **options: Any) -> dict[str, Any]:
-    return mla.plan(Checkpoint.open(str(model)), mla.MlaOptions(**options))
+    return planning.plan(Checkpoint.open(str(model)), planning.MlaOptions(**options))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

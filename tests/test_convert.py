@@ -41,7 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint, sha256_file
-from kvtool.convert import aware, deepseek_v3, mla, targets, transmla
+from kvtool.convert import aware, deepseek_v3, mla, planning, targets, transmla
 from kvtool.convert.verify import verify
 from kvtool.corpus import calibration_text
 from kvtool.errors import (
@@ -425,7 +425,7 @@ def test_the_recipe_replays_to_the_same_bits(converted, tmp_path, monkeypatch):
     from kvtool.cli.run import run
 
     model, output = converted("llama", {}, kv_budget="50%")
-    method = mla.MlaOptions().method
+    method = planning.MlaOptions().method
     recipe = load_recipe(output / "recipe.yaml")
     step = recipe.steps[0]
     assert recipe.model == str(model)
@@ -477,7 +477,7 @@ import torch
 torch.set_num_threads(1)
 from kvtool import _staging
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import artifact, fitting, mla
+from kvtool.convert import artifact, fitting, mla, planning
 
 model, folder, points, options = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(), sys.argv[4]
 
@@ -527,14 +527,13 @@ def arm(point, output):
         Path.unlink = second
     return lambda *step: die() if step == steps.get(point) else None
 
-mla.convert(Checkpoint.open(model), folder / "whole", mla.MlaOptions(**eval(options)))
+mla.convert(Checkpoint.open(model), folder / "whole", planning.MlaOptions(**eval(options)))
 for point in points:
     child = os.fork()
     if not child:
         report = arm(point, folder / point)
-        mla.convert(
-            Checkpoint.open(model), folder / point, mla.MlaOptions(**eval(options)), report=report
-        )
+        asked = planning.MlaOptions(**eval(options))
+        mla.convert(Checkpoint.open(model), folder / point, asked, report=report)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print(point, os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)
@@ -1013,7 +1012,7 @@ def test_a_layer_of_the_output_holds_the_weights_that_the_factors_give(converted
 
 def test_the_real_model_is_embedded_without_loss(smollm2, tmp_path):
     output = tmp_path / "out"
-    result = mla.convert(smollm2, output, mla.MlaOptions(method="exact"))
+    result = mla.convert(smollm2, output, planning.MlaOptions(method="exact"))
     assert result.plan["bytes_per_token_after"] == 23_040
     report = verify(output, smollm2)
     assert report.passed, report.checks
@@ -1059,7 +1058,7 @@ DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
 def test_a_tensor_that_does_not_fit_is_named_before_work_starts(tiny, tmp_path, message):
     model = damaged(tiny, tmp_path / "model", DAMAGE[message])
     with pytest.raises(CheckpointError, match=message):
-        mla.plan(Checkpoint.open(str(model)), mla.MlaOptions())
+        planning.plan(Checkpoint.open(str(model)), planning.MlaOptions())
 
 
 def test_frequencies_that_old_files_store_are_ignored(tiny, tmp_path):
@@ -1072,16 +1071,16 @@ def test_frequencies_that_old_files_store_are_ignored(tiny, tmp_path):
 def test_a_dry_run_refuses_what_the_run_would(tiny, tmp_path):
     checkpoint = Checkpoint.open(str(tiny("llama")))
     with pytest.raises(UsageError, match="overlap"):
-        mla.plan(checkpoint, mla.MlaOptions(), tiny("llama"), overwrite=True)
+        planning.plan(checkpoint, planning.MlaOptions(), tiny("llama"), overwrite=True)
     with pytest.raises(UsageError, match=r"nofile\.txt"):
-        mla.plan(checkpoint, mla.MlaOptions(data="nofile.txt"))
+        planning.plan(checkpoint, planning.MlaOptions(data="nofile.txt"))
     with pytest.raises(UsageError, match="tokens"):
-        mla.plan(checkpoint, mla.MlaOptions(tokens=100_000_000))
+        planning.plan(checkpoint, planning.MlaOptions(tokens=100_000_000))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("budget", "hint"), [("0.5", "50%"), ("1", "1%")])
 def test_a_share_without_its_sign_is_asked_about(tiny, budget, hint):
     with pytest.raises(UsageError) as caught:
-        mla.plan(Checkpoint.open(str(tiny("llama"))), mla.MlaOptions(kv_budget=budget))
+        planning.plan(Checkpoint.open(str(tiny("llama"))), planning.MlaOptions(kv_budget=budget))
     assert hint in (caught.value.hint or "")

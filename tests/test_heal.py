@@ -30,7 +30,7 @@ from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.cli import run_command
-from kvtool.convert import aware, heal, mla
+from kvtool.convert import aware, heal, mla, planning
 from kvtool.convert.exact import exact_factors
 from kvtool.convert.fitting import ConvertedLayer, converted_attention
 from kvtool.convert.heal import Amount, MlaStudent
@@ -491,9 +491,9 @@ def test_an_impossible_teacher_is_refused_by_the_plan(llama, foreigner):
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[mla.MlaOptions, str]]:
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[planning.MlaOptions, str]]:
     """Options and devices of the conversions that were asked for; none is done."""
-    asked: list[tuple[mla.MlaOptions, str]] = []
+    asked: list[tuple[planning.MlaOptions, str]] = []
 
     class Asked(Exception):
         pass

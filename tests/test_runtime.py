@@ -6,7 +6,7 @@ from conftest import FAMILIES, make_tokenizer
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import mla
+from kvtool.convert import mla, planning
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.latent_attention import latent_decode_attention
@@ -37,7 +37,7 @@ def latent(tiny, tmp_path_factory):
         if name not in made:
             family = "llama" if name == "exact" else name.removesuffix("-kvtool")
             target = "kvtool" if name in ("qwen3", "llama-kvtool") else "transformers"
-            options = mla.MlaOptions(
+            options = planning.MlaOptions(
                 method="exact" if name == "exact" else "transmla",
                 target=target,
                 kv_budget=None if name == "exact" else "60%",

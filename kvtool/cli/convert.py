@@ -109,13 +109,13 @@ def convert(
 ) -> None:
     """Convert MODEL to multi-head latent attention (MLA), as a stock checkpoint."""
     from kvtool.checkpoint import Checkpoint
-    from kvtool.convert import artifact, mla
+    from kvtool.convert import artifact, mla, planning
     from kvtool.distill import processes
 
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
-    options = mla.MlaOptions(
+    options = planning.MlaOptions(
         method=method,
         target=target,
         kv_budget=kv_budget,
@@ -136,7 +136,7 @@ def convert(
         opened = Checkpoint.open(teacher, offline=offline, trust_remote_code=trust_remote_code)
     first = processes()[0] == 0
     if dry_run:
-        plan = mla.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened)
+        plan = planning.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened)
         _check_memory(plan, device)
         if not first:
             return
@@ -148,7 +148,7 @@ def convert(
         return
     if first:
         _check_memory(
-            mla.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened), device
+            planning.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened), device
         )
     with _console.progress(quiet or not first) as report:
         result = mla.convert(

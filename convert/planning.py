@@ -1,0 +1,305 @@
+"""What a conversion to MLA is asked to do, whether it can be done, and what it will cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import AttentionLayout
+from kvtool.calibrate import statistics
+from kvtool.calibrate.statistics import StatisticsOptions
+from kvtool.calibrate.stream import LayerStream
+from kvtool.checkpoint import Checkpoint, check_disk, check_output, scratch_folder, torch_dtype
+from kvtool.convert import artifact, heal, targets
+from kvtool.corpus import calibration_text, can_chat, evaluation_text
+from kvtool.errors import UnsupportedModelError, UsageError
+
+WINDOW = 2048
+"""Tokens per calibration window (TransMLA's converter: 256): rotations matter at long distances."""
+PROBE = 2112
+"""Tokens of the probe: beyond 2048, where some engines switch their RoPE."""
+_BASE_MEMORY = 500_000_000
+"""Python, torch and transformers themselves."""
+
+
+@dataclass(frozen=True)
+class MlaOptions:
+    """Everything that determines the output besides the model.
+
+    Attributes:
+        method: `exact`, `transmla` or `aware`.
+        target: `transformers`, `vllm` or `kvtool`.
+        kv_budget, rope_dim, rank: Widths, see :func:`targets.latent_size`.
+        freqfold: F of TransMLA, or `auto`.
+        data: Calibration text; `None` is Python's own documentation.
+        tokens: Calibration tokens.
+        heal: How long the original teaches the result, see :meth:`heal.Amount.parse`.
+        teacher: Another model that teaches instead, with the same tokenizer.
+        dtype: Of the attention tensors; `auto` keeps the source's.
+    """
+
+    method: str = "aware"
+    target: str = "transformers"
+    kv_budget: str | None = None
+    rope_dim: int | None = None
+    rank: int | None = None
+    freqfold: str = "auto"
+    data: str | None = None
+    tokens: int = 16384
+    heal: str | None = None
+    teacher: str | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    shard_size: str = "2GB"
+
+
+def plan(
+    checkpoint: Checkpoint,
+    options: MlaOptions,
+    output: Path | None = None,
+    *,
+    overwrite: bool = False,
+    teacher: Checkpoint | None = None,
+) -> dict[str, Any]:
+    """Checks everything that can be checked before work starts, and says what it will cost.
+
+    Args:
+        teacher: What `options.teacher` names, opened.
+        output: Where it would be written; checked too if given.
+        overwrite: Whether something may be there already.
+
+    Raises:
+        UnsupportedModelError: The target cannot express the model.
+        UsageError: A width or budget is impossible, the text is too short, the output in the way.
+        CheckpointError: Tensors are missing or have the wrong shape.
+        ResourceError: The disk is too small.
+    """
+    _check_names(checkpoint, options)
+    config = checkpoint.hf_config()
+    stream = LayerStream(checkpoint)
+    layout, layers = stream.layouts[0], len(stream)
+    size = _size(checkpoint, options, layout)
+    teacher = opened(options, teacher)
+    planned_healing = _check_healing(checkpoint, options, teacher)
+    dtype = save_dtype(checkpoint, options)
+    nope = 0 if options.method == "exact" else layout.head_dim
+    attention = layers * _attention_values(layout, size, nope, options)
+    others = sum(t.nbytes for n, t in checkpoint.tensors.items() if not is_replaced(n, options))
+    untied = config.tie_word_embeddings and options.target == "vllm"
+    head = checkpoint.tensors["model.embed_tokens.weight"].nbytes if untied else 0
+    output_bytes = others + head + attention * dtype.itemsize
+    probe = 4 * layout.hidden_size * min(PROBE, _context(checkpoint))
+    measuring = 0
+    if options.method != "exact":
+        measuring = statistics.memory_bytes(stream, options.tokens)
+    layer_bytes = max(
+        sum(t.nbytes for n, t in checkpoint.tensors.items() if n.startswith(f"model.layers.{i}."))
+        for i in range(layers)
+    )
+    shard = min(output_bytes, shard_bytes(options.shard_size))
+    # Layer files lie beside the shards until the end, the states of the probe until the shards
+    # are written, and twice while they are replaced. Statistics have a place of their own.
+    disk_bytes = attention * dtype.itemsize + probe + max(output_bytes, probe)
+    fitted = layers * _fitted_bytes(layout, size, nope)
+    disk_bytes += fitted
+    if options.method == "aware":
+        disk_bytes += 4 * 4 * options.tokens * layout.hidden_size  # two streams, old and new
+    healing = 0
+    if options.heal is not None:
+        trained = layers * _attention_values(layout, size, nope, replace(options, target="kvtool"))
+        disk_bytes += fitted + 2 * 3 * 4 * trained  # a state of values and moments, old and new
+        weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+        healing = _BASE_MEMORY + heal.memory_bytes(config, weights, trained)
+        if teacher is not None:
+            healing += sum(4 * math.prod(t.shape) for t in teacher.tensors.values())
+    if output is not None:
+        check_output(output, overwrite=overwrite, source=checkpoint.path)
+        partial = scratch_folder(output).parent
+        there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        check_disk(output, max(0, disk_bytes - there))
+    texts(checkpoint, options)
+    return {
+        "method": options.method,
+        "target": options.target,
+        "layers": layers,
+        "rope_dim": size.rope_dim,
+        "rank": size.rank,
+        "bytes_per_token_before": 2 * layers * size.native,
+        "bytes_per_token_after": 2 * layers * (size.rank + size.rope_dim),
+        "share": size.share,
+        "output_bytes": output_bytes,
+        "disk_bytes": disk_bytes,
+        "memory_bytes": _BASE_MEMORY
+        + max(measuring, 2 * probe + max(shard, 3 * layer_bytes, 2 * head)),
+        "attention_dtype": str(dtype).removeprefix("torch."),
+        "healing": planned_healing and {**planned_healing, "memory_bytes": healing},
+    }
+
+
+def _check_names(checkpoint: Checkpoint, options: MlaOptions) -> None:
+    for value, known, flag in (
+        (options.method, targets.METHODS, "--method"),
+        (options.target, targets.TARGETS, "--target"),
+    ):
+        if value not in known:
+            raise UsageError(f"{flag} {value} is unknown: choose {', '.join(known)}")
+    if checkpoint.config.get("model_type") == "kvtool_mla":
+        targets.refuse_latent()
+    targets.require(checkpoint.hf_config(), options.method, options.target)
+
+
+def _size(checkpoint: Checkpoint, options: MlaOptions, layout: AttentionLayout) -> targets.Size:
+    """The widths asked for; raises where other options do not go with them."""
+    if options.method != "transmla" and options.freqfold != "auto":
+        raise UsageError(f"--freqfold has no place in --method {options.method}")
+    if options.method == "exact":
+        if any(x is not None for x in (options.kv_budget, options.rope_dim, options.rank)):
+            raise UsageError(
+                "--method exact keeps every byte: --kv-budget, --rope-dim and --rank have no place"
+            )
+        width = layout.kv_heads * layout.head_dim
+        return targets.Size(width, width, layout.cached_values)
+    widths = (options.kv_budget, options.rope_dim, options.rank)
+    config = checkpoint.hf_config()
+    size = targets.latent_size(config, options.method, options.target, *widths)
+    if options.method == "transmla" and options.freqfold != "auto":
+        if not options.freqfold.isdecimal():
+            raise UsageError(f"--freqfold {options.freqfold} is neither 'auto' nor a number")
+        targets.check_freqfold(int(options.freqfold), layout.head_dim, size.rope_dim)
+    window = min(WINDOW, _context(checkpoint))
+    if options.tokens < window:
+        raise UsageError(f"--tokens {options.tokens} is less than one window of {window}")
+    return size
+
+
+def _check_healing(
+    checkpoint: Checkpoint, options: MlaOptions, teacher: Checkpoint | None
+) -> dict[str, Any] | None:
+    """What healing is planned."""
+    if options.heal is None:
+        if teacher is not None:
+            raise UsageError("--teacher teaches while healing: give --heal, too")
+        return None
+    if options.method == "exact":
+        raise UsageError("--method exact loses nothing that --heal could bring back")
+    if teacher is not None:
+        heal.check_teacher(teacher, checkpoint)
+    amount = heal.Amount.parse(options.heal)
+    length = heal.window(checkpoint, teacher)
+    steps = None if amount.tokens is None else amount.steps(length, 1)
+    return {**dataclasses.asdict(amount), "window": length, "steps": steps}
+
+
+def opened(options: MlaOptions, teacher: Checkpoint | None) -> Checkpoint | None:
+    """The teacher, by its name if the caller did not open it."""
+    return teacher or (None if options.teacher is None else Checkpoint.open(options.teacher))
+
+
+def texts(checkpoint: Checkpoint, options: MlaOptions) -> tuple[Tensor | None, Tensor]:
+    """Calibration windows `[N, T]`, unless the method needs none, and the probe `[T]`, held out."""
+    tokenizer = checkpoint.tokenizer()
+    ids = None
+    if options.method != "exact":
+        used = statistics_options(checkpoint, options)
+        assert used.window is not None
+        count = used.tokens // used.window
+        chat = used.chat if can_chat(tokenizer) else 0.0
+        corpus = calibration_text(options.data)
+        ids = corpus.windows(tokenizer, used.window, count, options.seed, chat)
+    length = min(PROBE, _context(checkpoint))
+    probe = evaluation_text(options.data).windows(tokenizer, length, 1)[0]
+    return ids, probe
+
+
+def statistics_options(checkpoint: Checkpoint, options: MlaOptions) -> StatisticsOptions:
+    """The text that a conversion reads."""
+    window = min(WINDOW, _context(checkpoint))
+    return StatisticsOptions(
+        data=options.data, tokens=options.tokens, window=window, seed=options.seed
+    )
+
+
+def is_replaced(name: str, options: MlaOptions) -> bool:
+    """Whether the output holds other tensors instead of this one of the source."""
+    return any(f".self_attn.{part}." in name for part in replaced_parts(options))
+
+
+def replaced_parts(options: MlaOptions) -> list[str]:
+    """Parts of an attention module of which the output does not hold the source's tensors."""
+    parts = list(artifact.REPLACED) if options.target != "kvtool" else []
+    if options.heal is not None:
+        parts = [*artifact.REPLACED, "o_proj"]
+    elif options.method == "aware":
+        parts.append("o_proj")
+    return parts
+
+
+def save_dtype(checkpoint: Checkpoint, options: MlaOptions) -> torch.dtype:
+    """Dtype of the attention tensors written."""
+    if options.dtype == "auto":
+        own = torch_dtype(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].dtype)
+        if own == torch.float16 and options.target != "kvtool":
+            raise UnsupportedModelError(targets.FLOAT16)
+        return own
+    if options.dtype == "float16" and options.target != "kvtool":
+        raise UsageError(
+            "--dtype float16 underflows in the scaling that makes the latent norm linear",
+            hint="use bfloat16 or float32, or --target kvtool",
+        )
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    return dtype
+
+
+def _context(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.hf_config().max_position_embeddings)
+
+
+def shard_bytes(text: str) -> int:
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10}
+    for unit in ("GIB", "MIB", "KIB", "GB", "MB", "KB"):
+        if text.upper().endswith(unit):
+            try:
+                size = int(float(text[: -len(unit)]) * units[unit])
+            except (ValueError, OverflowError):
+                break
+            if size > 0:
+                return size
+            break
+    raise UsageError(f"--shard-size {text} is not a size such as 2GB or 500MB")
+
+
+def _fitted_bytes(layout: AttentionLayout, size: targets.Size, nope: int) -> int:
+    """Of the file that keeps a fitted layer until it is written: float64 factors, and weights."""
+    width = layout.kv_heads * layout.head_dim
+    factors = 2 * size.rope_dim * width + size.rank * (3 * width + (nope and width))
+    return 8 * factors + 4 * layout.hidden_size * (2 * layout.heads * layout.head_dim + 2 * width)
+
+
+def _attention_values(
+    layout: AttentionLayout, size: targets.Size, nope: int, options: MlaOptions
+) -> int:
+    """Numbers in the attention tensors that one layer's conversion writes."""
+    width, inner = layout.kv_heads * layout.head_dim, layout.heads * layout.head_dim
+    replaced = replaced_parts(options)
+    output = inner * layout.hidden_size + int(layout.output_bias) * layout.hidden_size
+    output *= "o_proj" in replaced
+    if options.target == "kvtool":
+        ups = (nope and width) + width
+        factors = 2 * size.rope_dim * width + size.rope_dim // 2 + size.rank * (2 * width + ups)
+        rows = inner + 2 * width
+        own = rows * (layout.hidden_size + int(layout.qkv_bias)) if "q_proj" in replaced else 0
+        return factors + own + output
+    heads, hidden, bias = layout.heads, layout.hidden_size, int(layout.qkv_bias)
+    query_in, query_out = heads * layout.head_dim, heads * (nope + size.rope_dim)
+    query = query_out * hidden
+    if bias:
+        query = query_in * (hidden + 2) + query_in * query_out
+    down = (size.rank + size.rope_dim) * (hidden + bias) + size.rank
+    zeros = hidden if bias and not layout.output_bias else 0  # the stock bias of o_proj
+    return query + down + heads * (nope + layout.head_dim) * size.rank + output + zeros

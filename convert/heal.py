@@ -33,7 +33,7 @@ from kvtool.attention import (
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert.fitting import ConvertedLayer, latent_stages
-from kvtool.corpus import Corpus, calibration_text
+from kvtool.corpus import Corpus, training_text
 from kvtool.distill import Student, Training
 from kvtool.errors import UsageError
 
@@ -89,12 +89,12 @@ class Amount:
 
 
 def lessons(checkpoint: Checkpoint, data: str | None, count: int, length: int, seed: int) -> Tensor:
-    """Windows `[count, length]` of calibration text, conversations and recall tasks, mixed evenly.
+    """Windows `[count, length]` of training text, conversations and recall tasks, mixed evenly.
 
     Text that is too short is read again, its documents in another order. Where recall tasks do not
     fit into the length, there are none.
     """
-    tokenizer, corpus = checkpoint.tokenizer(), calibration_text(data)
+    tokenizer, corpus = checkpoint.tokenizer(), training_text(data)
     tasks = _recall_tasks(tokenizer, corpus, seed)
     share = RECALL
     try:

@@ -131,6 +131,8 @@ def convert(
     files = sorted({info.file for info in checkpoint.tensors.values()})
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     made_of = [__version__, torch.__version__, fingerprint, stamps, corpus.id]
+    if planned["healing"] is not None:
+        made_of.append(planned["healing"]["text"])
     if teacher is not None:
         made_of.append(teacher.fingerprint())
     key = json.dumps([*made_of, dataclasses.asdict(options)])

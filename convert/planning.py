@@ -17,7 +17,7 @@ from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint, check_disk, check_output, scratch_folder, torch_dtype
 from kvtool.convert import artifact, heal, targets
-from kvtool.corpus import calibration_text, can_chat, evaluation_text
+from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
 from kvtool.errors import UnsupportedModelError, UsageError
 
 WINDOW = 2048
@@ -193,7 +193,8 @@ def _check_healing(
     amount = heal.Amount.parse(options.heal)
     length = heal.window(checkpoint, teacher)
     steps = None if amount.tokens is None else amount.steps(length, 1)
-    return {**dataclasses.asdict(amount), "window": length, "steps": steps}
+    text = training_text(options.data).id
+    return {**dataclasses.asdict(amount), "window": length, "steps": steps, "text": text}
 
 
 def opened(options: MlaOptions, teacher: Checkpoint | None) -> Checkpoint | None:

@@ -10,6 +10,7 @@ does not keep them. So a share of the windows can be conversations made of the t
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib
@@ -17,6 +18,7 @@ import itertools
 import json
 import random
 import re
+import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,9 @@ _QUESTIONS = (
 )
 # Some templates tell the model what day it is, and no measurement may depend on it.
 _FIXED_DAY = "{% macro strftime_now(format) %}1 January 2025{% endmacro %}{{ '' }}"
+
+_UNREAD = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
+_LONG_DOCSTRING = 200  # characters; shorter ones say what the name says
 
 Messages = list[dict[str, str]]
 """Turns of a conversation: `role` and `content`."""
@@ -205,6 +210,38 @@ def calibration_text(data: str | None = None) -> Corpus:
 def evaluation_text(data: str | None = None) -> Corpus:
     """The text that results are measured on: what `calibration_text` leaves of the same source."""
     return _part(data, "evaluation")
+
+
+def training_text(data: str | None = None) -> Corpus:
+    """The calibration text; Python's documentation is too short to train on, so with docstrings.
+
+    Those of the standard library, as far as its source is installed.
+    """
+    text = calibration_text(data)
+    if data is not None:
+        return text
+    judged = set().union(*map(_paragraphs, evaluation_text().documents))
+    own = [d for d in _docstrings() if not _paragraphs(d) & judged]
+    return Corpus(f"{text.name}+docstrings", text.documents + own)
+
+
+@functools.cache
+def _docstrings() -> list[str]:
+    """The longer docstrings of the standard library, those of a module as one document."""
+    library = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for file in sorted(library.rglob("*.py")):
+        if not _UNREAD.isdisjoint(file.relative_to(library).parts):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (OSError, SyntaxError, ValueError):  # some are there to test what reads them
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        if texts := [text for text in found if text and len(text) >= _LONG_DOCSTRING]:
+            documents.append(_SEPARATOR.join(texts))
+    return documents
 
 
 def _part(data: str | None, part: Part) -> Corpus:

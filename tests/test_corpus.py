@@ -17,7 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from kvtool import corpus as corpus_module
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli.generate import chat_ids
-from kvtool.corpus import Corpus, calibration_text, can_chat, chat_tokens, evaluation_text
+from kvtool.corpus import (
+    Corpus,
+    calibration_text,
+    can_chat,
+    chat_tokens,
+    evaluation_text,
+    training_text,
+)
 from kvtool.errors import UnsupportedModelError, UsageError
 
 
@@ -49,6 +56,25 @@ def test_the_default_texts_share_no_paragraph() -> None:
     sizes = [sum(map(len, corpus.documents)) for corpus in (calibration, evaluation)]
     assert sizes[0] > 200_000
     assert sizes[1] > 80_000
+
+
+def test_the_default_training_text_is_longer_and_shares_no_paragraph_with_the_judged_one() -> None:
+    training, calibration = training_text(), calibration_text()
+    assert training.documents[: len(calibration.documents)] == calibration.documents
+    sizes = [sum(map(len, corpus.documents)) for corpus in (calibration, training)]
+    assert sizes[1] > 3 * sizes[0]
+    assert not paragraphs(training) & paragraphs(evaluation_text())
+
+
+def test_training_text_of_ones_own_is_the_calibration_text(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text("\n\n".join(f"Paragraph {i}." for i in range(40)))
+    assert training_text(str(path)) == calibration_text(str(path))
+
+
+def test_training_text_does_without_source_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "_docstrings", lambda: [])
+    assert training_text().documents == calibration_text().documents
 
 
 def test_a_text_file_is_cut_into_two_disjoint_parts(tmp_path: Path) -> None:

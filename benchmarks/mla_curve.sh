@@ -5,7 +5,7 @@
 #   benchmarks/mla_curve.sh [NAME...]     # all of them, or those named: exact aware-50 healed-50 ...
 #
 # On two idle cores a fit takes about 2 minutes, an evaluation 5, and the healing of `healed-50` and
-# `healed-37.5` 25 and 35.
+# `healed-37.5` 30 and 45.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 kvtool=${KVTOOL:-.venv/bin/kvtool}
@@ -30,5 +30,5 @@ for budget in 75 50 37.5; do
   done
   measure "aware-kvtool-$budget" --kv-budget "$budget%" --target kvtool
 done
-measure healed-50 --kv-budget 50% --heal 250k
-measure healed-37.5 --kv-budget 37.5% --heal 360k
+measure healed-50 --kv-budget 50% --target kvtool --heal 300k
+measure healed-37.5 --kv-budget 37.5% --target kvtool --heal 400k

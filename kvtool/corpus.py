@@ -213,16 +213,19 @@ def evaluation_text(data: str | None = None) -> Corpus:
 
 
 def training_text(data: str | None = None) -> Corpus:
-    """The calibration text; Python's documentation is too short to train on, so with docstrings.
+    """The calibration text; Python's documentation is too short to train on alone.
 
-    Those of the standard library, as far as its source is installed.
+    Docstrings of the standard library stand beside it, as far as its source is installed. They are
+    terse: half of the text stays documentation, which is repeated for that.
     """
     text = calibration_text(data)
     if data is not None:
         return text
     judged = set().union(*map(_paragraphs, evaluation_text().documents))
     own = [d for d in _docstrings() if not _paragraphs(d) & judged]
-    return Corpus(f"{text.name}+docstrings", text.documents + own)
+    sizes = [sum(map(len, documents)) for documents in (text.documents, own)]
+    repeated = max(1, round(sizes[1] / sizes[0]))
+    return Corpus(f"{text.name}+docstrings", repeated * text.documents + own)
 
 
 @functools.cache

@@ -40,6 +40,8 @@ def _check_reports(files: list[str]) -> list[str]:
 
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 TextOrNumber = Annotated[str, BeforeValidator(_number_as_text)]
 ReportFiles = Annotated[list[str], BeforeValidator(_one_as_list), AfterValidator(_check_reports)]
 
@@ -86,7 +88,7 @@ class StatisticsStep(_Strict):
     window: int | None = None
     context: int | None = None
     sinks: int = 4
-    chat_share: float = 0.25
+    chat_share: Share = 0.25
     seed: int = 0
 
 
@@ -143,11 +145,13 @@ class EvaluateStep(_Strict):
     continuation: int | None = None
     quick: bool = False
     lengths: list[int] | None = None
+    layers: bool = True
+    chat_prompts: bool = True
     speed: bool = True
-    max_kl: float | None = None
-    max_ppl_ratio: float | None = None
-    min_recall: float | None = None
-    min_chat_end: float | None = None
+    max_kl: NotNegative | None = None
+    max_ppl_ratio: NotNegative | None = None
+    min_recall: Share | None = None
+    min_chat_end: Share | None = None
     dtype: DtypeName = "auto"
     device: str = "auto"
     seed: int = 0

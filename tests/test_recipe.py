@@ -103,6 +103,8 @@ def test_a_letter_left_out_is_found_for_every_key(step: type, key: str) -> None:
         ("uses: evaluate", "data: x.txt", "r.yaml:8:5: the key 'uses' is missing"),
         ("method: transmla", "method: magic", "r.yaml:6:5: 'method' is 'magic': input should be"),
         ("max_kl: 0.5", "max_kl: low", "r.yaml:9:5: 'max_kl' is 'low': input should be a valid"),
+        ("max_kl: 0.5", "max_kl: -1", "r.yaml:9:5: 'max_kl' is -1: input should be greater"),
+        ("max_kl: 0.5", "min_recall: 1.5", "r.yaml:9:5: 'min_recall' is 1.5: input should be less"),
         ("model: smollm2", "model: 7", "r.yaml:2:1: 'model' is 7: input should be a valid string"),
         ("uses: evaluate", "uses: 'evaluate", "r.yaml:"),
         ("model: smollm2", "model: [a", "r.yaml:3:"),

@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor
 
 from kvtool import __version__
-from kvtool.attention import LatentFactors, Rope
+from kvtool.attention import Rope
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
@@ -32,6 +32,7 @@ from kvtool.convert import aware, transmla
 from kvtool.convert.fitting import ConvertedLayer, converted_attention, latent_stages
 from kvtool.convert.planning import WINDOW
 from kvtool.corpus import calibration_text, evaluation_text
+from kvtool.latent import LatentFactors
 
 JUDGED = 256  # last positions of each held-out window
 

@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import (
-    GroupedQueryAttention,
-    decoder_layers,
-    describe,
-    rope_of,
-)
+from kvtool.attention import GroupedQueryAttention, decoder_layers, describe, rope_of
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CalibrationError, CheckpointError
 

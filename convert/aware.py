@@ -30,16 +30,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import (
-    AttentionLayout,
-    FactoredAttention,
-    LatentFactors,
-    Rope,
-    query_blocks,
-)
+from kvtool.attention import AttentionLayout, Rope
 from kvtool.calibrate.statistics import LayerStatistics
 from kvtool.calibrate.stream import BATCH, LayerStream, StreamedLayer
 from kvtool.convert.transmla import NEGLIGIBLE, descending_eigh, key_gram
+from kvtool.latent import FactoredAttention, LatentFactors, query_blocks
 
 DRIFT = 0.5
 """Share of the hidden states' drift that the refitted output projection takes back."""

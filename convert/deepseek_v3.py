@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import AttentionLayout, LatentFactors, Rope
+from kvtool.attention import AttentionLayout, Rope
 from kvtool.convert.targets import rope_parameters
+from kvtool.latent import LatentFactors
 
 NORM_ERROR = 1e-6
 """Largest relative change of a latent that the neutralised norm may cause."""

@@ -6,7 +6,8 @@ head; the latent holds the values as they are. The cache has the same size as be
 
 import torch
 
-from kvtool.attention import AttentionLayout, LatentFactors, Rope, query_blocks
+from kvtool.attention import AttentionLayout, Rope
+from kvtool.latent import LatentFactors, query_blocks
 
 
 def exact_factors(layout: AttentionLayout, rope: Rope) -> LatentFactors:

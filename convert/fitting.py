@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvtool.attention import FactoredAttention, GroupedQueryAttention, LatentFactors
+from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.convert import aware
+from kvtool.latent import FactoredAttention, LatentFactors
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""

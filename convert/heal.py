@@ -23,19 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool import distill
-from kvtool.attention import (
-    FAMILIES,
-    FactoredAttention,
-    GroupedQueryAttention,
-    LatentFactors,
-    decoder_layers,
-)
+from kvtool.attention import FAMILIES, GroupedQueryAttention, decoder_layers
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert.fitting import ConvertedLayer, latent_stages
 from kvtool.corpus import Corpus, training_text
 from kvtool.distill import Student, Training
 from kvtool.errors import UsageError
+from kvtool.latent import FactoredAttention, LatentFactors
 
 WINDOW = 2048
 """Tokens of a window."""

@@ -29,7 +29,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtool import __version__, distill
-from kvtool.attention import LatentFactors
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics import Statistics
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
@@ -63,6 +62,7 @@ from kvtool.convert.planning import (
 from kvtool.corpus import calibration_text
 from kvtool.errors import CalibrationError
 from kvtool.factored import factor_tensors, factored_config
+from kvtool.latent import LatentFactors
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""

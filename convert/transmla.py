@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.attention import LatentFactors, Rope, causal_attention, query_blocks, rotate
+from kvtool.attention import Rope, causal_attention, rotate
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
+from kvtool.latent import LatentFactors, query_blocks
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""

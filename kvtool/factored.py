@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import LatentFactors
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError
+from kvtool.latent import LatentFactors
 
 MODEL_TYPE = "kvtool_mla"
 _PREFIX = "model.layers.{}.self_attn.latent."

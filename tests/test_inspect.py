@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config
 
-from kvtool.attention import LatentFactors
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.convert import targets
 from kvtool.factored import factor_tensors, factored_config
 from kvtool.inspection import inspect_checkpoint
+from kvtool.latent import LatentFactors
 
 Tiny = Callable[..., Path]
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from kvtool.attention import FactoredAttention, LatentFactors, Rope, query_blocks
+from kvtool.attention import Rope
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import transmla
 from kvtool.convert.exact import exact_factors
 from kvtool.convert.fitting import ConvertedLayer, converted_attention
 from kvtool.convert.targets import freqfold_candidates
+from kvtool.latent import FactoredAttention, LatentFactors, query_blocks
 
 CASES = [(family, {}) for family in FAMILIES] + [
     ("llama", {"num_key_value_heads": 1}),

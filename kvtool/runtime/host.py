@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from kvtool.attention import (
     AttentionLayout,
-    FactoredAttention,
     GroupedQueryAttention,
-    MultiheadLatentAttention,
     apply_latent_eps,
     decoder_layers,
     describe,
@@ -22,6 +20,7 @@ from kvtool.attention import (
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config, is_factor, read_factors
+from kvtool.latent import FactoredAttention, MultiheadLatentAttention
 from kvtool.plan import Plan
 from kvtool.runtime.layers import (
     DecodeLinear,

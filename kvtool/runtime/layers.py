@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import (
-    GroupedQueryAttention,
-    LatentAttention,
-    rotate,
-)
+from kvtool.attention import GroupedQueryAttention, rotate
 from kvtool.kernels.latent_attention import latent_decode_attention
 from kvtool.kernels.linear import linear
+from kvtool.latent import LatentAttention
 from kvtool.runtime.stores import DenseStore, LatentStore, Store
 
 

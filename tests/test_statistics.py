@@ -20,17 +20,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kvtool.attention import rotate
-from kvtool.calibrate import statistics
-from kvtool.calibrate.statistics import (
-    Statistics,
-    StatisticsOptions,
-    collect,
-    join,
-    matrix_entropy,
-    pack,
-    plan,
-    unpack,
-)
+from kvtool.calibrate import layer_sums, statistics
+from kvtool.calibrate.layer_sums import matrix_entropy, pack, unpack
+from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect, join, plan
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli.calibrate_statistics import statistics as command
@@ -151,7 +143,7 @@ def test_moments_are_those_of_the_stock_model_in_float64(both):
 
 def test_sums_are_exact_but_for_float64_rounding():
     x = torch.randn(3, 5000, 8, generator=torch.Generator().manual_seed(0)) + 10
-    sums = statistics._Sums(3, 8, second=True)
+    sums = layer_sums.Sums(3, 8, second=True)
     for part in x.double().split(700, dim=1):
         sums.add(part)
     exact = torch.einsum("gti,gtj->gij", x.double(), x.double())
@@ -185,7 +177,7 @@ def test_attention_mass_is_that_of_the_stock_model(both):
 def test_tokens_count_in_the_attended_moment_by_what_attention_they_get(both):
     measured, oracle = both
     for index, attention in enumerate(oracle.attentions):
-        received = attention[:, :, 4 :: statistics._EVERY].mean(dim=(1, 2))  # [B, T]
+        received = attention[:, :, 4 :: layer_sums.EVERY].mean(dim=(1, 2))  # [B, T]
         x = oracle.vectors(index)["joint"][0]  # [B, T, W]
         expected = torch.einsum("bt,bti,btj->ij", received, x, x) / len(x)
         attended = measured.layer(index).attended
@@ -198,14 +190,14 @@ def test_what_keys_receive_is_what_queries_behind_the_sinks_give(tiny, monkeypat
     stream = LayerStream(Checkpoint.open(str(tiny("llama"))))
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(3, heads, 50, 16, generator=generator) for heads in (4, 2))
-    whole = statistics.received_mass(q, k, stream.layouts[0], sinks=4)
+    whole = layer_sums.received_mass(q, k, stream.layouts[0], sinks=4)
     close(whole.sum(dim=1), torch.ones(3))
     scores = q.double() @ k.double().repeat_interleave(2, dim=1).mT * stream.layouts[0].scaling
     future = torch.ones(50, 50, dtype=torch.bool).triu(1)
     mass = scores.masked_fill(future, -math.inf).softmax(dim=-1)
-    close(whole, mass[:, :, 4 :: statistics._EVERY].mean(dim=(1, 2)))
+    close(whole, mass[:, :, 4 :: layer_sums.EVERY].mean(dim=(1, 2)))
     monkeypatch.setattr(statistics, "_ROWS", 7)  # not all queries at once
-    close(statistics.received_mass(q, k, stream.layouts[0], sinks=4), whole, 1e-6)
+    close(layer_sums.received_mass(q, k, stream.layouts[0], sinks=4), whole, 1e-6)
 
 
 def test_eviction_error_is_the_change_of_the_modules_output(tiny):
@@ -272,8 +264,8 @@ def test_windows_at_the_start_go_through_the_exact_attention_bit_by_bit(tiny):
     with torch.inference_mode():
         expected = work.stream.exact_attention(layer)(hidden)
         at_zero = torch.zeros_like(work.starts)
-        assert torch.equal(statistics._watched(work.stream, layer, at_zero, [])(hidden), expected)
-        moved = statistics._watched(work.stream, layer, work.starts, [])(hidden)
+        assert torch.equal(layer_sums.watched(work.stream, layer, at_zero, [])(hidden), expected)
+        moved = layer_sums.watched(work.stream, layer, work.starts, [])(hidden)
     # Attention sees differences of positions only.
     torch.testing.assert_close(moved, expected, atol=1e-3, rtol=1e-3)
 
@@ -310,14 +302,14 @@ def kill_at(monkeypatch, point: str) -> Callable[[str, int, int], None]:
             raise Killed
 
     if point == "within":  # a layer has changed some of the states
-        add = statistics._LayerSums.add
+        add = layer_sums.LayerSums.add
 
         def second_layer(sums, layer, seen):
             add(sums, layer, seen)
             if layer.index == 1:
                 raise Killed
 
-        monkeypatch.setattr(statistics._LayerSums, "add", second_layer)
+        monkeypatch.setattr(layer_sums.LayerSums, "add", second_layer)
     if point in ("torn", "unsaved"):  # while, and before, a finished layer is saved
 
         def save(tensors, file, *rest):

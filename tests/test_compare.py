@@ -16,7 +16,7 @@ from test_html_report import EVIL, FIRST, Page
 
 from kvtool.cli import run_command
 from kvtool.errors import UsageError
-from kvtool.evaluate import html
+from kvtool.evaluate import pictures
 from kvtool.evaluate.compare import Comparison, compare
 
 Write = Callable[..., Path]
@@ -50,8 +50,8 @@ def names_of(figure: Figure) -> list[Annotation]:
 
 
 def drawn(comparison: Comparison) -> Figure:
-    with html.style():
-        return html.pareto(comparison.rows, [html.kl_panel, html.ratio_panel])
+    with pictures.style():
+        return pictures.pareto(comparison.rows, [pictures.kl_panel, pictures.ratio_panel])
 
 
 def test_rows_are_sorted_by_bytes_and_what_another_beats_is_not_optimal(write: Write) -> None:
@@ -249,14 +249,14 @@ def test_a_lossless_report_does_not_squeeze_the_others(write: Write) -> None:
 def test_names_of_reports_that_lie_close_do_not_cover_each_other(write: Write) -> None:
     places = [(0.5, 0.3), (0.505, 0.31), (0.51, 0.29), (0.6, 0.2), (0.61, 0.21), (0.3, 0.9)]
     files = [write(f"a-long-name-{i}", *place) for i, place in enumerate(places)]
-    with html.style():
-        figure = html.pareto(compare(files).rows, [html.kl_panel])
+    with pictures.style():
+        figure = pictures.pareto(compare(files).rows, [pictures.kl_panel])
     frame = figure.axes[0].get_window_extent()
     boxes = [Text.get_window_extent(text) for text in names_of(figure)]
     assert len(boxes) == len(files)
     for index, box in enumerate(boxes):
-        assert html.overlap(box, frame) == pytest.approx(box.width * box.height)
-        assert not any(html.overlap(box, other) for other in boxes[index + 1 :])
+        assert pictures.overlap(box, frame) == pytest.approx(box.width * box.height)
+        assert not any(pictures.overlap(box, other) for other in boxes[index + 1 :])
 
 
 def test_reports_without_a_finite_number_are_left_out_of_the_picture(write: Write) -> None:

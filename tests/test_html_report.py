@@ -16,7 +16,8 @@ import pytest
 from rich.table import Table
 
 from kvtool.cli import run_command
-from kvtool.evaluate.html import DARK, LIGHT, report_page
+from kvtool.evaluate.html import report_page
+from kvtool.evaluate.pictures import DARK, LIGHT
 
 EVIL = "<script>alert('x')</script> & $\\frac$ \"<b>"
 VOID = {"meta", "br", "hr", "img", "input", "link"}

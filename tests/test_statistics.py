@@ -196,7 +196,7 @@ def test_what_keys_receive_is_what_queries_behind_the_sinks_give(tiny, monkeypat
     future = torch.ones(50, 50, dtype=torch.bool).triu(1)
     mass = scores.masked_fill(future, -math.inf).softmax(dim=-1)
     close(whole, mass[:, :, 4 :: layer_sums.EVERY].mean(dim=(1, 2)))
-    monkeypatch.setattr(statistics, "_ROWS", 7)  # not all queries at once
+    monkeypatch.setattr(layer_sums, "_ROWS", 7)  # not all queries at once
     close(layer_sums.received_mass(q, k, stream.layouts[0], sinks=4), whole, 1e-6)
 
 

@@ -38,7 +38,8 @@ def compare(
     comparison = put_together(reports)
     emit(comparison.to_dict(), json, comparison.table())
     if output is not None:
-        from kvtool.evaluate.html import compare_page, save_comparison
+        from kvtool.evaluate.html import compare_page
+        from kvtool.evaluate.pictures import save_comparison
 
         if output.suffix == ".html":
             output.write_text(compare_page(comparison), encoding="utf-8")

@@ -36,6 +36,8 @@ WINDOW = 2048
 """Tokens of a window."""
 BATCH = 1
 """Windows of a step."""
+AUTO = 32 * 1024
+"""Tokens of `--heal auto`."""
 RECALL = 0.25
 """Share of the windows that are recall tasks."""
 CHAT = 0.25
@@ -49,18 +51,23 @@ _FACTORS = ("down", "rope", "rope_query", "key_up", "value_up")
 
 @dataclass(frozen=True)
 class Amount:
-    """How long to heal: tokens, or seconds of the machine that runs it."""
+    """How long to heal: tokens, or seconds of the machine that runs it.
+
+    `auto` is enough tokens to see what healing does, in minutes on two cores for a small model.
+    """
 
     tokens: int | None = None
     seconds: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> Amount:
-        """Reads `200k`, `1.5M`, `40000` (tokens) or `20min`, `2h`.
+        """Reads `200k`, `1.5M`, `40000` (tokens), `20min`, `2h` or `auto`.
 
         Raises:
             UsageError: It is none of these.
         """
+        if text == "auto":
+            return cls(tokens=AUTO)
         units = {"min": 60.0, "h": 3600.0, "k": 1e3, "M": 1e6, "": 1.0}
         number = text.strip()
         if not number.endswith("M"):
@@ -72,8 +79,8 @@ class Amount:
             value = -1.0
         if not 1 <= value <= _MOST:
             raise UsageError(
-                f"--heal {text} is neither a number of tokens such as 200k or 1.5M nor a time such "
-                "as 20min or 2h"
+                f"--heal {text} is neither a number of tokens such as 200k or 1.5M, nor a "
+                "time such as 20min or 2h, nor 'auto'"
             )
         return cls(seconds=value) if unit in ("min", "h") else cls(tokens=int(value))
 

@@ -194,9 +194,16 @@ def processes() -> tuple[int, int]:
 
 
 def wait_for_everyone() -> None:
-    """Returns when all processes are here, however long one of them worked alone."""
+    """Returns when all processes are here, however long one of them worked alone.
+
+    Raises:
+        CalibrationError: Another process ended instead.
+    """
     if processes()[1] > 1:
-        _accelerator().wait_for_everyone()
+        try:
+            _accelerator().wait_for_everyone()
+        except RuntimeError as error:
+            raise CalibrationError("Another process stopped; its message says why.") from error
 
 
 def _accelerator() -> Any:

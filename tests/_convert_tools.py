@@ -156,3 +156,12 @@ def mean_kl(reference: Tensor, other: Tensor) -> float:
 
 def random_ids(count: int = 200, vocabulary: int = 300, seed: int = 0) -> Tensor:
     return torch.randint(3, vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Hashes of all files but the manifest, which tells the time."""
+    return {
+        str(file.relative_to(folder)): sha256_file(file)
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != MANIFEST
+    }

@@ -162,3 +162,25 @@ def smollm2() -> Checkpoint:
         _MODELS.with_name("tests.lock")
     ):  # parallel workers: the first one materialises it
         return Checkpoint.open("smollm2")
+
+
+@pytest.fixture(scope="module")
+def converted(
+    tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """``converted(family, overrides, **options)``: source and output. Do not write into them."""
+    # Here, because the tools that convert are not for tests that do not.
+    from _convert_tools import convert
+
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(family: str, overrides: dict[str, Any], **options: Any) -> tuple[Path, Path]:
+        key = json.dumps([family, overrides, options], sort_keys=True)
+        if key not in made:
+            model = tiny(family, **overrides)
+            output = tmp_path_factory.mktemp(f"{family}-mla") / "out"
+            convert(model, output, **options)
+            made[key] = model, output
+        return made[key]
+
+    return get

@@ -26,6 +26,7 @@ from _convert_tools import (
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kvtool import distill
 from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint, sha256_file
@@ -36,7 +37,7 @@ from kvtool.convert.fitting import ConvertedLayer, converted_attention
 from kvtool.convert.heal import Amount, MlaStudent
 from kvtool.convert.verify import verify
 from kvtool.distill import LOG, STATE, Training, train
-from kvtool.errors import UsageError
+from kvtool.errors import CalibrationError, UsageError
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -281,6 +282,7 @@ def test_text_that_is_too_short_is_read_again(llama, tmp_path):
         ("20min", None, 1200),
         ("2h", None, 7200),
         ("0.5 H", None, 1800),
+        ("auto", heal.AUTO, None),
     ],
 )
 def test_an_amount_is_tokens_or_a_time(text, tokens, seconds):
@@ -532,3 +534,20 @@ def test_a_recipe_hands_on_how_to_heal(llama, tmp_path, given, written, read):
     )
     assert run_command(["run", str(recipe), "-o", str(tmp_path / "out")]) == 2
     assert (given[0][0].heal, given[0][0].teacher) == (read, str(llama))
+
+
+def test_a_device_for_nothing_is_refused(llama, tmp_path, capsys):
+    arguments = ["convert", str(llama), "--to", "mla", "-o", str(tmp_path / "out")]
+    assert run_command([*arguments, "--device", "cpu"]) == 2
+    assert "--device is where --heal runs" in capsys.readouterr().err
+
+
+def test_a_process_that_waits_for_one_that_stopped_says_so(monkeypatch):
+    class Alone:
+        def wait_for_everyone(self) -> None:
+            raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distill, "_accelerator", Alone)
+    with pytest.raises(CalibrationError, match="Another process stopped"):
+        distill.wait_for_everyone()

@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from kvtool.cli import _console, _options
-from kvtool.errors import GateError, KvtoolError, ResourceError
+from kvtool.errors import GateError, KvtoolError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -72,7 +72,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="AMOUNT",
-            help="Let the original teach the result: tokens such as 200k, or a time such as 20min.",
+            help="Let the original teach the result: tokens such as 200k, a time such as 20min, or "
+            "auto.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -130,6 +131,8 @@ def convert(
         dtype=dtype,
         shard_size=shard_size,
     )
+    if device != "auto" and heal is None:
+        raise UsageError("--device is where --heal runs; all other work is done on the CPU")
     device = _options.resolve_device(device)
     opened = None
     if teacher is not None:

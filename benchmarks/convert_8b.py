@@ -34,14 +34,15 @@ def python(*words: str, **variables: str) -> str:
     return done.stdout
 
 
-def measure(folder: Path, layers: int, shrink: int) -> dict[str, Any]:
+def measure(folder: Path, layers: int, shrink: int, tokens: int) -> dict[str, Any]:
     """Converts the checkpoint with this many layers; nothing is left but the checkpoint."""
     source = folder / f"{layers}-layers"
     if not (source / "model.safetensors.index.json").is_file():  # the last file to be written
         shape = ("--layers", str(layers), "--shrink", str(shrink))
         python(str(HERE / "shape_8b.py"), str(source), *shape)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        words = [*CONVERT, str(source), "-o", f"{work}/mla", "--quiet", "--json"]
+        words = [*CONVERT, "--tokens", str(tokens), str(source), "-o", f"{work}/mla"]
+        words += ["--quiet", "--json"]
         result = json.loads(python("-m", "kvtool", *words, KVTOOL_HOME=f"{work}/home"))
         output_bytes = weight_bytes(Path(work, "mla"))
     return {
@@ -73,17 +74,19 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--shrink", type=int, default=1, help="divides the widths, for a trial")
+    parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
     results = HERE / "results" / "convert-8b-shape.json"
     parser.add_argument("-o", "--output", type=Path, default=results)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        runs = [measure(folder, layers, asked.shrink) for layers in asked.layers]
+        runs = [measure(folder, layers, asked.shrink, asked.tokens) for layers in asked.layers]
     found = {
         "environment": environment(torch.device("cpu"), torch.bfloat16),
         "convert": " ".join(["kvtool", *CONVERT]),
         "shrink": asked.shrink,
+        "tokens": asked.tokens,
         "runs": runs,
         "seconds_per_further_layer": further_layer(runs, "seconds"),
         "memory_bytes_per_further_layer": further_layer(runs, "peak_memory_bytes"),

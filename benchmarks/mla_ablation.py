@@ -146,8 +146,10 @@ def mean_rotation(measured: LayerStatistics, layout: Any, rope: Rope) -> Tensor:
     return torch.cat((top, bottom), dim=-2)
 
 
-def run(budget: int, tokens: int, windows: int, length: int) -> list[dict[str, Any]]:
-    """All variants at `budget` numbers per token and layer."""
+def run(
+    budget: int, tokens: int, windows: int, length: int, only: list[str]
+) -> list[dict[str, Any]]:
+    """Variants at `budget` numbers per token and layer: all, or those whose name has a word."""
     checkpoint = Checkpoint.open("smollm2")
     stream = LayerStream(checkpoint)
     options = StatisticsOptions(tokens=tokens, window=WINDOW)
@@ -158,6 +160,8 @@ def run(budget: int, tokens: int, windows: int, length: int) -> list[dict[str, A
     held_out = evaluation_text().windows(tokenizer, length, windows)
     rope_dim = 8 * round(0.39 * budget / 8)
     rows = ladder(rope_dim, budget - rope_dim)
+    if only:
+        rows = [row for row in rows if any(word in row.name for word in only)]
     layout = stream.layouts[0]
     every = [
         aware.rope_components(measured.layer(i), layout, stream.rope) for i in range(len(stream))
@@ -213,8 +217,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--length", type=int, default=768)
+    parser.add_argument("--only", nargs="+", default=[], help="words in the names of rows")
     options = parser.parse_args()
-    rows = run(options.budget, options.tokens, options.windows, options.length)
+    rows = run(options.budget, options.tokens, options.windows, options.length, options.only)
     if options.output:
         result = {
             "model": "smollm2",

@@ -95,6 +95,11 @@ class Moments(Summary):
 
     second: Tensor
 
+    def part(self, start: int) -> Moments:
+        """Of the vectors' entries from `start` on, for vectors without leading axes."""
+        second = self.second[start:, start:]
+        return Moments(self.tokens, self.mean[start:], self.peak[start:], second)
+
     @property
     def covariance(self) -> Tensor:
         """`[..., W, W]`, second moment about the mean, per token."""

@@ -68,7 +68,9 @@ def latent_stages(own: GroupedQueryAttention, converted: ConvertedLayer) -> Fact
     for name, weight in converted.weights.items():
         projection, kind = name.split(".")
         if projection == "o_proj":
-            copied = weight.to(torch.float32, copy=True)
+            copied = weight.to(
+                own.qkv.weight, copy=True
+            )  # also its device: healing may run on a GPU
             setattr(own.o_proj, kind, nn.Parameter(copied, requires_grad=False))
         else:
             rows = getattr(own.qkv, kind).detach().split(own.sizes)

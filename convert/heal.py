@@ -66,10 +66,10 @@ class Amount:
         Raises:
             UsageError: It is none of these.
         """
-        if text == "auto":
-            return cls(tokens=AUTO)
         units = {"min": 60.0, "h": 3600.0, "k": 1e3, "M": 1e6, "": 1.0}
         number = text.strip()
+        if number == "auto":
+            return cls(tokens=AUTO)
         if not number.endswith("M"):
             number = number.lower()  # but `20m` is neither minutes nor millions
         unit = next(u for u in units if number.endswith(u))
@@ -207,8 +207,8 @@ class MlaStudent(Student):
 
     def rates(self) -> Mapping[str, float]:
         """Parameters differ in size by orders of magnitude: each moves in its own measure."""
-        sizes = {n: p.detach().square().mean().sqrt() for n, p in self.named_parameters()}
-        return {name: max(float(size), 1e-4) for name, size in sizes.items()}
+        trained = {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
+        return {n: max(float(p.square().mean().sqrt()), 1e-4) for n, p in trained.items()}
 
     def hidden(self, ids: Tensor, teaching: bool) -> Tensor:
         """Final hidden states `[B, T, hidden]` of windows `[B, T]`."""
@@ -310,7 +310,7 @@ def heal(
     """Trains the converted layers; goes on where a killed run stopped that left its state.
 
     Args:
-        folder: Belongs to this healing alone.
+        folder: Where the state of the training is kept.
 
     Raises:
         UsageError: The teacher has another tokenizer.
@@ -354,9 +354,10 @@ def memory_bytes(config: Any, weights: int, trained: int) -> int:
     sizes = 8 * int(config.hidden_size) + 4 * int(config.intermediate_size)
     kept = 4 * sizes  # of a token, per layer
     logits = 4 * 4 * min(_SLICE, length) * int(config.vocab_size)
-    # Twice the original attention, and of the trained numbers also gradients and AdamW's moments.
+    # Twice the original attention, and of the trained numbers also gradients, AdamW's moments, and
+    # the factors that they started from, in float64.
     activations = length * kept * int(config.num_hidden_layers)
-    return 4 * weights + 20 * trained + activations + logits
+    return 4 * weights + 28 * trained + activations + logits
 
 
 def window(checkpoint: Checkpoint, teacher: Checkpoint | None) -> int:

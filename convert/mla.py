@@ -1,4 +1,4 @@
-"""GQA to MLA: fit layer by layer, write, resume. What is to be done says `planning.py`.
+"""GQA to MLA: fit layer by layer, write, resume. `planning.py` says what is to be done.
 
 The order of work: statistics of the model are measured, or found where an earlier run left them;
 from them :class:`LatentFactors` are fitted layer by layer (`fitting.py`, by the method of
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -130,7 +131,8 @@ def convert(
     # through.
     files = sorted({info.file for info in checkpoint.tensors.values()})
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    made_of = [__version__, torch.__version__, fingerprint, stamps, corpus.id]
+    versions = [__version__, torch.__version__, transformers.__version__]
+    made_of = [*versions, fingerprint, stamps, corpus.id]
     if planned["healing"] is not None:
         made_of.append(planned["healing"]["text"])
     if teacher is not None:
@@ -406,7 +408,9 @@ def _heal(
     distill.wait_for_everyone()  # until the first one has fitted
     stream = LayerStream(checkpoint)
     total = len(stream)
-    if healed_file(scratch, total - 1).is_file():
+    done = healed_file(scratch, total - 1).is_file()
+    distill.wait_for_everyone()  # until all have looked: the first may soon remove it
+    if done:
         return
     healed = heal.heal(
         checkpoint,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtool import distill
 from kvtool.attention import AttentionLayout
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics import StatisticsOptions
@@ -37,7 +38,7 @@ class MlaOptions:
         target: `transformers`, `vllm` or `kvtool`.
         kv_budget, rope_dim, rank: Widths, see :func:`targets.latent_size`.
         freqfold: F of TransMLA, or `auto`.
-        data: Calibration text; `None` is Python's own documentation.
+        data: Calibration text; `None` is Python's own documentation, for healing with docstrings.
         tokens: Calibration tokens.
         heal: How long the original teaches the result, see :meth:`heal.Amount.parse`.
         teacher: Another model that teaches instead, with the same tokenizer.
@@ -70,9 +71,9 @@ def plan(
     """Checks everything that can be checked before work starts, and says what it will cost.
 
     Args:
-        teacher: What `options.teacher` names, opened.
         output: Where it would be written; checked too if given.
         overwrite: Whether something may be there already.
+        teacher: What `options.teacher` names, opened.
 
     Raises:
         UnsupportedModelError: The target cannot express the model.
@@ -92,12 +93,16 @@ def plan(
     attention = layers * _attention_values(layout, size, nope, options)
     others = sum(t.nbytes for n, t in checkpoint.tensors.items() if not is_replaced(n, options))
     untied = config.tie_word_embeddings and options.target == "vllm"
-    head = checkpoint.tensors["model.embed_tokens.weight"].nbytes if untied else 0
-    output_bytes = others + head + attention * dtype.itemsize
+    head = checkpoint.tensors["model.embed_tokens.weight"]
+    output_bytes = others + untied * head.nbytes + attention * dtype.itemsize
     probe = 4 * layout.hidden_size * min(PROBE, _context(checkpoint))
-    measuring = 0
+    measuring = fitting = 0
     if options.method != "exact":
         measuring = statistics.memory_bytes(stream, options.tokens)
+    if options.method == "aware":
+        # Two streams, their difference, the original's outputs, and what the projection reads.
+        numbers = 6 * layout.hidden_size + layout.heads * layout.head_dim
+        fitting = 4 * options.tokens * numbers
     layer_bytes = max(
         sum(t.nbytes for n, t in checkpoint.tensors.items() if n.startswith(f"model.layers.{i}."))
         for i in range(layers)
@@ -136,7 +141,14 @@ def plan(
         "output_bytes": output_bytes,
         "disk_bytes": disk_bytes,
         "memory_bytes": _BASE_MEMORY
-        + max(measuring, 2 * probe + max(shard, 3 * layer_bytes, 2 * head)),
+        + max(
+            measuring,
+            3 * layer_bytes + fitting,
+            # The logits of the probe take the output head as it is and in fp32.
+            2 * probe + max(shard, 3 * layer_bytes, head.nbytes + 4 * math.prod(head.shape)),
+        ),
+        "verify_memory_bytes": _BASE_MEMORY
+        + 4 * sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
         "attention_dtype": str(dtype).removeprefix("torch."),
         "healing": planned_healing and {**planned_healing, "memory_bytes": healing},
     }
@@ -192,7 +204,8 @@ def _check_healing(
         heal.check_teacher(teacher, checkpoint)
     amount = heal.Amount.parse(options.heal)
     length = heal.window(checkpoint, teacher)
-    steps = None if amount.tokens is None else amount.steps(length, 1)
+    _, processes = distill.processes()
+    steps = None if amount.tokens is None else amount.steps(length, processes)
     text = training_text(options.data).id
     return {**dataclasses.asdict(amount), "window": length, "steps": steps, "text": text}
 
@@ -262,6 +275,7 @@ def _context(checkpoint: Checkpoint) -> int:
 
 
 def shard_bytes(text: str) -> int:
+    """Bytes from `2GB` or `500MB`."""
     units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10}
     for unit in ("GIB", "MIB", "KIB", "GB", "MB", "KB"):
         if text.upper().endswith(unit):

@@ -1,4 +1,4 @@
-"""The one place that knows how a transformers attention module is laid out.
+"""The one place that recognises how a transformers attention module is laid out.
 
 Two layouts are recognised, by structure:
 

@@ -1,8 +1,9 @@
 """Text to calibrate on and text to judge by, which never meet.
 
 By default both are the documentation of the running Python (`pydoc_data.topics`): English prose
-with code, always present. A file or hub data set takes its place with `--data`; it is cut in the
-same way, so that the same `--data` for calibration and for evaluation gives two disjoint texts.
+with code, always present; what trains longer than it lasts also reads docstrings. A file or hub
+data set takes its place with `--data`; it is cut in the same way, so that the same `--data` for
+calibration and for evaluation gives two disjoint texts.
 
 Tokens that a chat model sees between turns occur in no prose, and what is measured on prose alone
 does not keep them. So a share of the windows can be conversations made of the text.
@@ -16,6 +17,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import os
 import random
 import re
 import sysconfig
@@ -84,7 +86,7 @@ class Corpus:
         seed: int = 0,
         chat: float = 0.0,
     ) -> torch.Tensor:
-        """Token windows `[count, length]` (int64) that share no token of the text.
+        """Token windows `[count, length]` (int64) that share no token of the documents.
 
         The documents are shuffled by `seed`, joined by an empty line and cut. Where the tokenizer
         starts a text with a BOS token, so does each window: models lean on it as an attention sink.
@@ -233,9 +235,7 @@ def _docstrings() -> list[str]:
     """The longer docstrings of the standard library, those of a module as one document."""
     library = Path(sysconfig.get_path("stdlib"))
     documents = []
-    for file in sorted(library.rglob("*.py")):
-        if not _UNREAD.isdisjoint(file.relative_to(library).parts):
-            continue
+    for file in sorted(_sources(library)):
         try:
             tree = ast.parse(file.read_bytes())
         except (OSError, SyntaxError, ValueError):  # some are there to test what reads them
@@ -245,6 +245,12 @@ def _docstrings() -> list[str]:
         if texts := [text for text in found if text and len(text) >= _LONG_DOCSTRING]:
             documents.append(_SEPARATOR.join(texts))
     return documents
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _UNREAD]
+        yield from (Path(root, name) for name in files if name.endswith(".py"))
 
 
 def _part(data: str | None, part: Part) -> Corpus:

@@ -200,10 +200,13 @@ def wait_for_everyone() -> None:
         CalibrationError: Another process ended instead.
     """
     if processes()[1] > 1:
+        accelerator = _accelerator()
         try:
-            _accelerator().wait_for_everyone()
+            accelerator.wait_for_everyone()
         except RuntimeError as error:
-            raise CalibrationError("Another process stopped; its message says why.") from error
+            raise CalibrationError(
+                f"Another process stopped, and its message says why: {first_line(error)}"
+            ) from error
 
 
 def _accelerator() -> Any:

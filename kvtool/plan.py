@@ -1,8 +1,8 @@
 """Plans: what every layer keeps of the past. A calibration makes one, the runtime obeys it.
 
 A plan belongs to one model and changes none of its weights. On disk it is a single safetensors
-file: the tensors are the scores that heads were chosen by, and the header holds one JSON document
-with the model's identity, how the plan was made, and what every head keeps.
+file: the tensors are the scores that heads were chosen by, and the codes of layers. The header
+holds one JSON document with the model's identity, how the plan was made, and what is kept.
 
 Whatever is wrong with a plan is a :class:`~kvtool.errors.PlanError`, whether it was made by hand or
 read from a file by a stranger.
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from importlib.metadata import version
@@ -33,11 +33,15 @@ from kvtool.attention import describe
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 knows codes; files of version 1 are read."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
 """Whether a prompt attends densely and is dropped afterwards, or streams from its first token."""
+
+CodeKind = Literal["rotated", "unrotated"]
+"""Whether the code of a key is taken after RoPE, or before it."""
 
 _KEY = "kvtool_plan"
 _SCORE = "layers.{}.heads.score"
@@ -47,6 +51,70 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 # ------------------------------------------------------------------------------------ content
+
+
+@dataclass(frozen=True)
+class CodePlan:
+    """How one layer codes its tokens: see :mod:`kvtool.codes`.
+
+    Attributes:
+        kind: Where the code sits.
+        keys, values: Numbers stored per token.
+        sink, window: Tokens that are also kept exactly: the first and the last, the current one
+            included.
+
+    Raises:
+        PlanError: The numbers are out of range.
+    """
+
+    kind: CodeKind
+    keys: int
+    values: int
+    sink: int = 4
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.keys, self.values) < 1:
+            raise PlanError(f"a code of {self.keys} + {self.values} numbers is impossible")
+        if self.sink < 0 or self.window < 1:
+            raise PlanError(
+                f"{self.sink} exact sinks and a window of {self.window} tokens are impossible: the "
+                "window holds at least the current token"
+            )
+
+    @property
+    def width(self) -> int:
+        """Numbers stored per token."""
+        return self.keys + self.values
+
+    def numbers(self, tokens: int, base: Base) -> int:
+        """Numbers that a layer stores of a sequence; the ring counts whole even if unfilled."""
+        exact = 2 * base.kv_heads * base.head_dim * (self.sink + self.window)
+        return self.width * tokens + exact
+
+    def within(self, budget_bytes: int, base: Base, itemsize: int, context: int) -> CodePlan:
+        """The widest code of the kind that all layers can have, in a sequence of `context` tokens.
+
+        Keys keep their share of the width.
+
+        Raises:
+            PlanError: Exact tokens and the narrowest code take more than the budget.
+        """
+        width = 2 * base.kv_heads * base.head_dim
+        exact = width * (self.sink + self.window)
+        numbers = (budget_bytes // (itemsize * base.layers) - exact) // context
+        keys = min(numbers * self.keys // self.width, width // 2)
+        values = min(numbers - keys, width // 2)
+        if self.keys == self.values:
+            values = keys  # an odd number does not make them differ
+        if min(keys, values) < 1:
+            least = itemsize * base.layers * (exact + 2 * context)
+            raise PlanError(
+                f"a budget of {budget_bytes} bytes at {context} tokens is too small: the first "
+                f"{self.sink} and last {self.window} tokens, kept exactly, and the narrowest code "
+                f"of all take {least}"
+            )
+        return replace(self, keys=keys, values=values)
 
 
 @dataclass(frozen=True)
@@ -61,6 +129,7 @@ class LayerPlan:
         sink, window: In tokens; the window counts the current one. Both 0 where no head streams.
         budget: Tokens of the prompt that each KV head keeps after it, chosen by the plan's policy;
             `None` for a head that keeps everything, and for a streaming one.
+        code: What is stored of a token instead of keys and values; `None` stores these.
 
     Raises:
         PlanError: The numbers are out of range or do not belong together.
@@ -70,8 +139,11 @@ class LayerPlan:
     sink: int = 0
     window: int = 0
     budget: tuple[int | None, ...] | None = None
+    code: CodePlan | None = None
 
     def __post_init__(self) -> None:
+        if self.code is not None and (any(self.streaming) or self.budget is not None):
+            raise PlanError("a layer that codes its tokens keeps all of them in all heads")
         if not any(self.streaming):
             object.__setattr__(self, "sink", 0)
             object.__setattr__(self, "window", 0)
@@ -94,8 +166,8 @@ class LayerPlan:
 
     @property
     def plain(self) -> bool:
-        """Whether every head keeps everything."""
-        return self.budget is None and not any(self.streaming)
+        """Whether every head keeps everything, as it is."""
+        return self.budget is None and self.code is None and not any(self.streaming)
 
     @property
     def budgets(self) -> tuple[int | None, ...]:
@@ -111,6 +183,12 @@ class LayerPlan:
             else:
                 kept += prompt if budget is None else min(prompt, budget)
         return kept
+
+    def numbers(self, prompt: int, base: Base) -> int:
+        """Numbers that are stored behind a prompt of so many tokens."""
+        if self.code is not None:
+            return self.code.numbers(prompt, base)
+        return 2 * base.head_dim * self.tokens(prompt)
 
 
 @dataclass(frozen=True)
@@ -134,6 +212,10 @@ class Base:
     def all_heads(self) -> int:
         """KV heads of all layers together."""
         return self.layers * self.kv_heads
+
+    def native_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of the cache of one sequence without a plan."""
+        return 2 * itemsize * self.head_dim * self.all_heads * tokens
 
     @property
     def shape(self) -> str:
@@ -165,6 +247,19 @@ def base_of(checkpoint: Checkpoint) -> Base:
         layout.kv_heads,
         layout.head_dim,
     )
+
+
+def code_shapes(layer: int, base: Base) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a layer's code, at full width: a slice needs no other.
+
+    With K = H·D: `encode [K, K]`, `decode [K, K]`, `mean [K]` of a `Projection` and its `spectrum
+    [K]`, of keys and of values.
+    """
+    width = base.kv_heads * base.head_dim
+    square = {"encode": (width, width), "decode": (width, width)}
+    parts: dict[str, tuple[int, ...]] = square | {"mean": (width,), "spectrum": (width,)}
+    names = ("keys", "values")
+    return {f"layers.{layer}.{x}.{part}": s for x in names for part, s in parts.items()}
 
 
 def check_can_drop(checkpoint: Checkpoint) -> None:
@@ -200,6 +295,7 @@ class Plan:
             seed, versions.
         scores: `[L, H]` fp32, finite: how much a head needs the whole past (higher: more). They
             are kept so that another size is a slice and not another calibration.
+        tensors: Of codes, fp32, by their names in the file: see :func:`code_shapes`.
 
     Raises:
         PlanError: The parts contradict each other.
@@ -211,6 +307,7 @@ class Plan:
     policy: Policy | None = None
     provenance: tuple[dict[str, Any], ...] = ()
     scores: Tensor | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         base, budgets = self.base, any(layer.budget is not None for layer in self.layers)
@@ -237,6 +334,28 @@ class Plan:
                 )
             if not self.scores.isfinite().all():
                 raise PlanError("the scores are not all finite numbers")
+        self._check_codes()
+
+    def _check_codes(self) -> None:
+        wanted = {
+            name: shape
+            for index, layer in enumerate(self.layers)
+            if layer.code is not None
+            for name, shape in code_shapes(index, self.base).items()
+        }
+        if missing := sorted(wanted.keys() - self.tensors.keys()):
+            raise PlanError(f"the tensor {missing[0]} of a code is missing")
+        if unknown := sorted(self.tensors.keys() - wanted.keys()):
+            raise PlanError(f"it holds a tensor that no plan has: {_short(unknown[0])}")
+        for name, shape in wanted.items():
+            tensor = self.tensors[name]
+            if tensor.shape != shape or tensor.dtype != torch.float32:
+                raise PlanError(
+                    f"{name} is {tensor.dtype} {_short(str(list(tensor.shape)))} instead of "
+                    f"torch.float32 {list(shape)}"
+                )
+            if not tensor.isfinite().all():
+                raise PlanError(f"{name} holds numbers that are not finite")
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -249,7 +368,7 @@ class Plan:
         try:
             with _opened(path) as handle:
                 document = _parse(handle.metadata()[_KEY])
-                return _plan(document, _read_scores(handle, document))
+                return _plan(document, *_read_tensors(handle, document))
         except PlanError as error:
             raise PlanError(f"{path}: {error}", error.hint) from error
 
@@ -262,10 +381,10 @@ class Plan:
         """
         check_plan_output(path, overwrite=overwrite)
         text = _json(_document(self))
-        _plan(_parse(text), self.scores)  # what cannot be read back must not be written
+        _plan(_parse(text), self.scores, self.tensors)  # what cannot be read must not be written
         unfinished = path.with_name(path.name + ".unfinished")
         with unfinished.open("wb") as handle:
-            handle.write(save(_named(self.scores), metadata={_KEY: text}))
+            handle.write(save(_named(self.scores, self.tensors), metadata={_KEY: text}))
             handle.flush()
             os.fsync(handle.fileno())
         unfinished.replace(path)
@@ -282,19 +401,25 @@ class Plan:
 
         With head size D and b bytes per number (`itemsize`), keys and values of a head take
         `2 b D` per token; a full head keeps N tokens, a streaming one `sink + window` (its ring is
-        allocated whole, also for a short prompt), and one with a budget `min(N, budget)`.
+        allocated whole, also for a short prompt), and one with a budget `min(N, budget)`. A layer
+        with a code takes its width per token, and `sink + window` exact tokens of every head.
         """
-        kept = sum(layer.tokens(tokens) for layer in self.layers)
-        return 2 * itemsize * self.base.head_dim * kept
+        stored = sum(layer.numbers(tokens, self.base) for layer in self.layers)
+        return itemsize * stored
 
     def native_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the cache of one sequence without a plan."""
-        return 2 * itemsize * self.base.head_dim * self.base.all_heads * tokens
+        return self.base.native_bytes(tokens, itemsize)
 
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that every further token costs: streaming heads overwrite, all others append."""
-        appending = self.base.all_heads - self.streaming_heads
-        return 2 * itemsize * self.base.head_dim * appending
+        numbers = sum(
+            2 * self.base.head_dim * layer.streaming.count(False)
+            if layer.code is None
+            else layer.code.width
+            for layer in self.layers
+        )
+        return itemsize * numbers
 
     # ------------------------------------------------------------------------------- slices
 
@@ -342,7 +467,9 @@ class Plan:
         return rings.pop()
 
     def cut(self, budget_bytes: int, context: int, itemsize: int) -> Plan:
-        """The plan with the fewest streaming heads that fits a budget, sink and window as they are.
+        """The plan with the fewest streaming heads, or the widest codes, that fits a budget.
+
+        Sinks and windows stay as they are.
 
         Args:
             budget_bytes: Largest :meth:`cache_bytes` of one sequence.
@@ -352,6 +479,12 @@ class Plan:
         Raises:
             PlanError: It does not fit even if all heads stream, or :meth:`stream_heads` refuses.
         """
+        codes = {layer.code for layer in self.layers if layer.code is not None}
+        if codes:
+            if len(codes) > 1 or any(layer.code is None for layer in self.layers):
+                raise PlanError("its layers have codes of different widths, so none fits all")
+            code = codes.pop().within(budget_bytes, self.base, itemsize, context)
+            return replace(self, layers=tuple(replace(x, code=code) for x in self.layers))
         sink, window = self.ring
         heads, per_token = self.base.all_heads, 2 * itemsize * self.base.head_dim
         saved = per_token * (context - sink - window)  # by each head that streams
@@ -379,6 +512,8 @@ class Plan:
                 f"one plan is for {self.base.source}, the other for {other.base.source}, "
                 "and these are different models"
             )
+        if self.tensors or other.tensors:
+            raise PlanError("a plan with codes cannot be composed with another one yet")
         if other.streaming_heads and self.streaming_heads:
             raise PlanError("both plans choose heads that stream")
         if self.policy is not None and other.policy is not None:
@@ -444,9 +579,18 @@ class _Streaming(_Strict):
     window: _Count
 
 
+class _Code(_Strict):
+    kind: CodeKind
+    keys: _Count
+    values: _Count
+    sink: _Count
+    window: _Count
+
+
 class _Layer(_Strict):
     heads: tuple[Annotated[_Full | _Streaming, Field(discriminator="kind")], ...]
     budget: tuple[_Count | None, ...] | None
+    code: _Code | None = None
 
 
 class _Base(_Strict):
@@ -514,7 +658,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def _parse(text: str) -> _Document:
     try:
         version = _Version.model_validate_json(text).format_version
-        if version != FORMAT_VERSION:
+        if not 1 <= version <= FORMAT_VERSION:
             raise PlanError(
                 f"it was made by a newer kvtool: its format is {version}, not {FORMAT_VERSION}",
                 hint="Update kvtool.",
@@ -527,27 +671,37 @@ def _parse(text: str) -> _Document:
         raise PlanError(_short(f"'{where}': {what}" if where else what)) from error
 
 
-def _read_scores(handle: Any, document: _Document) -> Tensor | None:
-    """`[L, H]` fp32, or `None` where no layer has scores. Shapes are checked before reading."""
+def _read_tensors(handle: Any, document: _Document) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Scores `[L, H]` fp32, or `None` where no layer has any, and the tensors of codes.
+
+    Names and shapes are checked before anything is read.
+    """
+    layers, base = range(len(document.layers)), Base(**document.base.model_dump())
     stored = set(handle.keys())
-    names = [_SCORE.format(index) for index in range(len(document.layers))]
-    if unknown := sorted(stored.difference(names)):
+    scores = [_SCORE.format(index) for index in layers]
+    wanted: dict[str, tuple[int, ...]] = {}
+    if stored & set(scores):
+        wanted |= dict.fromkeys(scores, (base.kv_heads,))
+    for index, layer in enumerate(document.layers):
+        if layer.code is not None:
+            wanted |= code_shapes(index, base)
+    if unknown := sorted(stored - wanted.keys()):
         raise PlanError(f"it holds a tensor that no plan has: {_short(unknown[0])}")
-    if not stored:
-        return None
-    for name in names:
+    for name, shape in wanted.items():
         if name not in stored:
-            raise PlanError(f"{name} is missing, though other layers have scores")
+            why = "other layers have scores" if name in scores else "a code needs it"
+            raise PlanError(f"{name} is missing, though {why}")
         view = handle.get_slice(name)
-        shape, dtype = list(view.get_shape()), view.get_dtype()
-        if (shape, dtype) != ([document.base.kv_heads], "F32"):
-            raise PlanError(
-                f"{name} is {dtype} {_short(str(shape))} instead of F32 [{document.base.kv_heads}]"
-            )
-    return torch.stack([handle.get_tensor(name) for name in names])
+        found, dtype = list(view.get_shape()), view.get_dtype()
+        if (found, dtype) != (list(shape), "F32"):
+            raise PlanError(f"{name} is {dtype} {_short(str(found))} instead of F32 {list(shape)}")
+    tensors = {name: handle.get_tensor(name) for name in wanted}
+    if scores and scores[0] in tensors:
+        return torch.stack([tensors.pop(name) for name in scores]), tensors
+    return None, tensors
 
 
-def _plan(document: _Document, scores: Tensor | None) -> Plan:
+def _plan(document: _Document, scores: Tensor | None, tensors: Mapping[str, Tensor]) -> Plan:
     layers = []
     for index, layer in enumerate(document.layers):
         try:
@@ -561,6 +715,7 @@ def _plan(document: _Document, scores: Tensor | None) -> Plan:
         document.policy,
         document.provenance,
         scores,
+        tensors,
     )
 
 
@@ -570,7 +725,8 @@ def _layer(layer: _Layer) -> LayerPlan:
         raise PlanError("its streaming heads differ in sink or window; they share one ring")
     sink, window = next(iter(rings), (0, 0))
     streaming = tuple(isinstance(head, _Streaming) for head in layer.heads)
-    return LayerPlan(streaming, sink, window, layer.budget)
+    code = None if layer.code is None else CodePlan(**layer.code.model_dump())
+    return LayerPlan(streaming, sink, window, layer.budget, code)
 
 
 def _document(plan: Plan) -> dict[str, Any]:
@@ -578,13 +734,17 @@ def _document(plan: Plan) -> dict[str, Any]:
         ring = {"kind": "streaming", "sink": layer.sink, "window": layer.window}
         return [ring if streams else {"kind": "full"} for streams in layer.streaming]
 
+    def entry(layer: LayerPlan) -> dict[str, Any]:
+        code = None if layer.code is None else asdict(layer.code)
+        return {"heads": heads(layer), "budget": layer.budget, "code": code}
+
     return {
         "format_version": FORMAT_VERSION,
         "base": asdict(plan.base),
         "prefill": plan.prefill,
         "policy": plan.policy,
         "provenance": plan.provenance,
-        "layers": [{"heads": heads(layer), "budget": layer.budget} for layer in plan.layers],
+        "layers": [entry(layer) for layer in plan.layers],
     }
 
 
@@ -607,11 +767,10 @@ def _json(value: Any) -> str:
         raise PlanError(f"the plan cannot be written as JSON: {first_line(error)}") from error
 
 
-def _named(scores: Tensor | None) -> dict[str, Tensor]:
-    if scores is None:
-        return {}
-    rows = scores.detach().cpu().unbind()
-    return {_SCORE.format(index): row.clone() for index, row in enumerate(rows)}
+def _named(scores: Tensor | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    rows = [] if scores is None else scores.detach().cpu().unbind()
+    named = {_SCORE.format(index): row.clone() for index, row in enumerate(rows)}
+    return named | {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _short(text: str) -> str:

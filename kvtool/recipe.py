@@ -131,6 +131,21 @@ class BudgetsStep(_Strict):
     seed: int = 0
 
 
+class ProjectionsStep(_Strict):
+    """``kvtool calibrate projections``; ``output`` may be given when the recipe is run."""
+
+    uses: Literal["calibrate projections"]
+    output: str | None = None
+    method: Literal["pca", "cskv"] = "cskv"
+    kv_budget: TextOrNumber = "50%"
+    context: int | None = None
+    sink: int = 4
+    window: int = 64
+    data: str | None = None
+    tokens: int = 16384
+    seed: int = 0
+
+
 class EvaluateStep(_Strict):
     """``kvtool evaluate`` of the last plan or conversion against the recipe's model.
 
@@ -157,9 +172,18 @@ class EvaluateStep(_Strict):
     seed: int = 0
 
 
-_STEPS = (ConvertStep, VerifyStep, StatisticsStep, HeadsStep, BudgetsStep, EvaluateStep)
+_STEPS = (
+    *(ConvertStep, VerifyStep, StatisticsStep, HeadsStep, BudgetsStep, ProjectionsStep),
+    EvaluateStep,
+)
 Step = Annotated[
-    ConvertStep | VerifyStep | StatisticsStep | HeadsStep | BudgetsStep | EvaluateStep,
+    ConvertStep
+    | VerifyStep
+    | StatisticsStep
+    | HeadsStep
+    | BudgetsStep
+    | ProjectionsStep
+    | EvaluateStep,
     Field(discriminator="uses"),
 ]
 USES: dict[str, type[_Strict]] = {get_args(s.model_fields["uses"].annotation)[0]: s for s in _STEPS}

@@ -63,6 +63,8 @@ def test_the_default_training_text_is_longer_and_shares_no_paragraph_with_the_ju
     assert training.documents[: len(calibration.documents)] == calibration.documents
     sizes = [sum(map(len, corpus.documents)) for corpus in (calibration, training)]
     assert sizes[1] > 3 * sizes[0]
+    repeated = len([d for d in training.documents if d in set(calibration.documents)])
+    assert 0.4 < repeated / len(calibration.documents) * sizes[0] / sizes[1] < 0.6
     assert not paragraphs(training) & paragraphs(evaluation_text())
 
 

@@ -270,7 +270,7 @@ def test_a_document_with_anything_anywhere_is_refused_or_works(
 @pytest.mark.parametrize(
     ("where", "value", "complaint"),
     [
-        ("format_version", "2", "newer kvtool"),
+        ("format_version", "3", "newer kvtool"),
         ("format_version", "true", "format_version"),
         ("prefill", '"lazy"', "prefill"),
         ("policy", "null", "no policy"),

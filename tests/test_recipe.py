@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvtool.checkpoint import sha256_file
 from kvtool.cli import calibrate as calibrate_command
+from kvtool.cli import calibrate_projections as projections_command
 from kvtool.cli import calibrate_statistics as statistics_command
 from kvtool.cli import convert as convert_command
 from kvtool.cli import evaluate as evaluate_command
@@ -23,6 +24,7 @@ from kvtool.recipe import (
     ConvertStep,
     EvaluateStep,
     HeadsStep,
+    ProjectionsStep,
     Recipe,
     StatisticsStep,
     VerifyStep,
@@ -47,6 +49,7 @@ COMMANDS = {
     StatisticsStep: statistics_command.statistics,
     HeadsStep: calibrate_command.retrieval_heads,
     BudgetsStep: calibrate_command.budgets,
+    ProjectionsStep: projections_command.projections,
     ConvertStep: convert_command.convert,
     VerifyStep: verify_command.verify,
     EvaluateStep: evaluate_command.evaluate,

@@ -21,6 +21,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _INPUT, _OUTPUT, _COMPUTE, _RUN = "Input", "Output", "Compute", "Run"
 _DANGEROUS = "Dangerous"
+_CONTEXT = 4096
 
 Model = Annotated[
     str,
@@ -114,6 +115,17 @@ TrustRemoteCode = Annotated[
 ]
 
 
+BudgetContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        help="Tokens of a sequence that the budget is for; 4096, or what the model can.",
+        rich_help_panel="Method",
+    ),
+]
+
+
 def read_plan(file: Path | None, checkpoint: Checkpoint) -> Plan | None:
     """The plan of ``--plan``, if it is for this model; asked before any weights are loaded.
 
@@ -127,6 +139,20 @@ def read_plan(file: Path | None, checkpoint: Checkpoint) -> Plan | None:
     plan = Plan.read(file)
     plan.check_base(checkpoint)
     return plan
+
+
+def context_of(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Tokens that a budget is for.
+
+    Raises:
+        UsageError: The model has no such positions.
+    """
+    limit = int(checkpoint.hf_config().max_position_embeddings)
+    if asked is None:
+        return min(_CONTEXT, limit)
+    if asked > limit:
+        raise UsageError(f"--context {asked} is beyond the model's {limit} tokens")
+    return asked
 
 
 def resolve_device(name: str) -> str:

@@ -13,12 +13,12 @@ from rich import box
 from rich.table import Table
 
 from kvtool.cli import _console, _options
+from kvtool.cli.calibrate_projections import projections
 from kvtool.cli.calibrate_statistics import statistics
-from kvtool.cli.plan import emit_plan, score_picture, summary
+from kvtool.cli.plan import emit_plan, planned_facts, score_picture, summary
 from kvtool.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
-    from kvtool.checkpoint import Checkpoint
     from kvtool.plan import Plan
 
 calibrate_app = typer.Typer(
@@ -27,24 +27,16 @@ calibrate_app = typer.Typer(
     no_args_is_help=True,
 )
 calibrate_app.command("statistics")(statistics)
+calibrate_app.command("projections")(projections)
 
 _METHOD, _TRAINING = "Method", "Training (--method duo)"
-_BF16, _CONTEXT = 2, 4096
+_BF16 = 2
 
 KvBudget = Annotated[
     str | None,
     typer.Option(
         "--kv-budget",
         help="Size of the cache at --context: a share of the native one (55%), or bytes (300MB).",
-        rich_help_panel=_METHOD,
-    ),
-]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        "--context",
-        min=1,
-        help="Tokens of a sequence that the budget is for; 4096, or what the model can.",
         rich_help_panel=_METHOD,
     ),
 ]
@@ -72,7 +64,7 @@ def retrieval_heads(
         ),
     ] = None,
     kv_budget: KvBudget = None,
-    context: Context = None,
+    context: _options.BudgetContext = None,
     sink: Annotated[
         int,
         typer.Option(
@@ -158,7 +150,7 @@ def retrieval_heads(
         seed=seed,
     )
     check_options(checkpoint, options)
-    context = _context(checkpoint, context)
+    context = _options.context_of(checkpoint, context)
     base = base_of(checkpoint)
     # Before the work: the size is possible whatever the scores turn out to be.
     full = (LayerPlan((False,) * base.kv_heads),) * base.layers
@@ -178,7 +170,7 @@ def retrieval_heads(
             *("native_bytes", "memory_bytes", "dry_run"),
         )
         found = {key: found[key] for key in shown}
-        _console.emit(found, json, _facts("nothing written", found))
+        _console.emit(found, json, planned_facts("nothing written", found))
         return
     folder = output.with_name(output.name + ".partial")
     if method == "duo" and folder.exists():
@@ -206,20 +198,6 @@ def retrieval_heads(
             accuracy = f"{check['accuracy']:.0%} of the tokens of '{check['kind']}'"
             _console.out.print(f"the model itself recalls {accuracy}, which {how}")
     emit_plan(plan, output, context, json, {"seconds": seconds})
-
-
-def _context(checkpoint: Checkpoint, asked: int | None) -> int:
-    """Tokens that a budget is for.
-
-    Raises:
-        UsageError: The model has no such positions.
-    """
-    limit = int(checkpoint.hf_config().max_position_embeddings)
-    if asked is None:
-        return min(_CONTEXT, limit)
-    if asked > limit:
-        raise UsageError(f"--context {asked} is beyond the model's {limit} tokens")
-    return asked
 
 
 def _check_is_training(folder: Path) -> None:
@@ -285,7 +263,7 @@ def budgets(
             rich_help_panel=_METHOD,
         ),
     ] = "snapkv",
-    context: Context = None,
+    context: _options.BudgetContext = None,
     minimum: Annotated[
         int,
         typer.Option(min=1, help="Tokens that every head keeps.", rich_help_panel=_METHOD),
@@ -310,9 +288,9 @@ def budgets(
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
-    context = _context(checkpoint, context)
+    context = _options.context_of(checkpoint, context)
     base = base_of(checkpoint)
-    native = 2 * _BF16 * base.head_dim * base.all_heads * context
+    native = base.native_bytes(context, _BF16)
     options = BudgetOptions(method, policy, context, minimum, data, tokens, seed)
     allowed = parse_budget(kv_budget, native)
     check_can_drop(checkpoint)
@@ -328,7 +306,7 @@ def budgets(
             "native_bytes": native,
             "dry_run": True,
         }
-        _console.emit(planned, json, _facts("nothing written", planned))
+        _console.emit(planned, json, planned_facts("nothing written", planned))
         return
     with _console.progress(quiet) as report:
         started = time.perf_counter()
@@ -401,10 +379,3 @@ def _zeros(layers: int, heads: int) -> Any:
     import torch
 
     return torch.zeros(layers, heads)
-
-
-def _facts(title: str, facts: dict[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), f"{value}")
-    return table

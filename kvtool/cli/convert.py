@@ -111,8 +111,14 @@ def convert(
     """Convert MODEL to multi-head latent attention (MLA), as a stock checkpoint."""
     from kvtool.checkpoint import Checkpoint
     from kvtool.convert import artifact, mla, planning
+    from kvtool.convert.heal import Amount
     from kvtool.distill import processes
 
+    if heal is not None:
+        Amount.parse(heal)
+    elif device != "auto" or teacher is not None:
+        flag, what = ("--teacher", "who teaches") if teacher is not None else ("--device", "where")
+        raise UsageError(f"{flag} says {what} while healing: give --heal, too")
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
@@ -131,8 +137,6 @@ def convert(
         dtype=dtype,
         shard_size=shard_size,
     )
-    if device != "auto" and heal is None:
-        raise UsageError("--device is where --heal runs; all other work is done on the CPU")
     device = _options.resolve_device(device)
     opened = None
     if teacher is not None:
@@ -140,7 +144,7 @@ def convert(
     first = processes()[0] == 0
     if dry_run:
         plan = planning.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened)
-        _check_memory(plan, device)
+        _check_memory(plan, device, verify)
         if not first:
             return
         table = _table(f"{model} to {to}: nothing written")
@@ -151,7 +155,9 @@ def convert(
         return
     if first:
         _check_memory(
-            planning.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened), device
+            planning.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened),
+            device,
+            verify,
         )
     with _console.progress(quiet or not first) as report:
         result = mla.convert(
@@ -189,8 +195,11 @@ def convert(
         )
 
 
-def _check_memory(plan: dict[str, Any], device: str) -> None:
+def _check_memory(plan: dict[str, Any], device: str, verify: bool) -> None:
+    """Before the work, also of what comes last: verification holds a whole model in float32."""
     needs = [("converting", plan["memory_bytes"], "cpu", "a smaller --shard-size, fewer --tokens")]
+    if verify:
+        needs.append(("verifying", plan["verify_memory_bytes"], "cpu", "--no-verify"))
     if (healing := plan["healing"]) is not None:
         needs.append(("healing", healing["memory_bytes"], device, "convert without --heal"))
     for what, needed, where, instead in needs:

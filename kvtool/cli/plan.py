@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +55,10 @@ def slice_(
     overwrite: _options.Overwrite = False,
     json: _options.Json = False,
 ) -> None:
-    """Choose the streaming heads anew, from the scores in a plan; nothing is calibrated again."""
+    """Cut another size from a plan: its streaming heads, or the width of its codes.
+
+    Nothing is calibrated again: scores and full spectra are in the file.
+    """
     from kvtool.plan import Plan, parse_budget, parse_share
 
     if (kv_budget is None) == (streaming_heads is None):
@@ -131,7 +135,8 @@ def emit_plan(
     result = {**summary(plan, path, context), **(also or {})}
     if not json:
         _console.out.print(_facts(result))
-        _console.out.print(head_picture(plan), soft_wrap=True)
+        if not plan.tensors:  # codes know no heads
+            _console.out.print(head_picture(plan), soft_wrap=True)
     _console.emit(result, json)
 
 
@@ -152,6 +157,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
                 "sink": layer.sink,
                 "window": layer.window,
                 "budget": layer.budget,
+                "code": None if layer.code is None else asdict(layer.code),
             }
             for layer in plan.layers
         ],
@@ -163,6 +169,14 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
         "native_bytes": plan.native_bytes(context, _BF16),
         "provenance": plan.provenance,
     }
+
+
+def planned_facts(title: str, facts: dict[str, Any]) -> Table:
+    """What a dry run says, name by name."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), f"{value}")
+    return table
 
 
 def _facts(result: dict[str, Any]) -> Table:
@@ -180,6 +194,13 @@ def _facts(result: dict[str, Any]) -> Table:
     if budgets:
         spread = f"{min(budgets)} to {max(budgets)} tokens, chosen by {result['policy']}"
         table.add_row("token budgets", f"{len(budgets)} KV heads, {spread}")
+    codes = [layer["code"] for layer in layers if layer["code"] is not None]
+    for code in {tuple(code.items()): code for code in codes}.values():
+        table.add_row(
+            f"{code['kind']} code",
+            f"{codes.count(code)} layers: {code['keys']} + {code['values']} numbers per token, "
+            f"exact: the first {code['sink']} and last {code['window']} tokens",
+        )
     native = result["native_bytes_per_token"]
     per_token = f"{result['bytes_per_token']:,} bytes per further token (native {native:,})"
     table.add_row("cache, bf16", per_token)

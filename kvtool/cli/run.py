@@ -39,6 +39,7 @@ def run(
 ) -> None:
     """Run the steps of RECIPE. With --json every step prints one object."""
     from kvtool.cli import calibrate
+    from kvtool.cli.calibrate_projections import projections
     from kvtool.cli.calibrate_statistics import statistics
     from kvtool.cli.convert import convert
     from kvtool.cli.evaluate import check_output, evaluate
@@ -48,12 +49,13 @@ def run(
         ConvertStep,
         EvaluateStep,
         HeadsStep,
+        ProjectionsStep,
         StatisticsStep,
         load_recipe,
     )
 
     loaded = load_recipe(recipe)
-    makers = (ConvertStep, HeadsStep, BudgetsStep)
+    makers = (ConvertStep, HeadsStep, BudgetsStep, ProjectionsStep)
     outputs = _outputs(recipe, [s.output for s in loaded.steps if isinstance(s, makers)], output)
     for step in loaded.steps:
         for file in (step.output or ()) if isinstance(step, EvaluateStep) else ():
@@ -82,6 +84,9 @@ def run(
         elif isinstance(step, BudgetsStep):
             plan = outputs.pop(0)
             calibrate.budgets(loaded.model, plan, **options, **writing, dry_run=dry_run)
+        elif isinstance(step, ProjectionsStep):
+            plan = outputs.pop(0)
+            projections(loaded.model, plan, **options, **writing, dry_run=dry_run)
         elif dry_run:
             continue
         elif isinstance(step, EvaluateStep):

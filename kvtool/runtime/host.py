@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kvtool.attention import (
     AttentionLayout,
     GroupedQueryAttention,
+    Rope,
     apply_latent_eps,
     decoder_layers,
     describe,
@@ -18,10 +19,12 @@ from kvtool.attention import (
     rope_of,
 )
 from kvtool.checkpoint import Checkpoint
+from kvtool.codes import code_of
 from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config, is_factor, read_factors
 from kvtool.latent import FactoredAttention, MultiheadLatentAttention
 from kvtool.plan import Plan
+from kvtool.runtime.coded import CodedAttention
 from kvtool.runtime.layers import (
     DecodeLinear,
     DenseAttention,
@@ -74,8 +77,13 @@ def load_host(
             attention = LatentRuntimeAttention(stages, i, rope.scale)
         else:
             grouped = GroupedQueryAttention(module, name)
-            if plan is None or plan.layers[i].plain:
+            kept = None if plan is None else plan.layers[i]
+            if plan is None or kept is None or kept.plain:
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
+            elif kept.code is not None:
+                code = code_of(plan, i, Rope(inv_freq, rope.scale), grouped.qkv.weight)
+                ring, dense = (kept.code.sink, kept.code.window), plan.prefill == "dense"
+                attention = CodedAttention(grouped, i, inv_freq, rope.scale, code, ring, dense)
             else:
                 attention = SplitAttention(grouped, i, inv_freq, rope.scale, plan)
         layer.self_attn = attention
@@ -97,15 +105,16 @@ def _check_plan(
     plan.check_base(checkpoint)
     positions = int(checkpoint.hf_config().max_position_embeddings)
     for i, (kept, layout) in enumerate(zip(plan.layers, layouts, strict=True)):
-        if kept.sink + kept.window > positions:
+        ring = kept if kept.code is None else kept.code
+        if ring.sink + ring.window > positions:
             raise PlanError(
-                f"layer {i} streams with {kept.sink} + {kept.window} tokens, more than the "
-                f"{positions} positions of {checkpoint.source}"
+                f"layer {i} keeps the first {ring.sink} and last {ring.window} tokens, more than "
+                f"the {positions} positions of {checkpoint.source}"
             )
         if layout.sliding_window is not None and not kept.plain:
             raise UnsupportedModelError(
                 f"layer {i} of {checkpoint.source} has a sliding window of {layout.sliding_window} "
-                "tokens, so its heads cannot stream or have a token budget",
+                "tokens, so its heads cannot stream, have a token budget or a code",
                 hint="plan all heads of such layers as full",
             )
 

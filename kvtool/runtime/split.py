@@ -136,7 +136,7 @@ class StreamingHeads(DroppingHeads):
         if step.prompt is not None and self.dense_prompt:
             return self.read_prompt(new, step)
         if step.row is None or new.q.shape[2] == 1:
-            slots = [self._slot(start) for start in step.starts]
+            slots = [self.slot(start) for start in step.starts]
             self.write(step.row, slots, {"keys": new.k, "values": new.v})
             rows = slice(None) if step.row is None else slice(step.row, step.row + 1)
             keys, values = self.planes["keys"][rows], self.planes["values"][rows]
@@ -145,32 +145,37 @@ class StreamingHeads(DroppingHeads):
         start = step.starts[0]
         keys, values = (
             torch.cat((past, fresh), dim=2)
-            for past, fresh in zip(self._past(step.row, start), (new.k, new.v), strict=True)
+            for past, fresh in zip(self.past(step.row, start), (new.k, new.v), strict=True)
         )
-        self._keep_last(step.row, start, new.k[0], new.v[0])
+        self.keep_last(step.row, start, new.k[0], new.v[0])
         return streaming_attention(new.q, keys, values, self.sink, self.window, self.scaling, start)
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
-        self._keep_last(row, 0, keys, values)
+        self.keep_last(row, 0, keys, values)
 
-    def _slot(self, position: int) -> int:
+    def slot(self, position: int) -> int:
+        """Where a position lies."""
         if position < self.sink:
             return position
         return self.sink + (position - self.sink) % self.window
 
-    def _past(self, row: int, start: int) -> list[Tensor]:
-        """Stored keys and values `[1, H, s, D]` that position `start` sees, in order."""
+    def seen(self, start: int) -> list[int]:
+        """Stored positions that position `start` sees, in order."""
         recent = range(max(self.sink, start - self.window + 1), start)
-        slots = [*range(min(self.sink, start)), *map(self._slot, recent)]
+        return [*range(min(self.sink, start)), *recent]
+
+    def past(self, row: int, start: int) -> list[Tensor]:
+        """Their keys and values `[1, H, s, D]`."""
+        slots = [self.slot(position) for position in self.seen(start)]
         return [plane[row : row + 1][:, :, slots] for plane in self.planes.values()]
 
-    def _keep_last(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+    def keep_last(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Writes those of the tokens `[H, T, D]` from `start` on that will not be overwritten."""
         end = start + keys.shape[1]
         sinks = range(start, min(end, self.sink))
         recent = range(max(start, end - self.window, self.sink), end)
         kept = [*sinks, *recent]
-        slots = [self._slot(position) for position in kept]
+        slots = [self.slot(position) for position in kept]
         columns = [position - start for position in kept]
         for name, new in (("keys", keys), ("values", values)):
             self.planes[name][row][:, slots] = new[:, columns]

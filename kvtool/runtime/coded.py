@@ -1,0 +1,153 @@
+"""A layer that stores a code of every token, and a few tokens exactly.
+
+The first `sink` tokens and the last `window` are read as they are, from a ring; everything between
+them from its code. Both parts meet in one softmax. A token is encoded when it arrives, so nothing
+is moved when it leaves the window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import GroupedQueryAttention
+from kvtool.codes import Code, Tokens
+from kvtool.runtime.layers import RuntimeAttention, Step
+from kvtool.runtime.split import DroppingHeads, NewTokens, StreamingHeads
+
+_ROWS = 256  # queries whose scores are written out at once
+
+
+class CodedStore(DroppingHeads):
+    """Codes of all tokens of a layer, and its exact tokens."""
+
+    def __init__(
+        self, rows: int, capacity: int, code: Code, exact: StreamingHeads, dense_prompt: bool
+    ) -> None:
+        like = exact.planes["keys"]
+        self.planes = {"codes": like.new_empty((rows, capacity, code.width))}
+        self.code, self.exact, self.scaling = code, exact, exact.scaling
+        self.dense_prompt = dense_prompt
+
+    @property
+    def allocated_bytes(self) -> int:
+        return super().allocated_bytes + self.exact.allocated_bytes
+
+    def can_crop(self, row: int, stored: int, length: int) -> bool:
+        return self.exact.can_crop(row, stored, length)
+
+    def snapshot(self, row: int) -> list[Tensor]:
+        return self.exact.snapshot(row)
+
+    def restore(self, row: int, saved: list[Tensor]) -> None:
+        self.exact.restore(row, saved)
+
+    def add(self, new: Tokens, step: Step) -> Tensor:
+        """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
+        self.write(step.row, step.starts, {"codes": self.code.encode(new)})
+        if step.prompt is not None and self.dense_prompt:
+            return self.read_prompt(NewTokens(new.q_rotated, new.q, new.k_rotated, new.v), step)
+        if step.row is not None and new.q.shape[2] > 1:
+            return self._add_several(new, step.row, step.starts[0])
+        slots = [self.exact.slot(start) for start in step.starts]
+        self.exact.write(step.row, slots, {"keys": new.k_rotated, "values": new.v})
+        first = 0 if step.row is None else step.row
+        parts = []
+        for b, n in enumerate(step.lengths):
+            row = slice(first + b, first + b + 1)
+            keys, values = (
+                plane[row, :, : min(n, self.exact.capacity)] for plane in self.exact.planes.values()
+            )
+            one = Tokens(*(x[b : b + 1] for x in new))
+            parts.append(self._attend(one, keys, values, self._codes(row, n)))
+        return torch.cat(parts)
+
+    def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
+        self.exact.keep_last(row, 0, keys, values)
+
+    def _codes(self, row: slice, length: int) -> Tensor:
+        """Of those of the first `length` tokens that are neither sinks nor in the window."""
+        sink, last = self.exact.sink, length - self.exact.window
+        return self.planes["codes"][row, sink : max(sink, last)]
+
+    def _add_several(self, new: Tokens, row: int, start: int) -> Tensor:
+        """As if token by token: each reads what was exact when it came."""
+        exact, end = self.exact, start + new.q.shape[2]
+        keys, values = (
+            torch.cat((past, fresh), dim=2)
+            for past, fresh in zip(exact.past(row, start), (new.k_rotated, new.v), strict=True)
+        )
+        at = torch.tensor([*exact.seen(start), *range(start, end)], device=keys.device)
+        codes = self._codes(slice(row, row + 1), end)
+        coded_at = exact.sink + torch.arange(codes.shape[1], device=keys.device)
+        exact.keep_last(row, start, new.k_rotated[0], new.v[0])
+        contexts = []
+        for begin in range(0, end - start, _ROWS):
+            piece = slice(begin, min(begin + _ROWS, end - start))
+            some = Tokens(*(x[:, :, piece] if x.dim() > 2 else x[:, piece] for x in new))
+            distance = some.positions[0][:, None] - at
+            near = (distance >= 0) & ((at < exact.sink) | (distance < exact.window))
+            far = some.positions[0][:, None] - coded_at >= exact.window
+            hidden = ~torch.cat((near, far), dim=1)
+            contexts.append(self._attend(some, keys, values, codes, hidden))
+        return torch.cat(contexts, dim=2)
+
+    def _attend(
+        self, new: Tokens, keys: Tensor, values: Tensor, codes: Tensor, hidden: Tensor | None = None
+    ) -> Tensor:
+        """One softmax over exact tokens `[B, H, C, D]` and coded ones `[B, S, width]`.
+
+        Args:
+            hidden: `[T, C + S]`, what a query must not see.
+        """
+        q = new.q_rotated.unflatten(1, (keys.shape[1], -1))  # [B, H, g, T, D]
+        scores = torch.matmul(q, keys[:, :, None].mT).flatten(1, 2)
+        if codes.shape[1]:
+            far = self.code.scores(new, codes, self.exact.sink)
+            scores = torch.cat((scores, far), dim=-1)
+        scores = scores * self.scaling
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, -torch.inf)
+        weights = torch.softmax(scores, dim=-1)
+        near, far = weights.split([keys.shape[2], codes.shape[1]], dim=-1)
+        grouped = near.unflatten(1, (keys.shape[1], -1))
+        context = torch.matmul(grouped, values[:, :, None]).flatten(1, 2)
+        return context + self.code.read(far, codes) if codes.shape[1] else context
+
+
+class CodedAttention(RuntimeAttention):
+    """Grouped-query attention over a coded store."""
+
+    def __init__(
+        self,
+        stages: GroupedQueryAttention,
+        index: int,
+        inv_freq: Tensor,
+        scale: float,
+        code: Code,
+        ring: tuple[int, int],
+        dense_prompt: bool,
+    ) -> None:
+        super().__init__()
+        self.stages, self.layer_index, self.code = stages, index, code
+        self.inv_freq, self.scale = inv_freq, scale
+        self.ring, self.dense_prompt = ring, dense_prompt
+
+    def new_store(self, rows: int, capacity: int) -> CodedStore:
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        exact = StreamingHeads(
+            rows, layout.kv_heads, *self.ring, layout.head_dim, like, layout.scaling,
+            dense_prompt=False,
+        )  # fmt: skip
+        return CodedStore(rows, capacity, self.code, exact, self.dense_prompt)
+
+    def attention(self, hidden: Tensor, step: Step, store: CodedStore) -> Tensor:
+        stages = self.stages
+        cos, sin = (table[:, None] for table in step.tables[self.table])
+        q, k, v = stages.project(hidden)
+        q, k = stages.normalise(q, k)
+        q_rotated, k_rotated = stages.rotate(q, k, cos, sin)
+        ahead = torch.arange(hidden.shape[1], device=hidden.device)
+        positions = torch.tensor(step.starts, device=hidden.device)[:, None] + ahead
+        new = Tokens(q, k, v, q_rotated, k_rotated, positions)
+        return stages.output(store.add(new, step))

@@ -1,0 +1,105 @@
+"""`kvtool calibrate projections`, and the commands that look at its plans, cut and run them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtool.cli import run_command
+from kvtool.plan import Plan
+
+Tiny = Callable[..., Path]
+Capture = pytest.CaptureFixture[str]
+SMALL = ["--tokens", "1024", "--sink", "2", "--window", "6", "--context", "400", "-q"]
+
+
+def calibrate(model: Path, output: Path, *arguments: str) -> int:
+    words = ["calibrate", "projections", str(model), "-o", str(output), *SMALL, *arguments]
+    return run_command(words)
+
+
+def answer(capture: Capture) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(capture.readouterr().out)
+    return result
+
+
+@pytest.mark.parametrize("method", ["pca", "cskv"])
+def test_a_slice_is_what_calibration_gives_at_that_size(
+    tiny: Tiny, tmp_path: Path, capsys: Capture, method: str
+) -> None:
+    model, large, small = tiny("llama"), tmp_path / "large", tmp_path / "small"
+    assert calibrate(model, large, "--method", method, "--kv-budget", "80%", "--json") == 0
+    said = answer(capsys)
+    assert said["bytes"] <= 0.8 * said["native_bytes"]
+    assert said["layers"][0]["code"]["sink"] == 2
+    assert calibrate(model, small, "--method", method, "--kv-budget", "50%") == 0
+    command = ["plan", "slice", str(large), "-o", str(tmp_path / "cut"), "--context", "400"]
+    assert run_command([*command, "--kv-budget", "50%"]) == 0
+    cut, fitted = Plan.read(tmp_path / "cut"), Plan.read(small)
+    assert cut.layers == fitted.layers
+    assert all((cut.tensors[name] == tensor).all() for name, tensor in fitted.tensors.items())
+    assert run_command([*command, "--streaming-heads", "50%", "--overwrite"]) == 3
+    assert "no scores" in capsys.readouterr().err
+
+
+def test_show_says_what_is_coded(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
+    assert calibrate(tiny("llama"), tmp_path / "p", "--kv-budget", "50%") == 0
+    capsys.readouterr()
+    assert run_command(["plan", "show", str(tmp_path / "p"), "--context", "400"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "unrotated code 3 layers: 15 + 15 numbers per token" in shown
+    assert "exact: the first 2 and last 6 tokens" in shown
+
+
+def test_a_dry_run_predicts_the_plan(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
+    output = tmp_path / "p"
+    assert calibrate(tiny("llama"), output, "--dry-run", "--json") == 0
+    said = answer(capsys)
+    assert not output.exists()
+    assert calibrate(tiny("llama"), output, "--json") == 0
+    done = answer(capsys)
+    assert (said["bytes"], said["native_bytes"]) == (done["bytes"], done["native_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--kv-budget", "1%"), 2, "is too small: the first 2 and last 6 tokens"),
+        (("--kv-budget", "lots"), 2, "neither a share"),
+        (("--context", "100000"), 2, "is beyond the model's"),
+        (("--method", "magic"), 2, "magic"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(
+    tiny: Tiny, tmp_path: Path, capsys: Capture, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    assert calibrate(tiny("llama"), tmp_path / "p", *arguments) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_plan_with_codes_is_evaluated_and_generates(
+    tiny: Tiny, tmp_path: Path, capsys: Capture
+) -> None:
+    model, plan = tiny("llama"), tmp_path / "p"
+    assert calibrate(model, plan, "--kv-budget", "60%") == 0
+    capsys.readouterr()
+    words = ["evaluate", str(model), "--plan", str(plan), "--quick", "--prefill", "200", "--json"]
+    words += ["--continuation", "50", "--windows", "2", "--length", "300", "-q", "--no-speed"]
+    assert run_command(words) == 0
+    report = answer(capsys)
+    planned = Plan.read(plan)
+    assert report["divergence"]["cache_bytes"] == planned.cache_bytes(250, 4)
+    assert report["divergence"]["kl"]["value"] > 0
+    assert run_command(["generate", str(model), "a b", "--plan", str(plan), "-q"]) == 0
+
+
+def test_models_that_no_code_is_for_are_refused(
+    tiny: Tiny, tmp_path: Path, capsys: Capture
+) -> None:
+    assert calibrate(tiny("mistral", sliding_window=32), tmp_path / "p") == 4
+    assert "sliding window" in capsys.readouterr().err

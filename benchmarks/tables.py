@@ -21,6 +21,32 @@ def recall(report: dict, task: str) -> str:
     return f"{got}/{asked} (original {base}/{asked})"
 
 
+def conversion(name: str) -> str:
+    """How a checkpoint was made."""
+    plan = read(f"mla_curve/{name}.convert.json")["plan"]
+    words = [f"`{plan['method']}`"]
+    if plan["target"] == "kvtool":
+        words.append("`--target kvtool`")
+    if healing := plan.get("healing"):
+        words.append(f"`--heal {healing['tokens'] // 1000}k`")
+    return ", ".join(words)
+
+
+def ablation() -> None:
+    budgets = [n for n in (288, 192, 144) if (RESULTS / f"mla_ablation_{n}.json").is_file()]
+    if not budgets:
+        return
+    tables = {n: {r["row"]: r for r in read(f"mla_ablation_{n}.json")["rows"]} for n in budgets}
+    print("| | " + " | ".join(f"{n / 384:.1%}" for n in budgets) + " |")
+    print("|---|" + "---|" * len(budgets))
+    for name in dict.fromkeys(name for rows in tables.values() for name in rows):
+        cells = []
+        for rows in tables.values():
+            row = rows.get(name)
+            cells.append(f"{row['kl']:.3f}, x{row['perplexity_ratio']:.3f}" if row else "")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 def quality() -> None:
     print("| | cache bytes per token | KL | perplexity ratio | pass-key | 4-key needle |")
     print("|---|---|---|---|---|---|")
@@ -37,7 +63,7 @@ def quality() -> None:
             f"{kl['value']:.3f} ± {kl['standard_error']:.3f}"
         )  # fmt: skip
         print(
-            f"| `{name.rpartition('-')[0] or name}` | {cache['bytes_per_token_bf16']:.0f} "
+            f"| {conversion(name)} | {cache['bytes_per_token_bf16']:.0f} "
             f"({report['bytes_share']:.1%}) | {shown} | {ratio['value']:.3f} ± "
             f"{ratio['standard_error']:.3f} | {recall(report, 'pass-key')} | "
             f"{recall(report, '4-key needle')} |"
@@ -98,7 +124,22 @@ def found(group: list[dict], task: str) -> str:
     return f"{right:.3g}/{asked:.0f}"
 
 
+def heal_starts() -> None:
+    if not (RESULTS / "heal_starts/aware.jsonl").is_file():
+        return
+    logs = [
+        [json.loads(line) for line in (RESULTS / f"heal_starts/{name}.jsonl").open()]
+        for name in ("aware", "transmla")
+    ]
+    print("| healed tokens | loss from `aware` | loss from `transmla` |")
+    print("|---|---|---|")
+    for ours, theirs in zip(*logs, strict=True):
+        print(f"| {2048 * ours['step']} | {ours['loss']:.3f} | {theirs['loss']:.3f} |")
+
+
 if __name__ == "__main__":
     quality()
+    ablation()
+    heal_starts()
     speed()
     heads()

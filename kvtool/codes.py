@@ -81,6 +81,21 @@ class Fitted:
         return {f"{name}.{part}": tensor.float() for part, tensor in parts.items()}
 
 
+class Positions:
+    """Cos and sin of a model's RoPE at positions 0, 1, ..., computed once for all layers."""
+
+    def __init__(self, rope: Rope, like: Tensor) -> None:
+        self.rope, self.like = rope, like
+        self.cos = self.sin = like.new_empty(0, 0)
+
+    def tables(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """At positions `first` to `end - 1`, `[n, D]` each."""
+        if end > len(self.cos):
+            at = torch.arange(max(end, 2 * len(self.cos)), device=self.like.device)
+            self.cos, self.sin = (table.to(self.like) for table in self.rope.tables(at))
+        return self.cos[first:end], self.sin[first:end]
+
+
 class Code(nn.Module):
     """What every code offers to the attention that reads it.
 
@@ -116,10 +131,15 @@ class ProjectedCode(Code):
     """
 
     def __init__(
-        self, keys: Projection, values: Projection, heads: int, rope: Rope, rotated: bool
+        self,
+        keys: Projection,
+        values: Projection,
+        heads: int,
+        positions: Positions,
+        rotated: bool,
     ) -> None:
         super().__init__()
-        self.keys, self.values, self.rope, self.rotated = keys, values, rope, rotated
+        self.keys, self.values, self.positions, self.rotated = keys, values, positions, rotated
         self.heads, self.width = heads, keys.width + values.width
 
     def encode(self, new: Tokens) -> Tensor:
@@ -143,8 +163,7 @@ class ProjectedCode(Code):
             return scored
         keys = z @ self.keys.decode.T + self.keys.mean
         keys = keys.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, S, D]
-        positions = torch.arange(first, first + keys.shape[2], device=keys.device)
-        cos, sin = (table.to(keys.dtype) for table in self.rope.tables(positions))
+        cos, sin = self.positions.tables(first, first + keys.shape[2])
         rebuilt: Tensor = torch.matmul(q, rotate(keys, cos, sin)[:, :, None].mT)
         return rebuilt.flatten(1, 2)
 
@@ -174,12 +193,8 @@ def _sums(weights: Tensor, states: Tensor) -> Tensor:
     return split
 
 
-def code_of(plan: Plan, index: int, rope: Rope, like: Tensor) -> Code:
-    """The code that a plan gives a layer, on the device and in the dtype of `like`.
-
-    Args:
-        rope: Of the model.
-    """
+def code_of(plan: Plan, index: int, positions: Positions) -> Code:
+    """The code that a plan gives a layer, on the device and in the dtype of the positions."""
     kept = plan.layers[index].code
     assert kept is not None
     start = f"layers.{index}."
@@ -187,7 +202,7 @@ def code_of(plan: Plan, index: int, rope: Rope, like: Tensor) -> Code:
 
     def projection(name: str, width: int) -> Projection:
         full = Projection(*(parts[f"{name}.{part}"] for part in ("encode", "decode", "mean")))
-        return full.cut(width).to(like)
+        return full.cut(width).to(positions.like)
 
     keys, values = projection("keys", kept.keys), projection("values", kept.values)
-    return ProjectedCode(keys, values, plan.base.kv_heads, rope, kept.kind == "rotated")
+    return ProjectedCode(keys, values, plan.base.kv_heads, positions, kept.kind == "rotated")

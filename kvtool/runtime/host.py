@@ -19,7 +19,7 @@ from kvtool.attention import (
     rope_of,
 )
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import code_of
+from kvtool.codes import Positions, code_of
 from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config, is_factor, read_factors
 from kvtool.latent import FactoredAttention, MultiheadLatentAttention
@@ -64,6 +64,8 @@ def load_host(
         model = checkpoint.load_transformers(dtype, device)
         apply_latent_eps(model, checkpoint.config)
     inv_freq = rope.inv_freq.to(device)
+    like = torch.empty(0, dtype=dtype, device=device)
+    positions = Positions(Rope(inv_freq, rope.scale), like)
     swapped: list[RuntimeAttention] = []
     for i, layer in enumerate(decoder_layers(model)):
         module, name = layer.self_attn, f"model.layers.{i}.self_attn"
@@ -81,7 +83,7 @@ def load_host(
             if plan is None or kept is None or kept.plain:
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
             elif kept.code is not None:
-                code = code_of(plan, i, Rope(inv_freq, rope.scale), grouped.qkv.weight)
+                code = code_of(plan, i, positions)
                 ring, dense = (kept.code.sink, kept.code.window), plan.prefill == "dense"
                 attention = CodedAttention(grouped, i, inv_freq, rope.scale, code, ring, dense)
             else:

@@ -78,6 +78,7 @@ def ladder(rope_dim: int, rank: int) -> list[Variant]:
         "one list of frequencies for all layers": {"shared": True},
     }
     rows += [replace(attended, name=f"before the refit: {n}", **w) for n, w in without.items()]
+    rows.append(replace(full, name="aware, dropped rotations by their mean", mean_rotation=True))
     return rows
 
 

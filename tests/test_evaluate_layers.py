@@ -9,7 +9,7 @@ import torch
 from _convert_tools import convert, edited_copy, one_thread
 from torch import Tensor
 
-from kvtool import attention
+from kvtool import attention, latent
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
 from kvtool.evaluate import protocol
@@ -147,6 +147,7 @@ def test_score_errors_are_those_of_the_scores_that_the_layers_attend_with(
         return plain(q, k, v, scaling, *window)
 
     monkeypatch.setattr(attention, "causal_attention", watched)
+    monkeypatch.setattr(latent, "causal_attention", watched)
     monkeypatch.setattr(stores, "causal_attention", watched)
     engine, base = load(lossy), load(tiny("llama"))
     first = next(iter(layer_damage(engine, base, window(base)[:-1], PREFILL)))

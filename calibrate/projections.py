@@ -77,7 +77,9 @@ def calibrate_projections(
     base = base_of(checkpoint)
     check_can_drop(checkpoint)
     code = planned_code(base, options, budget_bytes, itemsize)
-    wanted = StatisticsOptions(data=options.data, tokens=options.tokens, seed=options.seed)
+    wanted = StatisticsOptions(
+        data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
+    )
     statistics = collect(checkpoint, wanted, report=report)
     _, fit = _FIT[options.method]
     tensors: dict[str, Tensor] = {}
@@ -104,8 +106,8 @@ def planned_code(
         UsageError: The budget is too small.
     """
     kind, _ = _FIT[options.method]
-    half = CodePlan(kind, 1, 1, options.sink, options.window)
     try:
+        half = CodePlan(kind, 1, 1, options.sink, options.window)
         return half.within(budget_bytes, base, itemsize, options.context)
     except PlanError as error:
         raise UsageError(str(error)) from error

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.attention import Rope, rotate
+from kvtool.errors import PlanError
 from kvtool.plan import Plan
 
 
@@ -202,7 +203,10 @@ def code_of(plan: Plan, index: int, positions: Positions) -> Code:
 
     def projection(name: str, width: int) -> Projection:
         full = Projection(*(parts[f"{name}.{part}"] for part in ("encode", "decode", "mean")))
-        return full.cut(width).to(positions.like)
+        own = full.cut(width).to(positions.like)
+        if not all(bool(x.isfinite().all()) for x in (own.encode, own.decode, own.mean)):
+            raise PlanError(f"layer {index}: the code of its {name} is too large for this dtype")
+        return own
 
     keys, values = projection("keys", kept.keys), projection("values", kept.values)
     return ProjectedCode(keys, values, plan.base.kv_heads, positions, kept.kind == "rotated")

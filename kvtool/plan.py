@@ -337,6 +337,12 @@ class Plan:
         self._check_codes()
 
     def _check_codes(self) -> None:
+        codes = [layer.code for layer in self.layers if layer.code is not None]
+        width = self.base.kv_heads * self.base.head_dim
+        if codes and (len(codes) < len(self.layers) or self.scores is not None):
+            raise PlanError("layers with codes stand beside others, or beside scores of heads")
+        if any(max(code.keys, code.values) > width for code in codes):
+            raise PlanError(f"a code stores more than the {width} numbers that keys or values have")
         wanted = {
             name: shape
             for index, layer in enumerate(self.layers)
@@ -481,7 +487,7 @@ class Plan:
         """
         codes = {layer.code for layer in self.layers if layer.code is not None}
         if codes:
-            if len(codes) > 1 or any(layer.code is None for layer in self.layers):
+            if len(codes) > 1:
                 raise PlanError("its layers have codes of different widths, so none fits all")
             code = codes.pop().within(budget_bytes, self.base, itemsize, context)
             return replace(self, layers=tuple(replace(x, code=code) for x in self.layers))
@@ -658,7 +664,9 @@ def _opened(path: Path) -> Iterator[Any]:
 def _parse(text: str) -> _Document:
     try:
         version = _Version.model_validate_json(text).format_version
-        if not 1 <= version <= FORMAT_VERSION:
+        if version < 1:
+            raise PlanError(f"its format is {version}, which no kvtool has written")
+        if version > FORMAT_VERSION:
             raise PlanError(
                 f"it was made by a newer kvtool: its format is {version}, not {FORMAT_VERSION}",
                 hint="Update kvtool.",
@@ -735,11 +743,11 @@ def _document(plan: Plan) -> dict[str, Any]:
         return [ring if streams else {"kind": "full"} for streams in layer.streaming]
 
     def entry(layer: LayerPlan) -> dict[str, Any]:
-        code = None if layer.code is None else asdict(layer.code)
-        return {"heads": heads(layer), "budget": layer.budget, "code": code}
+        code = {} if layer.code is None else {"code": asdict(layer.code)}
+        return {"heads": heads(layer), "budget": layer.budget, **code}
 
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if plan.tensors else 1,  # older ones read what they know
         "base": asdict(plan.base),
         "prefill": plan.prefill,
         "policy": plan.policy,

@@ -40,6 +40,8 @@ def _check_reports(files: list[str]) -> list[str]:
 
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 TextOrNumber = Annotated[str, BeforeValidator(_number_as_text)]
@@ -138,12 +140,12 @@ class ProjectionsStep(_Strict):
     output: str | None = None
     method: Literal["pca", "cskv"] = "cskv"
     kv_budget: TextOrNumber = "50%"
-    context: int | None = None
-    sink: int = 4
-    window: int = 64
+    context: Positive | None = None
+    sink: Natural = 4
+    window: Positive = 64
     data: str | None = None
-    tokens: int = 16384
-    seed: int = 0
+    tokens: Positive = 16384
+    seed: Natural = 0
 
 
 class EvaluateStep(_Strict):
@@ -172,6 +174,7 @@ class EvaluateStep(_Strict):
     seed: int = 0
 
 
+_PLANS = ("retrieval-heads", "budgets", "projections")
 _STEPS = (
     *(ConvertStep, VerifyStep, StatisticsStep, HeadsStep, BudgetsStep, ProjectionsStep),
     EvaluateStep,
@@ -235,7 +238,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
     for index, step in enumerate(recipe.steps):
         needed = {
             "verify": {"convert"},
-            "evaluate": {"convert", "calibrate retrieval-heads", "calibrate budgets"},
+            "evaluate": {"convert", *(f"calibrate {x}" for x in _PLANS)},
         }.get(step.uses)
         if needed is not None and not needed & made:
             line, column = _position(document, ("steps", index))

@@ -22,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test workers share the cores, and one thread adds numbers in the same order on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 from filelock import FileLock
@@ -56,6 +57,10 @@ _CHAT_TEMPLATE = (
     "{% for message in messages %}<|bos|>{{ message['role'] }}\n{{ message['content'] }}<|eos|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|bos|>assistant\n{% endif %}"
 )
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("kvtool", deadline=None)
+hypothesis.settings.load_profile("kvtool")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

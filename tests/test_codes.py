@@ -9,10 +9,12 @@ import torch
 from _convert_tools import one_thread, random_ids
 from torch import Tensor
 
+from kvtool.calibrate import projections
 from kvtool.calibrate.projections import METHODS, ProjectionOptions, calibrate_projections
 from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import PlanError, UsageError
+from kvtool.evaluate.layers import prompt_length
 from kvtool.plan import CodeKind, CodePlan, LayerPlan, Plan, base_of, code_shapes
 from kvtool.runtime import Engine
 
@@ -224,3 +226,32 @@ def test_pca_takes_turns_among_heads(llama):
     reads = encode.abs().amax(-1) > 0  # [row, head]
     expected = torch.eye(heads, dtype=torch.bool).repeat(size, 1)
     assert torch.equal(reads, expected)
+
+
+def test_what_a_code_cannot_be_is_refused(llama):
+    plan = coded(llama, "rotated")
+    width = plan.base.kv_heads * plan.base.head_dim
+    wide = replace(plan.layers[0], code=CodePlan("rotated", width + 1, 1))
+    with pytest.raises(PlanError, match=f"more than the {width} numbers"):
+        replace(plan, layers=(wide,) * plan.base.layers)
+    plain = LayerPlan((False,) * plan.base.kv_heads)
+    with pytest.raises(PlanError, match="beside others"):
+        replace(plan, layers=(plain, *plan.layers[1:]))
+    huge = {name: tensor * 1e37 for name, tensor in plan.tensors.items()}
+    with pytest.raises(PlanError, match="too large for this dtype"):
+        Engine.load(llama, dtype=torch.float16, plan=replace(plan, tensors=huge))
+
+
+def test_sinks_that_are_not_exact_are_in_the_statistics(llama, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        projections, "collect", lambda _, options, **__: asked.append(options) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        calibrate_projections(llama, ProjectionOptions(sink=2), 10**9, 2)
+    assert asked[0].sinks == 2
+
+
+def test_damage_is_judged_behind_the_exact_tokens(llama):
+    plan = coded(llama, "rotated", sink=10, window=190)
+    assert prompt_length(plan, 192, 4096) == 400

@@ -305,3 +305,11 @@ def test_validate_says_what_a_recipe_does(
     file.write_text(VALID)
     assert run_command(["recipe", "validate", str(file)]) == 0
     assert capsys.readouterr().out == f"{file}: valid (convert, evaluate)\n"
+
+
+def test_a_plan_of_codes_can_be_evaluated() -> None:
+    text = "kvtool: 1\nmodel: m\nsteps:\n  - uses: calibrate projections\n  - uses: evaluate\n"
+    assert [step.uses for step in parse_recipe(text, "r.yaml").steps][-1] == "evaluate"
+    assert "'context' is 0" in error_of(
+        text.replace("projections\n", "projections\n    context: 0\n")
+    )

@@ -150,7 +150,7 @@ def context_of(checkpoint: Checkpoint, asked: int | None) -> int:
     limit = int(checkpoint.hf_config().max_position_embeddings)
     if asked is None:
         return min(_CONTEXT, limit)
-    if asked > limit:
+    if not 1 <= asked <= limit:
         raise UsageError(f"--context {asked} is beyond the model's {limit} tokens")
     return asked
 

@@ -166,7 +166,14 @@ def _estimate_fact(
 def _plan_words(plan: Mapping[str, Any] | None) -> str:
     if plan is None:
         return ""
+    if code := plan["layers"][0].get("code"):
+        return f"; plan: {_code_words(code)}"
     return f"; plan: {plan['streaming_heads']} of {plan['kv_heads']} KV heads stream"
+
+
+def _code_words(code: Mapping[str, Any]) -> str:
+    exact = f"exact: the first {code['sink']} and last {code['window']} tokens"
+    return f"{code['kind']} code of {code['keys']} + {code['values']} numbers, {exact}"
 
 
 def _sections(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -83,7 +83,8 @@ def prompt_length(plan: Plan | None, least: int, most: int) -> int:
     """Tokens of a prompt of which every head of a plan drops something: half, if `most` allows."""
     kept = [0]
     for layer in plan.layers if plan is not None else ():
-        kept += [layer.sink + layer.window, *(budget or 0 for budget in layer.budgets)]
+        ring = layer if layer.code is None else layer.code
+        kept += [ring.sink + ring.window, *(budget or 0 for budget in layer.budgets)]
     return min(max(least, 2 * max(kept)), most)
 
 

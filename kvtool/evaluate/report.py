@@ -135,8 +135,14 @@ class Report:
             table.add_column(name, justify="right", no_wrap=True)
         if self.plan is not None:
             how = "read densely, then dropped" if self.plan["prefill"] == "dense" else "streamed"
-            heads = f"{self.plan['streaming_heads']}/{self.plan['kv_heads']}"
-            table.add_row(f"KV heads that stream (prompts are {how})", "0", heads, ABSENT)
+            if code := self.plan["layers"][0].get("code"):
+                width = f"{code['keys']} + {code['values']}"
+                table.add_row(f"numbers of the {code['kind']} code", ABSENT, width, ABSENT)
+                exact = f"{code['sink']} + {code['window']}"
+                table.add_row("first + last tokens, kept exactly", ABSENT, exact, ABSENT)
+            else:
+                heads = f"{self.plan['streaming_heads']}/{self.plan['kv_heads']}"
+                table.add_row(f"KV heads that stream (prompts are {how})", "0", heads, ABSENT)
             if (policy := self.plan["policy"]) is not None:
                 table.add_row("tokens of a prompt chosen by", ABSENT, policy, ABSENT)
         self._add_cache(table)

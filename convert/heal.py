@@ -36,7 +36,7 @@ WINDOW = 2048
 """Tokens of a window."""
 BATCH = 1
 """Windows of a step."""
-AUTO = 24 * 1024
+AUTO = 16 * 1024
 """Tokens of `--heal auto`."""
 RECALL = 0.25
 """Share of the windows that are recall tasks."""

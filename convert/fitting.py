@@ -68,9 +68,7 @@ def latent_stages(own: GroupedQueryAttention, converted: ConvertedLayer) -> Fact
     for name, weight in converted.weights.items():
         projection, kind = name.split(".")
         if projection == "o_proj":
-            copied = weight.to(
-                own.qkv.weight, copy=True
-            )  # also its device: healing may run on a GPU
+            copied = weight.to(own.qkv.weight, copy=True)  # on its device, too
             setattr(own.o_proj, kind, nn.Parameter(copied, requires_grad=False))
         else:
             rows = getattr(own.qkv, kind).detach().split(own.sizes)

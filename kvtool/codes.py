@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvtool.attention import Rope, rotate
 from kvtool.errors import PlanError
@@ -97,38 +97,15 @@ class Positions:
         return self.cos[first:end], self.sin[first:end]
 
 
-class Code(nn.Module):
-    """What every code offers to the attention that reads it.
-
-    Attributes:
-        width: Numbers stored per token.
-    """
-
-    width: int
-
-    def encode(self, new: Tokens) -> Tensor:
-        """What is stored of tokens, `[B, T, width]`."""
-        raise NotImplementedError  # pragma: no cover
-
-    def scores(self, new: Tokens, states: Tensor, first: int) -> Tensor:
-        """Unscaled scores `[B, Q, T, S]` of queries against stored tokens.
-
-        Args:
-            states: `[B, S, width]`, of the tokens at positions `first`, `first + 1`, ...
-        """
-        raise NotImplementedError  # pragma: no cover
-
-    def read(self, weights: Tensor, states: Tensor) -> Tensor:
-        """Values summed with `weights [B, Q, T, S]`, which need not sum to 1: `[B, Q, T, D]`."""
-        raise NotImplementedError  # pragma: no cover
-
-
-class ProjectedCode(Code):
+class Code:
     """A projection of the keys beside one of the values.
 
     Args:
         rotated: Whether keys are stored after RoPE, where a query reads the code as it is, or
             before, where all keys are rebuilt and rotated whenever they are read.
+
+    Attributes:
+        width: Numbers stored per token.
     """
 
     def __init__(
@@ -139,11 +116,11 @@ class ProjectedCode(Code):
         positions: Positions,
         rotated: bool,
     ) -> None:
-        super().__init__()
         self.keys, self.values, self.positions, self.rotated = keys, values, positions, rotated
         self.heads, self.width = heads, keys.width + values.width
 
     def encode(self, new: Tokens) -> Tensor:
+        """What is stored of tokens, `[B, T, width]`."""
         kept = new.k_rotated if self.rotated else new.k
         parts = [
             (x.transpose(1, 2).flatten(2) - projection.mean) @ projection.encode.T
@@ -152,6 +129,11 @@ class ProjectedCode(Code):
         return torch.cat(parts, dim=-1)
 
     def scores(self, new: Tokens, states: Tensor, first: int) -> Tensor:
+        """Unscaled scores `[B, Q, T, S]` of queries against stored tokens.
+
+        Args:
+            states: `[B, S, width]`, of the tokens at positions `first`, `first + 1`, ...
+        """
         z = states[..., : self.keys.width]
         q = new.q_rotated.unflatten(1, (self.heads, -1))  # [B, H, g, T, D]
         if self.rotated:
@@ -169,6 +151,7 @@ class ProjectedCode(Code):
         return rebuilt.flatten(1, 2)
 
     def read(self, weights: Tensor, states: Tensor) -> Tensor:
+        """Values summed with `weights [B, Q, T, S]`, which need not sum to 1: `[B, Q, T, D]`."""
         z = states[..., self.keys.width :]
         mixed = _sums(weights, z).unflatten(1, (self.heads, -1))
         decode = self.values.decode.unflatten(0, (self.heads, -1))  # [H, D, R]
@@ -209,4 +192,4 @@ def code_of(plan: Plan, index: int, positions: Positions) -> Code:
         return own
 
     keys, values = projection("keys", kept.keys), projection("values", kept.values)
-    return ProjectedCode(keys, values, plan.base.kv_heads, positions, kept.kind == "rotated")
+    return Code(keys, values, plan.base.kv_heads, positions, kept.kind == "rotated")

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate.statistics import LayerStatistics
-from kvtool.codes import Fitted, Projection
+from kvtool.codes import Fitted, Part, Projection
 
 
-def fit(statistics: LayerStatistics, heads: int) -> tuple[Fitted, Fitted]:
+def fit(statistics: LayerStatistics, heads: int) -> dict[Part, Fitted]:
     """Keys and values of a layer; the code knows no heads."""
     second = statistics.joint.second / statistics.joint.tokens
     width = second.shape[0] // 2
-    return joint(second[:width, :width]), joint(second[width:, width:])
+    return {"keys": principal(second[:width, :width]), "values": principal(second[width:, width:])}
 
 
-def joint(second: Tensor) -> Fitted:
-    """Principal directions of a second moment `[K, K]`, not centred."""
+def principal(second: Tensor) -> Fitted:
+    """Principal directions of a second moment `[W, W]`, not centred."""
     values, vectors = torch.linalg.eigh(second)
     rows = vectors.T.flip(0)
     mean = torch.zeros(len(rows), dtype=torch.float64)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 
 from kvtool.calibrate.statistics import LayerStatistics, Moments
-from kvtool.codes import Fitted, Projection
+from kvtool.codes import Fitted, Part, Projection
 
 
-def fit(statistics: LayerStatistics, heads: int) -> tuple[Fitted, Fitted]:
+def fit(statistics: LayerStatistics, heads: int) -> dict[Part, Fitted]:
     """Keys and values of a layer with H heads."""
     values = statistics.joint.part(statistics.rotated_keys.mean.shape[0])
-    return per_head(statistics.rotated_keys, heads), per_head(values, heads)
+    return {"keys": per_head(statistics.rotated_keys, heads), "values": per_head(values, heads)}
 
 
 def per_head(moments: Moments, heads: int) -> Fitted:

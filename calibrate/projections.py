@@ -1,39 +1,41 @@
-"""Plans that store a code of every token: which widths a budget allows, and the codes of a method.
+"""Plans that store a code of every token: what a method fits, and which widths a budget allows.
 
-A method reads the statistics alone and gives a :class:`Fitted` per layer at full width, so that a
-smaller budget is a slice of the same plan.
+A method gives codes at full width with what each row is worth, so that a smaller budget is a slice
+of the same plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
-from kvtool.calibrate import cskv, pca
-from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions, collect
+from kvtool.calibrate import asvd, aware, cskv, palu, pca, xkv
+from kvtool.calibrate.felt import feel
+from kvtool.calibrate.past import Codes, Past, measure, read_past
+from kvtool.calibrate.statistics import CONTEXT, WINDOW, StatisticsOptions, collect
+from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
+from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import Fitted
+from kvtool.codes import Allocation, CodeKind, CodePlan, Fitted, Part
+from kvtool.corpus import calibration_text, can_chat
 from kvtool.errors import PlanError, UsageError
-from kvtool.plan import (
-    Base,
-    CodeKind,
-    CodePlan,
-    LayerPlan,
-    Plan,
-    base_of,
-    check_can_drop,
-    provenance_of,
-)
+from kvtool.plan import Base, LayerPlan, Plan, base_of, check_can_drop, fit_codes, provenance_of
 
-Method = Literal["pca", "cskv"]
+Method = Literal["aware", "cskv", "xkv", "palu", "asvd", "pca"]
 METHODS: tuple[Method, ...] = get_args(Method)
-_FIT: dict[Method, tuple[CodeKind, Callable[[LayerStatistics, int], tuple[Fitted, Fitted]]]] = {
-    "pca": ("rotated", pca.fit),
-    "cskv": ("unrotated", cskv.fit),
-}
+Read = Literal["absorbed", "rebuilt"]
+"""How keys are read: as they are stored (after RoPE), or rebuilt and rotated (before RoPE)."""
+
+JUDGED = 2
+"""Windows of calibration text, not fitted to, by which codes are judged."""
+_END = 256  # tokens of such a window that are read through the codes
+_CHAT = 0.25  # share of the windows that are conversations, as in the statistics
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""
@@ -44,17 +46,32 @@ class ProjectionOptions:
     """Everything that determines the codes besides the model.
 
     Attributes:
+        read: Of `aware`; the other methods say it themselves.
+        together: Neighbouring layers that share a code, of `aware` and `xkv`.
         sink, window: Tokens that are kept exactly.
         context: Tokens of the sequence that a budget is for.
     """
 
-    method: Method = "cskv"
+    method: Method = "aware"
+    read: Read = "absorbed"
+    together: int = 1
     sink: int = 4
     window: int = 64
     context: int = 4096
     data: str | None = None
     tokens: int = 16384
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Codes at full width, and what is to be said of how they were made."""
+
+    codes: list[CodePlan]
+    fitted: list[dict[Part, Fitted]]
+    corpus: str
+    tokens: int
+    losses: dict[str, Any]
 
 
 def calibrate_projections(
@@ -72,42 +89,203 @@ def calibrate_projections(
 
     Raises:
         UnsupportedModelError: Layers have a sliding window.
-        UsageError: The budget is too small.
+        UsageError: The budget is too small, or the text too short.
     """
     base = base_of(checkpoint)
     check_can_drop(checkpoint)
-    code = planned_code(base, options, budget_bytes, itemsize)
+    check_budget(base, options, budget_bytes, itemsize)
+    if options.method in ("aware", "xkv"):
+        found = _felt(checkpoint, base, options, budget_bytes // itemsize, report)
+    else:
+        found = _per_layer(checkpoint, base, options, report)
+    tensors: dict[str, Tensor] = {}
+    for index, parts in enumerate(found.fitted):
+        for part, fitted in parts.items():
+            tensors |= fitted.tensors(index, part)
+    asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
+    provenance = provenance_of(options.method, asked, found.corpus, found.tokens, **found.losses)
+    plan = Plan(
+        base,
+        (LayerPlan((False,) * base.kv_heads),) * base.layers,
+        provenance=(provenance,),
+        codes=tuple(found.codes),
+        allocation=allocation(options.method),
+        tensors=tensors,
+    )
+    return plan.cut(budget_bytes, options.context, itemsize)
+
+
+def allocation(method: Method) -> Allocation:
+    """How the codes of a method share a budget."""
+    return "spectrum" if method in ("aware", "palu") else "even"
+
+
+def empty_codes(base: Base, options: ProjectionOptions) -> list[CodePlan]:
+    """What is coded together by a method, and how; at full width."""
+    rotated = options.method == "pca" or (options.method, options.read) == ("aware", "absorbed")
+    kind: CodeKind = "rotated" if rotated else "unrotated"
+    together = min(options.together, base.layers) if options.method in ("aware", "xkv") else 1
+    sizes = [min(together, base.layers - i) for i in range(0, base.layers, together)]
+    parts = 1 if options.method == "aware" else 2
+    return [
+        CodePlan(kind, n, (n * base.channels * 2 // parts,) * parts, options.sink, options.window)
+        for n in sizes
+    ]
+
+
+def check_budget(base: Base, options: ProjectionOptions, budget_bytes: int, itemsize: int) -> None:
+    """Raises UsageError unless the narrowest codes fit the budget."""
+    codes = empty_codes(base, options)
+    rows = [[torch.ones(width) for width in code.widths] for code in codes]
+    try:
+        fit_codes(
+            codes, rows, allocation(options.method), budget_bytes // itemsize, options.context,
+            base.channels,
+        )  # fmt: skip
+    except PlanError as error:
+        raise UsageError(str(error)) from error
+
+
+def _per_layer(
+    checkpoint: Checkpoint, base: Base, options: ProjectionOptions, report: Report
+) -> _Found:
+    """The methods that look at one layer after the other."""
     wanted = StatisticsOptions(
         data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
     )
-    statistics = collect(checkpoint, wanted, report=report)
-    _, fit = _FIT[options.method]
-    tensors: dict[str, Tensor] = {}
-    report("fitting", 0, base.layers)
-    for index in range(base.layers):
-        for name, fitted in zip(
-            ("keys", "values"), fit(statistics.layer(index), base.kv_heads), strict=True
-        ):
-            tensors |= fitted.tensors(f"layers.{index}.{name}")
-        report("fitting", index + 1, base.layers)
-    layer = LayerPlan((False,) * base.kv_heads, code=code)
-    asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
-    corpus, tokens = statistics.metadata["corpus"], statistics.tokens
-    provenance = provenance_of(options.method, asked, corpus, tokens)
-    return Plan(base, (layer,) * base.layers, provenance=(provenance,), tensors=tensors)
+    windows, _ = _windows(checkpoint, options, 0)
+    if options.method == "asvd":
+        corpus, tokens = calibration_text(options.data).id, windows.numel()
+        fitted = asvd.fit(LayerStream(checkpoint), windows)
+    else:
+        statistics = collect(checkpoint, wanted, report=report)
+        corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
+        fit = pca.fit if options.method == "pca" else cskv.fit
+        fitted = [fit(statistics.layer(i), base.kv_heads) for i in range(base.layers)]
+    if options.method == "palu":
+        keys, values = palu.fisher(checkpoint, windows, report)
+        for i, parts in enumerate(fitted):
+            parts["keys"] = palu.ranked(parts["keys"], float(keys[i]))
+            parts["values"] = palu.ranked(parts["values"], float(values[i]))
+    return _Found(empty_codes(base, options), fitted, corpus, tokens, {})
 
 
-def planned_code(
-    base: Base, options: ProjectionOptions, budget_bytes: int, itemsize: int
-) -> CodePlan:
-    """The code that a budget allows in every layer: as many numbers of keys as of values.
+def _felt(
+    checkpoint: Checkpoint, base: Base, options: ProjectionOptions, numbers: int, report: Report
+) -> _Found:
+    """The methods that look at several layers together."""
+    codes = empty_codes(base, options)
+    windows, offsets = _windows(checkpoint, options, JUDGED)
+    model = TailModel(LayerStream(checkpoint))
+    fitted_to = len(windows) - JUDGED
+    ring = (options.sink, options.window)
+    felt = feel(
+        model, windows[:fitted_to], offsets[:fitted_to], [code.layers for code in codes],
+        codes[0].kind, ring, options.seed, report,
+    )  # fmt: skip
+    report("fitting", 0, len(codes))
+    fitted = []
+    for done, one in enumerate(felt):
+        fitted.append(aware.fit(one) if options.method == "aware" else xkv.fit(one))
+        report("fitting", done + 1, len(codes))
+    corpus, tokens = calibration_text(options.data).id, fitted_to * windows.shape[1]
+    if options.method != "aware":
+        return _Found(codes, fitted, corpus, tokens, {})
+    end = min(_END, windows.shape[1] // 2)
+    pasts = [read_past(model, windows[i], end, offsets[i]) for i in range(fitted_to, len(windows))]
+    fitted, losses = judged(model, pasts, codes, fitted, options, numbers, base, report)
+    return _Found(codes, fitted, corpus, tokens, losses)
 
-    Raises:
-        UsageError: The budget is too small.
+
+def judged(
+    model: TailModel,
+    pasts: Sequence[Past],
+    codes: Sequence[CodePlan],
+    fitted: Sequence[dict[Part, Fitted]],
+    options: ProjectionOptions,
+    numbers: int,
+    base: Base,
+    report: Report,
+) -> tuple[list[dict[Part, Fitted]], dict[str, Any]]:
+    """Measures each code alone at the budget, and puts all spectra into the nats that it costs.
+
+    The quadratic form knows which rows of a code matter, but not how far the errors of many tokens
+    add up. So each code's spectrum is scaled by what the code alone costs, over what was predicted.
+
+    Returns:
+        The codes with their new spectra; and by code `predicted`, `measured` loss in nats at the
+        widths chosen before, with the loss of all codes together, `measured_together`.
     """
-    kind, _ = _FIT[options.method]
-    try:
-        half = CodePlan(kind, 1, 1, options.sink, options.window)
-        return half.within(budget_bytes, base, itemsize, options.context)
-    except PlanError as error:
-        raise UsageError(str(error)) from error
+    spectra = [[x.spectrum for x in parts.values()] for parts in fitted]
+    chosen = fit_codes(codes, spectra, "spectrum", numbers, options.context, base.channels)
+    ready: Codes = [
+        (code, {part: _single(one) for part, one in parts.items()})
+        for code, parts in zip(chosen, fitted, strict=True)
+    ]
+    predicted = [
+        sum(float(one.spectrum[w:].sum()) for one, w in zip(p.values(), c.widths, strict=True))
+        for c, p in zip(chosen, fitted, strict=True)
+    ]
+    measured = []
+    report("judging", 0, len(codes) + 1)
+    for index in range(len(codes)):
+        measured.append(measure(model, pasts, ready, index))
+        report("judging", index + 1, len(codes) + 1)
+    together = measure(model, pasts, ready)
+    report("judging", len(codes) + 1, len(codes) + 1)
+    scaled = [
+        {part: Fitted(one.projection, one.spectrum * scale) for part, one in parts.items()}
+        for parts, scale in zip(fitted, _scales(predicted, measured), strict=True)
+    ]
+    losses = {
+        "predicted": predicted,
+        "measured": measured,
+        "measured_together": together,
+        "widths": [code.width for code in chosen],
+    }
+    return scaled, losses
+
+
+def _scales(predicted: Sequence[float], measured: Sequence[float]) -> list[float]:
+    """What each code costs over what was predicted; the median where either is only noise."""
+    ratios = torch.tensor(measured, dtype=torch.float64) / torch.tensor(predicted).clamp(min=1e-30)
+    clear = (torch.tensor(predicted) > 1e-9) & (torch.tensor(measured) > 1e-7)
+    usual = float(ratios[clear].median()) if clear.any() else 1.0
+    return [float(r) if c else usual for r, c in zip(ratios, clear, strict=True)]
+
+
+def _single(fitted: Fitted) -> Any:
+    return replace(
+        fitted.projection,
+        **{name: value.float() for name, value in vars(fitted.projection).items()},
+    )
+
+
+def _windows(
+    checkpoint: Checkpoint, options: ProjectionOptions, more: int
+) -> tuple[Tensor, list[int]]:
+    """Windows `[N + more, S]` of calibration text, and the positions at which they begin."""
+    limit = int(checkpoint.hf_config().max_position_embeddings)
+    length = min(WINDOW, limit)
+    count = options.tokens // length
+    if count < 1:
+        raise UsageError(f"--tokens {options.tokens} is less than one window of {length}")
+    tokenizer, corpus = checkpoint.tokenizer(), calibration_text(options.data)
+    chat = _CHAT if can_chat(tokenizer) else 0.0
+    ids = corpus.windows(tokenizer, length, count + more, options.seed, chat)
+    generator = torch.Generator().manual_seed(options.seed)
+    last = max(length, min(CONTEXT, limit)) - length
+    return ids, torch.randint(0, last + 1, (len(ids),), generator=generator).tolist()
+
+
+def memory_bytes(checkpoint: Checkpoint, base: Base, options: ProjectionOptions) -> int:
+    """About what a calibration holds at once, besides Python and its libraries."""
+    weights = 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    if options.method in ("pca", "cskv"):
+        return memory_of_statistics(LayerStream(checkpoint), options.tokens)
+    if options.method == "asvd":
+        return 4 * options.tokens * int(checkpoint.hf_config().hidden_size)
+    length = min(WINDOW, int(checkpoint.hf_config().max_position_embeddings))
+    seen = 4 * 4 * 2 * base.layers * base.channels * length
+    sums = sum(8 * 3 * (2 * x.layers * base.channels) ** 2 for x in empty_codes(base, options))
+    return weights + seen + sums

@@ -7,7 +7,7 @@ was read densely, so every trial costs a forward pass over some dozens of tokens
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tasks import RecallSample
 from kvtool.errors import CheckpointError
 from kvtool.kernels.streaming_attention import streaming_attention
-from kvtool.plan import Prefill
+from kvtool.plan_file import Prefill
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """Queries `[B, Q, M, D]` from position `start` on, keys and values `[B, H, start + M, D]`, and
@@ -33,27 +33,39 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A recall sample as a model has read it.
+class Behind:
+    """Tokens behind a context that a model has read.
 
     Attributes:
-        keys, values: Per layer `[1, H, C, D]` of the context, keys rotated; C is 0 where the policy
-            is to stream from the first token, and `ids` is then the whole sample.
+        keys, values: Per layer `[1, H, C, D]` of the context, keys rotated; C may be 0.
         ids: `[M]`, the tokens behind the context.
-        answers: `[A]`, where in `ids` the tokens to be recalled are.
-        sample: The sample itself.
+        offset: Position of the context's first token.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     ids: Tensor
-    answers: Tensor
-    sample: RecallSample
+    offset: int = field(default=0, kw_only=True)
 
     @property
     def start(self) -> int:
-        """Position of the first token of `ids`."""
-        return self.keys[0].shape[2]
+        """Tokens of the context."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+
+@dataclass(frozen=True)
+class Reading(Behind):
+    """A recall sample as a model has read it.
+
+    Where the policy is to stream from the first token, C is 0 and `ids` the whole sample.
+
+    Attributes:
+        answers: `[A]`, where in `ids` the tokens to be recalled are.
+        sample: The sample itself.
+    """
+
+    answers: Tensor
+    sample: RecallSample
 
 
 class TailModel:
@@ -103,11 +115,12 @@ class TailModel:
             hidden = self.layer(index, hidden, None, remember)
         return Reading(keys, values, ids.to(self.device), answers.to(self.device), sample)
 
-    def layer(self, index: int, hidden: Tensor, reading: Reading | None, attend: Attend) -> Tensor:
+    def layer(self, index: int, hidden: Tensor, reading: Behind | None, attend: Attend) -> Tensor:
         """Hidden states `[B, M, hidden]` behind a context through one layer; differentiable."""
         stages = self.layers[index].attention
         start = 0 if reading is None else reading.start
-        positions = torch.arange(start, start + hidden.shape[1], device=self.device)
+        first = start + (0 if reading is None else reading.offset)
+        positions = torch.arange(first, first + hidden.shape[1], device=self.device)
         cos, sin = self.rope.tables(positions)
 
         def attention(normed: Tensor) -> Tensor:

@@ -1,50 +1,109 @@
-"""Feature codes: the few numbers that a layer stores of a token instead of its keys and values.
+"""Feature codes: the few numbers that are stored of a token instead of its keys and values.
 
-A code is linear in keys and values, and exact at full width. What distinguishes the methods is
-where it sits (keys before or after RoPE) and what it is fitted for; see `calibrate/`.
+One code serves one layer, or several consecutive ones together: the keys and values that a token
+leaves in neighbouring layers come from almost the same hidden state. A code is linear, and exact at
+full width. What distinguishes the methods is where it sits (keys before or after RoPE), what shares
+it, and what it is fitted for; see `calibrate/`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvtool.attention import Rope, rotate
 from kvtool.errors import PlanError
-from kvtool.plan import Plan
+
+CodeKind = Literal["rotated", "unrotated"]
+"""Whether the code of a key is taken after RoPE, or before it."""
+
+Part = Literal["keys", "values", "joint"]
+"""What a projection codes: all keys of its layers, all values, or both together."""
 
 
-class Tokens(NamedTuple):
-    """What a layer makes of some tokens.
+@dataclass(frozen=True)
+class CodePlan:
+    """How some consecutive layers code a token together.
 
     Attributes:
-        q, k, v: `[B, Q or H, T, D]`, normed but not rotated.
-        q_rotated, k_rotated: The same queries and keys after RoPE.
-        positions: `[B, T]`.
+        kind: Where the code sits.
+        layers: How many layers share it.
+        widths: Numbers per token: of the code of the keys and of that of the values, or of the one
+            code that both are read from.
+        sink, window: Tokens that each layer also keeps exactly: the first and the last, the current
+            one included.
+
+    Raises:
+        PlanError: The numbers are out of range.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_rotated: Tensor
-    k_rotated: Tensor
-    positions: Tensor
+    kind: CodeKind
+    layers: int
+    widths: tuple[int, ...]
+    sink: int = 4
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or len(self.widths) not in (1, 2) or min(self.widths) < 1:
+            said = " + ".join(map(str, self.widths))
+            raise PlanError(f"a code of {said or 'no'} numbers for {self.layers} layers is none")
+        if self.sink < 0 or self.window < 1:
+            raise PlanError(
+                f"{self.sink} exact sinks and a window of {self.window} tokens are impossible: the "
+                "window holds at least the current token"
+            )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is coded by itself, in the order in which the numbers lie."""
+        return ("joint",) if len(self.widths) == 1 else ("keys", "values")
+
+    @property
+    def width(self) -> int:
+        """Numbers stored per token."""
+        return sum(self.widths)
+
+    def full_width(self, channels: int) -> int:
+        """Numbers that a part stands for, of layers with K `channels` of keys and of values."""
+        return self.layers * channels * (2 if self.parts == ("joint",) else 1)
+
+    def numbers(self, tokens: int, channels: int) -> int:
+        """Numbers stored of a sequence; rings count whole even if unfilled."""
+        return self.width * tokens + self.layers * 2 * channels * (self.sink + self.window)
+
+
+def code_shapes(
+    index: int, code: CodePlan, channels: int, rows: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of the code with this index.
+
+    A part stands for W numbers of a token: keys, values or both, of all layers of the code, layer
+    behind layer (keys first). R `rows` of it are stored, at least as many as its width, so that a
+    narrower code is a slice: `encode [R, W]`, `decode [W, R]`, `mean [W]`, `spectrum [R]`.
+    """
+    full = code.full_width(channels)
+    found: dict[str, tuple[int, ...]] = {}
+    for part, stored in zip(code.parts, rows, strict=True):
+        shapes: dict[str, tuple[int, ...]] = {"encode": (stored, full), "decode": (full, stored)}
+        shapes |= {"mean": (full,), "spectrum": (stored,)}
+        found |= {f"codes.{index}.{part}.{name}": shape for name, shape in shapes.items()}
+    return found
 
 
 @dataclass(frozen=True)
 class Projection:
     """x is stored as `encode (x - mean)` and read as `decode z + mean`.
 
-    With K = H·D, keys or values of all heads are one vector. Per-head codes are block-diagonal.
     Rows are in the order in which they are kept: the first r of them are the code of width r.
 
     Attributes:
-        encode: `[R, K]`.
-        decode: `[K, R]`.
-        mean: `[K]`.
+        encode: `[R, W]`.
+        decode: `[W, R]`.
+        mean: `[W]`.
     """
 
     encode: Tensor
@@ -67,19 +126,19 @@ class Projection:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A projection of full width, with what each of its rows is worth.
+    """A projection, with what each of its rows is worth.
 
     Attributes:
-        spectrum: `[K]`, what is lost without a row, in the measure of the method.
+        spectrum: `[R]`, not rising: what is lost without a row, in the measure of the method.
     """
 
     projection: Projection
     spectrum: Tensor
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
+    def tensors(self, index: int, part: Part) -> dict[str, Tensor]:
         """As a plan holds them, fp32."""
         parts = {**vars(self.projection), "spectrum": self.spectrum}
-        return {f"{name}.{part}": tensor.float() for part, tensor in parts.items()}
+        return {f"codes.{index}.{part}.{n}": tensor.float() for n, tensor in parts.items()}
 
 
 class Positions:
@@ -98,66 +157,103 @@ class Positions:
 
 
 class Code:
-    """A projection of the keys beside one of the values.
+    """The code of some layers, ready to encode tokens.
 
     Args:
-        rotated: Whether keys are stored after RoPE, where a query reads the code as it is, or
-            before, where all keys are rebuilt and rotated whenever they are read.
-
-    Attributes:
-        width: Numbers stored per token.
+        projections: By part, at the widths of the plan.
+        heads: H of a layer.
     """
 
     def __init__(
         self,
-        keys: Projection,
-        values: Projection,
+        plan: CodePlan,
+        projections: Mapping[Part, Projection],
         heads: int,
         positions: Positions,
-        rotated: bool,
     ) -> None:
-        self.keys, self.values, self.positions, self.rotated = keys, values, positions, rotated
-        self.heads, self.width = heads, keys.width + values.width
+        self.plan, self.projections = plan, projections
+        self.heads, self.positions = heads, positions
 
-    def encode(self, new: Tokens) -> Tensor:
-        """What is stored of tokens, `[B, T, width]`."""
-        kept = new.k_rotated if self.rotated else new.k
-        parts = [
-            (x.transpose(1, 2).flatten(2) - projection.mean) @ projection.encode.T
-            for x, projection in ((kept, self.keys), (new.v, self.values))
-        ]
+    def encode(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """What is stored of tokens, `[B, T, width]`.
+
+        Args:
+            keys, values: Of every layer `[B, H, T, D]`; keys after RoPE if the code is rotated.
+        """
+        flat = {
+            name: torch.cat([x.transpose(1, 2).flatten(2) for x in tensors], dim=-1)
+            for name, tensors in (("keys", keys), ("values", values))
+        }
+        if "joint" in self.projections:
+            flat = {"joint": torch.cat((flat["keys"], flat["values"]), dim=-1)}
+        parts = [(flat[part] - p.mean) @ p.encode.T for part, p in self.projections.items()]
         return torch.cat(parts, dim=-1)
 
-    def scores(self, new: Tokens, states: Tensor, first: int) -> Tensor:
+    def reader(self, layer: int) -> Reader:
+        """How one of its layers reads it."""
+        return Reader(self, layer)
+
+
+class Reader:
+    """What one layer makes of a code.
+
+    Attributes:
+        rotated: Whether a query reads the keys in the code as they are. If not, all keys are
+            rebuilt and rotated whenever they are read.
+    """
+
+    def __init__(self, code: Code, layer: int) -> None:
+        self.rotated, self.positions = code.plan.kind == "rotated", code.positions
+        self.heads = code.heads
+        self._keys, self.key_decode, self.key_mean = self._part(code, "keys", layer)
+        self._values, self.value_decode, self.value_mean = self._part(code, "values", layer)
+
+    def _part(self, code: Code, part: Part, layer: int) -> tuple[slice, Tensor, Tensor]:
+        """Where in the code a part lies, its decoder `[K, R]` and its mean `[K]` in this layer."""
+        layers = code.plan.layers
+        start = 0
+        if "joint" in code.projections:
+            projection, place = code.projections["joint"], layer
+            channels = projection.mean.shape[0] // (2 * layers)
+            place += layers if part == "values" else 0
+        else:
+            projection, place = code.projections[part], layer
+            channels = projection.mean.shape[0] // layers
+            start = code.projections["keys"].width if part == "values" else 0
+        own = slice(place * channels, (place + 1) * channels)
+        where = slice(start, start + projection.width)
+        return where, projection.decode[own].contiguous(), projection.mean[own].contiguous()
+
+    def scores(self, q: Tensor, states: Tensor, first: int) -> Tensor:
         """Unscaled scores `[B, Q, T, S]` of queries against stored tokens.
 
         Args:
+            q: `[B, Q, T, D]`, after RoPE.
             states: `[B, S, width]`, of the tokens at positions `first`, `first + 1`, ...
         """
-        z = states[..., : self.keys.width]
-        q = new.q_rotated.unflatten(1, (self.heads, -1))  # [B, H, g, T, D]
+        z = states[..., self._keys]
+        grouped = q.unflatten(1, (self.heads, -1))  # [B, H, g, T, D]
         if self.rotated:
-            decode = self.keys.decode.unflatten(0, (self.heads, -1))  # [H, D, R]
-            absorbed = torch.einsum("bhgtd,hdr->bhgtr", q, decode).flatten(1, 2)
+            decode = self.key_decode.unflatten(0, (self.heads, -1))  # [H, D, R]
+            absorbed = torch.einsum("bhgtd,hdr->bhgtr", grouped, decode).flatten(1, 2)
             # The mean gives every stored key the same score, but not the keys beside them.
-            mean = self.keys.mean.view(1, self.heads, 1, 1, -1)
-            constant = (q * mean).sum(dim=-1, keepdim=True).flatten(1, 2)
+            mean = self.key_mean.view(1, self.heads, 1, 1, -1)
+            constant = (grouped * mean).sum(dim=-1, keepdim=True).flatten(1, 2)
             scored: Tensor = _products(absorbed, z) + constant
             return scored
-        keys = z @ self.keys.decode.T + self.keys.mean
-        keys = keys.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, S, D]
+        keys = torch.addmm(self.key_mean, z.flatten(0, 1), self.key_decode.T)
+        keys = keys.unflatten(0, z.shape[:2]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         cos, sin = self.positions.tables(first, first + keys.shape[2])
-        rebuilt: Tensor = torch.matmul(q, rotate(keys, cos, sin)[:, :, None].mT)
+        rebuilt: Tensor = torch.matmul(grouped, rotate(keys, cos, sin)[:, :, None].mT)
         return rebuilt.flatten(1, 2)
 
     def read(self, weights: Tensor, states: Tensor) -> Tensor:
         """Values summed with `weights [B, Q, T, S]`, which need not sum to 1: `[B, Q, T, D]`."""
-        z = states[..., self.keys.width :]
-        mixed = _sums(weights, z).unflatten(1, (self.heads, -1))
-        decode = self.values.decode.unflatten(0, (self.heads, -1))  # [H, D, R]
+        mixed = _sums(weights, states[..., self._values]).unflatten(1, (self.heads, -1))
+        decode = self.value_decode.unflatten(0, (self.heads, -1))  # [H, D, R]
         read = torch.einsum("bhgtr,hdr->bhgtd", mixed, decode)
         mass = weights.sum(dim=-1, keepdim=True).unflatten(1, (self.heads, -1))
-        mean = self.values.mean.view(1, self.heads, 1, 1, -1)
+        mean = self.value_mean.view(1, self.heads, 1, 1, -1)
         result: Tensor = (read + mass * mean).flatten(1, 2)
         return result
 
@@ -177,19 +273,81 @@ def _sums(weights: Tensor, states: Tensor) -> Tensor:
     return split
 
 
-def code_of(plan: Plan, index: int, positions: Positions) -> Code:
-    """The code that a plan gives a layer, on the device and in the dtype of the positions."""
-    kept = plan.layers[index].code
-    assert kept is not None
-    start = f"layers.{index}."
-    parts = {n.removeprefix(start): t for n, t in plan.tensors.items() if n.startswith(start)}
+def load_code(
+    index: int, plan: CodePlan, tensors: Mapping[str, Tensor], heads: int, positions: Positions
+) -> Code:
+    """The code with this index of a plan's tensors, on the device and in the dtype of `positions`.
 
-    def projection(name: str, width: int) -> Projection:
-        full = Projection(*(parts[f"{name}.{part}"] for part in ("encode", "decode", "mean")))
-        own = full.cut(width).to(positions.like)
+    Raises:
+        PlanError: It holds numbers that the dtype does not.
+    """
+    projections: dict[Part, Projection] = {}
+    for part, width in zip(plan.parts, plan.widths, strict=True):
+        names = (f"codes.{index}.{part}.{name}" for name in ("encode", "decode", "mean"))
+        own = Projection(*(tensors[name] for name in names)).cut(width).to(positions.like)
         if not all(bool(x.isfinite().all()) for x in (own.encode, own.decode, own.mean)):
-            raise PlanError(f"layer {index}: the code of its {name} is too large for this dtype")
-        return own
+            raise PlanError(f"code {index}: its {part} are too large for this dtype")
+        projections[part] = own
+    return Code(plan, projections, heads, positions)
 
-    keys, values = projection("keys", kept.keys), projection("values", kept.values)
-    return Code(keys, values, plan.base.kv_heads, positions, kept.kind == "rotated")
+
+# --------------------------------------------------------------------------------------- budgets
+
+Allocation = Literal["even", "spectrum"]
+"""How codes share a budget: the same number per layer, or by what each number is worth."""
+STEP = 8
+"""Rows that a budget takes together where it goes by the spectra."""
+
+
+def share_budget(
+    codes: Sequence[CodePlan],
+    spectra: Sequence[Sequence[Tensor]],
+    allocation: Allocation,
+    numbers: int,
+) -> tuple[CodePlan, ...]:
+    """The widest codes that store at most so many numbers per token, all layers together.
+
+    `even`: every layer the same; keys keep their share. `spectrum`: of all codes together the rows
+    that are worth most; that is optimal where losses add up. A larger budget never takes one away.
+
+    Args:
+        spectra: `[R]` by code and part, not rising; R rows are there to choose from.
+
+    Raises:
+        PlanError: There is no room for the narrowest codes of all.
+    """
+    layers = sum(code.layers for code in codes)
+    if allocation == "even":
+        return tuple(
+            _evenly(code, [len(x) for x in own], numbers // layers * code.layers)
+            for code, own in zip(codes, spectra, strict=True)
+        )
+    parts = [x for own in spectra for x in own]
+    widths = [min(STEP, len(x)) for x in parts]
+    left = numbers - sum(widths)
+    if left < 0:
+        raise PlanError(f"the narrowest codes of all store {sum(widths)} numbers per token")
+    further = [
+        (-float(rows.mean()), part, len(rows))
+        for part, x in enumerate(parts)
+        for rows in x.double().split(STEP)[1:]
+    ]
+    for _, part, rows in sorted(further, key=lambda step: step[0]):  # stable: rows stay in order
+        if rows > left:
+            break
+        widths[part] += rows
+        left -= rows
+    chosen = iter(widths)
+    return tuple(replace(x, widths=tuple(next(chosen) for _ in x.widths)) for x in codes)
+
+
+def _evenly(code: CodePlan, rows: Sequence[int], numbers: int) -> CodePlan:
+    first = min(numbers * code.widths[0] // code.width, rows[0])
+    widths: tuple[int, ...] = (first,)
+    if len(rows) == 2:
+        widths = (first, min(numbers - first, rows[1]))
+    if len(set(code.widths)) == 1:
+        widths = (first,) * len(rows)  # an odd number does not make them differ
+    if min(widths) < 1:
+        raise PlanError(f"the narrowest codes of all store {len(rows)} numbers per token and code")
+    return replace(code, widths=widths)

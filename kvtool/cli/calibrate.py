@@ -125,7 +125,8 @@ def retrieval_heads(
     """Find the heads of MODEL that need the whole past; the others keep sinks and a window."""
     from kvtool.calibrate.heads import HeadOptions, calibrate_heads, check_options, memory_bytes
     from kvtool.checkpoint import Checkpoint
-    from kvtool.plan import LayerPlan, Plan, base_of, check_plan_output
+    from kvtool.plan import LayerPlan, Plan, base_of
+    from kvtool.plan_file import check_plan_output
 
     if kv_budget is not None and streaming_heads is not None:
         raise UsageError("--kv-budget and --streaming-heads both say how many heads stream")
@@ -223,7 +224,7 @@ class _Size:
 
     def apply(self, plan: Plan) -> Plan:
         """The plan with that many of its lowest-scored heads streaming."""
-        from kvtool.plan import parse_budget, parse_share
+        from kvtool.sizes import parse_budget, parse_share
 
         heads = plan.base.all_heads
         if self.budget is None:
@@ -282,7 +283,9 @@ def budgets(
     """Plan how many tokens of a prompt every head of MODEL keeps."""
     from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
     from kvtool.checkpoint import Checkpoint
-    from kvtool.plan import base_of, check_can_drop, check_plan_output, parse_budget
+    from kvtool.plan import base_of, check_can_drop
+    from kvtool.plan_file import check_plan_output
+    from kvtool.sizes import parse_budget
 
     check_plan_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(

@@ -9,6 +9,7 @@ import typer
 
 from kvtool.cli import _console, _options
 from kvtool.cli.plan import emit_plan, planned_facts
+from kvtool.errors import UsageError
 
 _METHOD = "Method"
 _BF16 = 2
@@ -18,13 +19,14 @@ def projections(
     model: _options.Model,
     output: _options.Output,
     method: Annotated[
-        Literal["pca", "cskv"],
+        Literal["aware", "cskv", "xkv", "palu", "asvd", "pca"],
         typer.Option(
-            help="pca: keys after RoPE and values, head by head (where MatryoshkaKV starts). cskv: "
-            "keys before RoPE and values, all heads of a layer together (CSKV's optimum).",
+            help="aware: keeps what predictions feel. cskv: keys before RoPE and values of a layer "
+            "(CSKV's optimum). xkv: the same of several layers. palu, asvd: other weights of "
+            "layers, or of directions. pca: head by head, after RoPE (where MatryoshkaKV starts).",
             rich_help_panel=_METHOD,
         ),
-    ] = "cskv",
+    ] = "aware",
     kv_budget: Annotated[
         str,
         typer.Option(
@@ -35,6 +37,24 @@ def projections(
         ),
     ] = "50%",
     context: _options.BudgetContext = None,
+    read: Annotated[
+        Literal["absorbed", "rebuilt"] | None,
+        typer.Option(
+            help="Of aware: keys are read as they are stored (absorbed, the default), or rebuilt "
+            "and rotated at every step: less is lost, and more is computed.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    together: Annotated[
+        int | None,
+        typer.Option(
+            "--layers-together",
+            min=1,
+            help="Neighbouring layers that share a code, of aware (1 if not given) and xkv (4): "
+            "less is lost, and more is read at every step.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     sink: Annotated[
         int,
         typer.Option(min=0, help="First tokens that are kept exactly.", rich_help_panel=_METHOD),
@@ -55,10 +75,16 @@ def projections(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Plan a low-rank code of every token of MODEL, with the first and last tokens kept exactly."""
-    from kvtool.calibrate.projections import ProjectionOptions, calibrate_projections, planned_code
+    from kvtool.calibrate import projections as method_of
     from kvtool.checkpoint import Checkpoint
-    from kvtool.plan import base_of, check_can_drop, check_plan_output, parse_budget
+    from kvtool.plan import base_of, check_can_drop
+    from kvtool.plan_file import check_plan_output
+    from kvtool.sizes import parse_budget
 
+    if read is not None and method != "aware":
+        raise UsageError(f"--read is for --method aware, {method} has a reading of its own")
+    if together is not None and method not in ("aware", "xkv"):
+        raise UsageError(f"--layers-together is for aware and xkv, {method} takes one layer")
     check_plan_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
@@ -67,26 +93,36 @@ def projections(
     base = base_of(checkpoint)
     check_can_drop(checkpoint)
     native = base.native_bytes(context, _BF16)
-    options = ProjectionOptions(method, sink, window, context, data, tokens, seed)
+    options = method_of.ProjectionOptions(
+        method,
+        read or "absorbed",
+        together or (4 if method == "xkv" else 1),
+        sink,
+        window,
+        context,
+        data,
+        tokens,
+        seed,
+    )
     allowed = parse_budget(kv_budget, native)
-    code = planned_code(base, options, allowed, _BF16)
+    method_of.check_budget(base, options, allowed, _BF16)
     if dry_run:
         planned = {
             "plan": str(output),
             "model": checkpoint.source,
             "method": method,
             "context": context,
-            "keys": code.keys,
-            "values": code.values,
-            "bytes": base.layers * _BF16 * code.numbers(context, base),
+            "codes": len(method_of.empty_codes(base, options)),
+            "bytes_at_most": allowed,
             "native_bytes": native,
+            "memory_bytes": method_of.memory_bytes(checkpoint, base, options),
             "dry_run": True,
         }
         _console.emit(planned, json, planned_facts("nothing written", planned))
         return
     with _console.progress(quiet) as report:
         started = time.perf_counter()
-        plan = calibrate_projections(checkpoint, options, allowed, _BF16, report=report)
+        plan = method_of.calibrate_projections(checkpoint, options, allowed, _BF16, report=report)
         seconds = time.perf_counter() - started
     plan.write(output, overwrite=overwrite)
     emit_plan(plan, output, context, json, {"seconds": seconds})

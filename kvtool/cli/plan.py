@@ -59,7 +59,8 @@ def slice_(
 
     Nothing is calibrated again: scores and full spectra are in the file.
     """
-    from kvtool.plan import Plan, parse_budget, parse_share
+    from kvtool.plan import Plan
+    from kvtool.sizes import parse_budget, parse_share
 
     if (kv_budget is None) == (streaming_heads is None):
         raise UsageError("either --kv-budget or --streaming-heads says how large the slice is")
@@ -135,7 +136,7 @@ def emit_plan(
     result = {**summary(plan, path, context), **(also or {})}
     if not json:
         _console.out.print(_facts(result))
-        if not plan.tensors:  # codes know no heads
+        if not plan.codes:  # they know no heads
             _console.out.print(head_picture(plan), soft_wrap=True)
     _console.emit(result, json)
 
@@ -157,10 +158,10 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
                 "sink": layer.sink,
                 "window": layer.window,
                 "budget": layer.budget,
-                "code": None if layer.code is None else asdict(layer.code),
             }
             for layer in plan.layers
         ],
+        "codes": [asdict(code) for code in plan.codes],
         "scores": plan.scores is not None,
         "bytes_per_token": plan.bytes_per_token(_BF16),
         "native_bytes_per_token": plan.native_bytes(1, _BF16),
@@ -169,6 +170,19 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
         "native_bytes": plan.native_bytes(context, _BF16),
         "provenance": plan.provenance,
     }
+
+
+def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:
+    """Rows for codes of one kind and ring, which those of a calibration are."""
+    one = codes[0]
+    together = f", {max(x['layers'] for x in codes)} layers together" if one["layers"] > 1 else ""
+    read = "keys after RoPE, read as stored" if one["kind"] == "rotated" else "keys before RoPE"
+    table.add_row("codes", f"{len(codes)}: {read}{together}")
+    for part, place in (("keys", 0), ("values", 1)) if len(one["widths"]) == 2 else (("joint", 0),):
+        widths = [x["widths"][place] for x in codes]
+        spread = f"{min(widths)} to {max(widths)}" if len(set(widths)) > 1 else f"{widths[0]}"
+        table.add_row(f"  {part}", f"{spread} numbers per token")
+    table.add_row("  exact", f"the first {one['sink']} and last {one['window']} tokens")
 
 
 def planned_facts(title: str, facts: dict[str, Any]) -> Table:
@@ -194,13 +208,8 @@ def _facts(result: dict[str, Any]) -> Table:
     if budgets:
         spread = f"{min(budgets)} to {max(budgets)} tokens, chosen by {result['policy']}"
         table.add_row("token budgets", f"{len(budgets)} KV heads, {spread}")
-    codes = [layer["code"] for layer in layers if layer["code"] is not None]
-    for code in {tuple(code.items()): code for code in codes}.values():
-        table.add_row(
-            f"{code['kind']} code",
-            f"{codes.count(code)} layers: {code['keys']} + {code['values']} numbers per token, "
-            f"exact: the first {code['sink']} and last {code['window']} tokens",
-        )
+    if codes := result["codes"]:
+        _describe_codes(table, codes)
     native = result["native_bytes_per_token"]
     per_token = f"{result['bytes_per_token']:,} bytes per further token (native {native:,})"
     table.add_row("cache, bf16", per_token)

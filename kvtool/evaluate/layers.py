@@ -82,8 +82,7 @@ def comparable(engine: Engine, base: Engine) -> bool:
 def prompt_length(plan: Plan | None, least: int, most: int) -> int:
     """Tokens of a prompt of which every head of a plan drops something: half, if `most` allows."""
     kept = [0]
-    for layer in plan.layers if plan is not None else ():
-        ring = layer if layer.code is None else layer.code
+    for layer, ring in zip(plan.layers, plan.rings, strict=True) if plan is not None else ():
         kept += [ring.sink + ring.window, *(budget or 0 for budget in layer.budgets)]
     return min(max(least, 2 * max(kept)), most)
 

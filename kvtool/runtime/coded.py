@@ -1,37 +1,89 @@
-"""A layer that stores a code of every token, and a few tokens exactly.
+"""Layers that store a code of every token, and a few tokens exactly.
 
-The first `sink` tokens and the last `window` are read as they are, from a ring; everything between
-them from its code. Both parts meet in one softmax. A token is encoded when it arrives, so nothing
-is moved when it leaves the window.
+Each layer reads the first `sink` tokens and the last `window` as they are, from a ring; everything
+between them from the code. Both parts meet in one softmax. A token is encoded when it arrives, so
+nothing is moved when it leaves the window.
+
+Where several layers share a code, the last of them encodes what all have seen. Until then no layer
+needs it: a call brings no more tokens than the window holds, but for a prompt that is read densely.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention
-from kvtool.codes import Code, Tokens
+from kvtool.codes import Code
 from kvtool.runtime.layers import RuntimeAttention, Step
 from kvtool.runtime.split import DroppingHeads, NewTokens, StreamingHeads
+from kvtool.runtime.stores import Store
 
 _ROWS = 256  # queries whose scores are written out at once
 
 
+class Tokens(NamedTuple):
+    """What a layer makes of some tokens.
+
+    Attributes:
+        q, k, v: `[B, Q or H, T, D]`, normed but not rotated.
+        q_rotated, k_rotated: The same queries and keys after RoPE.
+        positions: `[B, T]`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_rotated: Tensor
+    k_rotated: Tensor
+    positions: Tensor
+
+
+class SharedCodes(Store):
+    """The plane of a code, and what its layers have seen in the current call."""
+
+    def __init__(self, rows: int, capacity: int, code: Code, like: Tensor) -> None:
+        self.code = code
+        self.planes = {"codes": like.new_empty((rows, capacity, code.plan.width))}
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def collect(self, layer: int, new: Tokens, step: Step) -> None:
+        """Takes what a layer of the code has of new tokens; the last one has them encoded."""
+        del self._seen[layer:]  # a call that was interrupted may have left some
+        rotated = self.code.plan.kind == "rotated"
+        self._seen.append((new.k_rotated if rotated else new.k, new.v))
+        if len(self._seen) == self.code.plan.layers:
+            keys, values = zip(*self._seen, strict=True)
+            self._seen.clear()
+            self.write(step.row, step.starts, {"codes": self.code.encode(keys, values)})
+
+
 class CodedStore(DroppingHeads):
-    """Codes of all tokens of a layer, and its exact tokens."""
+    """The exact tokens of one layer, and the codes that it shares with its neighbours.
+
+    Args:
+        layer: Which of the layers of the code it is.
+    """
 
     def __init__(
-        self, rows: int, capacity: int, code: Code, exact: StreamingHeads, dense_prompt: bool
+        self, layer: int, codes: SharedCodes, exact: StreamingHeads, dense_prompt: bool
     ) -> None:
-        like = exact.planes["keys"]
-        self.planes = {"codes": like.new_empty((rows, capacity, code.width))}
-        self.code, self.exact, self.scaling = code, exact, exact.scaling
+        self.layer, self.exact, self.scaling = layer, exact, exact.scaling
+        self.codes, self.planes = codes, codes.planes
+        self.reader = codes.code.reader(layer)
         self.dense_prompt = dense_prompt
+
+    def join(self, before: Store) -> None:
+        if self.layer:
+            assert isinstance(before, CodedStore)
+            self.codes, self.planes = before.codes, before.planes
 
     @property
     def allocated_bytes(self) -> int:
-        return super().allocated_bytes + self.exact.allocated_bytes
+        own = self.exact.allocated_bytes + (self.prompt.allocated_bytes if self.prompt else 0)
+        return own if self.layer else own + self.codes.allocated_bytes
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return self.exact.can_crop(row, stored, length)
@@ -44,7 +96,7 @@ class CodedStore(DroppingHeads):
 
     def add(self, new: Tokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
-        self.write(step.row, step.starts, {"codes": self.code.encode(new)})
+        self.codes.collect(self.layer, new, step)
         if step.prompt is not None and self.dense_prompt:
             return self.read_prompt(NewTokens(new.q_rotated, new.q, new.k_rotated, new.v), step)
         if step.row is not None and new.q.shape[2] > 1:
@@ -103,7 +155,7 @@ class CodedStore(DroppingHeads):
         q = new.q_rotated.unflatten(1, (keys.shape[1], -1))  # [B, H, g, T, D]
         scores = torch.matmul(q, keys[:, :, None].mT).flatten(1, 2)
         if codes.shape[1]:
-            far = self.code.scores(new, codes, self.exact.sink)
+            far = self.reader.scores(new.q_rotated, codes, self.exact.sink)
             scores = torch.cat((scores, far), dim=-1)
         scores = scores * self.scaling
         if hidden is not None:
@@ -112,11 +164,15 @@ class CodedStore(DroppingHeads):
         near, far = weights.split([keys.shape[2], codes.shape[1]], dim=-1)
         grouped = near.unflatten(1, (keys.shape[1], -1))
         context = torch.matmul(grouped, values[:, :, None]).flatten(1, 2)
-        return context + self.code.read(far, codes) if codes.shape[1] else context
+        return context + self.reader.read(far, codes) if codes.shape[1] else context
 
 
 class CodedAttention(RuntimeAttention):
-    """Grouped-query attention over a coded store."""
+    """Grouped-query attention over a coded store.
+
+    Args:
+        layer: Which of the layers of the code it is.
+    """
 
     def __init__(
         self,
@@ -125,21 +181,24 @@ class CodedAttention(RuntimeAttention):
         inv_freq: Tensor,
         scale: float,
         code: Code,
-        ring: tuple[int, int],
+        layer: int,
         dense_prompt: bool,
     ) -> None:
         super().__init__()
-        self.stages, self.layer_index, self.code = stages, index, code
+        self.stages, self.layer_index = stages, index
         self.inv_freq, self.scale = inv_freq, scale
-        self.ring, self.dense_prompt = ring, dense_prompt
+        self.code, self.layer, self.dense_prompt = code, layer, dense_prompt
+        self.most_tokens = None if code.plan.layers == 1 else code.plan.window
 
     def new_store(self, rows: int, capacity: int) -> CodedStore:
-        layout, like = self.stages.layout, self.stages.qkv.weight
+        layout, like, plan = self.stages.layout, self.stages.qkv.weight, self.code.plan
         exact = StreamingHeads(
-            rows, layout.kv_heads, *self.ring, layout.head_dim, like, layout.scaling,
+            rows, layout.kv_heads, plan.sink, plan.window, layout.head_dim, like, layout.scaling,
             dense_prompt=False,
         )  # fmt: skip
-        return CodedStore(rows, capacity, self.code, exact, self.dense_prompt)
+        # Layers behind the first will take over its plane, see `join`.
+        codes = SharedCodes(rows, 0 if self.layer else capacity, self.code, like)
+        return CodedStore(self.layer, codes, exact, self.dense_prompt)
 
     def attention(self, hidden: Tensor, step: Step, store: CodedStore) -> Tensor:
         stages = self.stages

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,6 +64,8 @@ class KVCache:
     def __init__(self, stores: list[Store], rows: int) -> None:
         self.stores = stores
         self.lengths = [0] * rows
+        for before, store in pairwise(stores):
+            store.join(before)
 
     @property
     def capacity(self) -> int:
@@ -129,6 +133,8 @@ class Engine:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.eos_ids = _eos_ids(model, self.tokenizer)
+        limits = [x.most_tokens for x in attentions if x.most_tokens is not None]
+        self._most_tokens = min(limits, default=sys.maxsize)
         self._ropes: list[Rope] = []
         for attention in attentions:
             attention.table = self._table_of(Rope(attention.inv_freq, attention.scale))
@@ -197,7 +203,8 @@ class Engine:
         cache.lengths[row] = begin if intact else 0
         collected: list[Tensor] = []
         start = begin
-        for piece in ids.to(self.device).split(chunk):
+        dense = begin == 0 and (self.plan is None or self.plan.prefill == "dense")
+        for piece in ids.to(self.device).split(chunk if dense else min(chunk, self._most_tokens)):
             end = start + len(piece)
             positions = torch.arange(start, end, device=self.device)[None]
             step = Step(

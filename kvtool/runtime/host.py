@@ -19,7 +19,7 @@ from kvtool.attention import (
     rope_of,
 )
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import Positions, code_of
+from kvtool.codes import Code, Positions, load_code
 from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config, is_factor, read_factors
 from kvtool.latent import FactoredAttention, MultiheadLatentAttention
@@ -66,6 +66,7 @@ def load_host(
     inv_freq = rope.inv_freq.to(device)
     like = torch.empty(0, dtype=dtype, device=device)
     positions = Positions(Rope(inv_freq, rope.scale), like)
+    codes = _codes(plan, positions)
     swapped: list[RuntimeAttention] = []
     for i, layer in enumerate(decoder_layers(model)):
         module, name = layer.self_attn, f"model.layers.{i}.self_attn"
@@ -79,19 +80,27 @@ def load_host(
             attention = LatentRuntimeAttention(stages, i, rope.scale)
         else:
             grouped = GroupedQueryAttention(module, name)
-            kept = None if plan is None else plan.layers[i]
-            if plan is None or kept is None or kept.plain:
+            if plan is not None and plan.codes:
+                dense = plan.prefill == "dense"
+                attention = CodedAttention(grouped, i, inv_freq, rope.scale, *codes[i], dense)
+            elif plan is None or plan.layers[i].plain:
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
-            elif kept.code is not None:
-                code = code_of(plan, i, positions)
-                ring, dense = (kept.code.sink, kept.code.window), plan.prefill == "dense"
-                attention = CodedAttention(grouped, i, inv_freq, rope.scale, code, ring, dense)
             else:
                 attention = SplitAttention(grouped, i, inv_freq, rope.scale, plan)
         layer.self_attn = attention
         swapped.append(attention)
     DecodeLinear.replace_in(model)
     return model, swapped
+
+
+def _codes(plan: Plan | None, positions: Positions) -> list[tuple[Code, int]]:
+    """By layer of the model: its code, and which of the layers of the code it is."""
+    found: list[tuple[Code, int]] = []
+    for index, planned in enumerate(() if plan is None else plan.codes):
+        assert plan is not None
+        code = load_code(index, planned, plan.tensors, plan.base.kv_heads, positions)
+        found += [(code, layer) for layer in range(planned.layers)]
+    return found
 
 
 def _check_plan(
@@ -106,14 +115,13 @@ def _check_plan(
         )
     plan.check_base(checkpoint)
     positions = int(checkpoint.hf_config().max_position_embeddings)
-    for i, (kept, layout) in enumerate(zip(plan.layers, layouts, strict=True)):
-        ring = kept if kept.code is None else kept.code
+    for i, (kept, ring, layout) in enumerate(zip(plan.layers, plan.rings, layouts, strict=True)):
         if ring.sink + ring.window > positions:
             raise PlanError(
                 f"layer {i} keeps the first {ring.sink} and last {ring.window} tokens, more than "
                 f"the {positions} positions of {checkpoint.source}"
             )
-        if layout.sliding_window is not None and not kept.plain:
+        if layout.sliding_window is not None and (plan.codes or not kept.plain):
             raise UnsupportedModelError(
                 f"layer {i} of {checkpoint.source} has a sliding window of {layout.sliding_window} "
                 "tokens, so its heads cannot stream, have a token budget or a code",

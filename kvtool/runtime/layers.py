@@ -67,11 +67,13 @@ class RuntimeAttention(nn.Module):
         inv_freq: RoPE frequencies `[d/2]` of this layer.
         scale: Factor on cos and sin.
         table: Which of the step's RoPE tables belongs to this layer.
+        most_tokens: Of a row, in one call that does not read a dense prompt; `None` for any.
     """
 
     inv_freq: Tensor
     scale: float = 1.0
     table: int = 0
+    most_tokens: int | None = None
 
     def new_store(self, rows: int, capacity: int) -> Store:
         """An empty store for this layer."""

@@ -53,6 +53,9 @@ class Store:
         """Whether a row of `stored` tokens still has what its first `length` tokens had left."""
         return True
 
+    def join(self, before: Store) -> None:
+        """Told which store the layer in front of this one has, in the same cache."""
+
     def snapshot(self, row: int) -> list[Tensor]:
         """Copies of what later tokens of the row overwrite."""
         return []

@@ -1,0 +1,167 @@
+"""Windows of text as a model has read them, and their ends read again through a code.
+
+The past of a window is exact, as behind a prompt that was read densely, so what a code does to the
+predictions behind it costs a forward pass over the end of the window alone. Codes are made of the
+original's keys and values, also those of the end: within it, what a code has changed in the layers
+below is not coded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import rotate
+from kvtool.calibrate.tail import Attend, Behind, TailModel, divergence
+from kvtool.codes import CodePlan, Part, Projection
+
+Codes = Sequence[tuple[CodePlan, dict[Part, Projection]]]
+"""Codes of all layers, with their projections in fp32."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """A window as the original reads it.
+
+    Attributes:
+        reading: Its past and the tokens of its end.
+        keys, values: Per layer `[1, H, S, D]` of all S tokens, keys rotated.
+        expected: `[M, V]`, the original's log-probabilities behind each token of the end.
+    """
+
+    reading: Behind
+    keys: list[Tensor]
+    values: list[Tensor]
+    expected: Tensor
+
+    def unrotated(self, model: TailModel, layer: int) -> Tensor:
+        """Keys of a layer before RoPE."""
+        cos, sin = tables(model, self.reading, self.keys[layer].shape[2])
+        return rotate(self.keys[layer], cos, -sin) / model.rope.scale**2
+
+
+def tables(model: TailModel, reading: Behind, length: int) -> tuple[Tensor, Tensor]:
+    """Cos and sin `[S, D]` of the first positions of a window."""
+    positions = torch.arange(reading.offset, reading.offset + length, device=model.device)
+    return model.rope.tables(positions)
+
+
+@torch.no_grad()
+def read_past(model: TailModel, ids: Tensor, end: int, offset: int = 0) -> Past:
+    """Reads a window `ids [S]`, whose last `end` tokens are to be read again.
+
+    Args:
+        offset: Position of the first token.
+    """
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    whole = Behind([], [], ids, offset=offset)
+    hidden = model.embed(ids)
+    for index in range(len(model.layers)):
+
+        def remember(q: Tensor, k: Tensor, v: Tensor, start: int, index: int = index) -> Tensor:
+            keys.append(k.contiguous())
+            values.append(v.contiguous())
+            return model.dense(index)(q, k, v, start)
+
+        hidden = model.layer(index, hidden, whole, remember)
+    expected = predictions(model, hidden[:, -end:])
+    past = len(ids) - end
+    reading = Behind(
+        [k[:, :, :past] for k in keys],
+        [v[:, :, :past] for v in values],
+        ids[past:].to(model.device),
+        offset=offset,
+    )
+    return Past(reading, keys, values, expected)
+
+
+def predictions(model: TailModel, hidden: Tensor) -> Tensor:
+    """Log-probabilities `[M, V]` behind hidden states `[1, M, hidden]` of the last layer."""
+    return torch.log_softmax(model.finish(hidden)[0] @ model.head.T, dim=-1)
+
+
+def coded(
+    model: TailModel, past: Past, first: int, code: CodePlan, projections: dict[Part, Projection]
+) -> list[Attend]:
+    """How the layers of a code attend to a past that is coded; differentiable.
+
+    Args:
+        first: The first of its layers.
+        projections: By part; as many rows of each are used as the code is wide.
+    """
+    reading, layers = past.reading, range(first, first + code.layers)
+    length = past.keys[first].shape[2]
+    rotated = code.kind == "rotated"
+    heads = past.keys[first].shape[1]
+    flat = {
+        "keys": [past.keys[i] if rotated else past.unrotated(model, i) for i in layers],
+        "values": [past.values[i] for i in layers],
+    }
+    flat["joint"] = flat["keys"] + flat["values"]
+    found: list[Tensor] = []  # [1, H, S, D], keys of all layers, then values
+    for part, width in zip(code.parts, code.widths, strict=True):
+        x = torch.cat([y[0].transpose(0, 1).flatten(1) for y in flat[part]], dim=-1)  # [S, W]
+        used = projections[part].cut(width)
+        again = ((x - used.mean) @ used.encode.T) @ used.decode.T + used.mean
+        pieces = again.unflatten(-1, (-1, heads, x.shape[1] // (heads * len(flat[part]))))
+        found += list(pieces.permute(1, 2, 0, 3)[:, None])
+    keys, values = found[: code.layers], found[code.layers :]
+    if not rotated:
+        cos, sin = tables(model, reading, length)
+        keys = [rotate(k, cos, sin) for k in keys]
+    pairs = zip(layers, keys, values, strict=True)
+    return [_beside(model.layouts[i].scaling, k, v, code) for i, k, v in pairs]
+
+
+def _beside(scaling: float, far_keys: Tensor, far_values: Tensor, code: CodePlan) -> Attend:
+    """Attention to exact sinks and window, and to `[1, H, S, D]` in the place of all others."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        at = torch.arange(k.shape[2], device=k.device)
+        distance = torch.arange(start, k.shape[2], device=k.device)[:, None] - at
+        near = (at < code.sink) | (distance < code.window)
+        grouped = q.unflatten(1, (k.shape[1], -1))  # [1, H, g, M, D]
+        exact, stored = (grouped @ x[:, :, None].mT for x in (k, far_keys))
+        scores = torch.where(near, exact, stored) * scaling
+        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(dim=-1)
+        context = (weights * near) @ v[:, :, None] + (weights * ~near) @ far_values[:, :, None]
+        return context.flatten(1, 2)
+
+    return attend
+
+
+def read_again(model: TailModel, past: Past, attends: Sequence[Attend | None]) -> Tensor:
+    """Log-probabilities `[M, V]` behind the end of a window, read so layer by layer.
+
+    Args:
+        attends: One entry per layer; None for the layer's own attention.
+    """
+    hidden = model.embed(past.reading.ids)
+    for index, attend in enumerate(attends):
+        hidden = model.layer(index, hidden, past.reading, attend or model.dense(index))
+    return predictions(model, hidden)
+
+
+@torch.no_grad()
+def measure(
+    model: TailModel, pasts: Sequence[Past], codes: Codes, only: int | None = None
+) -> float:
+    """Mean KL(original || coded) in nats behind the ends of windows.
+
+    Args:
+        only: Index of the one code that is applied; None for all.
+    """
+    found = []
+    for past in pasts:
+        attends: list[Attend | None] = []
+        for index, (code, projections) in enumerate(codes):
+            if only is None or index == only:
+                attends += coded(model, past, len(attends), code, projections)
+            else:
+                attends += [None] * code.layers
+        found.append(divergence(past.expected, read_again(model, past, attends)))
+    return float(torch.stack(found).mean())

@@ -1,0 +1,47 @@
+"""Sizes as users type them: shares such as `55%`, and bytes such as `300MB`."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from kvtool.errors import UsageError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_budget(text: str, native: int) -> int:
+    """A number of bytes from `55%` of `native`, or from a size such as `11520`, `1.5MiB`, `2GB`.
+
+    Raises:
+        UsageError: It is neither, is zero, or is a share above 100 %.
+    """
+    value, unit = _number(text)
+    if unit == "%" and 0 < value <= 100:
+        return int(value * native / 100)
+    if unit not in _UNITS or value * _UNITS[unit] < 1:
+        raise UsageError(
+            f"the budget '{text}' is neither a share of the native cache such as 55% "
+            "nor a size such as 300MB"
+        )
+    return int(value * _UNITS[unit])
+
+
+def parse_share(text: str, total: int) -> int:
+    """A count from `50%` of `total` (rounded down), or from the count itself.
+
+    Raises:
+        UsageError: It is neither, or is more than `total`.
+    """
+    value, unit = _number(text)
+    count = value * total / 100 if unit == "%" else value
+    if unit not in ("", "%") or not 0 <= count <= total or (not unit and count.denominator > 1):
+        raise UsageError(f"'{text}' is neither a share such as 50% nor a number up to {total}")
+    return int(count)
+
+
+def _number(text: str) -> tuple[Fraction, str]:
+    """The number that *text* starts with, -1 if there is none, and the unit behind it."""
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-zA-Z%]*)\s*", text)
+    return (Fraction(found[1]), found[2].lower()) if found else (Fraction(-1), "")

@@ -114,16 +114,16 @@ def coded(
         cos, sin = tables(model, reading, length)
         keys = [rotate(k, cos, sin) for k in keys]
     pairs = zip(layers, keys, values, strict=True)
-    return [_beside(model.layouts[i].scaling, k, v, code) for i, k, v in pairs]
+    return [beside(model.layouts[i].scaling, k, v, code.sink, code.window) for i, k, v in pairs]
 
 
-def _beside(scaling: float, far_keys: Tensor, far_values: Tensor, code: CodePlan) -> Attend:
+def beside(scaling: float, far_keys: Tensor, far_values: Tensor, sink: int, window: int) -> Attend:
     """Attention to exact sinks and window, and to `[1, H, S, D]` in the place of all others."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         at = torch.arange(k.shape[2], device=k.device)
         distance = torch.arange(start, k.shape[2], device=k.device)[:, None] - at
-        near = (at < code.sink) | (distance < code.window)
+        near = (at < sink) | (distance < window)
         grouped = q.unflatten(1, (k.shape[1], -1))  # [1, H, g, M, D]
         exact, stored = (grouped @ x[:, :, None].mT for x in (k, far_keys))
         scores = torch.where(near, exact, stored) * scaling

@@ -14,24 +14,30 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from kvtool.calibrate import asvd, aware, cskv, palu, pca, xkv
+from kvtool.calibrate import asvd, aware, cskv, matryoshka, palu, pca, xkv
 from kvtool.calibrate.felt import feel
 from kvtool.calibrate.past import Codes, Past, measure, read_past
 from kvtool.calibrate.statistics import CONTEXT, WINDOW, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
 from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.students import FreeStudent, train_codes
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Allocation, CodeKind, CodePlan, Fitted, Part
 from kvtool.corpus import calibration_text, can_chat
+from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
 from kvtool.plan import Base, LayerPlan, Plan, base_of, check_can_drop, fit_codes, provenance_of
 
-Method = Literal["aware", "cskv", "xkv", "palu", "asvd", "pca"]
+Method = Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Read = Literal["absorbed", "rebuilt"]
 """How keys are read: as they are stored (after RoPE), or rebuilt and rotated (before RoPE)."""
 
+RATE = 2e-4
+"""Learning rate of codes, as a share of each parameter's root mean square."""
+AUTO = 64 * 1024
+"""Tokens of a training of automatic length."""
 JUDGED = 2
 """Windows of calibration text, not fitted to, by which codes are judged."""
 _END = 256  # tokens of such a window that are read through the codes
@@ -50,6 +56,8 @@ class ProjectionOptions:
         together: Neighbouring layers that share a code, of `aware` and `xkv`.
         sink, window: Tokens that are kept exactly.
         context: Tokens of the sequence that a budget is for.
+        train: How long the codes of `aware` (not at all if not given) or `matryoshka` are trained.
+        search_ranks: Whether `matryoshka` searches a rank per head.
     """
 
     method: Method = "aware"
@@ -58,6 +66,8 @@ class ProjectionOptions:
     sink: int = 4
     window: int = 64
     context: int = 4096
+    train: Amount | None = None
+    search_ranks: bool = False
     data: str | None = None
     tokens: int = 16384
     seed: int = 0
@@ -94,7 +104,9 @@ def calibrate_projections(
     base = base_of(checkpoint)
     check_can_drop(checkpoint)
     check_budget(base, options, budget_bytes, itemsize)
-    if options.method in ("aware", "xkv"):
+    if options.method == "matryoshka":
+        found = _matryoshka(checkpoint, base, options, report)
+    elif options.method in ("aware", "xkv"):
         found = _felt(checkpoint, base, options, budget_bytes // itemsize, report)
     else:
         found = _per_layer(checkpoint, base, options, report)
@@ -109,20 +121,23 @@ def calibrate_projections(
         (LayerPlan((False,) * base.kv_heads),) * base.layers,
         provenance=(provenance,),
         codes=tuple(found.codes),
-        allocation=allocation(options.method),
+        allocation=allocation(options),
         tensors=tensors,
     )
     return plan.cut(budget_bytes, options.context, itemsize)
 
 
-def allocation(method: Method) -> Allocation:
+def allocation(options: ProjectionOptions) -> Allocation:
     """How the codes of a method share a budget."""
-    return "spectrum" if method in ("aware", "palu") else "even"
+    return "spectrum" if options.method in ("aware", "palu") or options.search_ranks else "even"
 
 
 def empty_codes(base: Base, options: ProjectionOptions) -> list[CodePlan]:
     """What is coded together by a method, and how; at full width."""
-    rotated = options.method == "pca" or (options.method, options.read) == ("aware", "absorbed")
+    rotated = options.method in ("pca", "matryoshka") or (options.method, options.read) == (
+        "aware",
+        "absorbed",
+    )
     kind: CodeKind = "rotated" if rotated else "unrotated"
     together = min(options.together, base.layers) if options.method in ("aware", "xkv") else 1
     sizes = [min(together, base.layers - i) for i in range(0, base.layers, together)]
@@ -139,7 +154,7 @@ def check_budget(base: Base, options: ProjectionOptions, budget_bytes: int, item
     rows = [[torch.ones(width) for width in code.widths] for code in codes]
     try:
         fit_codes(
-            codes, rows, allocation(options.method), budget_bytes // itemsize, options.context,
+            codes, rows, allocation(options), budget_bytes // itemsize, options.context,
             base.channels,
         )  # fmt: skip
     except PlanError as error:
@@ -194,7 +209,47 @@ def _felt(
     end = min(_END, windows.shape[1] // 2)
     pasts = [read_past(model, windows[i], end, offsets[i]) for i in range(fitted_to, len(windows))]
     fitted, losses = judged(model, pasts, codes, fitted, options, numbers, base, report)
+    if options.train is not None:
+        spectra = [[x.spectrum for x in parts.values()] for parts in fitted]
+        cut = fit_codes(codes, spectra, "spectrum", numbers, options.context, base.channels)
+        student = FreeStudent(model, cut, fitted, "spectrum")
+        losses |= train_codes(
+            student, checkpoint, options.train, RATE, options.data, options.seed, report
+        )
+        codes, fitted = list(cut), student.fitted()
+        ready = [
+            (x, {part: _single(y) for part, y in parts.items()})
+            for x, parts in zip(codes, fitted, strict=True)
+        ]
+        losses["measured_trained"] = measure(model, pasts, ready)
     return _Found(codes, fitted, corpus, tokens, losses)
+
+
+def _matryoshka(
+    checkpoint: Checkpoint, base: Base, options: ProjectionOptions, report: Report
+) -> _Found:
+    """Trained orthogonal bases, and ranks if they are searched."""
+    wanted = StatisticsOptions(
+        data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
+    )
+    statistics = collect(checkpoint, wanted, report=report)
+    start = [pca.fit(statistics.layer(i), base.kv_heads) for i in range(base.layers)]
+    model = TailModel(LayerStream(checkpoint))
+    ring = (options.sink, options.window)
+    student = matryoshka.MatryoshkaStudent(model, start, base.kv_heads, ring)
+    amount = options.train or Amount(tokens=AUTO)
+    losses: dict[str, Any] = train_codes(
+        student, checkpoint, amount, matryoshka.RATE, options.data, options.seed, report
+    )
+    fitted = student.fitted()
+    if options.search_ranks:
+        windows, offsets = _windows(checkpoint, options, 0)
+        pasts = [
+            read_past(model, windows[i], matryoshka.SEARCHED, offsets[i]) for i in range(JUDGED)
+        ]
+        fitted = matryoshka.ranked(fitted, matryoshka.greedy_ranks(student, pasts, report))
+    corpus = str(statistics.metadata["corpus"])
+    return _Found(empty_codes(base, options), fitted, corpus, statistics.tokens, losses)
 
 
 def judged(

@@ -90,6 +90,45 @@ class Training:
         return self.learning_rate * min(1.0, max(rise, self.floor), max(fall, self.floor))
 
 
+_MOST = 1e9  # tokens; their windows are held in memory
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How long to train: tokens, or seconds of the machine that does it."""
+
+    tokens: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, flag: str, auto: int) -> Amount:
+        """Reads `200k`, `1.5M`, `40000` (tokens), `20min`, `2h` or `auto`.
+
+        Args:
+            flag: What the user calls it. auto: Tokens that `auto` means.
+
+        Raises:
+            UsageError: It is none of these.
+        """
+        units = {"min": 60.0, "h": 3600.0, "k": 1e3, "M": 1e6, "": 1.0}
+        number = text.strip()
+        if number == "auto":
+            return cls(tokens=auto)
+        if not number.endswith("M"):
+            number = number.lower()  # but `20m` is neither minutes nor millions
+        unit = next(u for u in units if number.endswith(u))
+        try:
+            value = float(number.removesuffix(unit)) * units[unit]
+        except ValueError:
+            value = -1.0
+        if not 1 <= value <= _MOST:
+            raise UsageError(
+                f"{flag} {text} is neither a number of tokens such as 200k or 1.5M, nor a "
+                "time such as 20min or 2h, nor 'auto'"
+            )
+        return cls(seconds=value) if unit in ("min", "h") else cls(tokens=int(value))
+
+
 class Student(nn.Module):
     """What is trained: the parameters that require a gradient, and how good they are."""
 

@@ -19,9 +19,9 @@ def projections(
     model: _options.Model,
     output: _options.Output,
     method: Annotated[
-        Literal["aware", "cskv", "xkv", "palu", "asvd", "pca"],
+        Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"],
         typer.Option(
-            help="aware: keeps what predictions feel. cskv: keys before RoPE and values of a layer "
+            help="aware: keeps what predictions feel. matryoshka: trained orthogonal bases. cskv: keys before RoPE and values of a layer "
             "(CSKV's optimum). xkv: the same of several layers. palu, asvd: other weights of "
             "layers, or of directions. pca: head by head, after RoPE (where MatryoshkaKV starts).",
             rich_help_panel=_METHOD,
@@ -55,6 +55,22 @@ def projections(
             rich_help_panel=_METHOD,
         ),
     ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="Distill the codes after the closed form (aware), or how long bases are trained "
+            "(matryoshka): tokens (200k), a time (20min), or auto.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    search_ranks: Annotated[
+        bool,
+        typer.Option(
+            "--search-ranks",
+            help="Of matryoshka: search a rank for every head, greedily.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = False,
     sink: Annotated[
         int,
         typer.Option(min=0, help="First tokens that are kept exactly.", rich_help_panel=_METHOD),
@@ -77,6 +93,7 @@ def projections(
     """Plan a low-rank code of every token of MODEL, with the first and last tokens kept exactly."""
     from kvtool.calibrate import projections as method_of
     from kvtool.checkpoint import Checkpoint
+    from kvtool.distill import Amount
     from kvtool.plan import base_of, check_can_drop
     from kvtool.plan_file import check_plan_output
     from kvtool.sizes import parse_budget
@@ -85,6 +102,11 @@ def projections(
         raise UsageError(f"--read is for --method aware, {method} has a reading of its own")
     if together is not None and method not in ("aware", "xkv"):
         raise UsageError(f"--layers-together is for aware and xkv, {method} takes one layer")
+    if train is not None and method not in ("aware", "matryoshka"):
+        raise UsageError(f"--train is for aware and matryoshka, nothing of {method} is trained")
+    if search_ranks and method != "matryoshka":
+        raise UsageError("--search-ranks is for --method matryoshka")
+    amount = None if train is None else Amount.parse(train, "--train", method_of.AUTO)
     check_plan_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
@@ -100,6 +122,8 @@ def projections(
         sink,
         window,
         context,
+        amount,
+        search_ranks,
         data,
         tokens,
         seed,

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from kvtool.calibrate.past import Past, beside, predictions
 from kvtool.calibrate.students import CodeStudent
@@ -130,7 +130,7 @@ class MatryoshkaStudent(CodeStudent):
 
 @torch.no_grad()
 def greedy_ranks(
-    student: MatryoshkaStudent, pasts: Sequence[Past], report: Callable[[str, int, int], None]
+    student: MatryoshkaStudent, past: Past, report: Callable[[str, int, int], None]
 ) -> Tensor:
     """Step 3, down to D/8 everywhere.
 
@@ -143,71 +143,43 @@ def greedy_ranks(
         being higher numbers; the first eighths, never taken, have the highest.
     """
     layers, heads = len(student.bases) // 2, student.heads
-    size = pasts[0].keys[0].shape[-1]
-    ranks = torch.full((layers, 2, heads), size)
+    slab = past.keys[0].shape[-1] // STEPS
+    ranks = torch.full((layers, 2, heads), STEPS * slab)
     removal = torch.zeros(layers, 2, heads, STEPS)
-    below = [_states(student, past, ranks) for past in pasts]
-    entries = [(i, p, h) for i in range(layers) for p in (0, 1) for h in range(heads)]
+    model = student.model
+    with parametrize.cached():
+        attends = [student.attend(past, i, ranks[i]) for i in range(layers)]
+        states = list(past.states)  # the end in front of every layer, at the ranks reached
 
-    def cost(entry: tuple[int, int, int]) -> float:
-        trial = ranks[entry[0]].clone()
-        trial[entry[1:]] -= size // STEPS
-        each = [
-            _finish(student, past, ranks, states, entry[0], trial)
-            for past, states in zip(pasts, below, strict=True)
-        ]
-        return sum(each) / len(each)
+        def cost(entry: tuple[int, int, int]) -> float:
+            """KL(original ‖ student) with one more eighth of this head gone."""
+            layer, trial = entry[0], ranks[entry[0]].clone()
+            trial[entry[1:]] -= slab
+            hidden = states[layer]
+            for i in range(layer, layers):
+                attend = student.attend(past, i, trial) if i == layer else attends[i]
+                hidden = model.layer(i, hidden, past.reading, attend)
+            return float(divergence(past.expected, predictions(model, hidden)))
 
-    bounds = [(cost(entry), entry) for entry in entries]
-    heapq.heapify(bounds)
-    total = len(entries) * (STEPS - 1)
-    report("searching ranks", 0, total)
-    for step in range(total):
-        while True:
+        entries = [(i, p, h) for i in range(layers) for p in (0, 1) for h in range(heads)]
+        bounds = [(cost(entry), entry) for entry in entries]
+        heapq.heapify(bounds)
+        total = len(entries) * (STEPS - 1)
+        report("searching ranks", 0, total)
+        for step in range(total):
             _, entry = heapq.heappop(bounds)
-            now = cost(entry)
-            if not bounds or now <= bounds[0][0]:
-                break
-            heapq.heappush(bounds, (now, entry))
-        removal[(*entry, int(ranks[entry]) * STEPS // size - 1)] = step + 1
-        ranks[entry] -= size // STEPS
-        for past, states in zip(pasts, below, strict=True):
-            _update(student, past, ranks, states, entry[0])
-        if ranks[entry] > size // STEPS:
-            heapq.heappush(bounds, (cost(entry), entry))
-        report("searching ranks", step + 1, total)
+            while bounds and (now := cost(entry)) > bounds[0][0]:
+                _, entry = heapq.heappushpop(bounds, (now, entry))
+            layer = entry[0]
+            removal[(*entry, int(ranks[entry]) // slab - 1)] = step + 1
+            ranks[entry] -= slab
+            attends[layer] = student.attend(past, layer, ranks[layer])
+            for i in range(layer, layers - 1):
+                states[i + 1] = model.layer(i, states[i], past.reading, attends[i])
+            if ranks[entry] > slab:
+                heapq.heappush(bounds, (bounds[0][0] if bounds else 0.0, entry))
+            report("searching ranks", step + 1, total)
     return removal.masked_fill(removal == 0, total + 1)
-
-
-def _states(student: MatryoshkaStudent, past: Past, ranks: Tensor) -> list[Tensor]:
-    """Hidden states of the end of a window in front of every layer, and behind the last."""
-    states = [student.model.embed(past.reading.ids)] * (len(ranks) + 1)
-    _update(student, past, ranks, states, 0)
-    return states
-
-
-def _update(
-    student: MatryoshkaStudent, past: Past, ranks: Tensor, states: list[Tensor], first: int
-) -> None:
-    for i in range(first, len(ranks)):
-        attend = student.attend(past, i, ranks[i])
-        states[i + 1] = student.model.layer(i, states[i], past.reading, attend)
-
-
-def _finish(
-    student: MatryoshkaStudent,
-    past: Past,
-    ranks: Tensor,
-    states: list[Tensor],
-    first: int,
-    trial: Tensor,
-) -> float:
-    """KL(original ‖ student) with one layer at other ranks."""
-    hidden = states[first]
-    for i in range(first, len(ranks)):
-        attend = student.attend(past, i, trial if i == first else ranks[i])
-        hidden = student.model.layer(i, hidden, past.reading, attend)
-    return float(divergence(past.expected, predictions(student.model, hidden)))
 
 
 def ranked(fitted: Sequence[Mapping[Part, Fitted]], removal: Tensor) -> list[dict[Part, Fitted]]:

@@ -30,12 +30,14 @@ class Past:
         reading: Its past and the tokens of its end.
         keys, values: Per layer `[1, H, S, D]` of all S tokens, keys rotated.
         expected: `[M, V]`, the original's log-probabilities behind each token of the end.
+        states: `[1, M, hidden]`, the end in front of every layer.
     """
 
     reading: Behind
     keys: list[Tensor]
     values: list[Tensor]
     expected: Tensor
+    states: list[Tensor]
 
     def unrotated(self, model: TailModel, layer: int) -> Tensor:
         """Keys of a layer before RoPE."""
@@ -60,7 +62,9 @@ def read_past(model: TailModel, ids: Tensor, end: int, offset: int = 0) -> Past:
     values: list[Tensor] = []
     whole = Behind([], [], ids, offset=offset)
     hidden = model.embed(ids)
+    states = []
     for index in range(len(model.layers)):
+        states.append(hidden[:, -end:])
 
         def remember(q: Tensor, k: Tensor, v: Tensor, start: int, index: int = index) -> Tensor:
             keys.append(k.contiguous())
@@ -76,7 +80,7 @@ def read_past(model: TailModel, ids: Tensor, end: int, offset: int = 0) -> Past:
         ids[past:].to(model.device),
         offset=offset,
     )
-    return Past(reading, keys, values, expected)
+    return Past(reading, keys, values, expected, states)
 
 
 def predictions(model: TailModel, hidden: Tensor) -> Tensor:
@@ -140,9 +144,11 @@ def read_again(model: TailModel, past: Past, attends: Sequence[Attend | None]) -
     Args:
         attends: One entry per layer; None for the layer's own attention.
     """
-    hidden = model.embed(past.reading.ids)
-    for index, attend in enumerate(attends):
-        hidden = model.layer(index, hidden, past.reading, attend or model.dense(index))
+    first = next((i for i, attend in enumerate(attends) if attend is not None), 0)
+    hidden = past.states[first]
+    for index in range(first, len(attends)):
+        attend = attends[index] or model.dense(index)
+        hidden = model.layer(index, hidden, past.reading, attend)
     return predictions(model, hidden)
 
 

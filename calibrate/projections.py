@@ -40,7 +40,7 @@ AUTO = 64 * 1024
 """Tokens of a training of automatic length."""
 JUDGED = 2
 """Windows of calibration text, not fitted to, by which codes are judged."""
-_END = 256  # tokens of such a window that are read through the codes
+_END = 128  # tokens of such a window that are read through the codes
 _CHAT = 0.25  # share of the windows that are conversations, as in the statistics
 
 Report = Callable[[str, int, int], None]
@@ -134,10 +134,8 @@ def allocation(options: ProjectionOptions) -> Allocation:
 
 def empty_codes(base: Base, options: ProjectionOptions) -> list[CodePlan]:
     """What is coded together by a method, and how; at full width."""
-    rotated = options.method in ("pca", "matryoshka") or (options.method, options.read) == (
-        "aware",
-        "absorbed",
-    )
+    absorbed = options.method == "aware" and options.read == "absorbed"
+    rotated = absorbed or options.method in ("pca", "matryoshka")
     kind: CodeKind = "rotated" if rotated else "unrotated"
     together = min(options.together, base.layers) if options.method in ("aware", "xkv") else 1
     sizes = [min(together, base.layers - i) for i in range(0, base.layers, together)]
@@ -244,10 +242,8 @@ def _matryoshka(
     fitted = student.fitted()
     if options.search_ranks:
         windows, offsets = _windows(checkpoint, options, 0)
-        pasts = [
-            read_past(model, windows[i], matryoshka.SEARCHED, offsets[i]) for i in range(JUDGED)
-        ]
-        fitted = matryoshka.ranked(fitted, matryoshka.greedy_ranks(student, pasts, report))
+        past = read_past(model, windows[0], matryoshka.SEARCHED, offsets[0])
+        fitted = matryoshka.ranked(fitted, matryoshka.greedy_ranks(student, past, report))
     corpus = str(statistics.metadata["corpus"])
     return _Found(empty_codes(base, options), fitted, corpus, statistics.tokens, losses)
 

@@ -21,7 +21,8 @@ def projections(
     method: Annotated[
         Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"],
         typer.Option(
-            help="aware: keeps what predictions feel. matryoshka: trained orthogonal bases. cskv: keys before RoPE and values of a layer "
+            help="aware: keeps what predictions feel. matryoshka: trained orthogonal bases of each "
+            "head (MatryoshkaKV). cskv: keys before RoPE and values of a layer "
             "(CSKV's optimum). xkv: the same of several layers. palu, asvd: other weights of "
             "layers, or of directions. pca: head by head, after RoPE (where MatryoshkaKV starts).",
             rich_help_panel=_METHOD,

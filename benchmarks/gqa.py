@@ -3,7 +3,7 @@
 All variants go through the model together, layer by layer, in fp32, each ingredient on top of those
 above it, beside mean pooling, where GQA (arXiv 2305.13245) starts.
 
-    python benchmarks/gqa.py -o benchmarks/results/gqa.json
+    python benchmarks/gqa.py -o benchmarks/results/gqa/ingredients.json
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def ladder() -> list[Variant]:
     queries = replace(tokens, name="queries refitted", queries=True)
     return [
         *(mean, real, turned, keys, values, tokens),
-        replace(mean, name="mean pooling, output projection refitted", output=True),
+        replace(mean, name="the mean, output projection refitted", output=True),
         replace(tokens, name="output projection refitted, queries not", output=True),
         queries,
         replace(queries, name="both refitted: --to gqa", output=True),
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     seconds = dict.fromkeys(states, 0.0)
     for index in range(len(stream)):
         layer, here = stream.layer(index), measured.layer(index)
-        following = reference
+        following = None
         for row in rows:
             started = time.process_time()
             found = merge(row, here, layer, options.kv_heads)
@@ -130,9 +130,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 folded = ConvertedLayer(None, {**folded.weights, "o_proj.weight": weight})
             seconds[row.name] += time.process_time() - started
             layer.run(states[row.name], converted_attention(layer, folded, stream.rope))
-        if following is reference:
+        if following is not None:  # refits took the text through the original layer
+            reference = following
+        elif any(row.queries for row in rows):
             layer.run(reference, stream.exact_attention(layer))
-        reference = following
         layer.run(original, stream.exact_attention(layer))
         print(f"layer {index + 1} of {len(stream)}", file=sys.stderr)
     results = []

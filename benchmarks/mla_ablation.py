@@ -29,7 +29,7 @@ from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import aware, transmla
-from kvtool.convert.fitting import ConvertedLayer, converted_attention, latent_stages
+from kvtool.convert.fitting import ConvertedLayer, converted_attention, converted_stages
 from kvtool.convert.planning import WINDOW
 from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.latent import LatentFactors
@@ -108,12 +108,12 @@ def fit(
     identity = torch.eye(width, dtype=torch.float64)
     values = (identity, identity)
     if variant.weigh_values:
-        values = aware._root(aware.value_weight(layer.attention.o_proj.weight, heads, size))
+        values = aware.square_root(aware.value_weight(layer.attention.o_proj.weight, heads, size))
     alpha = aware.balance(measured, basis, values[0]) * variant.balance
     keys = (alpha * identity, identity / alpha)
     if variant.queries:
         second = measured.queries.second.unflatten(0, (heads, -1)).sum(dim=1)
-        root, inverse = aware._root(torch.block_diag(*second))
+        root, inverse = aware.square_root(torch.block_diag(*second))
         scale = (width / float((root @ root).trace())) ** 0.5
         keys = (alpha * scale * root, inverse / (alpha * scale))
     if variant.moment == "attended":
@@ -183,10 +183,10 @@ def run(
             converted = ConvertedLayer(factors)
             if row.drift is not None:
                 aware.DRIFT = row.drift
-                stages = latent_stages(layer.attention, converted)
+                stages = converted_stages(layer.attention, converted, stream.rope)
                 refitted = aware.refit_output(stream, layer, stages, *texts[row.name])
                 converted = ConvertedLayer(factors, {"o_proj.weight": refitted})
-            attention = converted_attention(layer, converted, stream.rope.scale)
+            attention = converted_attention(layer, converted, stream.rope)
             layer.run(states[row.name], attention)
             layer.attention.o_proj.weight = weight
         layer.run(original, stream.exact_attention(layer))

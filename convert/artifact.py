@@ -20,8 +20,8 @@ from kvtool.errors import CheckpointError
 from kvtool.recipe import dump_recipe
 
 if TYPE_CHECKING:
-    from kvtool.convert.mla import ConversionResult
-    from kvtool.convert.planning import MlaOptions
+    from kvtool.convert.conversion import ConversionResult
+    from kvtool.convert.planning import ConvertOptions
 
 MANIFEST = "kvtool_manifest.json"
 PROBE = Path("kvtool") / "probe.safetensors"
@@ -40,7 +40,7 @@ def write(
     folder: Path,
     checkpoint: Checkpoint,
     fingerprint: str,
-    options: MlaOptions,
+    options: ConvertOptions,
     corpus: Corpus,
     config: dict[str, Any],
     replaced: list[str],
@@ -53,6 +53,7 @@ def write(
     """
     summary = {
         "version": __version__,
+        "to": options.to,
         "method": options.method,
         "target": options.target,
         "base": _absolute(checkpoint.source),
@@ -60,7 +61,7 @@ def write(
     }
     _write_json(folder / "config.json", {**config, "kvtool": summary})
     step = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
-    steps = [{"uses": "convert", "to": "mla", **step}]
+    steps = [{"uses": "convert", **step}]
     recipe = dump_recipe(checkpoint.source, steps, checkpoint.revision)
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     manifest = {
@@ -101,7 +102,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest["sha256"], manifest["base"]["fingerprint"]
         manifest["method"], manifest["target"], manifest["ranks"], manifest["replaced"]
-        manifest["plan"]["attention_dtype"], manifest["plan"]["rope_dim"]
+        plan = manifest["plan"]
+        plan["attention_dtype"], plan["bytes_per_token_after"]
+        if manifest["ranks"]:
+            plan["rope_dim"]
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it was not written by kvtool convert"
@@ -187,8 +191,15 @@ _MEASURED = {
 def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
     """The model card, from the numbers of the manifest alone."""
     plan, measured, base = manifest["plan"], manifest["measured"], manifest["base"]["source"]
+    to = plan.get("to", "mla")  # older manifests do not say
+    gqa = to == "gqa"
+    kind, title = "Multi-head latent", "converted to MLA"
+    if gqa:
+        kind, title = "Grouped-query", "with fewer KV heads"
     load = (
-        "It is a stock `deepseek_v3` checkpoint: transformers loads it without custom code."
+        f"It is a stock checkpoint of the same class as `{base}`, with fewer KV heads."
+        if gqa
+        else "It is a stock `deepseek_v3` checkpoint: transformers loads it without custom code."
         if manifest["target"] == "transformers"
         else "It is a stock `deepseek_v3` checkpoint with the conventions of vLLM."
         if manifest["target"] == "vllm"
@@ -198,12 +209,12 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
         "---",
         f"base_model: {base}",
         f"library_name: {'kvtool' if manifest['target'] == 'kvtool' else 'transformers'}",
-        "tags: [kvtool, mla, kv-cache]",
+        f"tags: [kvtool, {to}, kv-cache]",
         "---",
         "",
-        f"# {Path(base).name}, converted to MLA",
+        f"# {Path(base).name}, {title}",
         "",
-        f"Multi-head latent attention, made from `{base}` by kvtool "
+        f"{kind} attention, made from `{base}` by kvtool "
         f"{manifest['versions']['kvtool']} with the method `{manifest['method']}`. {load}",
         "",
         "| | |",
@@ -211,7 +222,9 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
         f"| cache bytes per token before (bf16) | {plan['bytes_per_token_before']} |",
         f"| cache bytes per token after (bf16) | {plan['bytes_per_token_after']} "
         f"({plan['share']:.1%}) |",
-        f"| latent rank + shared RoPE key | {plan['rank']} + {plan['rope_dim']} |",
+        f"| KV heads per layer | {plan['kv_heads']} |"
+        if gqa
+        else f"| latent rank + shared RoPE key | {plan['rank']} + {plan['rope_dim']} |",
     ]
     if (amount := manifest["options"].get("heal")) is not None:
         teacher = manifest["options"]["teacher"] or base

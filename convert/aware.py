@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import AttentionLayout, Rope
+from kvtool.attention import AttentionLayout, DenseAttention, Rope
 from kvtool.calibrate.statistics import LayerStatistics
 from kvtool.calibrate.stream import BATCH, LayerStream, StreamedLayer
 from kvtool.convert.transmla import NEGLIGIBLE, descending_eigh, key_gram
@@ -158,7 +158,7 @@ def latent_factors(
     """
     size = statistics.queries.mean.shape[-1]
     heads = basis.encode.shape[1] // size
-    values = _root(value_weight(output, heads, size))
+    values = square_root(value_weight(output, heads, size))
     alpha = balance(statistics, basis, values[0])
     identity = torch.eye(len(values[0]), dtype=torch.float64)
     keys = (alpha * identity, identity / alpha)
@@ -229,7 +229,7 @@ def value_weight(output: Tensor, heads: int, size: int) -> Tensor:
     return weight
 
 
-def _root(moment: Tensor) -> tuple[Tensor, Tensor]:
+def square_root(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Square root of a symmetric matrix, and its inverse, with small eigenvalues lifted."""
     eigenvalues, vectors = torch.linalg.eigh(moment)
     values = eigenvalues.clamp(min=1e-6 * float(eigenvalues.max()) or 1.0).sqrt()
@@ -244,7 +244,7 @@ def _root(moment: Tensor) -> tuple[Tensor, Tensor]:
 def refit_output(
     stream: LayerStream,
     layer: StreamedLayer,
-    stages: FactoredAttention,
+    stages: FactoredAttention | DenseAttention,
     original: Tensor,
     converted: Tensor,
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fits :class:`LatentFactors` layer by layer, and keeps what is done for a killed run to go on.
+"""Fits a :class:`ConvertedLayer` for every layer, and keeps it for a killed run to go on.
 
 A method that reads the statistics alone needs no text here. `aware` also solves each output
 projection on the calibration text: two copies of its hidden states go through the layers, one as
@@ -7,16 +7,17 @@ the original has them, one as the layers converted so far do.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvtool.attention import GroupedQueryAttention
+from kvtool.attention import DenseAttention, GroupedQueryAttention, Rope
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.convert import aware
 from kvtool.latent import FactoredAttention, LatentFactors
@@ -30,15 +31,18 @@ class ConvertedLayer:
     """What a conversion makes of one attention layer, independent of any engine.
 
     Attributes:
+        factors: None where it caches keys and values, of fewer heads.
         weights: Of the layer's own projections that it replaces, by name relative to `self_attn`.
     """
 
-    factors: LatentFactors
+    factors: LatentFactors | None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:
         """Writes all tensors as they are."""
-        parts = {f.name: getattr(self.factors, f.name) for f in fields(LatentFactors)}
+        parts = {}
+        if self.factors is not None:
+            parts = {f.name: getattr(self.factors, f.name) for f in fields(LatentFactors)}
         parts |= {_WEIGHTS + name: weight for name, weight in self.weights.items()}
         save(parts, file, {})
 
@@ -48,11 +52,14 @@ class ConvertedLayer:
         with safe_open(file, "pt") as stored:
             parts = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         weights = {n.removeprefix(_WEIGHTS): t for n, t in parts.items() if n.startswith(_WEIGHTS)}
-        factors = LatentFactors(**{f.name: parts[f.name] for f in fields(LatentFactors)})
-        return cls(factors, weights)
+        factors = {name: part for name, part in parts.items() if not name.startswith(_WEIGHTS)}
+        return cls(LatentFactors(**factors) if factors else None, weights)
 
 
 _WEIGHTS = "weights."
+
+Fit = Callable[[StreamedLayer, Tensor], ConvertedLayer]
+"""Fits a layer, given the original's hidden states `[N, T, hidden]` of the text before it."""
 
 
 def save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
@@ -62,28 +69,21 @@ def save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) ->
     unfinished.replace(file)
 
 
-def latent_stages(own: GroupedQueryAttention, converted: ConvertedLayer) -> FactoredAttention:
-    """The stages of an attention module after its conversion; its own weights are replaced."""
-    order = ("q_proj", "k_proj", "v_proj")
-    for name, weight in converted.weights.items():
-        projection, kind = name.split(".")
-        if projection == "o_proj":
-            copied = weight.to(own.qkv.weight, copy=True)  # on its device, too
-            setattr(own.o_proj, kind, nn.Parameter(copied, requires_grad=False))
-        else:
-            rows = getattr(own.qkv, kind).detach().split(own.sizes)
-            rows[order.index(projection)].copy_(weight)
+def converted_stages(
+    own: GroupedQueryAttention, converted: ConvertedLayer, rope: Rope
+) -> FactoredAttention | DenseAttention:
+    """The stages of an attention module after its conversion; the module stays as it is."""
+    own = copy.deepcopy(own)
+    own.replace_weights(converted.weights)
+    if converted.factors is None:
+        return DenseAttention(own, rope)
     return FactoredAttention(own, converted.factors)
 
 
-def converted_attention(layer: StreamedLayer, converted: ConvertedLayer, scale: float) -> Attention:
-    """The layer as its conversion defines it, in fp32, over whole windows.
-
-    Args:
-        scale: Of the model's RoPE.
-    """
-    stages = latent_stages(layer.attention, converted)
-    return lambda hidden: stages.output(stages.context(hidden, scale))
+def converted_attention(layer: StreamedLayer, converted: ConvertedLayer, rope: Rope) -> Attention:
+    """The layer as its conversion defines it, in fp32, over whole windows."""
+    stages = converted_stages(layer.attention, converted, rope)
+    return lambda hidden: stages.output(stages.context(hidden, rope.scale))
 
 
 def fitted_file(folder: Path, index: int) -> Path:
@@ -98,7 +98,7 @@ def healed_file(folder: Path, index: int) -> Path:
 
 def fit_layers(
     stream: LayerStream,
-    fit: Callable[[StreamedLayer], LatentFactors],
+    fit: Fit,
     folder: Path,
     report: Report,
     text: Tensor | None = None,
@@ -106,7 +106,8 @@ def fit_layers(
     """Fits every layer that is not in `folder` yet.
 
     Args:
-        text: `[N, T]`, to solve the output projections anew on; None leaves them.
+        text: `[N, T]`, for the layers' hidden states, and to solve the output projections anew on;
+            None leaves them, and hidden states are empty.
     """
     total, states = len(stream), folder / "streams.safetensors"
     first = sum(fitted_file(folder, i).is_file() for i in range(total))
@@ -121,14 +122,14 @@ def fit_layers(
     report("fitting", first, total)
     for index in range(first, total):
         layer = stream.layer(index)
-        fitted = ConvertedLayer(fit(layer))
+        fitted = fit(layer, original)
         if text is not None:
-            stages = latent_stages(layer.attention, fitted)
+            stages = converted_stages(layer.attention, fitted, stream.rope)
             weight = aware.refit_output(stream, layer, stages, original, converted)
             weights = {"o_proj.weight": weight}
             if (bias := layer.attention.o_proj.bias) is not None:
                 weights["o_proj.bias"] = bias.detach()
-            fitted = ConvertedLayer(fitted.factors, weights)
+            fitted = replace(fitted, weights={**fitted.weights, **weights})
         fitted.save(fitted_file(folder, index))
         if text is not None:
             position = {"next_layer": str(index + 1)}

@@ -1,8 +1,8 @@
 """Healing: the original model teaches the converted one, KL(original ‖ converted) of their logits.
 
 What is left to learn is where a closed form does not reach: through the softmax and across layers.
-The factors, projections and biases of every attention module are trained, from what the fit left
-there; the other weights stay, and both models share them. The latent norm is no part of it: a
+The factors, if any, projections and biases of every attention module are trained, from what the fit
+left there; the other weights stay, and both models share them. The latent norm is no part of it: a
 healed layer is written like a fitted one, with its norm made linear.
 
 Text alone does not teach a cache to be searched, so a quarter of the windows are recall tasks.
@@ -23,10 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool import distill
-from kvtool.attention import FAMILIES, GroupedQueryAttention, decoder_layers
+from kvtool.attention import (
+    FAMILIES,
+    DenseAttention,
+    GroupedQueryAttention,
+    Rope,
+    decoder_layers,
+)
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert.fitting import ConvertedLayer, latent_stages
+from kvtool.convert.fitting import ConvertedLayer, converted_stages
 from kvtool.corpus import Corpus, training_text
 from kvtool.distill import Student, Training
 from kvtool.errors import UsageError
@@ -46,7 +52,6 @@ LEARNING_RATE = 5e-4
 """Relative: AdamW moves a parameter by this share of its root mean square per step."""
 _SLICE = 512  # positions whose logits are there at once
 _MOST = 1e9  # tokens; their windows are held in memory
-_FACTORS = ("down", "rope", "rope_query", "key_up", "value_up")
 
 
 @dataclass(frozen=True)
@@ -151,39 +156,34 @@ class _Either(nn.Module):
     """
 
     def __init__(
-        self, original: GroupedQueryAttention, converted: FactoredAttention, scale: float
+        self,
+        original: DenseAttention,
+        converted: FactoredAttention | DenseAttention,
+        scale: float,
     ) -> None:
         super().__init__()
         self.original, self.converted, self.scale = original, converted, scale
         self.teaching = False
 
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: Any, **_: Any
-    ) -> tuple[Tensor, None]:
-        if not self.teaching:
-            context = self.converted.context(hidden_states, self.scale)
-            return self.converted.output(context), None
-        stages = self.original
-        cos, sin = (table[:, None] for table in position_embeddings)
-        q, k, v = stages.project(hidden_states)
-        q, k = stages.rotate(*stages.normalise(q, k), cos, sin)
-        return stages.output(stages.attend(q, k, v)), None
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        stages = self.original if self.teaching else self.converted
+        return stages.output(stages.context(hidden_states, self.scale)), None
 
 
-class MlaStudent(Student):
+class ConvertedStudent(Student):
     """The converted model; the original shares all its weights outside the attention.
 
     Args:
         model: The original as transformers loads it; its attention modules are replaced.
         teacher: Another model with the same vocabulary, instead of the original.
-        scale: Of the model's RoPE.
+        rope: Of the model.
     """
 
     def __init__(
         self,
         model: Any,
         layers: Sequence[ConvertedLayer],
-        scale: float,
+        rope: Rope,
         teacher: Any | None = None,
     ) -> None:
         super().__init__()
@@ -193,14 +193,14 @@ class MlaStudent(Student):
         self.attentions: list[_Either] = []
         for index, layer in enumerate(decoder_layers(model)):
             name = f"model.layers.{index}.self_attn"
-            own = GroupedQueryAttention(copy.deepcopy(layer.self_attn), name)
-            converted = latent_stages(own, layers[index])
-            either = _Either(GroupedQueryAttention(layer.self_attn, name), converted, scale)
-            for part in _FACTORS:
-                factor = getattr(converted, part)
-                delattr(converted, part)
-                setattr(converted, part, nn.Parameter(factor))
-            for projection in (own.qkv, own.o_proj):
+            own = GroupedQueryAttention(layer.self_attn, name)
+            converted = converted_stages(own, layers[index], rope)
+            either = _Either(DenseAttention(own, rope), converted, rope.scale)
+            if isinstance(converted, FactoredAttention):
+                for part, factor in list(converted.named_buffers(recurse=False)):
+                    delattr(converted, part)
+                    setattr(converted, part, nn.Parameter(factor))
+            for projection in (converted.gqa.qkv, converted.gqa.o_proj):
                 projection.requires_grad_(True)
             layer.self_attn = either
             self.attentions.append(either)
@@ -276,15 +276,18 @@ class _Divergence(torch.autograd.Function):
         return states * gradient, None, None, None
 
 
-def _layer(stages: FactoredAttention) -> ConvertedLayer:
-    factors = {part: getattr(stages, part).detach().double() for part in _FACTORS}
+def _layer(stages: FactoredAttention | DenseAttention) -> ConvertedLayer:
+    factors = None
+    if isinstance(stages, FactoredAttention):
+        trained = {n: p.detach().double() for n, p in stages.named_parameters(recurse=False)}
+        factors = LatentFactors(inv_freq=stages.inv_freq, **trained)
     weights: dict[str, Tensor] = {}
     names = ("q_proj", "k_proj", "v_proj")
     for kind, tensor in stages.gqa.qkv.named_parameters():
         rows = tensor.detach().split(stages.gqa.sizes)
         weights |= {f"{name}.{kind}": part for name, part in zip(names, rows, strict=True)}
     weights |= {f"o_proj.{kind}": t.detach() for kind, t in stages.gqa.o_proj.named_parameters()}
-    return ConvertedLayer(LatentFactors(inv_freq=stages.inv_freq, **factors), weights)
+    return ConvertedLayer(factors, weights)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -297,7 +300,7 @@ def fast_bfloat16(device: torch.device) -> bool:
 def heal(
     checkpoint: Checkpoint,
     layers: Sequence[ConvertedLayer],
-    scale: float,
+    rope: Rope,
     amount: Amount,
     folder: Path,
     *,
@@ -316,10 +319,10 @@ def heal(
         UsageError: The teacher has another tokenizer.
         KvtoolError: See :func:`kvtool.distill.train`.
     """
-    student = MlaStudent(
+    student = ConvertedStudent(
         checkpoint.load_transformers(torch.float32, device),
         layers,
-        scale,
+        rope,
         None if teacher is None else _load_teacher(teacher, checkpoint, device),
     )
     length = window(checkpoint, teacher)
@@ -388,7 +391,7 @@ STEPS = "steps"
 
 
 def _measure_steps(
-    student: MlaStudent,
+    student: ConvertedStudent,
     seconds: float,
     checkpoint: Checkpoint,
     length: int,

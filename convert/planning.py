@@ -1,4 +1,4 @@
-"""What a conversion to MLA is asked to do, whether it can be done, and what it will cost."""
+"""What a conversion is asked to do, whether it can be done, and what it will cost."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ _BASE_MEMORY = 500_000_000
 
 
 @dataclass(frozen=True)
-class MlaOptions:
+class ConvertOptions:
     """Everything that determines the output besides the model.
 
     Attributes:
-        method: `exact`, `transmla` or `aware`.
-        target: `transformers`, `vllm` or `kvtool`.
+        to: `mla`, or `gqa` for fewer KV heads.
+        method: `exact`, `transmla` or `aware`; only the last one for `gqa`.
+        target: `transformers`, `vllm` or `kvtool`; only the first one for `gqa`.
+        kv_heads: Of the result, for `gqa`.
         kv_budget, rope_dim, rank: Widths, see :func:`targets.latent_size`.
         freqfold: F of TransMLA, or `auto`.
         data: Calibration text; `None` is Python's own documentation, for healing with docstrings.
@@ -45,8 +47,10 @@ class MlaOptions:
         dtype: Of the attention tensors; `auto` keeps the source's.
     """
 
+    to: str = "mla"
     method: str = "aware"
     target: str = "transformers"
+    kv_heads: int | None = None
     kv_budget: str | None = None
     rope_dim: int | None = None
     rank: int | None = None
@@ -62,7 +66,7 @@ class MlaOptions:
 
 def plan(
     checkpoint: Checkpoint,
-    options: MlaOptions,
+    options: ConvertOptions,
     output: Path | None = None,
     *,
     overwrite: bool = False,
@@ -111,7 +115,7 @@ def plan(
     # Layer files lie beside the shards until the end, the states of the probe until the shards
     # are written, and twice while they are replaced. Statistics have a place of their own.
     disk_bytes = attention * dtype.itemsize + probe + max(output_bytes, probe)
-    fitted = layers * _fitted_bytes(layout, size, nope)
+    fitted = layers * _fitted_bytes(layout, size, nope, options)
     disk_bytes += fitted
     if options.method == "aware":
         disk_bytes += 4 * 4 * options.tokens * layout.hidden_size  # two streams, old and new
@@ -130,14 +134,14 @@ def plan(
         check_disk(output, max(0, disk_bytes - there))
     texts(checkpoint, options)
     return {
+        "to": options.to,
         "method": options.method,
         "target": options.target,
         "layers": layers,
-        "rope_dim": size.rope_dim,
-        "rank": size.rank,
+        **size.widths,
         "bytes_per_token_before": 2 * layers * size.native,
-        "bytes_per_token_after": 2 * layers * (size.rank + size.rope_dim),
-        "share": size.share,
+        "bytes_per_token_after": 2 * layers * size.kept,
+        "share": size.kept / size.native,
         "output_bytes": output_bytes,
         "disk_bytes": disk_bytes,
         "memory_bytes": _BASE_MEMORY
@@ -154,20 +158,51 @@ def plan(
     }
 
 
-def _check_names(checkpoint: Checkpoint, options: MlaOptions) -> None:
+def _check_names(checkpoint: Checkpoint, options: ConvertOptions) -> None:
     for value, known, flag in (
+        (options.to, targets.KINDS, "--to"),
         (options.method, targets.METHODS, "--method"),
         (options.target, targets.TARGETS, "--target"),
     ):
         if value not in known:
             raise UsageError(f"{flag} {value} is unknown: choose {', '.join(known)}")
     if checkpoint.config.get("model_type") == "kvtool_mla":
-        targets.refuse_latent()
-    targets.require(checkpoint.hf_config(), options.method, options.target)
+        targets.refuse_latent(options.to)
+    targets.require(checkpoint.hf_config(), options.method, options.target, options.to)
 
 
-def _size(checkpoint: Checkpoint, options: MlaOptions, layout: AttentionLayout) -> targets.Size:
+def _size(
+    checkpoint: Checkpoint, options: ConvertOptions, layout: AttentionLayout
+) -> targets.LatentSize | targets.HeadsSize:
     """The widths asked for; raises where other options do not go with them."""
+    size: targets.LatentSize | targets.HeadsSize
+    if options.to == "gqa":
+        _check_merge(options)
+        size = targets.heads_size(layout, options.kv_heads)
+    else:
+        size = _latent_size(checkpoint, options, layout)
+    window = min(WINDOW, _context(checkpoint))
+    if options.method != "exact" and options.tokens < window:
+        raise UsageError(f"--tokens {options.tokens} is less than one window of {window}")
+    return size
+
+
+def _check_merge(options: ConvertOptions) -> None:
+    """Refuses the options that are about a latent."""
+    defaults = ConvertOptions()
+    for name in ("method", "target", "kv_budget", "rope_dim", "rank", "freqfold"):
+        if getattr(options, name) != getattr(defaults, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for --to mla; fewer KV heads are asked for with "
+                "--kv-heads alone"
+            )
+
+
+def _latent_size(
+    checkpoint: Checkpoint, options: ConvertOptions, layout: AttentionLayout
+) -> targets.LatentSize:
+    if options.kv_heads is not None:
+        raise UsageError("--kv-heads is for --to gqa: a latent has no heads")
     if options.method != "transmla" and options.freqfold != "auto":
         raise UsageError(f"--freqfold has no place in --method {options.method}")
     if options.method == "exact":
@@ -176,7 +211,7 @@ def _size(checkpoint: Checkpoint, options: MlaOptions, layout: AttentionLayout) 
                 "--method exact keeps every byte: --kv-budget, --rope-dim and --rank have no place"
             )
         width = layout.kv_heads * layout.head_dim
-        return targets.Size(width, width, layout.cached_values)
+        return targets.LatentSize(width, width, layout.cached_values)
     widths = (options.kv_budget, options.rope_dim, options.rank)
     config = checkpoint.hf_config()
     size = targets.latent_size(config, options.method, options.target, *widths)
@@ -184,14 +219,11 @@ def _size(checkpoint: Checkpoint, options: MlaOptions, layout: AttentionLayout) 
         if not options.freqfold.isdecimal():
             raise UsageError(f"--freqfold {options.freqfold} is neither 'auto' nor a number")
         targets.check_freqfold(int(options.freqfold), layout.head_dim, size.rope_dim)
-    window = min(WINDOW, _context(checkpoint))
-    if options.tokens < window:
-        raise UsageError(f"--tokens {options.tokens} is less than one window of {window}")
     return size
 
 
 def _check_healing(
-    checkpoint: Checkpoint, options: MlaOptions, teacher: Checkpoint | None
+    checkpoint: Checkpoint, options: ConvertOptions, teacher: Checkpoint | None
 ) -> dict[str, Any] | None:
     """What healing is planned."""
     if options.heal is None:
@@ -210,12 +242,12 @@ def _check_healing(
     return {**dataclasses.asdict(amount), "window": length, "steps": steps, "text": text}
 
 
-def opened(options: MlaOptions, teacher: Checkpoint | None) -> Checkpoint | None:
+def opened(options: ConvertOptions, teacher: Checkpoint | None) -> Checkpoint | None:
     """The teacher, by its name if the caller did not open it."""
     return teacher or (None if options.teacher is None else Checkpoint.open(options.teacher))
 
 
-def texts(checkpoint: Checkpoint, options: MlaOptions) -> tuple[Tensor | None, Tensor]:
+def texts(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Tensor | None, Tensor]:
     """Calibration windows `[N, T]`, unless the method needs none, and the probe `[T]`, held out."""
     tokenizer = checkpoint.tokenizer()
     ids = None
@@ -231,7 +263,7 @@ def texts(checkpoint: Checkpoint, options: MlaOptions) -> tuple[Tensor | None, T
     return ids, probe
 
 
-def statistics_options(checkpoint: Checkpoint, options: MlaOptions) -> StatisticsOptions:
+def statistics_options(checkpoint: Checkpoint, options: ConvertOptions) -> StatisticsOptions:
     """The text that a conversion reads."""
     window = min(WINDOW, _context(checkpoint))
     return StatisticsOptions(
@@ -239,35 +271,40 @@ def statistics_options(checkpoint: Checkpoint, options: MlaOptions) -> Statistic
     )
 
 
-def is_replaced(name: str, options: MlaOptions) -> bool:
+def is_replaced(name: str, options: ConvertOptions) -> bool:
     """Whether the output holds other tensors instead of this one of the source."""
     return any(f".self_attn.{part}." in name for part in replaced_parts(options))
 
 
-def replaced_parts(options: MlaOptions) -> list[str]:
+def replaced_parts(options: ConvertOptions) -> list[str]:
     """Parts of an attention module of which the output does not hold the source's tensors."""
     parts = list(artifact.REPLACED) if options.target != "kvtool" else []
-    if options.heal is not None:
+    if options.heal is not None or options.to == "gqa":
         parts = [*artifact.REPLACED, "o_proj"]
     elif options.method == "aware":
         parts.append("o_proj")
     return parts
 
 
-def save_dtype(checkpoint: Checkpoint, options: MlaOptions) -> torch.dtype:
+def save_dtype(checkpoint: Checkpoint, options: ConvertOptions) -> torch.dtype:
     """Dtype of the attention tensors written."""
     if options.dtype == "auto":
         own = torch_dtype(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].dtype)
-        if own == torch.float16 and options.target != "kvtool":
+        if own == torch.float16 and _neutral_norm(options):
             raise UnsupportedModelError(targets.FLOAT16)
         return own
-    if options.dtype == "float16" and options.target != "kvtool":
+    if options.dtype == "float16" and _neutral_norm(options):
         raise UsageError(
             "--dtype float16 underflows in the scaling that makes the latent norm linear",
             hint="use bfloat16 or float32, or --target kvtool",
         )
     dtype: torch.dtype = getattr(torch, options.dtype)
     return dtype
+
+
+def _neutral_norm(options: ConvertOptions) -> bool:
+    """Whether the output has a latent norm that scaling makes linear."""
+    return options.to == "mla" and options.target != "kvtool"
 
 
 def _context(checkpoint: Checkpoint) -> int:
@@ -289,21 +326,33 @@ def shard_bytes(text: str) -> int:
     raise UsageError(f"--shard-size {text} is not a size such as 2GB or 500MB")
 
 
-def _fitted_bytes(layout: AttentionLayout, size: targets.Size, nope: int) -> int:
+def _fitted_bytes(
+    layout: AttentionLayout,
+    size: targets.LatentSize | targets.HeadsSize,
+    nope: int,
+    options: ConvertOptions,
+) -> int:
     """Of the file that keeps a fitted layer until it is written: float64 factors, and weights."""
+    if isinstance(size, targets.HeadsSize):
+        return 4 * _attention_values(layout, size, nope, options)
     width = layout.kv_heads * layout.head_dim
     factors = 2 * size.rope_dim * width + size.rank * (3 * width + (nope and width))
     return 8 * factors + 4 * layout.hidden_size * (2 * layout.heads * layout.head_dim + 2 * width)
 
 
 def _attention_values(
-    layout: AttentionLayout, size: targets.Size, nope: int, options: MlaOptions
+    layout: AttentionLayout,
+    size: targets.LatentSize | targets.HeadsSize,
+    nope: int,
+    options: ConvertOptions,
 ) -> int:
     """Numbers in the attention tensors that one layer's conversion writes."""
     width, inner = layout.kv_heads * layout.head_dim, layout.heads * layout.head_dim
     replaced = replaced_parts(options)
     output = inner * layout.hidden_size + int(layout.output_bias) * layout.hidden_size
     output *= "o_proj" in replaced
+    if isinstance(size, targets.HeadsSize):
+        return (inner + size.kept) * (layout.hidden_size + int(layout.qkv_bias)) + output
     if options.target == "kvtool":
         ups = (nope and width) + width
         factors = 2 * size.rope_dim * width + size.rope_dim // 2 + size.rank * (2 * width + ups)

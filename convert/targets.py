@@ -21,8 +21,14 @@ from torch import Tensor
 from kvtool.attention import FAMILIES, AttentionLayout, describe, rope_of
 from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
 
+KINDS = ("mla", "gqa")
 TARGETS = ("transformers", "vllm", "kvtool")
 METHODS = ("aware", "transmla", "exact")
+CONVERSIONS = (
+    *(("mla", method, target) for method in METHODS for target in TARGETS),
+    ("gqa", "aware", "transformers"),
+)
+"""What there is of each kind, with its methods and targets."""
 
 TRANSFORMERS_LATENT_EPS = 1e-6
 FLOAT16 = (
@@ -31,13 +37,14 @@ FLOAT16 = (
 )
 
 
-def check(config: Any, method: str, target: str) -> list[str]:
+def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
     """Reasons why a model cannot be converted this way; empty if it can.
 
     Args:
         config: A transformers config.
         method: One of `METHODS`.
         target: One of `TARGETS`.
+        to: One of `KINDS`.
     """
     if config.model_type not in FAMILIES:
         if config.model_type in ("deepseek_v2", "deepseek_v3", "kvtool_mla"):
@@ -56,7 +63,15 @@ def check(config: Any, method: str, target: str) -> list[str]:
     limit = config.max_position_embeddings
     window = min((x.sliding_window for x in layouts if x.sliding_window), default=limit)
     if window < limit:
-        reasons.append(f"sliding-window attention ({window} tokens) has no place in MLA")
+        place = "MLA" if to == "mla" else "a conversion, which looks at the whole context"
+        reasons.append(f"sliding-window attention ({window} tokens) has no place in {place}")
+    if to == "gqa":
+        if layout.qk_norm:
+            reasons.append(
+                "q/k norm (Qwen3) lies between the projections and RoPE: no combination of heads "
+                "can be folded past it"
+            )
+        return reasons
     if target == "kvtool":
         return reasons
     if layout.qk_norm:
@@ -82,18 +97,19 @@ def check(config: Any, method: str, target: str) -> list[str]:
     return reasons
 
 
-def require(config: Any, method: str, target: str) -> None:
+def require(config: Any, method: str, target: str, to: str) -> None:
     """Raises UnsupportedModelError with the first reason of :func:`check`."""
-    if reasons := check(config, method, target):
+    if reasons := check(config, method, target, to):
+        asked = f"convert to MLA ({method}, for {target})" if to == "mla" else "merge KV heads"
         raise UnsupportedModelError(
-            f"cannot convert to MLA ({method}, for {target}): {reasons[0]}",
+            f"cannot {asked}: {reasons[0]}",
             hint="`kvtool inspect` lists what applies to this model",
         )
 
 
 @dataclass(frozen=True)
-class Size:
-    """Widths of a conversion, checked against the model.
+class LatentSize:
+    """Widths of a conversion to MLA, checked against the model.
 
     Attributes:
         rope_dim: d_r. rank: r. native: 2K, numbers per token and layer before.
@@ -104,9 +120,53 @@ class Size:
     native: int
 
     @property
-    def share(self) -> float:
-        """Cache after / cache before."""
-        return (self.rank + self.rope_dim) / self.native
+    def kept(self) -> int:
+        """Numbers per token and layer after."""
+        return self.rank + self.rope_dim
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Under the names that a plan has for them."""
+        return {"rope_dim": self.rope_dim, "rank": self.rank}
+
+
+@dataclass(frozen=True)
+class HeadsSize:
+    """KV heads of a conversion to fewer of them.
+
+    Attributes:
+        kv_heads: N. head_dim: D. native: As above.
+    """
+
+    kv_heads: int
+    head_dim: int
+    native: int
+
+    @property
+    def kept(self) -> int:
+        """Numbers per token and layer after."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Under the names that a plan has for them."""
+        return {"kv_heads": self.kv_heads}
+
+
+def heads_size(layout: AttentionLayout, kv_heads: int | None) -> HeadsSize:
+    """Checks how many KV heads are asked for.
+
+    Raises:
+        UsageError: None are, or they cannot be made by merging groups of equal size.
+    """
+    there = layout.kv_heads
+    possible = [str(n) for n in range(1, there + 1) if there % n == 0]
+    choose = f"the model has {there}, which can be merged into {', '.join(possible)}"
+    if kv_heads is None:
+        raise UsageError(f"--to gqa needs --kv-heads: {choose}")
+    if str(kv_heads) not in possible:
+        raise UsageError(f"--kv-heads {kv_heads} is impossible: {choose}")
+    return HeadsSize(kv_heads, layout.head_dim, layout.cached_values)
 
 
 def parse_budget(text: str, layout: AttentionLayout, layers: int) -> int:
@@ -152,7 +212,7 @@ def latent_size(
     kv_budget: str | None,
     rope_dim: int | None,
     rank: int | None,
-) -> Size:
+) -> LatentSize:
     """Resolves budget, rope width and rank.
 
     Without `rank` and budget, 75 % of the native cache. Without `rope_dim`, `aware` gives the
@@ -219,7 +279,7 @@ def latent_size(
             f"model keeps {native} numbers per token and layer",
             hint="use --method exact for a change of format without loss",
         )
-    return Size(rope_dim, rank, native)
+    return LatentSize(rope_dim, rank, native)
 
 
 def freqfold_candidates(head_dim: int, rope_dim: int, limit: int = 8) -> list[int]:
@@ -279,6 +339,7 @@ def _theta(config: Any) -> float:
     return float(config.rope_parameters["rope_theta"])
 
 
-def refuse_latent() -> None:
+def refuse_latent(to: str) -> None:
     """Raises UnsupportedModelError for a model that is MLA already."""
-    raise UnsupportedModelError("cannot convert to MLA: the model already caches a latent (MLA)")
+    asked = "convert to MLA" if to == "mla" else "merge KV heads"
+    raise UnsupportedModelError(f"cannot {asked}: the model already caches a latent (MLA)")

@@ -1,9 +1,9 @@
 """Is a converted folder still what the conversion meant, and how far is it from the original?
 
 Run in a fresh process. Nothing is taken on trust: files against their hashes, untouched tensors
-against the original's bytes, and the logits of the stock model against those that the factors gave
-in fp32 during the conversion, on a text longer than 2048 tokens. A swapped row, a wrong RoPE order,
-a norm that is not neutral or a wrong scale shows there, however lossy the method is.
+against the original's bytes, and the logits of the stock model against those that the conversion
+had in fp32, on a text longer than 2048 tokens. A swapped row, a wrong RoPE order, a norm that is
+not neutral or a wrong scale shows there, however lossy the method is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
 
 PROBE_KL = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3}
-"""Largest mean KL to the factors' logits, by the dtype that the attention was rounded to."""
+"""Largest mean KL to the conversion's logits, by the dtype that the attention was rounded to."""
 EXACT_KL, EXACT_LOGIT = 1e-6, 1e-3
 """What the lossless method must reach against the original in fp32."""
 DECODE_KL = 1e-6
@@ -186,7 +186,7 @@ def _check_probe(
     report.add(
         "as converted",
         kl <= limit,
-        f"KL {kl:.1e} (at most {limit:.0e}) to the factors' own logits, largest difference "
+        f"KL {kl:.1e} (at most {limit:.0e}) to the conversion's own logits, largest difference "
         f"{furthest:.1e}",
     )
 
@@ -225,7 +225,7 @@ def _check_runtime(
     logits: Tensor,
     manifest: dict[str, Any],
 ) -> None:
-    """Decoding from the latent cache gives what the whole forward pass gave; and its bytes."""
+    """Decoding from the cache gives what the whole forward pass gave; and its bytes."""
     from kvtool.runtime import Engine
 
     engine = Engine.load(converted)
@@ -234,10 +234,13 @@ def _check_runtime(
     engine.extend(cache, ids[:half])
     steps = torch.stack([engine.decode(cache, token[None])[0] for token in ids[half:]])
     kl = float(_kl(logits[half : len(ids)], steps).mean())
-    report.add("decode", kl <= DECODE_KL, f"KL {kl:.1e} between latent decode and full forward")
+    report.add("decode", kl <= DECODE_KL, f"KL {kl:.1e} between decode and full forward")
     element = torch.finfo(engine.dtype).bits // 8
     measured = int(cache.bytes_per_token() * 2 / element)
-    planned = sum(2 * (rank + manifest["plan"]["rope_dim"]) for rank in manifest["ranks"])
+    plan, ranks = manifest["plan"], manifest["ranks"]
+    planned = plan["bytes_per_token_after"]
+    if ranks:  # some layers may need less than was planned
+        planned = sum(2 * (rank + plan["rope_dim"]) for rank in ranks)
     report.measured["bytes_per_token"] = measured
     # The runtime also leaves out trailing latent columns that turn out to be zero.
     report.add(

@@ -13,8 +13,8 @@ Everything else is refused by name, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -293,6 +293,25 @@ class GroupedQueryAttention(nn.Module):
             self.qkv.bias.copy_(self.qkv.bias[rows])
         self.o_proj.weight = nn.Parameter(self.o_proj.weight[:, q], requires_grad=False)
 
+    @torch.no_grad()
+    def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts copies of other weights in place of its own, where those are.
+
+        Args:
+            weights: By name, such as `k_proj.weight`. Keys and values may have fewer heads.
+        """
+        names, sizes = ("q_proj", "k_proj", "v_proj"), self.sizes
+        for kind, own in list(self.qkv.named_parameters()):
+            parts = zip(names, own.split(sizes), strict=True)
+            rows = [weights.get(f"{name}.{kind}", part).to(own) for name, part in parts]
+            setattr(self.qkv, kind, nn.Parameter(torch.cat(rows), requires_grad=False))
+            self.sizes = [len(part) for part in rows]
+        for kind, own in list(self.o_proj.named_parameters()):
+            copied = weights.get(f"o_proj.{kind}", own).to(own, copy=True)
+            setattr(self.o_proj, kind, nn.Parameter(copied, requires_grad=False))
+        kv_heads = self.sizes[1] // self.layout.head_dim
+        self.layout = replace(self.layout, kv_heads=kv_heads)
+
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, Q, T, D]`, keys and values `[B, H, T, D]`, before norm and RoPE."""
         split = self.qkv(hidden).split(self.sizes, dim=-1)
@@ -317,6 +336,37 @@ class GroupedQueryAttention(nn.Module):
         """Per-head results `[B, Q, T, Dv]` to hidden states `[B, T, hidden]`."""
         result: Tensor = self.o_proj(context.transpose(1, 2).flatten(2))
         return result
+
+
+class DenseAttention(nn.Module):
+    """A GQA module over whole windows from position 0, with its keys and values as they are.
+
+    It has the stages of :class:`kvtool.latent.FactoredAttention`.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, gqa: GroupedQueryAttention, rope: Rope) -> None:
+        super().__init__()
+        self.gqa = gqa
+        inv_freq = rope.inv_freq.to(gqa.qkv.weight.device)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def context(self, hidden: Tensor, scale: float = 1.0) -> Tensor:
+        """What `output` reads, `[B, T, Q, D]`, of `hidden [B, T, hidden]`.
+
+        Args:
+            scale: Of the model's RoPE.
+        """
+        q, k, v = self.gqa.project(hidden)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        tables = Rope(self.inv_freq, scale).tables(positions)
+        q, k = self.gqa.rotate(*self.gqa.normalise(q, k), *tables)
+        return self.gqa.attend(q, k, v).transpose(1, 2)
+
+    def output(self, context: Tensor) -> Tensor:
+        """`[B, T, Q, D]` to hidden states `[B, T, hidden]`."""
+        return self.gqa.output(context.transpose(1, 2))
 
 
 def _block_rows(blocks: Tensor, size: int) -> Tensor:

@@ -158,9 +158,10 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         parameters=sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
         dtypes=dtypes,
         applications=[
-            Application("convert --to mla", method, target, targets.check(judged, method, target))
-            for method in targets.METHODS
-            for target in targets.TARGETS
+            Application(
+                f"convert --to {to}", method, target, targets.check(judged, method, target, to)
+            )
+            for to, method, target in targets.CONVERSIONS
         ],
     )
 

@@ -56,10 +56,11 @@ class ConvertStep(_Strict):
     """``kvtool convert``; fields are its flags. ``output`` may be given when the recipe is run."""
 
     uses: Literal["convert"]
-    to: Literal["mla"]
+    to: Literal["mla", "gqa"]
     output: str | None = None
     method: Literal["aware", "transmla", "exact"] = "aware"
     target: Literal["transformers", "vllm", "kvtool"] = "transformers"
+    kv_heads: int | None = None
     kv_budget: TextOrNumber | None = None
     rope_dim: int | None = None
     rank: int | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kvtool.checkpoint import Checkpoint, sha256_file
-from kvtool.convert import mla, planning
+from kvtool.convert import conversion, planning
 from kvtool.runtime import Engine
 
 MANIFEST = "kvtool_manifest.json"
@@ -46,16 +46,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def convert(model: Path | str, output: Path, **options: Any) -> mla.ConversionResult:
+def convert(model: Path | str, output: Path, **options: Any) -> conversion.ConversionResult:
     """Converts with little calibration text; `report`, `resume` and `overwrite` go to the run."""
     run = {name: options.pop(name) for name in ("report", "resume", "overwrite") if name in options}
     if options.get("method") != "exact":
         options = {"tokens": 1024} | options
-    return mla.convert(Checkpoint.open(str(model)), output, planning.MlaOptions(**options), **run)
+    return conversion.convert(
+        Checkpoint.open(str(model)), output, planning.ConvertOptions(**options), **run
+    )
 
 
 def plan(model: Path | str, **options: Any) -> dict[str, Any]:
-    return planning.plan(Checkpoint.open(str(model)), planning.MlaOptions(**options))
+    return planning.plan(Checkpoint.open(str(model)), planning.ConvertOptions(**options))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

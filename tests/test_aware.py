@@ -15,7 +15,7 @@ from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import aware
 from kvtool.convert.exact import exact_factors
-from kvtool.convert.fitting import ConvertedLayer, converted_attention, latent_stages
+from kvtool.convert.fitting import ConvertedLayer, converted_attention, converted_stages
 from kvtool.convert.targets import default_inv_freq
 from kvtool.latent import FactoredAttention
 
@@ -57,7 +57,7 @@ class Case:
     def stages(self, rope_dim: int = 8, rank: int = 10) -> tuple[StreamedLayer, FactoredAttention]:
         layer = self.layer()
         converted = ConvertedLayer(self.factors(rope_dim, rank))
-        return layer, latent_stages(layer.attention, converted)
+        return layer, converted_stages(layer.attention, converted, self.rope)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_keeping_every_rotation_at_full_rank_reproduces_the_layer(case):
     layer = case.layer()
     with torch.inference_mode():
         expected = case.stream.exact_attention(layer)(case.hidden)
-        converted = converted_attention(layer, ConvertedLayer(factors), case.rope.scale)
+        converted = converted_attention(layer, ConvertedLayer(factors), case.rope)
         got = converted(case.hidden)
     assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
 
@@ -256,7 +256,7 @@ def test_at_full_rank_nothing_but_rotations_is_lost(case, rope_dim):
     with torch.inference_mode():
         expected = partly_rotated(case, layer, case.basis(rope_dim))
         original = case.stream.exact_attention(layer)(case.hidden)
-        got = converted_attention(layer, ConvertedLayer(factors), case.rope.scale)(case.hidden)
+        got = converted_attention(layer, ConvertedLayer(factors), case.rope)(case.hidden)
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
     assert (expected - original).abs().max() > 0.05  # another layer than the original
 
@@ -354,7 +354,7 @@ def test_both_texts_go_through_the_layer_each_in_its_own_way(case):
     weight = aware.refit_output(case.stream, layer, stages, states, ours)
     torch.testing.assert_close(states, expected)
     fitted = ConvertedLayer(case.factors(8, 10), {"o_proj.weight": weight})
-    fresh.run(converted, converted_attention(fresh, fitted, case.rope.scale))
+    fresh.run(converted, converted_attention(fresh, fitted, case.rope))
     torch.testing.assert_close(ours, converted, atol=1e-4, rtol=1e-4)
 
 

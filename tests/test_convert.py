@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import deepseek_v3, mla, planning, targets, transmla
+from kvtool.convert import conversion, deepseek_v3, planning, targets, transmla
 from kvtool.convert.verify import verify
 from kvtool.corpus import calibration_text
 from kvtool.recipe import ConvertStep, load_recipe
@@ -391,7 +391,7 @@ def test_the_recipe_replays_to_the_same_bits(converted, tmp_path, monkeypatch):
     from kvtool.cli.run import run
 
     model, output = converted("llama", {}, kv_budget="50%")
-    method = planning.MlaOptions().method
+    method = planning.ConvertOptions().method
     recipe = load_recipe(output / "recipe.yaml")
     step = recipe.steps[0]
     assert recipe.model == str(model)
@@ -549,7 +549,7 @@ def test_a_layer_of_the_output_holds_the_weights_that_the_factors_give(converted
 
 def test_the_real_model_is_embedded_without_loss(smollm2, tmp_path):
     output = tmp_path / "out"
-    result = mla.convert(smollm2, output, planning.MlaOptions(method="exact"))
+    result = conversion.convert(smollm2, output, planning.ConvertOptions(method="exact"))
     assert result.plan["bytes_per_token_after"] == 23_040
     report = verify(output, smollm2)
     assert report.passed, report.checks

@@ -303,7 +303,7 @@ DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
 def test_a_tensor_that_does_not_fit_is_named_before_work_starts(tiny, tmp_path, message):
     model = damaged(tiny, tmp_path / "model", DAMAGE[message])
     with pytest.raises(CheckpointError, match=message):
-        planning.plan(Checkpoint.open(str(model)), planning.MlaOptions())
+        planning.plan(Checkpoint.open(str(model)), planning.ConvertOptions())
 
 
 def test_frequencies_that_old_files_store_are_ignored(tiny, tmp_path):
@@ -316,16 +316,18 @@ def test_frequencies_that_old_files_store_are_ignored(tiny, tmp_path):
 def test_a_dry_run_refuses_what_the_run_would(tiny, tmp_path):
     checkpoint = Checkpoint.open(str(tiny("llama")))
     with pytest.raises(UsageError, match="overlap"):
-        planning.plan(checkpoint, planning.MlaOptions(), tiny("llama"), overwrite=True)
+        planning.plan(checkpoint, planning.ConvertOptions(), tiny("llama"), overwrite=True)
     with pytest.raises(UsageError, match=r"nofile\.txt"):
-        planning.plan(checkpoint, planning.MlaOptions(data="nofile.txt"))
+        planning.plan(checkpoint, planning.ConvertOptions(data="nofile.txt"))
     with pytest.raises(UsageError, match="tokens"):
-        planning.plan(checkpoint, planning.MlaOptions(tokens=100_000_000))
+        planning.plan(checkpoint, planning.ConvertOptions(tokens=100_000_000))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("budget", "hint"), [("0.5", "50%"), ("1", "1%")])
 def test_a_share_without_its_sign_is_asked_about(tiny, budget, hint):
     with pytest.raises(UsageError) as caught:
-        planning.plan(Checkpoint.open(str(tiny("llama"))), planning.MlaOptions(kv_budget=budget))
+        planning.plan(
+            Checkpoint.open(str(tiny("llama"))), planning.ConvertOptions(kv_budget=budget)
+        )
     assert hint in (caught.value.hint or "")

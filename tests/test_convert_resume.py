@@ -38,7 +38,7 @@ import torch
 torch.set_num_threads(1)
 from kvtool import _staging
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import artifact, fitting, mla, planning
+from kvtool.convert import artifact, conversion, fitting, planning
 
 model, folder, points, options = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(), sys.argv[4]
 
@@ -88,13 +88,13 @@ def arm(point, output):
         Path.unlink = second
     return lambda *step: die() if step == steps.get(point) else None
 
-mla.convert(Checkpoint.open(model), folder / "whole", planning.MlaOptions(**eval(options)))
+asked = planning.ConvertOptions(**eval(options))
+conversion.convert(Checkpoint.open(model), folder / "whole", asked)
 for point in points:
     child = os.fork()
     if not child:
         report = arm(point, folder / point)
-        asked = planning.MlaOptions(**eval(options))
-        mla.convert(Checkpoint.open(model), folder / point, asked, report=report)
+        conversion.convert(Checkpoint.open(model), folder / point, asked, report=report)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print(point, os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)

@@ -32,10 +32,10 @@ from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
-from kvtool.convert import aware, heal, mla, planning
+from kvtool.convert import aware, conversion, gqa, heal, planning
 from kvtool.convert.exact import exact_factors
-from kvtool.convert.fitting import ConvertedLayer, converted_attention, latent_stages
-from kvtool.convert.heal import Amount, MlaStudent
+from kvtool.convert.fitting import ConvertedLayer, converted_attention, converted_stages
+from kvtool.convert.heal import Amount, ConvertedStudent
 from kvtool.convert.verify import verify
 from kvtool.distill import LOG, STATE, Training, train
 from kvtool.errors import CalibrationError, UsageError
@@ -83,10 +83,10 @@ def fitted(model: Path, rank: int = 10, rope_dim: int = 8) -> list[ConvertedLaye
     return layers
 
 
-def student_of(model: Path, layers: list[ConvertedLayer]) -> MlaStudent:
+def student_of(model: Path, layers: list[ConvertedLayer]) -> ConvertedStudent:
     checkpoint = checkpoint_of(model)
     loaded = checkpoint.load_transformers(torch.float32)
-    return MlaStudent(loaded, layers, LayerStream(checkpoint).rope.scale)
+    return ConvertedStudent(loaded, layers, LayerStream(checkpoint).rope)
 
 
 def healed(model: Path, folder: Path, amount: Amount, **options: Any) -> list[ConvertedLayer]:
@@ -96,12 +96,12 @@ def healed(model: Path, folder: Path, amount: Amount, **options: Any) -> list[Co
     checkpoint = checkpoint_of(model)
     given = {"data": None, "teacher": None, "device": "cpu", "seed": 0}
     given["report"] = lambda stage, done, total: None
-    scale = LayerStream(checkpoint).rope.scale
-    return heal.heal(checkpoint, layers, scale, amount, folder, **(given | options))
+    rope = LayerStream(checkpoint).rope
+    return heal.heal(checkpoint, layers, rope, amount, folder, **(given | options))
 
 
 @torch.no_grad()
-def divergence(student: MlaStudent, ids: Tensor) -> float:
+def divergence(student: ConvertedStudent, ids: Tensor) -> float:
     return float(student(ids)[0])
 
 
@@ -114,7 +114,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
 
 
 def tensors_of(layer: ConvertedLayer) -> dict[str, Tensor]:
-    return {**vars(layer.factors), **layer.weights}
+    return {**(vars(layer.factors) if layer.factors else {}), **layer.weights}
 
 
 def same_bits(ours: list[ConvertedLayer], theirs: list[ConvertedLayer]) -> bool:
@@ -137,6 +137,22 @@ def llama(tiny) -> Path:
     return tiny("llama")
 
 
+MERGED = {name: FAMILIES[name] for name in ("llama", "qwen2", "mha", "yarn", "bias-everywhere")}
+
+
+def merged(model: Path) -> list[ConvertedLayer]:
+    """The layers with one KV head each."""
+    checkpoint = checkpoint_of(model)
+    stream = LayerStream(checkpoint)
+    measured = collect(checkpoint, StatisticsOptions(tokens=512, window=128, context=128))
+    layers = []
+    for index, layout in enumerate(stream.layouts):
+        own = stream.layer(index).attention
+        found = gqa.merge(measured.layer(index), layout, own.o_proj.weight, 1)
+        layers.append(ConvertedLayer(None, gqa.fold(own, found)))
+    return layers
+
+
 # -------------------------------------------------------------------------------- the first step
 
 
@@ -146,7 +162,7 @@ def test_healing_starts_at_the_divergence_of_the_fitted_layers(model):
     states = stream.embed(ids)
     for index, converted in enumerate(layers):
         layer = stream.layer(index)
-        layer.run(states, converted_attention(layer, converted, stream.rope.scale))
+        layer.run(states, converted_attention(layer, converted, stream.rope))
     original = stock(model)
     expected = [
         mean_kl(logits(original, w), stream.logits(s)) for w, s in zip(ids, states, strict=True)
@@ -154,6 +170,31 @@ def test_healing_starts_at_the_divergence_of_the_fitted_layers(model):
     loss = divergence(student_of(model, layers), ids)
     assert loss == pytest.approx(sum(expected) / 2, rel=1e-4)
     assert loss > 0.01
+
+
+@pytest.mark.parametrize(("family", "overrides"), MERGED.values(), ids=MERGED)
+def test_healing_of_merged_heads_starts_where_they_are(tiny, family, overrides):
+    model, ids = tiny(family, **overrides), random_ids(96).view(2, 48)
+    layers, stream = merged(model), LayerStream(checkpoint_of(model))
+    states = stream.embed(ids)
+    for index, converted in enumerate(layers):
+        layer = stream.layer(index)
+        layer.run(states, converted_attention(layer, converted, stream.rope))
+    original = stock(model)
+    expected = [
+        mean_kl(logits(original, w), stream.logits(s)) for w, s in zip(ids, states, strict=True)
+    ]
+    student = student_of(model, layers)
+    assert divergence(student, ids) == pytest.approx(sum(expected) / 2, rel=1e-4)
+    assert same_bits(student.converted(), layers)
+    student(ids)[0].backward()
+    trained = {name for name, p in student.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in student.named_parameters() if p.requires_grad}
+    parts = {"qkv.weight", "o_proj.weight"}
+    parts |= {"qkv.bias"} if stream.layouts[0].qkv_bias else set()
+    parts |= {"o_proj.bias"} if stream.layouts[0].output_bias else set()
+    prefix = "model.model.layers.{}.self_attn.converted.gqa."
+    assert trained == {prefix.format(i) + part for i in range(3) for part in parts}
 
 
 def test_exact_factors_have_nothing_to_learn_from_the_stock_model(model):
@@ -220,9 +261,9 @@ def test_every_parameter_moves_by_a_share_of_its_own_size(llama):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "tied"])
 def test_the_divergence_falls_and_shared_weights_stay(tiny, tmp_path, monkeypatch, name):
     model = tiny(FAMILIES[name][0], **FAMILIES[name][1])
-    students: list[MlaStudent] = []
-    converted = MlaStudent.converted
-    monkeypatch.setattr(MlaStudent, "converted", lambda s: students.append(s) or converted(s))
+    students: list[ConvertedStudent] = []
+    converted = ConvertedStudent.converted
+    monkeypatch.setattr(ConvertedStudent, "converted", lambda s: students.append(s) or converted(s))
     before, one = fitted(model), heal.lessons(checkpoint_of(model), None, 2, 64, 0)
     monkeypatch.setattr(heal, "lessons", lambda *_: one.repeat(8, 1))  # the same at every step
     after = healed(model, tmp_path, steps(8), layers=before)
@@ -238,7 +279,7 @@ def test_the_divergence_falls_and_shared_weights_stay(tiny, tmp_path, monkeypatc
     assert kept
     assert all(torch.equal(t, own.get(name, t)) for name, t in kept.items())
     for index in range(3):  # the teacher is still the original
-        teacher = students[0].attentions[index].original
+        teacher = students[0].attentions[index].original.gqa
         for name, rows in zip(PROJECTIONS, teacher.qkv.weight.split(teacher.sizes), strict=True):
             assert torch.equal(rows, own[f"model.layers.{index}.self_attn.{name}.weight"])
         assert torch.equal(
@@ -310,7 +351,9 @@ def test_a_time_becomes_steps_once(llama, tmp_path, monkeypatch):
         healed(llama, tmp_path, Amount(seconds=7))
     assert len(logged(tmp_path)) == 3
     with monkeypatch.context() as patched:
-        patched.setattr(MlaStudent, "forward", lambda *_: pytest.fail("measured or trained again"))
+        patched.setattr(
+            ConvertedStudent, "forward", lambda *_: pytest.fail("measured or trained again")
+        )
         healed(llama, tmp_path, Amount(seconds=7))
     assert len(logged(tmp_path)) == 3
 
@@ -402,6 +445,24 @@ def test_a_healed_checkpoint_verifies(tiny, tmp_path, family, target, overrides,
             assert after[name].shape != tensor.shape or not torch.equal(after[name], tensor), name
 
 
+@pytest.mark.parametrize(("family", "overrides"), MERGED.values(), ids=MERGED)
+def test_merged_heads_are_healed_and_verify(tiny, tmp_path, monkeypatch, family, overrides):
+    model, output = tiny(family, **overrides), tmp_path / "out"
+    one = heal.lessons(checkpoint_of(model), None, 2, 64, 0)
+    monkeypatch.setattr(heal, "lessons", lambda *_: one.repeat(8, 1))  # the same at every step
+    convert(model, output, to="gqa", kv_heads=1, heal=str(8 * 2 * 64))
+    log = (output / "kvtool" / "healing.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in log]
+    assert len(losses) == 8
+    assert losses[-1] < 0.95 * losses[0]
+    report = verify(output, checkpoint_of(model))
+    assert report.passed, report.checks
+    before, after = weights(model), weights(output)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert ("self_attn" in name) != torch.equal(before[name], after[name]), name
+
+
 def test_the_plan_predicts_the_size_of_a_healed_output(tiny, tmp_path):
     model, options = tiny("qwen2"), {**CLOSE, "heal": "128"}
     convert(model, tmp_path / "out", **options)
@@ -416,9 +477,9 @@ def test_another_model_with_the_same_tokenizer_teaches(tiny, tmp_path):
     llama, teacher = tiny("llama"), tiny("qwen3", num_hidden_layers=2)
     ids, layers = random_ids(96).view(2, 48), fitted(llama)
     loaded = checkpoint_of(teacher).load_transformers(torch.float32).requires_grad_(False)
-    scale = LayerStream(checkpoint_of(llama)).rope.scale
+    rope = LayerStream(checkpoint_of(llama)).rope
     own = checkpoint_of(llama).load_transformers(torch.float32)
-    loss = divergence(MlaStudent(own, layers, scale, loaded), ids)
+    loss = divergence(ConvertedStudent(own, layers, rope, loaded), ids)
     start = student_of(llama, layers)
     with torch.inference_mode():
         ours = start.model.lm_head(start.hidden(ids, False))
@@ -479,15 +540,15 @@ def test_an_impossible_teacher_is_refused_by_the_plan(llama, foreigner):
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[planning.MlaOptions, str]]:
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[planning.ConvertOptions, str]]:
     """Options and devices of the conversions that were asked for; none is done."""
-    asked: list[tuple[planning.MlaOptions, str]] = []
+    asked: list[tuple[planning.ConvertOptions, str]] = []
 
     def convert(checkpoint, output, options, *, device, **_):
         asked.append((options, device))
         raise UsageError("enough")
 
-    monkeypatch.setattr(mla, "convert", convert)
+    monkeypatch.setattr(conversion, "convert", convert)
     return asked
 
 
@@ -541,5 +602,5 @@ def test_replaced_weights_go_where_their_module_is(llama):
     own, layout = stream.layer(0).attention, stream.layouts[0]
     weight = own.o_proj.weight.detach().clone()
     layer = ConvertedLayer(exact_factors(layout, stream.rope), {"o_proj.weight": weight})
-    stages = latent_stages(own.to("meta"), layer)
+    stages = converted_stages(own.to("meta"), layer, stream.rope)
     assert {p.device.type for p in stages.gqa.parameters()} == {"meta"}

@@ -22,9 +22,12 @@ from kvtool.latent import LatentFactors
 Tiny = Callable[..., Path]
 
 
-def reasons(path: Path, method: str = "exact", target: str = "transformers") -> str:
+def reasons(
+    path: Path, method: str = "exact", target: str = "transformers", to: str = "mla"
+) -> str:
     inspection = inspect_checkpoint(Checkpoint.open(str(path)))
-    (item,) = (a for a in inspection.applications if (a.method, a.target) == (method, target))
+    items = [a for a in inspection.applications if a.command == f"convert --to {to}"]
+    (item,) = (a for a in items if (a.method, a.target) == (method, target))
     return "; ".join(item.reasons)
 
 
@@ -45,7 +48,8 @@ def test_what_it_says_applies_is_what_the_conversion_checks(tiny: Tiny) -> None:
     for family in ("llama", "mistral", "qwen2", "qwen3"):
         checkpoint = Checkpoint.open(str(tiny(family)))
         for item in inspect_checkpoint(checkpoint).applications:
-            assert item.reasons == targets.check(checkpoint.hf_config(), item.method, item.target)
+            to, config = item.command.removeprefix("convert --to "), checkpoint.hf_config()
+            assert item.reasons == targets.check(config, item.method, item.target, to)
 
 
 def test_it_says_why_a_conversion_does_not_apply(tiny: Tiny) -> None:
@@ -54,6 +58,9 @@ def test_it_says_why_a_conversion_does_not_apply(tiny: Tiny) -> None:
     assert "q/k norm" in reasons(tiny("qwen3"))
     assert reasons(tiny("qwen3"), target="kvtool") == ""
     assert "window" in reasons(tiny("mistral", sliding_window=64))
+    merged = {"method": "aware", "to": "gqa"}
+    assert reasons(tiny("qwen2"), **merged) == ""
+    assert "q/k norm" in reasons(tiny("qwen3"), **merged)
 
 
 def test_a_window_bounds_the_cache(tiny: Tiny) -> None:
@@ -162,7 +169,7 @@ def test_json_and_table_say_the_same(tiny: Tiny, capfd: pytest.CaptureFixture[st
     assert "384 bytes per token" in text
     assert result["attention"][0]["summary"] in text
     assert f"{result['parameters']:,} parameters" in text
-    assert len(result["applications"]) == len(targets.METHODS) * len(targets.TARGETS)
+    assert len(result["applications"]) == len(targets.METHODS) * len(targets.TARGETS) + 1
     for item in result["applications"]:
         verdict = "yes" if item["applies"] else "no"
         assert f"{item['command']} {item['method']} {item['target']} {verdict}" in text

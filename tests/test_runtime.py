@@ -6,7 +6,7 @@ from conftest import FAMILIES, make_tokenizer
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import mla, planning
+from kvtool.convert import conversion, planning
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.latent_attention import latent_decode_attention
@@ -37,7 +37,7 @@ def latent(tiny, tmp_path_factory):
         if name not in made:
             family = "llama" if name == "exact" else name.removesuffix("-kvtool")
             target = "kvtool" if name in ("qwen3", "llama-kvtool") else "transformers"
-            options = planning.MlaOptions(
+            options = planning.ConvertOptions(
                 method="exact" if name == "exact" else "transmla",
                 target=target,
                 kv_budget=None if name == "exact" else "60%",
@@ -45,7 +45,7 @@ def latent(tiny, tmp_path_factory):
                 tokens=2048,
             )
             output = tmp_path_factory.mktemp("latent") / name
-            mla.convert(Checkpoint.open(str(tiny(family))), output, options)
+            conversion.convert(Checkpoint.open(str(tiny(family))), output, options)
             made[name] = Engine.load(Checkpoint.open(str(output)))
         return made[name]
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from kvtool.attention import GroupedQueryAttention, Rope, decoder_layers, rope_of
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import mla, planning
+from kvtool.convert import conversion, planning
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.evaluate import retrieval
 from kvtool.plan import LayerPlan, Plan, base_of
@@ -527,10 +527,10 @@ def test_a_plan_for_another_model_is_refused(tiny):
 @pytest.mark.parametrize("target", ["transformers", "kvtool"])
 def test_latent_models_have_no_heads_to_plan(tiny, tmp_path, target):
     checkpoint = Checkpoint.open(str(tiny("llama")))
-    options = planning.MlaOptions(
+    options = planning.ConvertOptions(
         method="transmla", target=target, kv_budget="60%", freqfold="2", tokens=512
     )
-    mla.convert(checkpoint, tmp_path / "latent", options)
+    conversion.convert(checkpoint, tmp_path / "latent", options)
     with pytest.raises(UnsupportedModelError, match="heads share one latent"):
         Engine.load(Checkpoint.open(str(tmp_path / "latent")), plan=make_plan(checkpoint))
 

@@ -56,7 +56,7 @@ def outputs(stream, layer, hidden, factors):
     """Attention outputs of the original and of the factors, on normed hidden states."""
     with torch.inference_mode():
         expected = stream.exact_attention(layer)(hidden)
-        converted = converted_attention(layer, ConvertedLayer(factors), stream.rope.scale)
+        converted = converted_attention(layer, ConvertedLayer(factors), stream.rope)
         return expected, converted(hidden)
 
 
@@ -97,7 +97,7 @@ def test_full_rank_equals_the_model_that_lost_its_rope(layer_of, collapse):
     )
     with torch.inference_mode():
         expected = transmla.partial_rope_attention(stream, layer, basis)(hidden)
-        got = converted_attention(layer, ConvertedLayer(factors), stream.rope.scale)(hidden)
+        got = converted_attention(layer, ConvertedLayer(factors), stream.rope)(hidden)
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 

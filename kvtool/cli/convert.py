@@ -27,8 +27,12 @@ def convert(
     model: _options.Model,
     output: _options.Output,
     to: Annotated[
-        Literal["mla"],
-        typer.Option("--to", help="The attention to convert to.", rich_help_panel=_METHOD),
+        Literal["mla", "gqa"],
+        typer.Option(
+            "--to",
+            help="The attention to convert to: a latent (mla), or fewer KV heads (gqa).",
+            rich_help_panel=_METHOD,
+        ),
     ],
     method: Annotated[
         Literal["aware", "transmla", "exact"],
@@ -42,6 +46,14 @@ def convert(
         Literal["transformers", "vllm", "kvtool"],
         typer.Option(help="The engine that has to load the result.", rich_help_panel=_METHOD),
     ] = "transformers",
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --to gqa: how many KV heads to merge those of a layer into.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     kv_budget: Annotated[
         str | None,
         typer.Option(
@@ -108,9 +120,9 @@ def convert(
     revision: _options.Revision = None,
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
-    """Convert MODEL to multi-head latent attention (MLA), as a stock checkpoint."""
+    """Convert MODEL to a latent cache (MLA) or to fewer KV heads, as a stock checkpoint."""
     from kvtool.checkpoint import Checkpoint
-    from kvtool.convert import artifact, mla, planning
+    from kvtool.convert import artifact, conversion, planning
     from kvtool.convert.heal import Amount
     from kvtool.distill import processes
 
@@ -122,9 +134,11 @@ def convert(
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
-    options = planning.MlaOptions(
+    options = planning.ConvertOptions(
+        to=to,
         method=method,
         target=target,
+        kv_heads=kv_heads,
         kv_budget=kv_budget,
         rope_dim=rope_dim,
         rank=rank,
@@ -160,7 +174,7 @@ def convert(
             verify,
         )
     with _console.progress(quiet or not first) as report:
-        result = mla.convert(
+        result = conversion.convert(
             checkpoint,
             output,
             options,
@@ -219,9 +233,14 @@ def _table(title: str) -> Table:
 
 def _add_plan(table: Table, plan: dict[str, Any]) -> None:
     before, after = plan["bytes_per_token_before"], plan["bytes_per_token_after"]
-    table.add_row("method", f"{plan['method']} for {plan['target']}")
+    if plan["to"] == "mla":
+        table.add_row("method", f"{plan['method']} for {plan['target']}")
     table.add_row("cache bytes per token", f"{before} before, {after} after ({after / before:.1%})")
-    table.add_row("latent per layer", f"rank {plan['rank']} + {plan['rope_dim']} with positions")
+    if plan["to"] == "gqa":
+        table.add_row("KV heads per layer", str(plan["kv_heads"]))
+    else:
+        latent = f"rank {plan['rank']} + {plan['rope_dim']} with positions"
+        table.add_row("latent per layer", latent)
     if (healing := plan["healing"]) is not None:
         amount = f"{healing['seconds'] or 0:.0f} seconds"
         if healing["tokens"] is not None:

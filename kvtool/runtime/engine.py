@@ -13,6 +13,7 @@ from kvtool.attention import Rope, decoder_layers
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
 from kvtool.kernels.linear import LEAST_ROWS
+from kvtool.latent import FactoredAttention
 from kvtool.plan import Plan
 from kvtool.runtime.host import load_host
 from kvtool.runtime.layers import DecodeLinear, Step
@@ -241,6 +242,9 @@ class Engine:
     def pack(self) -> None:
         """Puts the weights into the order in which the CPU reads them for few rows, for good."""
         DecodeLinear.pack_in(self.model)
+        for attention in self.attentions:
+            if isinstance(attention.stages, FactoredAttention):
+                attention.stages.pack()
 
     def generate(
         self,

@@ -33,6 +33,11 @@ class RowMemory:
                 self.dropping += plan.base.kv_heads if coded else sum(layer.streaming)
         self.dropping += len(self.budgets)
 
+    @property
+    def bytes_per_token(self) -> float:
+        """What a further token costs, once a prompt is read."""
+        return self.page_bytes / PAGE + len(self.budgets) * self.head_bytes
+
     def reading(self, prompt: int) -> int:
         """While a prompt of so many tokens is read."""
         return self._planes(prompt) + self.dropping * self.head_bytes * prompt

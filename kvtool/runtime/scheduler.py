@@ -182,6 +182,13 @@ class Scheduler:
         return [row.request for row in self._rows()]
 
     @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Prompt tokens, new tokens and bytes of each running request, oldest first."""
+        return [
+            (len(row.request.prompt), len(row.request.tokens), row.nbytes) for row in self._rows()
+        ]
+
+    @property
     def stored_tokens(self) -> int:
         """Tokens that running requests have behind them."""
         return sum(row.length for row in self._rows())

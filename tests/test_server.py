@@ -17,8 +17,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import schemathesis
 import uvicorn
 from conftest import make_tokenizer
+from hypothesis import HealthCheck, given, settings
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
@@ -564,3 +566,18 @@ def test_a_port_that_is_taken_is_known_before_the_weights_are_loaded(tiny, capfd
         port = str(taken.getsockname()[1])
         assert run_command(["serve-local", str(tiny("llama")), "--port", port]) == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in capfd.readouterr().err
+
+
+def test_whatever_the_document_allows_is_answered_without_a_500(server):
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy())
+        def answered(case: Any) -> None:
+            response = case.call(timeout=30)
+            assert response.status_code < 500, (case.method, case.path, case.body, response.text)
+
+        answered()
+    wait_until(lambda: not server.kv()["running"])

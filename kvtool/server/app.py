@@ -456,7 +456,9 @@ def create_app(service: Service, *, api_key: str | None = None, max_body: int = 
 
     @app.get("/health")
     async def health() -> Response:
-        return PlainTextResponse("ok" if worker.is_alive() else "the engine has stopped")
+        if not worker.is_alive():
+            raise ApiError(503, "the engine has stopped")
+        return PlainTextResponse("ok")
 
     @app.get("/ready")
     async def ready() -> Response:

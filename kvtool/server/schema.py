@@ -40,7 +40,7 @@ class Generation(BaseModel):
     frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
     logit_bias: dict[Token, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: Stop = None
-    stop_token_ids: list[Token] | None = None
+    stop_token_ids: list[Token] | None = Field(None, max_length=64)
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     ignore_eos: bool | None = None
     seed: int | None = Field(None, ge=-(2**62), le=2**62)

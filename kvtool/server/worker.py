@@ -191,18 +191,16 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self._obey()
-            if self.scheduler.idle:
-                self._state = self._look()
-                if self._stopping:
-                    return
-                continue
             try:
-                self._deliver(self.scheduler.step())
+                self._obey()
+                if not self.scheduler.idle:
+                    self._deliver(self.scheduler.step())
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
                 self._fail(error)
             self._state = self._look()
+            if self.scheduler.idle and self._stopping and self._commands.empty():
+                return
 
     def _obey(self) -> None:
         """Does what was asked for; waits for it if there is nothing else to do."""

@@ -273,6 +273,18 @@ def test_chat_logprobs_name_the_likeliest_tokens(server):
         assert len(one.top_logprobs) == 3
 
 
+def test_what_transformers_chat_sends_is_understood(server):
+    loaded = server.post("/load_model", {"model": "tiny"})
+    assert json.loads(loaded.text.removeprefix("data: "))["status"] == "ready"
+    assert server.post("/load_model", {"model": "other"}).status_code == 404
+    config = {"max_new_tokens": 3, "do_sample": False, "top_k": 50, "eos_token_id": None}
+    body = {"messages": HELLO, "generation_config": json.dumps(config)}
+    first, second = (server.post(CHAT, body).json() for _ in range(2))
+    assert first["usage"]["completion_tokens"] == 3
+    assert first["choices"] == second["choices"]
+    assert server.post(CHAT, body | {"generation_config": "["}).status_code == 400
+
+
 def test_a_last_turn_of_the_assistant_is_continued_and_parts_are_one_text(server):
     parts = [{"role": "user", "content": [{"type": "text", "text": "The quick"}]}]
     plain = [{"role": "user", "content": "The quick"}]

@@ -428,6 +428,12 @@ def create_app(service: Service, *, api_key: str | None = None, max_body: int = 
         service.check_model(model)
         return service.model_card()
 
+    @app.post("/load_model")
+    async def load_model(body: schema.LoadModel) -> Response:
+        service.check_model(body.model)
+        ready = wire.event({"status": "ready", "model": service.name, "cached": True})
+        return Response(ready, media_type="text/event-stream")
+
     @app.post("/tokenize")
     async def tokenize(body: schema.Tokenize) -> dict[str, Any]:
         if body.messages:

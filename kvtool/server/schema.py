@@ -6,6 +6,7 @@ refused where ignoring it would change the meaning.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,6 +16,8 @@ from kvtool.runtime import Sampling
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 64
 _LEAST_TEMPERATURE = 1e-3  # logits are divided by it: far below, they overflow
+
+_IN_CONFIG = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 Stop = str | Annotated[list[str], Field(max_length=4)] | None
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -47,6 +50,24 @@ class Generation(BaseModel):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_transformers(cls, body: Any) -> Any:
+        """`transformers chat` says how to draw in a `generation_config` of its own, as JSON."""
+        if not isinstance(body, dict) or not isinstance(body.get("generation_config"), str):
+            return body
+        try:
+            config = json.loads(body["generation_config"])
+        except (ValueError, RecursionError) as error:
+            raise ValueError("generation_config is no JSON") from error
+        if not isinstance(config, dict):
+            raise ValueError("generation_config is no JSON object")
+        config["max_tokens"] = config.get("max_new_tokens")
+        if config.get("do_sample") is False:
+            config["temperature"] = 0.0
+        said = {name: config[name] for name in _IN_CONFIG if config.get(name) is not None}
+        return {**said, **body}
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Generation:
@@ -191,6 +212,12 @@ class Tokenize(BaseModel):
         if (self.prompt is None) == (not self.messages):
             raise ValueError("either prompt or messages")
         return self
+
+
+class LoadModel(BaseModel):
+    """The body of `/load_model`, by which `transformers chat` asks whether a model is there."""
+
+    model: str
 
 
 class Detokenize(BaseModel):

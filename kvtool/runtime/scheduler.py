@@ -1,8 +1,9 @@
 """Continuous batching: many requests share one engine and one byte budget.
 
-Requests join and leave between steps. A step reads one piece of one prompt and then decodes one
-token of every running request. Each request has a cache of its own, which grows by pages and whose
-memory returns when the request ends, so admission counts what a *compressed* sequence takes.
+Requests join and leave between steps. A step reads one piece of a prompt (or several short prompts)
+and then decodes one token of every running request. Each request has a cache of its own, which
+grows by pages and whose memory returns when the request ends, so admission counts what a
+*compressed* sequence takes.
 
 When a request cannot grow, prefixes kept for later go first, and then the newest request: it waits
 again with the tokens it has drawn. Its prompt is read again and these tokens are fed one by one, as
@@ -136,7 +137,7 @@ class Scheduler:
         memory: Bytes that all caches together may take between two steps. While a plane grows, or
             is copied, its new form exists beside it for a moment, one layer at a time.
         max_running: Requests decoded together at most.
-        piece: Tokens of a prompt per step.
+        piece: Tokens of prompts per step, and where prompts are cut.
         share_prefixes: Keep whole pieces of prompts for requests that start alike. Plans drop
             tokens by what comes later in a prompt, so their prefixes are not shared.
 
@@ -264,10 +265,15 @@ class Scheduler:
     # ------------------------------------------------------------------------------- the step
 
     def step(self) -> list[Drawn]:
-        """Reads a piece of a prompt, then decodes a token of every running request."""
-        self._admit()
-        first = [] if self._reading is None else self._read_piece(self._reading)
-        self._end(first)
+        """Reads a piece of a prompt or some short ones, then decodes a token of all that run."""
+        first: list[Drawn] = []
+        read = 0
+        while read < self.piece and (row := self._admit()) is not None:
+            begin = row.length
+            drawn = self._read_piece(row)
+            read += row.length - begin
+            first += drawn
+            self._end(drawn)
         self._grow()
         more = self._decode() if self._running else []
         self._end(more)
@@ -278,14 +284,17 @@ class Scheduler:
             if item.finish is not None:
                 self.finish(item.request)
 
-    def _admit(self) -> None:
-        # One prompt at a time: what a plan holds only while reading is held once.
+    def _admit(self) -> _Row | None:
+        """The request whose prompt is read next, if any has the memory for it.
+
+        One at a time: what a plan holds only while it reads a prompt is held once.
+        """
         if self._reading is not None or not self.waiting:
-            return
+            return self._reading
         request = self.waiting[0]
         prompt, nbytes = len(request.prompt), self.memory.reading(len(request.prompt))
         if len(self._running) >= self.max_running or not self._make_room(nbytes):
-            return
+            return None
         self.waiting.popleft()
         self._reading = _Row(request, self.engine.new_cache(1, whole_pages(prompt)), nbytes)
         self._copy_prefix(self._reading)
@@ -293,6 +302,7 @@ class Scheduler:
             request.admitted = perf_counter()
             request.cached = self._reading.length
             self.counters.prompt_tokens += prompt
+        return self._reading
 
     def _read_piece(self, row: _Row) -> list[Drawn]:
         request, prompt, start = row.request, row.request.prompt, row.length

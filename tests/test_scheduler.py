@@ -285,9 +285,10 @@ def test_a_request_ends_at_a_stop_token_but_not_before_its_least_tokens(engine):
     assert not stop & set(later[:7])
 
 
-def test_logprobs_are_those_of_the_model_for_prompt_and_answer(engine):
+@pytest.mark.parametrize("length", [1, PIECE, PIECE + 1, 40])
+def test_logprobs_are_those_of_the_model_for_prompt_and_answer(engine, length):
     runtime = engine("dense")
-    ids = prompt(40)
+    ids = prompt(length)
     scheduler = Scheduler(runtime, GIGABYTE, piece=PIECE)
     request = Request(ids, 3, logprobs=2, prompt_logprobs=2, ignore_eos=True)
     scheduler.add(request)

@@ -293,7 +293,9 @@ class Scheduler:
             return self._reading
         request = self.waiting[0]
         prompt, nbytes = len(request.prompt), self.memory.reading(len(request.prompt))
-        if len(self._running) >= self.max_running or not self._make_room(nbytes):
+        # One that was preempted waits for the room that it had, lest it is read in vain.
+        again = self.memory.holding(prompt + len(request.tokens), prompt)
+        if len(self._running) >= self.max_running or not self._make_room(max(nbytes, again)):
             return None
         self.waiting.popleft()
         self._reading = _Row(request, self.engine.new_cache(1, whole_pages(prompt)), nbytes)
@@ -449,7 +451,8 @@ class Scheduler:
 def _score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
     """Log-probabilities of `tokens`, each under one row of `logits [T, V]`."""
     logprobs = torch.log_softmax(logits, dim=-1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    index = torch.tensor(tokens, dtype=torch.long, device=logits.device)
+    own = logprobs.gather(1, index[:, None])[:, 0].tolist()
     best = torch.topk(logprobs, top, dim=-1) if top else None
     likeliest: list[list[tuple[int, float]]] = [[] for _ in tokens]
     if best is not None:

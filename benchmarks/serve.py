@@ -136,7 +136,7 @@ async def ask(url: str, model: str, clients: int, tokens: int) -> list[int]:
         answer = (await client.post(CHAT, json=body)).raise_for_status().json()
         return int(answer["usage"]["completion_tokens"])
 
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=180) as client:
         return await asyncio.gather(*(one(client, n) for n in range(clients)))
 
 

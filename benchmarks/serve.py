@@ -82,10 +82,12 @@ def speed(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, list
         shutil.which("transformers") or "transformers",
     )
     serve = [theirs, "serve", folder, "--device", "cpu", "--dtype", "float32"]
+    # By itself it would take most of the machine's memory for its cache.
+    bounded = ["--cb-num-blocks", "256", "--cb-block-size", "32", "--cb-max-batch-tokens", "512"]
     servers = {
         "kvtool serve-local": [*kvtool, "serve-local", folder],
         "transformers serve": serve,
-        "transformers serve --continuous-batching": [*serve, "--continuous-batching"],
+        "transformers serve --continuous-batching": [*serve, "--continuous-batching", *bounded],
     }
     found: dict[str, list[float]] = {name: [] for name in servers}
     for _ in range(options.repeats):

@@ -111,7 +111,8 @@ def process(command: list[str]) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL) as server:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*command, "--port", str(port)], **quiet) as server:
         try:
             for _ in range(240):
                 time.sleep(0.5)

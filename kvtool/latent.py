@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.attention import GroupedQueryAttention, Rope, causal_attention, recognise, rotate
+from kvtool.kernels.linear import pack, packed_linear
 
 
 @dataclass(frozen=True)
@@ -157,14 +158,27 @@ class FactoredAttention(LatentAttention):
             tensor = getattr(factors, part).to(gqa.qkv.weight)
             self.register_buffer(part, tensor, persistent=False)
         self.inv_freq = factors.inv_freq.to(gqa.qkv.weight.device)
+        self.packed: dict[str, Tensor] = {}
+
+    def pack(self) -> None:
+        """Packs what every new token is multiplied by, where there is a kernel for it."""
+        for part in ("down", "rope"):
+            packed = pack(getattr(self, part))
+            if packed is not None:
+                self.packed[part] = packed
 
     def query_and_compress(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.gqa.project(hidden)
         q, k = self.gqa.normalise(q, k)
         keys = k.transpose(1, 2).flatten(2)  # [B, T, K]
         values = v.transpose(1, 2).flatten(2)
-        c = F.linear(torch.cat((keys, values), dim=-1), self.down)
-        return q.transpose(1, 2), c, F.linear(keys, self.rope)
+        c = self._project(torch.cat((keys, values), dim=-1), "down")
+        return q.transpose(1, 2), c, self._project(keys, "rope")
+
+    def _project(self, x: Tensor, part: str) -> Tensor:
+        if part in self.packed:
+            return packed_linear(x, self.packed[part], None)
+        return F.linear(x, getattr(self, part))
 
     def output(self, context: Tensor) -> Tensor:
         result: Tensor = self.gqa.o_proj(context.flatten(2))

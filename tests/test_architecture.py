@@ -16,7 +16,17 @@ MAY_IMPORT = {
     "convert": {"core", "kernels", "calibrate", "runtime"},
     "evaluate": {"core", "kernels", "runtime"},
     "inspection": {"core", "convert"},
-    "cli": {"core", "kernels", "runtime", "calibrate", "convert", "evaluate", "inspection"},
+    "server": {"core", "runtime"},
+    "cli": {
+        "core",
+        "kernels",
+        "runtime",
+        "calibrate",
+        "convert",
+        "evaluate",
+        "inspection",
+        "server",
+    },
 }
 
 

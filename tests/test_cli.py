@@ -23,7 +23,7 @@ from kvtool.errors import ResourceError
 
 COMMANDS = (
     *("inspect", "convert", "verify", "evaluate", "compare", "bench", "generate", "chat", "run"),
-    *("calibrate", "plan", "recipe"),
+    *("calibrate", "plan", "recipe", "serve-local"),
 )
 CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 # Flags that say the same thing of different objects, and so are worded by each command.

@@ -15,8 +15,9 @@ from transformers import GenerationConfig
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.cli.chat import common_prefix, reuse_prefix
-from kvtool.cli.generate import TextStream, chat_ids
+from kvtool.cli.generate import chat_ids
 from kvtool.runtime import Engine, Sampling
+from kvtool.text import TextStream
 
 Tiny = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]

@@ -12,7 +12,7 @@ from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.latent_attention import latent_decode_attention
 from kvtool.kernels.linear import linear
 from kvtool.runtime import Engine, Sampling
-from kvtool.runtime.layers import DecodeLinear, LatentRuntimeAttention
+from kvtool.runtime.layers import DecodeLinear, LatentRuntimeAttention, Step
 
 STOCK = [*FAMILIES, "windowed"]
 LATENT = ["llama", "mistral", "qwen2", "qwen3", "llama-kvtool", "exact"]
@@ -122,7 +122,8 @@ def poison(cache) -> None:
 def test_absorbed_decode_equals_expanded_attention(latent, name, lengths):
     attention = latent(name).attentions[0]
     stages, batch = attention.stages, len(lengths)
-    latents = torch.full((batch, 60, stages.rank + stages.rope_dim), torch.nan)
+    store = attention.new_store(batch, 60)
+    latents = store.planes["latents"].fill_(torch.nan)
     q = torch.randn(batch, 1, stages.heads, stages.rope_query.shape[1])
     angles = torch.rand(batch, 1, stages.rope_dim // 2).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
@@ -132,7 +133,8 @@ def test_absorbed_decode_equals_expanded_attention(latent, name, lengths):
         c, k_pe = latents[b : b + 1, :n].split([stages.rank, stages.rope_dim], dim=-1)
         row = slice(b, b + 1)
         expected.append(stages.attend_expanded(q[row], c, k_pe, cos[row], sin[row]))
-    got = attention._absorbed(q[:, 0], latents, cos, sin, lengths)
+    step = Step([store], None, [n - 1 for n in lengths], lengths)
+    got = attention._absorbed(q[:, 0], store, step, cos, sin)
     torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 

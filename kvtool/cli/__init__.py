@@ -22,6 +22,7 @@ from kvtool.cli import (
     inspect,
     plan,
     run,
+    serve,
     verify,
 )
 from kvtool.errors import KvtoolError, ResourceError, UsageError
@@ -48,6 +49,7 @@ for _command in (
     run.run,
 ):
     app.command()(_command)
+app.command("serve-local")(serve.serve_local)
 for _group in (calibrate.calibrate_app, plan.plan_app, run.recipe_app):
     app.add_typer(_group)
 

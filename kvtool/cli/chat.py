@@ -16,13 +16,13 @@ from kvtool.cli.generate import (
     RepetitionPenalty,
     Seed,
     Temperature,
-    TextStream,
     TopK,
     TopP,
     chat_ids,
     sampling_options,
 )
 from kvtool.errors import UsageError
+from kvtool.text import TextStream
 
 if TYPE_CHECKING:
     from kvtool.runtime import KVCache

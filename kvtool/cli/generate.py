@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from kvtool.cli import _options as options
 from kvtool.cli._console import emit, err
 from kvtool.errors import UnsupportedModelError, UsageError
+from kvtool.text import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,46 +144,6 @@ def generate(
         err.print(
             f"{len(ids)} prompt tokens, first token after {prefill:.2f} s{speed}, "
             f"cache {decimal(cache.allocated_bytes)}, {per_token:,.0f} bytes per token"
-        )
-
-
-class TextStream:
-    """Turns tokens into text as they come, holding back characters that are not complete.
-
-    A character may span several tokens, and how a token reads may depend on the one before, so
-    the text of the last few tokens is decoded twice, with and without the new one.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # decoding starts here: one shown piece before what is still held back
-        self._shown = 0  # tokens whose text has been handed out
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is still open."""
-        self._ids.append(token)
-        text = self._pending()
-        if text.endswith("\ufffd"):  # the decoder's mark for bytes that are no character yet
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return text
-
-    def flush(self) -> str:
-        """What is still held back, at the end of the text."""
-        text = self._pending()
-        self._start = self._shown = len(self._ids)
-        return text
-
-    def _pending(self) -> str:
-        before = self._decode(self._ids[self._start : self._shown])
-        return self._decode(self._ids[self._start :])[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(
-            self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
         )
 
 

@@ -4,6 +4,7 @@ The host model is transformers' own, with its attention modules swapped for ours
 positions and the decode loop are ours.
 """
 
-from kvtool.runtime.engine import Engine, KVCache, Sampling
+from kvtool.runtime.engine import Engine, KVCache
+from kvtool.runtime.sampling import Sampling
 
 __all__ = ["Engine", "KVCache", "Sampling"]

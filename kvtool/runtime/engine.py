@@ -14,40 +14,13 @@ from torch import Tensor
 from kvtool.attention import Rope, decoder_layers
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
+from kvtool.kernels.linear import LEAST_ROWS
+from kvtool.latent import FactoredAttention
 from kvtool.plan import Plan
 from kvtool.runtime.host import load_host
-from kvtool.runtime.layers import Step
-from kvtool.runtime.stores import Store
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; `temperature` 0 is greedy. Processors are transformers' own."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def processors(self) -> list[Any]:
-        """transformers' logits processors, in the order its `generate` applies them."""
-        from transformers.generation import logits_process as g
-
-        chain: list[Any] = []
-        if self.repetition_penalty != 1.0:
-            chain.append(g.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature == 0.0:
-            return chain
-        if self.temperature != 1.0:
-            chain.append(g.TemperatureLogitsWarper(self.temperature))
-        if self.top_k > 0:
-            chain.append(g.TopKLogitsWarper(self.top_k))
-        if self.top_p < 1.0:
-            chain.append(g.TopPLogitsWarper(self.top_p))
-        if self.min_p > 0.0:
-            chain.append(g.MinPLogitsWarper(self.min_p))
-        return chain
+from kvtool.runtime.layers import DecodeLinear, Step
+from kvtool.runtime.sampling import GREEDY, Sampler, Sampling
+from kvtool.runtime.stores import Rows, Store
 
 
 @dataclass(frozen=True)
@@ -85,6 +58,21 @@ class KVCache:
         """Makes sure that row b has room for `lengths[b]` tokens."""
         for store in self.stores:
             store.reserve(lengths)
+
+    def resize(self, capacity: int) -> None:
+        """Gives every row exactly room for `capacity` tokens."""
+        for store in self.stores:
+            store.resize(capacity)
+
+    @torch.inference_mode()
+    def copy_prefix(self, source: KVCache, length: int) -> None:
+        """Fills this cache of one row with the first `length` tokens of another.
+
+        Only for stores that keep every token.
+        """
+        for store, other in zip(self.stores, source.stores, strict=True):
+            store.copy_prefix(other, length)
+        self.lengths = [length]
 
     def crop(self, row: int, length: int) -> None:
         """Forgets everything of a row behind its first `length` tokens.
@@ -177,6 +165,7 @@ class Engine:
         all_logits: bool = False,
         every: int = 1,
         chunk: int = 8192,
+        prompt: int | None = None,
     ) -> Tensor:
         """Feeds `ids [T]` behind what a row already holds: a prompt, a later turn, a true text.
 
@@ -187,6 +176,7 @@ class Engine:
             all_logits: Return the logits after every token, not only after the last.
             every: With `all_logits`, one token in so many, the first of them on.
             chunk: Tokens per pass through the model; bounds the memory of activations.
+            prompt: Tokens of the prompt that `ids` is a piece of, where it comes in several calls.
 
         Returns:
             `[V]`, or with `all_logits` `[T, V]` (T / `every`, rounded up), fp32.
@@ -196,6 +186,8 @@ class Engine:
         """
         begin, total = cache.lengths[row], cache.lengths[row] + len(ids)
         self._check_length(total)
+        if prompt is None and begin == 0:
+            prompt = total
         cache.reserve([total if r == row else n for r, n in enumerate(cache.lengths)])
         # A layer may drop what the row would need to go back, so until all layers are through, an
         # interrupted row holds nothing.
@@ -207,10 +199,7 @@ class Engine:
         for piece in ids.to(self.device).split(chunk if dense else min(chunk, self._most_tokens)):
             end = start + len(piece)
             positions = torch.arange(start, end, device=self.device)[None]
-            step = Step(
-                cache.stores, row, [start], [end], total if begin == 0 else None,
-                self.tables(positions),
-            )  # fmt: skip
+            step = Step(cache.stores, row, [start], [end], prompt, self.tables(positions))
             hidden = self._run(step, piece[None])
             if all_logits:
                 collected.append(self.logits(hidden[:, (begin - start) % every :: every])[0])
@@ -233,12 +222,43 @@ class Engine:
         cache.lengths = lengths
         return self.logits(hidden)[:, 0]
 
+    @torch.inference_mode()
+    def decode_rows(self, caches: Sequence[KVCache], ids: Sequence[int]) -> Tensor:
+        """One token for each of several caches of one row; returns the logits `[B, V]` after it.
+
+        Linear layers see all rows together, attention each by itself. With packed weights and in
+        float32, the logits of a row do not depend on the others.
+        """
+        starts = [cache.lengths[0] for cache in caches]
+        lengths = [n + 1 for n in starts]
+        self._check_length(max(lengths))
+        for cache, n in zip(caches, lengths, strict=True):
+            cache.reserve([n])
+        spare = max(0, LEAST_ROWS - len(ids))
+        fed = torch.tensor([*ids, *[0] * spare], device=self.device)
+        positions = torch.tensor([*starts, *[0] * spare], device=self.device)[:, None]
+        layers = zip(*(cache.stores for cache in caches), strict=True)
+        step = Step(
+            [Rows(layer) for layer in layers], None, starts, lengths, None, self.tables(positions)
+        )
+        hidden = self._run(step, fed[:, None])
+        for cache, n in zip(caches, lengths, strict=True):
+            cache.lengths = [n]
+        return self.logits(hidden)[: len(ids), 0]
+
+    def pack(self) -> None:
+        """Puts the weights into the order in which the CPU reads them for few rows, for good."""
+        DecodeLinear.pack_in(self.model)
+        for attention in self.attentions:
+            if isinstance(attention.stages, FactoredAttention):
+                attention.stages.pack()
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         seed: int | None = None,
         ignore_eos: bool = False,
         cache: KVCache | None = None,
@@ -257,8 +277,12 @@ class Engine:
         self._check_length(longest + max_new_tokens)
         if cache is None:
             cache = self.new_cache(len(prompts), longest + max_new_tokens)
-        draw = _Sampler(sampling, seed, self.device)
         texts = [list(prompt) for prompt in prompts]
+        # A generator per row, so that rows do not disturb each other.
+        samplers = [
+            Sampler(sampling, None if seed is None else seed + row, self.device, prompt=len(text))
+            for row, text in enumerate(texts)
+        ]
         for row, text in enumerate(texts):
             cache.crop(row, len(text) - 1)  # the last token's logits are needed again
         logits = torch.stack(
@@ -269,7 +293,10 @@ class Engine:
         )
         running = [True] * len(texts)
         for step in range(max_new_tokens):
-            drawn = draw(logits, texts)
+            drawn = [
+                draw(scores, text)
+                for draw, scores, text in zip(samplers, logits, texts, strict=True)
+            ]
             yield [t if on else None for t, on in zip(drawn, running, strict=True)]
             for row, token in enumerate(drawn):
                 texts[row].append(token)
@@ -307,38 +334,6 @@ class Engine:
                 return i
         self._ropes.append(rope)
         return len(self._ropes) - 1
-
-
-class _Sampler:
-    """Draws one token per row, with a generator per row so that rows do not disturb each other."""
-
-    def __init__(self, sampling: Sampling, seed: int | None, device: torch.device) -> None:
-        self.processors = sampling.processors()
-        self.greedy = sampling.temperature == 0.0
-        self.seed, self.device = seed, device
-        self.generators: list[torch.Generator] = []
-
-    def __call__(self, logits: Tensor, texts: Sequence[Sequence[int]]) -> list[int]:
-        while len(self.generators) < len(texts):
-            generator = torch.Generator(self.device)
-            if self.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(self.seed + len(self.generators))
-            self.generators.append(generator)
-        drawn = []
-        for row, text in enumerate(texts):
-            scores = logits[row : row + 1]
-            if self.processors:
-                ids = torch.tensor([list(text)], device=self.device)
-                for process in self.processors:
-                    scores = process(ids, scores)
-            if self.greedy:
-                drawn.append(int(scores.argmax()))
-            else:
-                weights = torch.softmax(scores, dim=-1)
-                drawn.append(int(torch.multinomial(weights, 1, generator=self.generators[row])))
-        return drawn
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> set[int]:

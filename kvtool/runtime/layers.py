@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.attention import GroupedQueryAttention, rotate
-from kvtool.kernels.latent_attention import latent_decode_attention
-from kvtool.kernels.linear import linear
+from kvtool.kernels.linear import linear, pack, packed_linear
 from kvtool.latent import LatentAttention
 from kvtool.runtime.stores import DenseStore, LatentStore, Store
 
 
 class DecodeLinear(nn.Linear):
-    """A linear layer of the host model that is as fast for one token as memory allows."""
+    """A linear layer of the host model that is as fast for few tokens as memory allows."""
+
+    packed: Tensor | None = None
 
     @classmethod
     def replace_in(cls, model: nn.Module) -> None:
@@ -35,7 +36,22 @@ class DecodeLinear(nn.Linear):
                     fast.in_features, fast.out_features = child.in_features, child.out_features
                     setattr(parent, name, fast)
 
+    @classmethod
+    def pack_in(cls, model: nn.Module) -> None:
+        """Packs the weights of all such layers, where there is a kernel for it.
+
+        The original is let go, except where the embedding uses it as well.
+        """
+        for layer in model.modules():
+            if isinstance(layer, cls) and layer.packed is None:
+                layer.packed = pack(layer.weight)
+                if layer.packed is not None:
+                    empty = layer.weight.new_empty(0)
+                    layer.weight = nn.Parameter(empty, requires_grad=False)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return packed_linear(x, self.packed, self.bias)
         return linear(x, self.weight, self.bias)
 
 
@@ -52,7 +68,7 @@ class Step:
         tables: Cos and sin `[B, T, d]` per distinct RoPE of the model.
     """
 
-    stores: list[Store]
+    stores: Sequence[Store]
     row: int | None
     starts: Sequence[int]
     lengths: Sequence[int]
@@ -131,7 +147,8 @@ class LatentRuntimeAttention(RuntimeAttention):
 
     def new_store(self, rows: int, capacity: int) -> LatentStore:
         stages = self.stages
-        return LatentStore(rows, capacity, stages.rank, stages.rope_dim, stages.value_up)
+        like = stages.value_up
+        return LatentStore(rows, capacity, stages.rank, stages.rope_dim, like, stages.scaling)
 
     def attention(self, hidden: Tensor, step: Step, store: LatentStore) -> Tensor:
         stages = self.stages
@@ -139,16 +156,15 @@ class LatentRuntimeAttention(RuntimeAttention):
         cos, sin = step.tables[self.table]
         states = torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)
         store.write(step.row, step.starts, {"latents": states})
-        latents = store.planes["latents"]
-        if step.row is not None:
-            latents = latents[step.row : step.row + 1]
         if hidden.shape[1] == 1:
-            return stages.output(self._absorbed(q[:, 0], latents, cos, sin, step.lengths))
+            return stages.output(self._absorbed(q[:, 0], store, step, cos, sin))
+        row = 0 if step.row is None else step.row
+        latents = store.planes["latents"][row : row + 1]
         c, k_pe = latents[:, : step.lengths[0]].split([stages.rank, stages.rope_dim], dim=-1)
         return stages.output(stages.attend_expanded(q, c, k_pe, cos, sin))
 
     def _absorbed(
-        self, q: Tensor, latents: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]
+        self, q: Tensor, store: LatentStore, step: Step, cos: Tensor, sin: Tensor
     ) -> Tensor:
         """One query per row, `[B, Q, d_q]`: into latent space, attend there, and back.
 
@@ -159,6 +175,6 @@ class LatentRuntimeAttention(RuntimeAttention):
         absorbed = torch.matmul(q.unflatten(1, (groups, -1)), self.absorb_query).flatten(1, 2)
         q_pe = absorbed[..., rank:]
         q_pe.copy_(rotate(q_pe, cos, sin))
-        context = latent_decode_attention(absorbed, latents, rank, lengths, self.stages.scaling)
+        context = store.attend(absorbed, step.row, step.lengths)
         values = torch.matmul(context.unflatten(1, (groups, -1)), self.absorb_value)
         return values.flatten(1, 2)[:, None]

@@ -322,6 +322,10 @@ class SplitStore(Store):
         """Only full heads are sure to need the room: rings never grow, tails when written to."""
         self.full.reserve(lengths)
 
+    def resize(self, capacity: int) -> None:
+        """Of the full heads; rings never change, and tails grow when written to."""
+        self.full.resize(capacity)
+
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return all(part.can_crop(row, stored, length) for part in self.parts)
 

@@ -8,12 +8,15 @@ doubling, so a decode step neither allocates nor copies the past.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvtool.attention import causal_attention
 from kvtool.kernels.decode_attention import decode_attention
+from kvtool.kernels.latent_attention import latent_decode_attention
 
 
 class Store:
@@ -39,11 +42,20 @@ class Store:
         """Makes sure that row b has room for `lengths[b]` tokens."""
         if max(lengths) <= self.capacity:
             return
-        capacity = self.grown(max(lengths))
+        self.resize(self.grown(max(lengths)))
+
+    def resize(self, capacity: int) -> None:
+        """Gives every row exactly room for `capacity` tokens; what lies beyond is forgotten."""
+        kept = min(capacity, self.capacity)
         for name, plane in self.planes.items():
-            larger = plane.new_empty((*plane.shape[:-2], capacity, plane.shape[-1]))
-            larger[..., : plane.shape[-2], :] = plane
-            self.planes[name] = larger
+            other = plane.new_empty((*plane.shape[:-2], capacity, plane.shape[-1]))
+            other[..., :kept, :] = plane[..., :kept, :]
+            self.planes[name] = other
+
+    def copy_prefix(self, source: Store, length: int) -> None:
+        """Takes over the first `length` tokens of another store of this layer."""
+        for name, plane in self.planes.items():
+            plane[..., :length, :] = source.planes[name][..., :length, :]
 
     def grown(self, length: int) -> int:
         """The next capacity when `length` tokens do not fit: doubling copies each token once."""
@@ -124,5 +136,61 @@ class DenseStore(Store):
 class LatentStore(Store):
     """The latent and the rotated shared key of an MLA layer, side by side in one plane."""
 
-    def __init__(self, rows: int, capacity: int, rank: int, rope_dim: int, like: Tensor) -> None:
+    def __init__(
+        self, rows: int, capacity: int, rank: int, rope_dim: int, like: Tensor, scaling: float
+    ) -> None:
         self.planes = {"latents": like.new_empty((rows, capacity, rank + rope_dim))}
+        self.rank, self.scaling = rank, scaling
+
+    def attend(self, q: Tensor, row: int | None, lengths: Sequence[int]) -> Tensor:
+        """Attention of the newest token of every row over everything stored, itself included.
+
+        Args:
+            q: Absorbed queries `[B, Q, r + d_r]`.
+            lengths: Tokens per row, the new one included.
+
+        Returns:
+            `[B, Q, r]`.
+        """
+        latents = self.planes["latents"]
+        if row is not None:
+            latents = latents[row : row + 1]
+        return latent_decode_attention(q, latents, self.rank, lengths, self.scaling)
+
+
+class Rows(Store):
+    """Stores of one row each, decoded together: every row has memory of its own.
+
+    Takes one new token per row. Where a call has more rows than there are stores, the last are
+    spare: nothing is stored for them, and they read zeros.
+    """
+
+    def __init__(self, stores: Sequence[Any]) -> None:
+        self.stores = stores
+
+    def write(self, row: int | None, starts: Sequence[int], states: dict[str, Tensor]) -> None:
+        for b, (store, start) in enumerate(zip(self.stores, starts, strict=True)):
+            store.write(None, [start], {name: new[b : b + 1] for name, new in states.items()})
+
+    def attend(self, q: Tensor, row: int | None, lengths: Sequence[int], *options: Any) -> Tensor:
+        """What each row reads of its own store, `[B, ...]`."""
+        parts = [
+            store.attend(q[b : b + 1], None, [n], *options)
+            for b, (store, n) in enumerate(zip(self.stores, lengths, strict=True))
+        ]
+        return self._with_spare_rows(parts, len(q))
+
+    def add(self, new: Any, step: Any) -> Tensor:
+        """Stores one new token per row, `[B, ...]` in each field; returns what they read."""
+        parts = []
+        for b, (store, start, n) in enumerate(
+            zip(self.stores, step.starts, step.lengths, strict=True)
+        ):
+            one = type(new)(*(x[b : b + 1] for x in new))
+            parts.append(store.add(one, replace(step, starts=[start], lengths=[n])))
+        return self._with_spare_rows(parts, len(new[0]))
+
+    def _with_spare_rows(self, parts: list[Tensor], rows: int) -> Tensor:
+        if rows > len(parts):
+            parts.append(parts[0].new_zeros((rows - len(parts), *parts[0].shape[1:])))
+        return torch.cat(parts)

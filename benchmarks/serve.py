@@ -1,0 +1,272 @@
+"""`kvtool serve-local` beside `transformers serve`: tokens/s of concurrent clients, how many
+requests fit into a memory, what a decode step costs outside the model, and a load with clients that
+leave.
+
+    python benchmarks/serve.py smollm2 --plan half.plan -o benchmarks/results/serve.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import torch
+import uvicorn
+
+from kvtool.checkpoint import Checkpoint
+from kvtool.evaluate.throughput import environment
+from kvtool.plan import Plan
+from kvtool.runtime import Engine
+from kvtool.runtime.memory import RowMemory
+from kvtool.runtime.scheduler import Scheduler
+from kvtool.server.app import Service, create_app
+from kvtool.server.worker import Worker
+
+CHAT = "/v1/chat/completions"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--plan", action="append", default=[], help="for requests that fit")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per request")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--kv-memory", type=int, default=256 * 2**20)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--only", choices=["speed", "fit", "overhead", "load"])
+    parser.add_argument("--seconds", type=int, default=300, help="of load, by 64 clients")
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    result: dict[str, Any] = {
+        "environment": environment(torch.device("cpu"), torch.float32),
+        "settings": {k: v for k, v in vars(options).items() if k not in ("output", "only")},
+    }
+    checkpoint = Checkpoint.open(options.model)
+    if options.only in (None, "speed"):
+        result["tokens_per_second"] = speed(options, checkpoint)
+    if options.only in (None, "fit"):
+        result["fit"] = fit(options, checkpoint)
+    if options.only in (None, "overhead"):
+        result["overhead"] = overhead(options, checkpoint)
+    if options.only in (None, "load"):
+        result["load"] = load(options, checkpoint)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------ speed
+
+
+def speed(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, list[float]]:
+    """Tokens/s of all clients together, prompts included; one server after the other."""
+    folder = str(checkpoint.path)
+    kvtool, theirs = (
+        [sys.executable, "-m", "kvtool"],
+        shutil.which("transformers") or "transformers",
+    )
+    serve = [theirs, "serve", folder, "--device", "cpu", "--dtype", "float32"]
+    # By itself it would take most of the machine's memory for its cache.
+    bounded = ["--cb-num-blocks", "256", "--cb-block-size", "32", "--cb-max-batch-tokens", "512"]
+    servers = {
+        "kvtool serve-local": [*kvtool, "serve-local", folder],
+        "transformers serve": serve,
+        "transformers serve --continuous-batching": [*serve, "--continuous-batching", *bounded],
+    }
+    found: dict[str, list[float]] = {name: [] for name in servers}
+    for _ in range(options.repeats):
+        for name, command in servers.items():
+            with process(command) as url:
+                try:
+                    asyncio.run(ask(url, folder, 1, 8))
+                    start = time.perf_counter()
+                    tokens = sum(asyncio.run(ask(url, folder, options.clients, options.tokens)))
+                except (httpx.HTTPError, KeyError, ValueError) as error:
+                    print(f"{name}: {error!r}", file=sys.stderr)
+                    continue
+                found[name].append(tokens / (time.perf_counter() - start))
+            print(f"{name}: {found[name]}", file=sys.stderr)
+    return found
+
+
+@contextmanager
+def process(command: list[str]) -> Iterator[str]:
+    """A server process on a free port, up and running."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*command, "--port", str(port)], **quiet) as server:
+        try:
+            for _ in range(240):
+                time.sleep(0.5)
+                try:
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    continue
+            yield url
+        finally:
+            server.terminate()
+
+
+async def ask(url: str, model: str, clients: int, tokens: int) -> list[int]:
+    """Greedy chats at the same time, none of which ends early; the tokens that each got."""
+
+    async def one(client: httpx.AsyncClient, number: int) -> int:
+        topic = ["rivers", "bridges", "clocks", "bread", "ships", "maps", "glass", "paper"]
+        said = f"Write a long essay about the history of {topic[number % len(topic)]}."
+        body = {
+            "model": model, "messages": [{"role": "user", "content": said}],
+            "max_tokens": tokens, "temperature": 0.0,
+        }  # fmt: skip
+        answer = (await client.post(CHAT, json=body)).raise_for_status().json()
+        return int(answer["usage"]["completion_tokens"])
+
+    async with httpx.AsyncClient(base_url=url, timeout=180) as client:
+        return await asyncio.gather(*(one(client, n) for n in range(clients)))
+
+
+# ---------------------------------------------------------------------------------- memory
+
+
+def fit(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """Requests of one length that are in memory together, the last one while it is read."""
+    plans = {"all keys and values": None} | {name: Plan.read(Path(name)) for name in options.plan}
+    counts: dict[str, dict[str, int]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, plan in plans.items():
+            engine = Engine.load(checkpoint, dtype=dtype, plan=plan)
+            memory, prompt = RowMemory(engine), options.length - options.tokens
+            each = memory.holding(options.length, prompt)
+            last = max(each, memory.reading(prompt))
+            count = max(0, 1 + (options.kv_memory - last) // each)
+            counts.setdefault(str(dtype).removeprefix("torch."), {})[name] = count
+    return counts
+
+
+# -------------------------------------------------------------------------------- overhead
+
+
+def overhead(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, float]:
+    """Share of a step with all clients that is not spent in the model; clients are a process."""
+    engine = Engine.load(checkpoint)
+    scheduler = Scheduler(engine, 2**30)
+    steps: list[tuple[float, float, float]] = []  # start and end of the model's part, rows
+    decode = engine.decode_rows
+
+    def timed(caches: Any, ids: Any) -> Any:
+        start = time.perf_counter()
+        logits = decode(caches, ids)
+        steps.append((start, time.perf_counter(), len(ids)))
+        return logits
+
+    engine.decode_rows = timed  # type: ignore[method-assign]
+    worker = Worker(
+        scheduler, model=str(checkpoint.path), max_waiting=64, native_bytes_per_token=1.0
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app(Service(worker, str(checkpoint.path), "overhead"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}{CHAT}"
+    body = {
+        "messages": [{"role": "user", "content": "Write a long essay."}], "stream": True,
+        "max_tokens": 2 * options.tokens, "ignore_eos": True, "temperature": 0.0,
+    }  # fmt: skip
+    arguments = ["curl", "-sN", url, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    clients = [
+        subprocess.Popen(arguments, stdout=subprocess.DEVNULL) for _ in range(options.clients)
+    ]
+    for client in clients:
+        client.wait()
+    server.should_exit = True
+    thread.join()
+    full = [step for step in steps if step[2] == options.clients]
+    wall = full[-1][1] - full[0][1]
+    model = sum(end - start for start, end, _ in full[1:])
+    return {
+        "steps": len(full) - 1,
+        "step_ms": 1e3 * wall / (len(full) - 1),
+        "model_ms": 1e3 * model / (len(full) - 1),
+        "share_outside_model": 1 - model / wall,
+    }
+
+
+# ------------------------------------------------------------------------------------- load
+
+
+def load(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """64 clients, of whom some leave in the middle: what was answered, and what memory is left."""
+    folder = str(checkpoint.path)
+    command = [sys.executable, "-m", "kvtool", "serve-local", folder, "--no-prefix-cache"]
+    with process([*command, "--kv-memory", str(options.kv_memory)]) as url:
+        asyncio.run(ask(url, folder, 8, 8))
+        before = resident(url)
+        counts = asyncio.run(crowd(url, 64, options.seconds))
+        time.sleep(2)  # those that left last
+        kv = httpx.get(f"{url}/kv").json()
+        return {**counts, "kv": kv, "resident_before": before, "resident_after": resident(url)}
+
+
+async def crowd(url: str, clients: int, seconds: int) -> dict[str, int]:
+    """Clients that ask, read, and sometimes leave, again and again."""
+    counts = {"complete": 0, "left": 0, "wrong": 0}
+    end = time.monotonic() + seconds
+
+    async def one(client: httpx.AsyncClient, number: int) -> None:
+        chance = random.Random(number)
+        while time.monotonic() < end:
+            body = {
+                "messages": [{"role": "user", "content": "word " * chance.randrange(1, 200)}],
+                "max_tokens": chance.randrange(1, 40), "stream": True, "seed": number,
+            }  # fmt: skip
+            leave = chance.randrange(1, 20) if chance.random() < 0.3 else None
+            lines = []
+            try:
+                async with client.stream("POST", CHAT, json=body) as response:
+                    async for line in response.aiter_lines():
+                        lines += [line] if line else []
+                        if len(lines) == leave:
+                            break
+            except httpx.HTTPError as error:
+                print(repr(error), file=sys.stderr)
+            if len(lines) == leave:
+                counts["left"] += 1
+            elif lines[-1:] == ["data: [DONE]"] and '"finish_reason":null' not in lines[-2]:
+                counts["complete"] += 1
+            else:
+                counts["wrong"] += 1
+
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        await asyncio.gather(*(one(client, n) for n in range(clients)))
+    return counts
+
+
+def resident(url: str) -> int:
+    """Bytes of memory of the process that listens there."""
+    port = int(url.rpartition(":")[2])
+    found = [c.pid for c in psutil.net_connections() if c.laddr and c.laddr.port == port and c.pid]
+    return int(psutil.Process(found[0]).memory_info().rss)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""`kvtool serve-local`: the API of OpenAI's clients, from the compressed cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kvtool.cli import _options as options
+from kvtool.cli._console import err
+from kvtool.errors import KvtoolError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from kvtool.checkpoint import Checkpoint
+    from kvtool.runtime import Engine
+    from kvtool.runtime.scheduler import Scheduler
+
+_SERVER, _MEMORY = "Server", "Memory"
+_NEEDED = ("fastapi", "prometheus_client", "uvicorn")
+
+
+def serve_local(
+    model: options.Model,
+    plan: options.PlanFile = None,
+    kv_memory: Annotated[
+        str,
+        typer.Option(help="Bytes that all caches may take together.", rich_help_panel=_MEMORY),
+    ] = "4GiB",
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Requests decoded together.", rich_help_panel=_MEMORY)
+    ] = 64,
+    max_waiting: Annotated[
+        int,
+        typer.Option(min=0, help="Requests that may wait; more get 429.", rich_help_panel=_MEMORY),
+    ] = 256,
+    prefill_chunk: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Tokens of a prompt between two decode steps.", rich_help_panel=_MEMORY
+        ),
+    ] = 128,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Keep prompts, while there is memory, for others that start alike.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = True,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="0: any free one.", rich_help_panel=_SERVER)
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="KVTOOL_API_KEY",
+            help="Asked for on every route but /health.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(help="What clients call the model; MODEL.", rich_help_panel=_SERVER),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="A Jinja file instead of the model's own.", rich_help_panel=_SERVER),
+    ] = None,
+    max_body: Annotated[
+        str, typer.Option(help="Largest request body.", rich_help_panel=_SERVER)
+    ] = "8MiB",
+    drain: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seconds that running requests get at the end.", rich_help_panel=_SERVER
+        ),
+    ] = 60,
+    metrics_compat: Annotated[
+        Literal["none", "vllm"],
+        typer.Option(help="vllm: /metrics under its names too.", rich_help_panel=_SERVER),
+    ] = "none",
+    quiet: options.Quiet = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Serve a model to OpenAI clients; SIGTERM lets running requests end."""
+    memory, body = _size(kv_memory, "--kv-memory"), _size(max_body, "--max-body")
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise UsageError(
+            f"serving needs packages that are not installed: {', '.join(missing)}",
+            hint="pip install 'kvtool[serve]'",
+        )
+    from kvtool.checkpoint import Checkpoint
+    from kvtool.runtime import Engine
+    from kvtool.runtime.layers import LatentRuntimeAttention
+    from kvtool.runtime.scheduler import Scheduler
+    from kvtool.server.app import Service, create_app
+    from kvtool.server.worker import Worker
+
+    checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    kept = options.read_plan(plan, checkpoint)
+    template = None if chat_template is None else _read(chat_template)
+    listener = _listen(host, port)
+    device = options.resolve_device(device)
+    precision = options.resolve_dtype(dtype, device)
+    engine = Engine.load(checkpoint, dtype=precision, device=device, plan=kept)
+    if template is not None:
+        engine.tokenizer.chat_template = template
+    scheduler = Scheduler(
+        engine, memory, max_running=max_running, piece=prefill_chunk, share_prefixes=prefix_cache
+    )
+    if scheduler.room(1) < 1:
+        needed = scheduler.memory.reading(1)
+        raise ResourceError(
+            f"--kv-memory {kv_memory} does not hold a single token, which takes {needed:,} bytes"
+        )
+    _warm_up(scheduler)
+    worker = Worker(
+        scheduler,
+        model=served_model_name or model,
+        max_waiting=max_waiting,
+        native_bytes_per_token=native_bytes_per_token(engine, checkpoint),
+        metric_prefixes=("kvtool",) if metrics_compat == "none" else ("kvtool", "vllm"),
+    )
+    kind = "all keys and values" if kept is None else f"plan {plan}"
+    if isinstance(engine.attentions[0], LatentRuntimeAttention):
+        kind = "latents (MLA)"
+    precise = str(precision).removeprefix("torch.")
+    service = Service(worker, served_model_name or model, f"{kind}, {precise} on {device}")
+    if not quiet:
+        address, bound = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        err.print(f"http://{shown}:{bound} serves {service.name}: {service.description}")
+        if api_key is None and not _is_local(address):
+            err.print("warning: other machines can reach it, and no --api-key is asked for")
+    _run(create_app(service, api_key=api_key, max_body=body), listener, drain)
+
+
+def native_bytes_per_token(engine: Engine, checkpoint: Checkpoint) -> float:
+    """Bytes per token of the cache that this one is smaller than, in the same precision."""
+    from kvtool.convert.artifact import MANIFEST, read_manifest
+
+    itemsize = engine.dtype.itemsize
+    if engine.plan is not None:
+        return engine.plan.native_bytes(1, itemsize)
+    if (checkpoint.path / MANIFEST).exists():
+        before = read_manifest(checkpoint.path)["plan"]["bytes_per_token_before"]
+        return float(before) / 2 * itemsize  # the manifest counts bf16
+    return engine.new_cache(1, 64).bytes_per_token()
+
+
+def _size(text: str, flag: str) -> int:
+    from kvtool.plan import parse_budget
+
+    try:
+        if "%" in text:
+            raise UsageError("a share of what?")
+        return parse_budget(text, 0)
+    except UsageError as error:
+        raise UsageError(f"{flag} '{text}' is not a size such as 4GiB or 300MB") from error
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--chat-template {file} cannot be read: {error}") from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before any weights are loaded: a port that is taken is known at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        raise KvtoolError(
+            f"cannot listen on {host} port {port}: {error}", hint="--port 0 takes a free one"
+        ) from error
+
+
+def _is_local(address: str) -> bool:
+    import ipaddress
+
+    return ipaddress.ip_address(address).is_loopback
+
+
+def _warm_up(scheduler: Scheduler) -> None:
+    """The first call of every operation is slow; no client should wait for it."""
+    from kvtool.runtime.scheduler import Counters, Request
+
+    scheduler.add(Request([0], min(2, scheduler.room(1)), ignore_eos=True))
+    while not scheduler.idle:
+        scheduler.step()
+    scheduler.counters = Counters()
+
+
+def _run(app: Any, listener: socket.socket, drain: int) -> None:
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=drain,
+    )  # fmt: skip
+    # uvicorn hands the signal on when everything has ended: a drained server has succeeded.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,60 @@
+"""How many bytes one sequence takes, known before they are allocated."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from kvtool.runtime.engine import Engine
+from kvtool.runtime.split import PAGE, whole_pages
+
+
+class RowMemory:
+    """Bytes of a cache of one row, as its stores allocate them.
+
+    What grows with the length is measured from two empty caches. What a plan holds only while it
+    reads a prompt, and what its token budgets keep of it, follows from the plan.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        small, large = (engine.new_cache(1, n).allocated_bytes for n in (PAGE, 2 * PAGE))
+        self.page_bytes = large - small
+        self.constant = small - self.page_bytes
+        self.head_bytes = 0  # of keys and values of one token
+        self.dropping = 0  # heads that hold a whole prompt while it is read
+        self.budgets: list[int] = []
+        plan = engine.plan
+        if plan is None:
+            return
+        self.head_bytes = 2 * plan.base.head_dim * engine.dtype.itemsize
+        for layer in plan.layers:
+            self.budgets += [n for n in layer.budgets if n is not None]
+            if plan.prefill == "dense":
+                coded = layer.code is not None
+                self.dropping += plan.base.kv_heads if coded else sum(layer.streaming)
+        self.dropping += len(self.budgets)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What a further token costs, once a prompt is read."""
+        return self.page_bytes / PAGE + len(self.budgets) * self.head_bytes
+
+    def reading(self, prompt: int) -> int:
+        """While a prompt of so many tokens is read."""
+        return self._planes(prompt) + self.dropping * self.head_bytes * prompt
+
+    def holding(self, tokens: int, prompt: int) -> int:
+        """With `tokens` stored, of which the first `prompt` were the prompt."""
+        kept = sum(min(budget, prompt) for budget in self.budgets)
+        tails = len(self.budgets) * whole_pages(tokens - prompt)
+        return self._planes(tokens) + self.head_bytes * (kept + tails)
+
+    def most_tokens(self, budget: int, prompt: int, limit: int) -> int:
+        """Tokens, up to `limit`, that a sequence can come to within a byte budget; 0 for none."""
+        if self.reading(prompt) > budget:
+            return 0
+        lengths = range(prompt, limit + 1)
+        fitting = bisect_right(lengths, budget, key=lambda n: self.holding(n, prompt))
+        return prompt + fitting - 1 if fitting else 0
+
+    def _planes(self, tokens: int) -> int:
+        return self.constant + self.page_bytes * (whole_pages(tokens) // PAGE)

@@ -1,0 +1,461 @@
+"""Continuous batching: many requests share one engine and one byte budget.
+
+Requests join and leave between steps. A step reads one piece of a prompt (or several short prompts)
+and then decodes one token of every running request. Each request has a cache of its own, which
+grows by pages and whose memory returns when the request ends, so admission counts what a
+*compressed* sequence takes.
+
+When a request cannot grow, prefixes kept for later go first, and then the newest request: it waits
+again with the tokens it has drawn. Its prompt is read again and these tokens are fed one by one, as
+they were the first time, so it goes on from the same bits.
+
+With packed weights in float32, nothing that is computed for a request depends on the others:
+linear layers add up every row alike, attention runs row by row, and prompts are cut into pieces at
+fixed positions, of which only whole ones are ever shared.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtool.errors import ResourceError, UsageError
+from kvtool.runtime.engine import Engine, KVCache
+from kvtool.runtime.memory import RowMemory
+from kvtool.runtime.sampling import GREEDY, Sampler, Sampling
+from kvtool.runtime.split import whole_pages
+
+PIECE = 128
+"""Tokens of a prompt per step: a multiple of the page, small beside what the others wait for."""
+
+Finish = Literal["stop", "length"]
+
+
+class Scored(NamedTuple):
+    """A token, its log-probability under the model, and the likeliest ones with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+        stop_ids: Tokens that end it, besides the model's own.
+        ignore_eos: Go on after one of the model's own.
+        logprobs: Likeliest tokens to report for each drawn one; None for no report.
+        prompt_logprobs: The same for the prompt's tokens, the first of which has none.
+        tokens: Drawn so far.
+        scored: Of the prompt, where asked for.
+        sampler: What draws them, made when the request is added.
+        cached: Tokens of the prompt that another request had read.
+        added, admitted, answered: When it came, left the queue, and drew its first token, by
+            `perf_counter`.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    seed: int | None = None
+    min_new_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    tokens: list[int] = field(default_factory=list, init=False)
+    scored: list[Scored] = field(default_factory=list, init=False)
+    sampler: Sampler | None = field(default=None, init=False)
+    cached: int = field(default=0, init=False)
+    added: float = field(default=0.0, init=False)
+    admitted: float | None = field(default=None, init=False)
+    answered: float | None = field(default=None, init=False)
+
+
+class Drawn(NamedTuple):
+    """What a step did for a request: its next token, and how it ended if it did.
+
+    A request for no tokens ends without one.
+    """
+
+    request: Request
+    token: int | None
+    scored: Scored | None
+    finish: Finish | None
+
+
+@dataclass
+class Counters:
+    """What has happened since the start.
+
+    Attributes:
+        prefix_queries, prefix_hits: Prompt tokens that could have been shared, and that were.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+@dataclass(eq=False)
+class _Row:
+    """A request with memory."""
+
+    request: Request
+    cache: KVCache
+    nbytes: int
+
+    @property
+    def length(self) -> int:
+        return self.cache.lengths[0]
+
+
+@dataclass(eq=False)
+class _Prefix:
+    """The head of a prompt whose request has ended."""
+
+    ids: list[int]
+    cache: KVCache
+    nbytes: int
+
+
+class Scheduler:
+    """Runs requests on an engine, whose weights it packs. Not for several threads.
+
+    Args:
+        memory: Bytes that all caches together may take between two steps. While a plane grows, or
+            is copied, its new form exists beside it for a moment, one layer at a time.
+        max_running: Requests decoded together at most.
+        piece: Tokens of prompts per step, and where prompts are cut.
+        share_prefixes: Keep whole pieces of prompts for requests that start alike. Plans drop
+            tokens by what comes later in a prompt, so their prefixes are not shared.
+
+    Attributes:
+        waiting: Oldest first.
+        used: Bytes of all caches, as allocated.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        memory: int,
+        *,
+        max_running: int = 64,
+        piece: int = PIECE,
+        share_prefixes: bool = True,
+    ) -> None:
+        engine.pack()
+        self.engine, self.budget = engine, memory
+        self.max_running, self.piece = max_running, piece
+        self.share_prefixes = share_prefixes and engine.plan is None
+        self.memory = RowMemory(engine)
+        self.waiting: deque[Request] = deque()
+        self.counters = Counters()
+        self._reading: _Row | None = None
+        self._running: list[_Row] = []  # oldest first
+        self._prefixes: list[_Prefix] = []  # least recently used first
+
+    # ---------------------------------------------------------------------------- what there is
+
+    @property
+    def used(self) -> int:
+        return sum(row.nbytes for row in self._rows()) + self.shared
+
+    @property
+    def shared(self) -> int:
+        """Bytes of prefixes that are kept for later."""
+        return sum(prefix.nbytes for prefix in self._prefixes)
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests that have memory, oldest first."""
+        return [row.request for row in self._rows()]
+
+    @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Prompt tokens, new tokens and bytes of each running request, oldest first."""
+        return [
+            (len(row.request.prompt), len(row.request.tokens), row.nbytes) for row in self._rows()
+        ]
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens that running requests have behind them."""
+        return sum(row.length for row in self._rows())
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.waiting or self._running or self._reading)
+
+    def room(self, prompt: int) -> int:
+        """New tokens that a prompt of so many tokens leaves room for, in context and memory."""
+        limit = self.engine.max_context
+        return max(0, self.memory.most_tokens(self.budget, prompt, limit) - prompt)
+
+    # ------------------------------------------------------------------------------- requests
+
+    def check(self, prompt: int, new_tokens: int) -> None:
+        """Refuses what could not be run even alone.
+
+        Raises:
+            UsageError: The prompt is empty, or the model has no positions for all tokens.
+            ResourceError: The cache of that many tokens is larger than the budget.
+        """
+        if not prompt:
+            raise UsageError("the prompt is empty: there is nothing to continue")
+        total = prompt + new_tokens
+        if total > self.engine.max_context:
+            raise UsageError(
+                f"{prompt} prompt tokens and {new_tokens} new ones need {total} positions, "
+                f"but the model's context is {self.engine.max_context}"
+            )
+        most = self.memory.most_tokens(self.budget, prompt, self.engine.max_context)
+        if total > most:
+            needed = max(self.memory.reading(prompt), self.memory.holding(total, prompt))
+            raise ResourceError(
+                f"the cache of {prompt} prompt tokens and {new_tokens} new ones takes {needed:,} "
+                f"bytes, but only {self.budget:,} are allowed"
+            )
+
+    def add(self, request: Request) -> None:
+        """Puts a request at the end of the queue.
+
+        Raises:
+            UsageError, ResourceError: As in :meth:`check`.
+        """
+        self.check(len(request.prompt), request.max_new_tokens)
+        request.added = perf_counter()
+        own = frozenset() if request.ignore_eos else self.engine.eos_ids
+        request.sampler = Sampler(
+            request.sampling, request.seed, self.engine.device, prompt=len(request.prompt),
+            least=request.min_new_tokens, stops=sorted(request.stop_ids | own),
+        )  # fmt: skip
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forgets a request, wherever it is, and what it stored."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif (row := self._row_of(request)) is not None:
+            self._drop(row)
+
+    def finish(self, request: Request) -> None:
+        """Ends a running request; the head of its prompt may be kept."""
+        row = self._row_of(request)
+        if row is not None:
+            self._drop(row)
+            self._keep_prefix(row)
+
+    def forget_prefixes(self) -> None:
+        """Returns the memory of everything kept for later."""
+        self._prefixes.clear()
+
+    # ------------------------------------------------------------------------------- the step
+
+    def step(self) -> list[Drawn]:
+        """Reads a piece of a prompt or some short ones, then decodes a token of all that run."""
+        first: list[Drawn] = []
+        read = 0
+        while read < self.piece and (row := self._admit()) is not None:
+            begin = row.length
+            drawn = self._read_piece(row)
+            read += row.length - begin
+            first += drawn
+            self._end(drawn)
+        self._grow()
+        more = self._decode() if self._running else []
+        self._end(more)
+        return first + more
+
+    def _end(self, drawn: Sequence[Drawn]) -> None:
+        for item in drawn:
+            if item.finish is not None:
+                self.finish(item.request)
+
+    def _admit(self) -> _Row | None:
+        """The request whose prompt is read next, if any has the memory for it.
+
+        One at a time: what a plan holds only while it reads a prompt is held once.
+        """
+        if self._reading is not None or not self.waiting:
+            return self._reading
+        request = self.waiting[0]
+        prompt, nbytes = len(request.prompt), self.memory.reading(len(request.prompt))
+        # One that was preempted waits for the room that it had, lest it is read in vain.
+        again = self.memory.holding(prompt + len(request.tokens), prompt)
+        if len(self._running) >= self.max_running or not self._make_room(max(nbytes, again)):
+            return None
+        self.waiting.popleft()
+        self._reading = _Row(request, self.engine.new_cache(1, whole_pages(prompt)), nbytes)
+        self._copy_prefix(self._reading)
+        if request.admitted is None:
+            request.admitted = perf_counter()
+            request.cached = self._reading.length
+            self.counters.prompt_tokens += prompt
+        return self._reading
+
+    def _read_piece(self, row: _Row) -> list[Drawn]:
+        request, prompt, start = row.request, row.request.prompt, row.length
+        end = min(start - start % self.piece + self.piece, len(prompt))
+        scores = request.prompt_logprobs is not None and not request.scored[start:]
+        logits = self.engine.extend(
+            row.cache, torch.tensor(prompt[start:end]), all_logits=scores, prompt=len(prompt)
+        )
+        if scores:
+            assert request.prompt_logprobs is not None
+            following = prompt[start + 1 : end + 1]
+            request.scored += _score(logits[: len(following)], following, request.prompt_logprobs)
+            logits = logits[-1]
+        if end < len(prompt):
+            return []
+        self._reading = None
+        self._running.append(row)
+        row.nbytes = self.memory.holding(len(prompt), len(prompt))
+        if request.max_new_tokens == 0:
+            return [Drawn(request, None, None, "length")]
+        if request.tokens:  # it was preempted
+            return []
+        return self._draw([row], logits[None])
+
+    def _grow(self) -> None:
+        """Gives every running request room for a token more, or takes all from the newest."""
+        for row in list(self._running):
+            length = row.length + 1
+            more = self.memory.holding(length, len(row.request.prompt)) - row.nbytes
+            while row in self._running and more > 0:
+                if self._make_room(more):
+                    row.nbytes += more
+                    break
+                self._preempt()
+            if row in self._running and length > row.cache.capacity:
+                row.cache.resize(whole_pages(length))
+
+    def _decode(self) -> list[Drawn]:
+        rows = self._running
+        last = [self._token(row, row.length) for row in rows]
+        logits = self.engine.decode_rows([row.cache for row in rows], last)
+        new = [i for i, row in enumerate(rows) if row.length == self._stored_by_now(row)]
+        return self._draw([rows[i] for i in new], logits if len(new) == len(rows) else logits[new])
+
+    def _draw(self, rows: Sequence[_Row], logits: Tensor) -> list[Drawn]:
+        """The next token of each row, whose logits are `[B, V]`."""
+        drawn = []
+        for row, scores in zip(rows, logits, strict=True):
+            request, sampler = row.request, row.request.sampler
+            assert sampler is not None  # since it was added
+            token = sampler(scores, [*request.prompt, *request.tokens])
+            if not request.tokens:
+                request.answered = perf_counter()
+            request.tokens.append(token)
+            finish: Finish | None = None
+            if token in sampler.stops:
+                finish = "stop"
+            elif len(request.tokens) == request.max_new_tokens:
+                finish = "length"
+            scored = None
+            if request.logprobs is not None:
+                (scored,) = _score(scores[None], [token], request.logprobs)
+            drawn.append(Drawn(request, token, scored, finish))
+        self.counters.new_tokens += len(drawn)
+        return drawn
+
+    def _token(self, row: _Row, position: int) -> int:
+        prompt, tokens = row.request.prompt, row.request.tokens
+        return prompt[position] if position < len(prompt) else tokens[position - len(prompt)]
+
+    def _stored_by_now(self, row: _Row) -> int:
+        return len(row.request.prompt) + len(row.request.tokens)
+
+    # --------------------------------------------------------------------------------- memory
+
+    def _rows(self) -> list[_Row]:
+        return [*self._running, *([] if self._reading is None else [self._reading])]
+
+    def _row_of(self, request: Request) -> _Row | None:
+        return next((row for row in self._rows() if row.request is request), None)
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Whether so many bytes are free, once prefixes that nobody uses have gone."""
+        while self.used + nbytes > self.budget:
+            if not self._prefixes:
+                return False
+            del self._prefixes[0]
+        return True
+
+    def _preempt(self) -> None:
+        """Sends the newest request back to the head of the queue."""
+        row = self._rows()[-1]
+        self._drop(row)
+        self.waiting.appendleft(row.request)
+        self.counters.preemptions += 1
+
+    def _drop(self, row: _Row) -> None:
+        if row is self._reading:
+            self._reading = None
+        else:
+            self._running.remove(row)
+
+    def _copy_prefix(self, row: _Row) -> None:
+        """Takes over the pieces that another request has read of the same start."""
+        request = row.request
+        if not self.share_prefixes or request.prompt_logprobs is not None:
+            return
+        ids = list(request.prompt)
+        most = (len(ids) - 1) // self.piece * self.piece  # the last token's logits are needed
+        best, source = 0, None
+        read: list[_Prefix | _Row] = [*self._prefixes, *self._running]
+        for other in read:
+            theirs = other.ids if isinstance(other, _Prefix) else list(other.request.prompt)
+            shared = most
+            while shared > best and (len(theirs) < shared or theirs[:shared] != ids[:shared]):
+                shared -= self.piece
+            if shared > best:
+                best, source = shared, other
+        if request.admitted is None:
+            self.counters.prefix_queries += len(ids)
+            self.counters.prefix_hits += best
+        if source is None:
+            return
+        row.cache.copy_prefix(source.cache, best)
+        if isinstance(source, _Prefix):
+            self._prefixes.remove(source)
+            self._prefixes.append(source)
+
+    def _keep_prefix(self, row: _Row) -> None:
+        """Keeps the whole pieces of a prompt, unless a longer one is there already."""
+        prompt = list(row.request.prompt)
+        length = len(prompt) // self.piece * self.piece
+        if not self.share_prefixes or not length or row.length < length:
+            return
+        ids = prompt[:length]
+        if any(other.ids[:length] == ids for other in self._prefixes):
+            return
+        self._prefixes = [p for p in self._prefixes if p.ids != ids[: len(p.ids)]]
+        row.cache.crop(0, length)
+        row.cache.resize(whole_pages(length))
+        self._prefixes.append(_Prefix(ids, row.cache, self.memory.holding(length, length)))
+
+
+def _score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
+    """Log-probabilities of `tokens`, each under one row of `logits [T, V]`."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    index = torch.tensor(tokens, dtype=torch.long, device=logits.device)
+    own = logprobs.gather(1, index[:, None])[:, 0].tolist()
+    best = torch.topk(logprobs, top, dim=-1) if top else None
+    likeliest: list[list[tuple[int, float]]] = [[] for _ in tokens]
+    if best is not None:
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        likeliest = [list(zip(ids, values, strict=True)) for ids, values in pairs]
+    return [Scored(*item) for item in zip(tokens, own, likeliest, strict=True)]

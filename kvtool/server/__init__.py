@@ -1,0 +1,1 @@
+"""The HTTP server: the API that OpenAI's clients speak, on the runtime's scheduler."""

@@ -1,0 +1,224 @@
+"""What requests may say.
+
+Unknown fields are ignored, as servers of this API do; a field that is known but cannot be obeyed is
+refused where ignoring it would change the meaning.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from kvtool.runtime import Sampling
+
+MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 64
+_LEAST_TEMPERATURE = 1e-3  # logits are divided by it: far below, they overflow
+
+_IN_CONFIG = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+Stop = str | Annotated[list[str], Field(max_length=4)] | None
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class Generation(BaseModel):
+    """The fields that both kinds of completion share."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)
+    temperature: float | None = Field(None, ge=0.0, le=2.0)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = Field(None, ge=0.0, le=1.0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100.0)
+    presence_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    logit_bias: dict[Token, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stop: Stop = None
+    stop_token_ids: list[Token] | None = Field(None, max_length=64)
+    min_tokens: int | None = Field(None, ge=0, lt=2**31)
+    ignore_eos: bool | None = None
+    seed: int | None = Field(None, ge=-(2**62), le=2**62)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_transformers(cls, body: Any) -> Any:
+        """`transformers chat` says how to draw in a `generation_config` of its own, as JSON."""
+        if not isinstance(body, dict) or not isinstance(body.get("generation_config"), str):
+            return body
+        try:
+            config = json.loads(body["generation_config"])
+        except (ValueError, RecursionError) as error:
+            raise ValueError("generation_config is no JSON") from error
+        if not isinstance(config, dict):
+            raise ValueError("generation_config is no JSON object")
+        config["max_tokens"] = config.get("max_new_tokens")
+        if config.get("do_sample") is False:
+            config["temperature"] = 0.0
+        said = {name: config[name] for name in _IN_CONFIG if config.get(name) is not None}
+        return {**said, **body}
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams only")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self) -> Sampling:
+        """How tokens are drawn; what is not said is OpenAI's default."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        given = {
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": self.logit_bias,
+        }
+        known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return Sampling(0.0 if temperature < _LEAST_TEMPERATURE else temperature, **known)
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A turn of a conversation; whatever else it says goes to the template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The turn as templates read it, with its text in one piece."""
+        said = self.model_dump(exclude_none=True)
+        parts = self.content
+        said["content"] = "".join(p.text for p in parts) if isinstance(parts, list) else parts or ""
+        return said
+
+
+class ResponseFormat(BaseModel):
+    type: str
+
+
+class ChatCompletion(Generation):
+    """The body of `/v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("response_format")
+    @classmethod
+    def _text_only(cls, value: ResponseFormat | None) -> ResponseFormat | None:
+        if value is not None and value.type != "text":
+            raise ValueError(f"only text can be promised, not '{value.type}'")
+        return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _free_choice(cls, value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+        if value not in (None, "auto", "none"):
+            raise ValueError("a call cannot be forced: only 'auto' and 'none' are supported")
+        return value
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> ChatCompletion:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def new_tokens(self) -> int | None:
+        """At most so many; None where nothing is said."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        return [] if self.tool_choice == "none" else self.tools or []
+
+
+class Completion(Generation):
+    """The body of `/v1/completions`."""
+
+    prompt: str | list[str] | list[Token] | list[list[Token]] = Field(min_length=1)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _no_search(self) -> Completion:
+        if self.best_of is not None and self.best_of != self.choices:
+            raise ValueError("best_of: all choices are returned, so it can only equal n")
+        if self.suffix:
+            raise ValueError("suffix: there is no model here that fills in the middle")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, as a list."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+class Tokenize(BaseModel):
+    """The body of `/tokenize`: a text, or a conversation."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Tokenize:
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("either prompt or messages")
+        return self
+
+
+class LoadModel(BaseModel):
+    """The body of `/load_model`, by which `transformers chat` asks whether a model is there."""
+
+    model: str
+
+
+class Detokenize(BaseModel):
+    tokens: list[Token]

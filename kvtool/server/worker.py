@@ -1,0 +1,270 @@
+"""The thread that owns the engine, and what it hands to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+from kvtool.runtime.scheduler import Counters, Drawn, Request, Scheduler, Scored
+from kvtool.server.errors import ApiError
+from kvtool.server.metrics import Metrics
+from kvtool.text import StopText, TextStream
+
+_SPEED_SECONDS = 5.0  # over which tokens/s are shown
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step added to an answer.
+
+    Attributes:
+        finish: `stop` or `length` with the last one.
+        error: It ends here because something went wrong.
+    """
+
+    text: str = ""
+    scored: Scored | None = None
+    finish: str | None = None
+    error: ApiError | None = None
+
+
+class Answer:
+    """A request, the text that comes of it, and where that goes.
+
+    Attributes:
+        index: Which of the choices of an HTTP request it is.
+        deltas: `(index, delta)`, shared by all choices; touched by the event loop alone.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        stops: Sequence[str],
+        tokenizer: Any,
+        deltas: asyncio.Queue[tuple[int, Delta]],
+        index: int = 0,
+    ) -> None:
+        self.request, self.index, self.deltas = request, index, deltas
+        self._stream, self._stops = TextStream(tokenizer), StopText(stops)
+        self.last: float | None = None  # when its last token came
+
+    def add(self, drawn: Drawn) -> Delta:
+        """What is to be said after one more token."""
+        token, finish = drawn.token, drawn.finish
+        hidden = token is None or token in self.request.stop_ids
+        text = self._stops.push("" if hidden or token is None else self._stream.push(token))
+        if finish is not None and not self._stops.stopped:
+            text += self._stops.push(self._stream.flush())
+            text += self._stops.flush()
+        return Delta(text, drawn.scored, "stop" if self._stops.stopped else finish)
+
+
+@dataclass(frozen=True)
+class State:
+    """How things stand between two steps; sizes in bytes.
+
+    Attributes:
+        shared: Bytes of prefixes kept for later.
+        stored_tokens: Of all running requests.
+        bytes_per_token, native_bytes_per_token: What a further token costs, here and in the
+            uncompressed cache of the same precision.
+        tokens_per_second: Drawn in the last seconds.
+        requests: Prompt tokens, new tokens and bytes of each running request.
+    """
+
+    running: int
+    waiting: int
+    used: int
+    shared: int
+    budget: int
+    stored_tokens: int
+    piece: int
+    bytes_per_token: float
+    native_bytes_per_token: float
+    tokens_per_second: float
+    counters: Counters
+    requests: list[tuple[int, int, int]]
+
+    @property
+    def share(self) -> float:
+        return self.used / self.budget
+
+    @property
+    def native_bytes(self) -> float:
+        """What the running requests would take without compression."""
+        return self.native_bytes_per_token * self.stored_tokens
+
+    @property
+    def compression(self) -> float:
+        """Uncompressed bytes over real ones, of running requests; 1 where there is none."""
+        own = self.used - self.shared
+        return self.native_bytes / own if own and self.stored_tokens else 1.0
+
+
+class Worker(threading.Thread):
+    """Runs steps as long as there is something to do.
+
+    Args:
+        max_waiting: Requests that may wait for memory; more are refused.
+        native_bytes_per_token: Of the uncompressed cache.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, *, model: str, max_waiting: int, native_bytes_per_token: float,
+        metric_prefixes: Sequence[str] = ("kvtool",),
+    ) -> None:  # fmt: skip
+        super().__init__(name="kvtool-engine", daemon=True)
+        self.scheduler, self.engine = scheduler, scheduler.engine
+        self.max_waiting, self._native = max_waiting, native_bytes_per_token
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._answers: dict[Request, Answer] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._queued = 0  # submitted and not ended; touched by the event loop alone
+        self._stopping = False
+        self._recent: list[tuple[float, int]] = []
+        self._state = self._look()
+        self.metrics = Metrics(self, model, metric_prefixes)
+
+    # ------------------------------------------------------------------- for the event loop
+
+    def submit(self, answers: Sequence[Answer]) -> None:
+        """Queues the choices of one HTTP request.
+
+        Raises:
+            ApiError: The queue is full, or the server is shutting down.
+            UsageError, ResourceError: One of them could never run.
+        """
+        if self._stopping:
+            raise ApiError(503, "the server is shutting down")
+        for answer in answers:
+            request = answer.request
+            self.scheduler.check(len(request.prompt), request.max_new_tokens)
+        if self._queued + len(answers) > self.max_waiting + self.scheduler.max_running:
+            message = f"{self._queued} requests are being served or wait; no more are taken"
+            raise ApiError(429, message, headers={"Retry-After": "1"})
+        self._loop = asyncio.get_running_loop()
+        self._queued += len(answers)
+        now = perf_counter()
+
+        def add() -> None:
+            for answer in answers:
+                self._answers[answer.request] = answer
+                self.scheduler.add(answer.request)
+                answer.request.added = now
+
+        self._commands.put(add)
+
+    def release(self, answers: Sequence[Answer]) -> None:
+        """Nobody waits for these any more; what has not ended is free before the next step."""
+        self._queued -= len(answers)
+
+        def cancel() -> None:
+            for answer in answers:
+                if self._answers.pop(answer.request, None) is not None:
+                    self.scheduler.cancel(answer.request)
+                    self.metrics.ended(answer.request, "abort")
+
+        self._commands.put(cancel)
+
+    def stop(self) -> None:
+        """Takes no more requests, and ends the thread when there is nothing left to do."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether requests are taken."""
+        return self.is_alive() and not self._stopping
+
+    def state(self) -> State:
+        """As of the last step, at most one step ago."""
+        return self._state
+
+    # ------------------------------------------------------------------------- the thread
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._obey()
+                if not self.scheduler.idle:
+                    self._deliver(self.scheduler.step())
+            except Exception as error:
+                traceback.print_exc(file=sys.stderr)
+                self._fail(error)
+            self._state = self._look()
+            if self.scheduler.idle and self._stopping and self._commands.empty():
+                return
+
+    def _obey(self) -> None:
+        """Does what was asked for; waits for it if there is nothing else to do."""
+        waits = self.scheduler.idle and not self._stopping
+        while waits or not self._commands.empty():
+            self._commands.get()()
+            waits = False
+
+    def _deliver(self, drawn: Sequence[Drawn]) -> None:
+        now = perf_counter()
+        deltas = []
+        for item in drawn:
+            answer = self._answers[item.request]
+            delta = answer.add(item)
+            if answer.last is not None:
+                self.metrics.token(now - answer.last)
+            answer.last = now
+            if delta.finish is not None:
+                self.scheduler.finish(item.request)
+                del self._answers[item.request]
+                self.metrics.ended(item.request, delta.finish)
+            deltas.append((answer, delta))
+        self._recent = [(at, n) for at, n in self._recent if now - at < _SPEED_SECONDS]
+        self._recent.append((now, len(drawn)))
+        self._send(deltas)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends everything that runs: nobody knows in which state its memory is."""
+        failure = ApiError(500, f"the engine failed: {type(error).__name__}: {error}")
+        answers = list(self._answers.values())
+        self._answers.clear()
+        for answer in answers:
+            self.scheduler.cancel(answer.request)
+            self.metrics.ended(answer.request, "error")
+        self.scheduler.forget_prefixes()
+        self._send([(answer, Delta(error=failure)) for answer in answers])
+
+    def _send(self, deltas: list[tuple[Answer, Delta]]) -> None:
+        def put() -> None:
+            for answer, delta in deltas:
+                answer.deltas.put_nowait((answer.index, delta))
+
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(put)
+        except RuntimeError:  # the loop has closed, so nobody reads any more
+            self._stopping = True
+
+    def _look(self) -> State:
+        scheduler, now = self.scheduler, perf_counter()
+        recent = [] if scheduler.idle else self._recent
+        tokens = sum(n for at, n in recent if now - at < _SPEED_SECONDS)
+        per_token = scheduler.memory.bytes_per_token
+        return State(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            used=scheduler.used,
+            shared=scheduler.shared,
+            budget=scheduler.budget,
+            stored_tokens=scheduler.stored_tokens,
+            piece=scheduler.piece,
+            bytes_per_token=per_token,
+            native_bytes_per_token=self._native,
+            tokens_per_second=tokens / _SPEED_SECONDS,
+            counters=replace(scheduler.counters),
+            requests=scheduler.sizes,
+        )

@@ -1,0 +1,352 @@
+"""Many requests in one memory: each as if it were alone, and never a byte more than allowed."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _convert_tools import one_thread
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_codes import coded
+from test_split_store import MIXED, make_plan
+
+from kvtool.checkpoint import Checkpoint
+from kvtool.convert import mla, planning
+from kvtool.errors import ResourceError, UsageError
+from kvtool.runtime import Engine, Sampling
+from kvtool.runtime.scheduler import Request, Scheduler
+
+one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
+
+KINDS = ("dense", "windowed", "split", "streamed", "budgeted", "coded", "mla", "kvtool-mla")
+PIECE = 16
+GIGABYTE = 2**30
+OPTIONS: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
+    """``engine(kind)``: one of every kind of store."""
+    made: dict[str, Engine] = {}
+
+    def load(kind: str) -> Engine:
+        # Wide enough that a product of few rows adds up in another order than one of many.
+        checkpoint = Checkpoint.open(str(tiny("llama", intermediate_size=1536)))
+        if kind == "windowed":
+            return Engine.load(Checkpoint.open(str(tiny("mistral", sliding_window=24))))
+        if kind == "split":
+            return Engine.load(checkpoint, plan=make_plan(checkpoint, MIXED))
+        if kind == "streamed":
+            return Engine.load(checkpoint, plan=make_plan(checkpoint, MIXED, "streamed"))
+        if kind == "budgeted":
+            nothing = ([False, False],) * 3
+            budgets = ((9, None), (5, 7), (None, None))
+            plan = make_plan(checkpoint, nothing, budgets=budgets, policy="snapkv")
+            return Engine.load(checkpoint, plan=plan)
+        if kind == "coded":
+            return Engine.load(checkpoint, plan=coded(checkpoint, "rotated", 0.5))
+        if kind.endswith("mla"):
+            target = "kvtool" if kind == "kvtool-mla" else "transformers"
+            options = planning.MlaOptions(
+                method="transmla", target=target, kv_budget="60%", freqfold="2", tokens=2048
+            )
+            output = tmp_path_factory.mktemp(kind) / "out"
+            mla.convert(checkpoint, output, options)
+            return Engine.load(Checkpoint.open(str(output)))
+        return Engine.load(checkpoint)
+
+    def get(kind: str) -> Engine:
+        if kind not in made:
+            made[kind] = load(kind)
+        return made[kind]
+
+    return get
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 300, (length,), generator=generator).tolist()
+
+
+def allocated(scheduler: Scheduler) -> int:
+    """What the caches really take, beside what the scheduler has computed."""
+    owners = [*scheduler._rows(), *scheduler._prefixes]
+    return sum(owner.cache.allocated_bytes for owner in owners)
+
+
+Bits = dict[Request, list[tuple[int, float]]]
+
+
+def drain(scheduler: Scheduler, later: Sequence[tuple[int, Request]] = ()) -> Bits:
+    """Runs all requests, and `later` ones after so many steps.
+
+    Returns:
+        Tokens and, where asked for, their log-probabilities: any other rounding would show.
+    """
+    waiting, bits = list(later), Bits()
+    for step in range(3000):
+        while waiting and waiting[0][0] <= step:
+            scheduler.add(waiting.pop(0)[1])
+        if scheduler.idle and not waiting:
+            return bits
+        for item in scheduler.step():
+            if item.scored is not None:
+                bits.setdefault(item.request, []).append(item.scored[:2])
+        assert allocated(scheduler) == scheduler.used <= scheduler.budget
+    raise AssertionError("requests that never end")
+
+
+def alone(engine: Engine, request: Request, **options: Any) -> list[int]:
+    """The tokens of a request that nothing disturbs."""
+    scheduler = Scheduler(engine, GIGABYTE, piece=PIECE, **options)
+    scheduler.add(request)
+    drain(scheduler)
+    return request.tokens
+
+
+def bits_alone(engine: Engine, request: Request) -> list[tuple[int, float]]:
+    scheduler = Scheduler(engine, GIGABYTE, piece=PIECE, share_prefixes=False)
+    return drain(scheduler, [(0, request)])[request]
+
+
+LENGTHS = st.integers(1, 150)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=4, **OPTIONS)
+@given(data=st.data())
+def test_text_is_the_same_alone_and_in_any_batch(engine, kind, data):
+    runtime = engine(kind)
+    arrivals = data.draw(
+        st.lists(
+            st.tuples(st.integers(0, 12), LENGTHS, st.integers(0, 2), st.integers(1, 20)),
+            min_size=2,
+            max_size=5,
+        )
+    )
+
+    def request(length: int, seed: int, new: int) -> Request:
+        # Equal seeds give prompts that start alike.
+        hot = Sampling(temperature=1.0, top_k=50) if seed == 2 else Sampling()
+        return Request(prompt(length, seed), new, hot, seed=length, ignore_eos=True, logprobs=1)
+
+    memory = Scheduler(runtime, GIGABYTE).memory
+    least = max(max(memory.reading(n), memory.holding(n + new, n)) for _, n, _, new in arrivals)
+    scheduler = Scheduler(runtime, int(1.5 * least), piece=PIECE)
+    requests = [request(*what) for _, *what in arrivals]
+    order = sorted(range(len(requests)), key=lambda i: arrivals[i][0])
+    found = drain(scheduler, [(arrivals[i][0], requests[i]) for i in order])
+    for one, (_, *what) in zip(requests, arrivals, strict=True):
+        assert found[one] == bits_alone(runtime, request(*what))
+
+
+@pytest.mark.parametrize("kind", ["dense", "mla", "coded", "budgeted"])
+def test_a_preempted_request_goes_on_from_the_same_bits(engine, kind):
+    runtime = engine(kind)
+    hot = Sampling(temperature=1.0)
+
+    def make(length: int) -> Request:
+        ids = prompt(length, length)
+        return Request(ids, 150, hot, seed=length, ignore_eos=True, logprobs=1)
+
+    memory = Scheduler(runtime, GIGABYTE).memory
+    scheduler = Scheduler(runtime, memory.holding(210, 60) + memory.holding(70, 30), piece=PIECE)
+    requests = [make(30), make(60)]
+    found = drain(scheduler, [(0, request) for request in requests])
+    assert scheduler.counters.preemptions > 0
+    for request in requests:
+        assert found[request] == bits_alone(runtime, make(len(request.prompt)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=6, **OPTIONS)
+@given(
+    actions=st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), LENGTHS, st.integers(0, 30)),
+            st.tuples(st.sampled_from(["cancel", "finish"]), st.integers(0, 9), st.just(0)),
+            st.tuples(st.just("step"), st.integers(1, 8), st.just(0)),
+        ),
+        max_size=25,
+    ),
+    slack=st.floats(1.0, 3.0),
+)
+def test_memory_is_within_the_budget_and_returns(engine, kind, actions, slack):
+    runtime = engine(kind)
+    memory = Scheduler(runtime, GIGABYTE).memory
+    largest = max(memory.reading(150), memory.holding(180, 150))
+    scheduler = Scheduler(runtime, int(slack * largest), piece=PIECE, max_running=4)
+    requests: list[Request] = []
+    for action, number, new in actions:
+        if action == "add":
+            requests.append(Request(prompt(number, number % 3), new))
+            scheduler.add(requests[-1])
+        elif action == "step":
+            for _ in range(number):
+                scheduler.step()
+        elif requests:
+            chosen = requests[number % len(requests)]
+            getattr(scheduler, action)(chosen)
+            assert action == "finish" or chosen not in [*scheduler.running, *scheduler.waiting]
+        assert allocated(scheduler) <= scheduler.used <= scheduler.budget
+    drain(scheduler)
+    scheduler.forget_prefixes()
+    assert allocated(scheduler) == scheduler.used == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("length", "new"), [(1, 1), (5, 70), (64, 1), (65, 64), (150, 100)])
+def test_bytes_are_known_before_they_are_allocated(engine, kind, length, new):
+    scheduler = Scheduler(engine(kind), GIGABYTE, piece=PIECE)
+    request = Request(prompt(length), new, ignore_eos=True)
+    scheduler.add(request)
+    while not scheduler.idle:
+        scheduler.step()
+        assert allocated(scheduler) == scheduler.used
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 63, 64, 200])
+def test_the_most_tokens_are_what_fits_and_not_one_more(engine, kind, length):
+    memory = Scheduler(engine(kind), GIGABYTE).memory
+    for budget in range(0, 2 * memory.holding(512, length), 9973):
+        most = memory.most_tokens(budget, length, 512)
+        if most:
+            assert max(memory.reading(length), memory.holding(most, length)) <= budget
+            assert most == 512 or memory.holding(most + 1, length) > budget
+        else:
+            assert max(memory.reading(length), memory.holding(length, length)) > budget
+
+
+@pytest.mark.parametrize("kind", ["dense", "mla"])
+def test_prompts_that_start_alike_are_read_once(engine, kind):
+    scheduler = Scheduler(engine(kind), GIGABYTE, piece=PIECE)
+    first, ids = Request(prompt(70), 4, ignore_eos=True), prompt(70)
+    scheduler.add(first)
+    drain(scheduler)
+    assert scheduler.shared == scheduler.used == scheduler.memory.holding(64, 64)
+    longer = Request([*ids[:50], *prompt(40, seed=1)], 4, ignore_eos=True)
+    same = Request(ids[:64], 4, ignore_eos=True)
+    for request in (longer, same):
+        scheduler.add(request)
+    drain(scheduler)
+    # Only whole pieces are shared, and the last token is always read.
+    assert (first.cached, longer.cached, same.cached) == (0, 48, 48)
+    for request in (longer, same):
+        fresh = Request(request.prompt, 4, ignore_eos=True)
+        assert request.tokens == alone(engine(kind), fresh, share_prefixes=False)
+
+
+def test_a_running_request_shares_its_prompt_too(engine):
+    scheduler = Scheduler(engine("dense"), GIGABYTE, piece=PIECE)
+    twins = [Request(prompt(40), 30, ignore_eos=True) for _ in range(2)]
+    for request in twins:
+        scheduler.add(request)
+    drain(scheduler)
+    assert [request.cached for request in twins] == [0, 32]
+    assert twins[0].tokens == twins[1].tokens
+
+
+def test_what_plans_have_dropped_is_not_shared(engine):
+    scheduler = Scheduler(engine("split"), GIGABYTE, piece=PIECE)
+    twins = [Request(prompt(40), 5, ignore_eos=True) for _ in range(2)]
+    for request in twins:
+        scheduler.add(request)
+    drain(scheduler)
+    assert [request.cached for request in twins] == [0, 0]
+    assert scheduler.used == 0
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_read(engine):
+    scheduler = Scheduler(engine("dense"), GIGABYTE, piece=PIECE)
+    running = Request(prompt(5), 40, ignore_eos=True)
+    scheduler.add(running)
+    scheduler.step()
+    before = len(running.tokens)
+    scheduler.add(Request(prompt(150, 1), 1))
+    for _ in range(5):
+        scheduler.step()
+    assert len(running.tokens) == before + 5
+
+
+def test_a_request_ends_at_a_stop_token_but_not_before_its_least_tokens(engine):
+    runtime = engine("dense")
+    free = alone(runtime, Request(prompt(9), 12, ignore_eos=True))
+    stop = frozenset({free[3]})
+    first = free.index(free[3]) + 1
+    assert alone(runtime, Request(prompt(9), 12, stop_ids=stop)) == free[:first]
+    later = alone(runtime, Request(prompt(9), 12, min_new_tokens=8, stop_ids=stop))
+    assert len(later) >= 8
+    assert not stop & set(later[:7])
+
+
+@pytest.mark.parametrize("length", [1, PIECE, PIECE + 1, 40])
+def test_logprobs_are_those_of_the_model_for_prompt_and_answer(engine, length):
+    runtime = engine("dense")
+    ids = prompt(length)
+    scheduler = Scheduler(runtime, GIGABYTE, piece=PIECE)
+    request = Request(ids, 3, logprobs=2, prompt_logprobs=2, ignore_eos=True)
+    scheduler.add(request)
+    scored = [item.scored for _ in range(5) for item in scheduler.step()]
+    text = torch.tensor([*ids, *request.tokens])
+    logits = runtime.extend(runtime.new_cache(1, len(text)), text, all_logits=True)
+    expected = torch.log_softmax(logits, dim=-1)
+    assert len(request.scored) == len(ids) - 1
+    for position, one in enumerate([*request.scored, *scored]):
+        assert one.token == text[position + 1]
+        assert one.logprob == pytest.approx(float(expected[position, one.token]), abs=1e-3)
+        assert one.top[0][1] == pytest.approx(float(expected[position].max()), abs=1e-3)
+        assert len(one.top) == 2
+
+
+def test_penalties_count_the_answer_only_and_a_bias_decides(engine):
+    runtime = engine("dense")
+    ids = prompt(9)
+    free = alone(runtime, Request(ids, 30, ignore_eos=True))
+    never_twice = Sampling(frequency_penalty=1000.0)
+    penalised = alone(runtime, Request(ids, 30, never_twice, ignore_eos=True))
+    assert penalised[0] == free[0]
+    assert len(set(penalised)) == 30
+    assert set(penalised) & set(ids), "tokens of the prompt stay free"
+    biased = Sampling(logit_bias={7: 1000.0})
+    assert alone(runtime, Request(ids, 3, biased, ignore_eos=True)) == [7, 7, 7]
+    once = Sampling(presence_penalty=2000.0, logit_bias={7: 1000.0})
+    assert alone(runtime, Request(ids, 3, once, ignore_eos=True)).count(7) == 1
+
+
+def test_what_can_never_run_is_refused(engine):
+    scheduler = Scheduler(engine("dense"), 100_000)
+    with pytest.raises(UsageError, match="empty"):
+        scheduler.add(Request([], 1))
+    with pytest.raises(UsageError, match=r"520.*512"):
+        scheduler.add(Request(prompt(500), 20))
+    with pytest.raises(ResourceError, match=r"147,456 bytes.*100,000"):
+        scheduler.add(Request(prompt(150), 20))
+    scheduler.add(Request(prompt(100), scheduler.room(100)))
+    drain(scheduler)
+
+
+def test_packed_weights_give_the_same_logits_and_are_not_kept_twice(engine, tiny):
+    checkpoint = Checkpoint.open(str(tiny("llama", tie_word_embeddings=True)))
+    plain, packed = Engine.load(checkpoint), Engine.load(checkpoint)
+    packed.pack()
+    assert packed.model.lm_head.weight.numel() == 0
+    assert packed.model.model.embed_tokens.weight.numel() > 0
+    ids = torch.tensor(prompt(20))
+    for length in (1, 20):
+        expected, got = (
+            one.extend(one.new_cache(1, length), ids[:length]) for one in (plain, packed)
+        )
+        torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-4)
+
+
+def test_plans_that_stream_prompts_take_no_more_while_they_read(engine):
+    streamed = Scheduler(engine("streamed"), GIGABYTE).memory
+    assert streamed.reading(100) == streamed.holding(100, 100)
+    dense = Scheduler(engine("split"), GIGABYTE).memory
+    assert dense.reading(100) > dense.holding(100, 100)

@@ -1,0 +1,595 @@
+"""`kvtool serve-local` as its clients see it: real sockets, the openai package, and raw bytes."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import schemathesis
+import uvicorn
+from conftest import make_tokenizer
+from hypothesis import HealthCheck, given, settings
+
+from kvtool.checkpoint import Checkpoint
+from kvtool.cli import run_command
+from kvtool.runtime import Engine
+from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.server import worker as worker_module
+from kvtool.server.app import Service, create_app
+from kvtool.server.worker import Worker
+
+HELLO = [{"role": "user", "content": "The quick brown"}]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | length }} tools\n{% endif %}{% for m in messages %}"
+    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+)
+# Plain letters and spaces, whatever the model would rather say.
+TOKENIZER = make_tokenizer()
+WORDS = {str(token): 100 for token in TOKENIZER("The quick brown fox jumps")["input_ids"]}
+
+
+class Running:
+    """A server on a free port of this process."""
+
+    def __init__(self, app: Any, worker: Worker) -> None:
+        self.worker = worker
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            **{"base_url": f"{self.url}/v1", "api_key": "x", "max_retries": 0} | options
+        )
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=30, **options)
+
+    def kv(self) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/kv").json()
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        assert not self.worker.is_alive()
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Callable[..., Path]) -> Engine:
+    return Engine.load(Checkpoint.open(str(tiny("llama"))))
+
+
+@contextmanager
+def serving(engine: Engine, memory: int = 2**24, **options: Any) -> Iterator[Running]:
+    limits = {name: options.pop(name) for name in ("api_key", "max_body") if name in options}
+    waiting, prefixes = options.pop("max_waiting", 64), options.pop("metric_prefixes", ("kvtool",))
+    worker = Worker(
+        Scheduler(engine, memory, piece=16, **options),
+        model="tiny",
+        max_waiting=waiting,
+        native_bytes_per_token=1536,
+        metric_prefixes=prefixes,
+    )
+    running = Running(create_app(Service(worker, "tiny", "<all of it>"), **limits), worker)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def server(engine: Engine) -> Iterator[Running]:
+    with serving(engine) as running:
+        yield running
+
+
+def greedy(engine: Engine, ids: list[int], new: int) -> str:
+    """What the scheduler draws when asked directly."""
+    scheduler = Scheduler(engine, 2**24, piece=16, share_prefixes=False)
+    request = Request(ids, new)
+    scheduler.add(request)
+    while not scheduler.idle:
+        scheduler.step()
+    return TOKENIZER.decode(request.tokens, skip_special_tokens=True)
+
+
+def events(text: str) -> list[Any]:
+    assert text.endswith("data: [DONE]\n\n")
+    lines = [line for line in text.split("\n\n") if line]
+    assert all(line.startswith("data: ") and "\n" not in line for line in lines)
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+# ------------------------------------------------------------------------------------ answers
+
+
+def test_chat_of_the_openai_client_is_the_greedy_text(server, engine):
+    ids = TOKENIZER.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    expected = greedy(engine, ids, 12)
+    options = {"model": "tiny", "messages": HELLO, "max_completion_tokens": 12, "temperature": 0}
+    answer = server.client().chat.completions.create(**options)
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.object == "chat.completion"
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.usage.total_tokens == len(ids) + answer.usage.completion_tokens
+    again = server.client().chat.completions.create(**options)
+    assert again.choices[0].message.content == expected
+    assert again.usage.prompt_tokens_details.cached_tokens == len(ids) // 16 * 16
+    assert again.timings["cache_n"] == len(ids) // 16 * 16
+    stream = server.client().chat.completions.create(**options, stream=True)
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+
+def test_a_stream_has_the_form_that_clients_expect(server):
+    body = {
+        "model": "tiny", "messages": HELLO, "max_tokens": 6, "temperature": 0, "stream": True,
+        "stream_options": {"include_usage": True}, "ignore_eos": True, "user": "ignored",
+    }  # fmt: skip
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["cache-control"] == "no-cache"
+        first, *middle, last, usage = events(response.read().decode())
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all(c["choices"][0]["finish_reason"] is None for c in [first, *middle])
+    assert all(c["choices"][0]["delta"]["content"] for c in middle)
+    assert last["choices"][0] == {
+        "index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"
+    }  # fmt: skip
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 6
+    for chunk in [first, *middle, last]:
+        assert chunk["usage"] is None
+        assert chunk["object"] == usage["object"] == "chat.completion.chunk"
+        assert (chunk["id"], chunk["created"]) == (usage["id"], usage["created"])
+    assert "usage" not in events(server.post("/v1/chat/completions", {
+        "messages": HELLO, "max_tokens": 2, "stream": True
+    }).text)[0]  # fmt: skip
+
+
+def test_many_async_streams_interleave_and_are_what_they_are_alone(server, engine):
+    prompts = [TOKENIZER("The quick brown fox " * n)["input_ids"] for n in range(1, 9)]
+
+    async def text(client: openai.AsyncOpenAI, ids: list[int]) -> str:
+        stream = await client.completions.create(
+            model="tiny", prompt=ids, max_tokens=20, temperature=0, stream=True
+        )
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def together() -> list[str]:
+        url = f"{server.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="x", max_retries=0) as client:
+            return await asyncio.gather(*(text(client, ids) for ids in prompts))
+
+    assert asyncio.run(together()) == [greedy(engine, ids, 20) for ids in prompts]
+    wait_until(lambda: not server.kv()["running"])
+
+
+def test_a_stop_string_across_tokens_ends_the_text_before_it(server):
+    options: dict[str, Any] = {
+        "model": "tiny", "prompt": "A", "max_tokens": 40, "seed": 3, "logit_bias": WORDS
+    }  # fmt: skip
+    client = server.client()
+    free = client.completions.create(**options)
+    text = free.choices[0].text
+    assert free.choices[0].finish_reason == "length"
+    stop = text[9:15]
+    expected = text[: text.index(stop)]
+    cut = client.completions.create(**options, stop=["never", stop])
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == (expected, "stop")
+    assert cut.usage.completion_tokens < 40
+    chunks = list(client.completions.create(**options, stop=stop, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    tokens = TOKENIZER(text)["input_ids"]
+    by_token = client.completions.create(**options, extra_body={"stop_token_ids": [tokens[5]]})
+    assert by_token.choices[0].finish_reason == "stop"
+    assert TOKENIZER.decode([tokens[5]]) not in by_token.choices[0].text
+
+
+def test_seeds_choices_and_penalties(server):
+    client = server.client()
+    options: dict[str, Any] = {"model": "tiny", "prompt": "The", "max_tokens": 12, "n": 3}
+    first = client.completions.create(**options, seed=5, temperature=1.5)
+    again = client.completions.create(**options, seed=5, temperature=1.5)
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices]
+    assert len(set(texts)) == 3
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    assert first.usage.prompt_tokens == len(TOKENIZER("The")["input_ids"])
+    token = str(TOKENIZER("q")["input_ids"][0])
+    always: dict[str, Any] = {
+        "model": "tiny", "prompt": "q", "max_tokens": 4, "temperature": 0,
+        "logit_bias": {token: 100},
+    }  # fmt: skip
+    assert client.completions.create(**always).choices[0].text == "qqqq"
+    chat = client.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=3, n=2, seed=1, stream=True
+    )
+    ended = [c.choices[0].index for c in chat if c.choices[0].finish_reason]
+    assert sorted(ended) == [0, 1]
+
+
+def test_echo_and_logprobs_tell_the_likelihood_of_given_tokens(server):
+    ids = TOKENIZER("The lazy dog")["input_ids"]
+    for prompt in (ids, [ids, ids[:4]], ["The lazy dog"]):
+        body = {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 2, "temperature": 0}
+        choices = server.post("/v1/completions", body).json()["choices"]
+        logprobs = choices[0]["logprobs"]
+        assert choices[0]["text"].startswith("The lazy dog")
+        assert len(logprobs["tokens"]) == len(ids) + 1 == len(logprobs["text_offset"])
+        assert logprobs["token_logprobs"][0] is None
+        assert all(value < 0 for value in logprobs["token_logprobs"][1:])
+        assert "".join(logprobs["tokens"]) == choices[0]["text"]
+        best = [max(top.values()) for top in logprobs["top_logprobs"][1:]]
+        assert all(a <= b for a, b in zip(logprobs["token_logprobs"][1:], best, strict=True))
+        assert len(choices) == (2 if isinstance(prompt[0], list) else 1)
+    alone = server.post("/v1/completions", body | {"max_tokens": 0}).json()["choices"][0]
+    assert alone["text"] == "The lazy dog"
+    assert alone["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:-1]
+    streamed = events(server.post("/v1/completions", body | {"stream": True}).text)
+    pieces = [piece["choices"][0] for piece in streamed]
+    assert "".join(piece["text"] for piece in pieces) == choices[0]["text"]
+    given = [value for piece in pieces for value in piece["logprobs"]["token_logprobs"]]
+    assert given == logprobs["token_logprobs"]
+
+
+def test_chat_logprobs_name_the_likeliest_tokens(server):
+    answer = server.client().chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=3, temperature=0, logprobs=True, top_logprobs=3
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for one in content:
+        assert one.logprob == one.top_logprobs[0].logprob
+        assert one.bytes == list(one.token.encode())
+        assert len(one.top_logprobs) == 3
+
+
+def test_what_transformers_chat_sends_is_understood(server):
+    loaded = server.post("/load_model", {"model": "tiny"})
+    assert json.loads(loaded.text.removeprefix("data: "))["status"] == "ready"
+    assert server.post("/load_model", {"model": "other"}).status_code == 404
+    config = {"max_new_tokens": 3, "do_sample": False, "top_k": 50, "eos_token_id": None}
+    body = {"messages": HELLO, "generation_config": json.dumps(config)}
+    first, second = (server.post(CHAT, body).json() for _ in range(2))
+    assert first["usage"]["completion_tokens"] == 3
+    assert first["choices"] == second["choices"]
+    assert server.post(CHAT, body | {"generation_config": "["}).status_code == 400
+
+
+def test_a_last_turn_of_the_assistant_is_continued_and_parts_are_one_text(server):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "The quick"}]}]
+    plain = [{"role": "user", "content": "The quick"}]
+    counts = [
+        server.post("/tokenize", {"messages": messages}).json()["tokens"]
+        for messages in (parts, plain, [*plain, {"role": "assistant", "content": "br"}])
+    ]
+    assert counts[0] == counts[1]
+    assert TOKENIZER.decode(counts[2]).endswith("br")
+
+
+# -------------------------------------------------------------------------------------- tools
+
+
+class Script:
+    """In the place of the stream of text: a fixed answer, three letters per token."""
+
+    text = 'Sure. <tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call>'
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.at = 0
+
+    def push(self, token: int) -> str:
+        self.at += 3
+        return self.text[self.at - 3 : self.at]
+
+    def flush(self) -> str:
+        return ""
+
+
+def test_tool_calls_are_parsed_whole_and_streamed(engine, monkeypatch):
+    monkeypatch.setattr(worker_module, "TextStream", Script)
+    monkeypatch.setattr(engine.tokenizer, "chat_template", TOOL_TEMPLATE)
+    with serving(engine) as server:
+        options: dict[str, Any] = {
+            "model": "tiny", "messages": HELLO, "tools": [TOOL], "max_tokens": 40,
+            "extra_body": {"ignore_eos": True},
+        }  # fmt: skip
+        answer = server.client().chat.completions.create(**options).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        assert answer.message.content == "Sure. "
+        (call,) = answer.message.tool_calls
+        assert call.function.name == "weather"
+        assert json.loads(call.function.arguments) == {"city": "Bern"}
+        chunks = list(server.client().chat.completions.create(**options, stream=True))
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        assert "".join(delta.content or "" for delta in deltas) == "Sure. "
+        (streamed,) = [call for delta in deltas for call in delta.tool_calls or ()]
+        assert streamed.function.name == "weather"
+        assert streamed.id != call.id
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        none = server.client().chat.completions.create(**options, tool_choice="none")
+        assert none.choices[0].message.tool_calls is None
+
+
+# -------------------------------------------------------------------------------------- errors
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        (CHAT, {}, 400, "messages"),
+        (CHAT, {"messages": []}, 400, "messages"),
+        (CHAT, {"messages": HELLO, "temperature": 3}, 400, "temperature"),
+        (CHAT, {"messages": HELLO, "n": 0}, 400, "n"),
+        (CHAT, {"messages": HELLO, "stop": list("abcde")}, 400, None),
+        (CHAT, {"messages": HELLO, "top_logprobs": 2}, 400, None),
+        (CHAT, {"messages": HELLO, "stream_options": {"include_usage": True}}, 400, None),
+        (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, 400, None),
+        (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice"),
+        (CHAT, {"messages": HELLO, "tools": [TOOL]}, 400, "tools"),
+        (CHAT, {"messages": HELLO, "chat_template_kwargs": {"tokenize": False}}, 400, None),
+        (CHAT, {"messages": HELLO, "max_tokens": 600}, 400, "max_tokens"),
+        (CHAT, {"messages": HELLO, "logit_bias": {"300": 1}}, 400, "logit_bias"),
+        (CHAT, {"messages": HELLO, "model": "gpt-4o"}, 404, "model"),
+        (CHAT, {"messages": [{"role": "user", "content": "x " * 600}]}, 400, None),
+        (TEXT, {"prompt": ""}, 400, None),
+        (TEXT, {"prompt": []}, 400, None),
+        (TEXT, {"prompt": [[]]}, 400, "prompt"),
+        (TEXT, {"prompt": [300]}, 400, "prompt"),
+        (TEXT, {"prompt": "x", "suffix": "y"}, 400, None),
+        (TEXT, {"prompt": "x", "best_of": 3}, 400, None),
+        (TEXT, [], 400, None),
+        ("/detokenize", {"tokens": [300]}, 400, "tokens"),
+        ("/tokenize", {}, 400, None),
+        ("/nothing", {}, 404, None),
+        ("/health", {}, 405, None),
+    ],
+)
+def test_errors_have_openais_shape_and_the_right_status(server, path, body, status, param):
+    response = server.post(path, body)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["code"] == status
+    assert error["message"]
+    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+    if param:
+        assert error["param"] == param
+
+
+def test_both_numbers_are_said_when_the_context_is_too_short(server):
+    with pytest.raises(openai.BadRequestError, match=r"1 prompt tokens and 600 .*512"):
+        server.client().completions.create(model="tiny", prompt=[5], max_tokens=600)
+
+
+def test_a_body_that_is_no_json_is_refused(server):
+    for content in (b"{", b"\xff", b"[" * 100_000):
+        headers = {"content-type": "application/json"}
+        response = httpx.post(f"{server.url}{CHAT}", content=content, headers=headers)
+        assert response.status_code == 400, content[:5]
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_key_opens_everything_and_health_needs_none(engine):
+    with serving(engine, api_key="secret", max_body=2000) as server:
+        for path in ("/v1/models", "/metrics", "/", "/kv", "/ready", "/openapi.json"):
+            for headers in ({}, {"Authorization": "Bearer wrong"}):
+                response = httpx.get(f"{server.url}{path}", headers=headers)
+                assert response.status_code == 401
+                assert response.json()["error"]["type"] == "authentication_error"
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert [model.id for model in server.client(api_key="secret").models.list()] == ["tiny"]
+        headers = {"Authorization": "Bearer secret", "content-type": "application/json"}
+        large = json.dumps({"prompt": "x" * 3000}).encode()
+        chunked = (large[at : at + 500] for at in range(0, len(large), 500))
+        for content in (large, chunked):
+            response = httpx.post(f"{server.url}{TEXT}", content=content, headers=headers)
+            assert response.status_code == 413
+            assert response.json()["error"]["code"] == 413
+
+
+def test_a_full_queue_says_when_to_come_again(engine):
+    with serving(engine, max_running=1, max_waiting=1) as server:
+        response = server.post(TEXT, {"prompt": "x", "n": 3})
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        assert response.json()["error"]["type"] == "overloaded_error"
+        assert server.post(TEXT, {"prompt": "x", "n": 2, "max_tokens": 2}).status_code == 200
+
+
+def test_an_engine_that_fails_ends_its_requests_and_goes_on(engine, monkeypatch, capfd):
+    with serving(engine) as server:
+        step = server.worker.scheduler.step
+        body = {"prompt": "The", "max_tokens": 5}
+
+        def fail() -> None:
+            raise RuntimeError("out of luck")
+
+        monkeypatch.setattr(server.worker.scheduler, "step", fail)
+        response = server.post(TEXT, body)
+        assert response.status_code == 500
+        assert "out of luck" in response.json()["error"]["message"]
+        streamed = server.post(TEXT, body | {"stream": True})
+        assert json.loads(streamed.text.removeprefix("data: "))["error"]["code"] == 500
+        monkeypatch.setattr(server.worker.scheduler, "step", step)
+        assert server.post(TEXT, body).status_code == 200
+        assert server.kv()["running"] == []
+
+
+# ------------------------------------------------------------------------------ memory and life
+
+
+def test_a_client_that_leaves_frees_its_memory(server):
+    body = {"prompt": "The", "max_tokens": 500, "ignore_eos": True}
+    server.worker.scheduler.forget_prefixes()
+    for stream in (True, False):
+        with httpx.Client(base_url=server.url) as client:
+            try:
+                with client.stream("POST", TEXT, json=body | {"stream": stream}, timeout=0.3) as r:
+                    next(r.iter_lines())
+            except httpx.ReadTimeout:
+                assert not stream
+        wait_until(lambda: not server.kv()["running"])
+        assert server.kv()["used_bytes"] == server.kv()["shared_prefix_bytes"]
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'request_success_total{finished_reason="abort",model_name="tiny"} 2.0' in text
+
+
+def test_requests_wait_for_memory_and_all_are_answered(engine):
+    row = Scheduler(engine, 2**24).memory
+    with serving(engine, memory=2 * row.holding(128, 1)) as server:
+
+        async def ask(client: httpx.AsyncClient, n: int) -> int:
+            body = {"prompt": [5 + n], "max_tokens": 100, "ignore_eos": True}
+            answer = await client.post(TEXT, json=body)
+            return answer.json()["usage"]["completion_tokens"]
+
+        async def together() -> list[int]:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                return await asyncio.gather(*(ask(client, n) for n in range(6)))
+
+        assert asyncio.run(together()) == [100] * 6
+        assert server.kv()["used_bytes"] == 0
+
+
+def test_metrics_have_the_names_of_vllm(engine):
+    with serving(engine, metric_prefixes=("kvtool", "vllm")) as server:
+        assert server.post(TEXT, {"prompt": "The quick", "max_tokens": 3}).status_code == 200
+        text = httpx.get(f"{server.url}/metrics").text
+    families = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    names = [
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "prefix_cache_queries_total",
+        "prefix_cache_hits_total",
+        "prompt_tokens_total",
+        "generation_tokens_total",
+        "num_preemptions_total",
+        "request_success_total",
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+        "cache_config_info",
+    ]
+    for prefix in ("kvtool", "vllm"):
+        assert {f"{prefix}:{name}" for name in names} <= families
+    assert 'vllm:generation_tokens_total{model_name="tiny"} 3.0' in text
+    assert "kvtool:kv_bytes_allocated" in families
+
+
+def test_the_status_page_needs_nothing_from_elsewhere(server):
+    response = httpx.get(server.url)
+    assert response.headers["content-type"].startswith("text/html")
+    page = response.text
+    assert not re.search(r"<script|src=|href=|url\(|@import", page)
+    assert "&lt;all of it&gt;" in page
+    for word in ("Memory", "Saved", "tokens/s", "uncompressed"):
+        assert word in page
+
+
+def test_facts_about_model_and_tokenizer(server):
+    client = server.client()
+    assert client.models.retrieve("tiny").max_model_len == 512
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other/model")
+    tokens = server.post("/tokenize", {"prompt": "naïve 🤖"}).json()["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json() == {"prompt": "naïve 🤖"}
+    info = httpx.get(f"{server.url}/tokenizer_info").json()
+    assert {"<|bos|>", "<|eos|>"} == {info["bos_token"], info["eos_token"]}
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+    assert "version" in httpx.get(f"{server.url}/version").json()
+
+
+def test_sigterm_lets_running_streams_end(tiny):
+    command = [sys.executable, "-m", "kvtool", "serve-local", str(tiny("llama")), "--port", "0"]
+    options = ["--kv-memory", "64MiB", "--served-model-name", "tiny"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
+        assert url is not None
+        body = {"prompt": "The", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url[0]}{TEXT}", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert (
+            json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        )
+        assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--kv-memory", "lots"], 2, "--kv-memory 'lots' is not a size"),
+        (["--kv-memory", "50%"], 2, "--kv-memory '50%' is not a size"),
+        (["--kv-memory", "1KB"], 5, "does not hold a single token"),
+        (["--chat-template", "/nowhere"], 2, "--chat-template /nowhere cannot be read"),
+        (["--host", "not a host"], 1, "cannot listen on not a host"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_sentence(tiny, capfd, arguments, code, message):
+    assert run_command(["serve-local", str(tiny("llama")), "--port", "0", *arguments]) == code
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+
+
+def test_a_port_that_is_taken_is_known_before_the_weights_are_loaded(tiny, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert run_command(["serve-local", str(tiny("llama")), "--port", port]) == 1
+    assert f"cannot listen on 127.0.0.1 port {port}" in capfd.readouterr().err
+
+
+def test_whatever_the_document_allows_is_answered_without_a_500(server):
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy())
+        def answered(case: Any) -> None:
+            response = case.call(timeout=30)
+            assert response.status_code < 500, (case.method, case.path, case.body, response.text)
+
+        answered()
+    wait_until(lambda: not server.kv()["running"])

@@ -151,8 +151,7 @@ def train_codes(
     if amount.seconds is not None:
         steps = max(1, int(amount.seconds / _seconds(student, checkpoint, length, data, seed)))
     else:
-        assert amount.tokens is not None
-        steps = max(1, amount.tokens // length)
+        steps = amount.steps(length)
     windows = lessons(checkpoint, data, steps, length, seed)
     training = Training(steps, learning_rate, warmup=0.1, cooldown=0.5, clip=1.0, seed=seed)
     log = train(

@@ -315,7 +315,7 @@ def _heal(
         checkpoint,
         [ConvertedLayer.load(fitted_file(scratch, i)) for i in range(total)],
         stream.rope,
-        heal.Amount.parse(options.heal),
+        distill.Amount.parse(options.heal, "--heal", heal.AUTO),
         scratch,
         data=options.data,
         teacher=teacher,

@@ -10,11 +10,8 @@ Text alone does not teach a cache to be searched, so a quarter of the windows ar
 
 from __future__ import annotations
 
-import copy
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +27,10 @@ from kvtool.attention import (
     Rope,
     decoder_layers,
 )
-from kvtool.calibrate.tasks import Kind, RecallTask
+from kvtool.calibrate.lessons import lessons
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert.fitting import ConvertedLayer, converted_stages
-from kvtool.corpus import Corpus, training_text
-from kvtool.distill import Student, Training
+from kvtool.distill import Amount, Student, Training
 from kvtool.errors import UsageError
 from kvtool.latent import FactoredAttention, LatentFactors
 
@@ -44,108 +40,9 @@ BATCH = 1
 """Windows of a step."""
 AUTO = 16 * 1024
 """Tokens of `--heal auto`."""
-RECALL = 0.25
-"""Share of the windows that are recall tasks."""
-CHAT = 0.25
-"""Share of the others that are conversations, see :meth:`Corpus.windows`."""
 LEARNING_RATE = 5e-4
 """Relative: AdamW moves a parameter by this share of its root mean square per step."""
 _SLICE = 512  # positions whose logits are there at once
-_MOST = 1e9  # tokens; their windows are held in memory
-
-
-@dataclass(frozen=True)
-class Amount:
-    """How long to heal: tokens, or seconds of the machine that runs it.
-
-    `auto` is enough tokens to see what healing does, in minutes on two cores for a small model.
-    """
-
-    tokens: int | None = None
-    seconds: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Amount:
-        """Reads `200k`, `1.5M`, `40000` (tokens), `20min`, `2h` or `auto`.
-
-        Raises:
-            UsageError: It is none of these.
-        """
-        units = {"min": 60.0, "h": 3600.0, "k": 1e3, "M": 1e6, "": 1.0}
-        number = text.strip()
-        if number == "auto":
-            return cls(tokens=AUTO)
-        if not number.endswith("M"):
-            number = number.lower()  # but `20m` is neither minutes nor millions
-        unit = next(u for u in units if number.endswith(u))
-        try:
-            value = float(number.removesuffix(unit)) * units[unit]
-        except ValueError:
-            value = -1.0
-        if not 1 <= value <= _MOST:
-            raise UsageError(
-                f"--heal {text} is neither a number of tokens such as 200k or 1.5M, nor a "
-                "time such as 20min or 2h, nor 'auto'"
-            )
-        return cls(seconds=value) if unit in ("min", "h") else cls(tokens=int(value))
-
-    def steps(self, length: int, processes: int) -> int:
-        """Steps that a number of tokens makes, in windows of `length`."""
-        assert self.tokens is not None
-        return max(1, self.tokens // (BATCH * length * processes))
-
-
-def lessons(checkpoint: Checkpoint, data: str | None, count: int, length: int, seed: int) -> Tensor:
-    """Windows `[count, length]` of training text, conversations and recall tasks, mixed evenly.
-
-    Text that is too short is read again, its documents in another order. Where recall tasks do not
-    fit into the length, there are none.
-    """
-    tokenizer, corpus = checkpoint.tokenizer(), training_text(data)
-    tasks = _recall_tasks(tokenizer, corpus, seed)
-    share = RECALL
-    try:
-        for task in tasks:
-            trial = copy.copy(task)
-            trial.random = random.Random(seed)
-            trial.sample(length - 32)  # some samples need a little more than others
-    except UsageError:
-        share = 0.0
-    recalled = [int(share * (i + 1)) > int(share * i) for i in range(count)]
-    wanted = count - sum(recalled)
-    text: list[Tensor] = []
-    there = corpus.count_tokens(tokenizer, 2 * wanted * length)
-    epoch, once = 0, max(1, int(0.9 * there) // length)
-    while len(text) < wanted:
-        more = min(once, wanted - len(text))
-        try:
-            text += corpus.windows(tokenizer, length, more, seed + epoch, CHAT).unbind()
-        except UsageError:
-            if once == 1:
-                raise
-            once //= 2  # conversations do not fill their windows to the last token
-        else:
-            epoch += 1
-    rows = iter(text)
-    drawn = 0
-    windows = []
-    for recall in recalled:
-        if recall:
-            sample = tasks[drawn % len(tasks)].sample(length)
-            windows.append(torch.cat((sample.context, sample.tail))[:length])
-            drawn += 1
-        else:
-            windows.append(next(rows))
-    return torch.stack(windows)
-
-
-_HAYSTACK = 400_000  # characters that recall tasks hide their keys in
-
-
-def _recall_tasks(tokenizer: Any, corpus: Corpus, seed: int) -> list[RecallTask]:
-    kinds: tuple[Kind, ...] = ("names", "ordinals")
-    haystack = corpus.excerpt(_HAYSTACK)
-    return [RecallTask(tokenizer, haystack, kind, words=5, seed=seed) for kind in kinds]
 
 
 class _Either(nn.Module):
@@ -333,7 +230,7 @@ def heal(
     if amount.tokens is None:
         steps = int((folder / STEPS).read_text())
     else:
-        steps = amount.steps(length, processes)
+        steps = amount.steps(BATCH * length * processes)
     training = Training(steps, LEARNING_RATE, warmup=0.1, cooldown=0.5, clip=1.0, seed=seed)
     windows = lessons(checkpoint, data, steps * BATCH * processes, length, seed)
     batches = windows.split(BATCH)

@@ -42,7 +42,7 @@ class ConvertOptions:
         freqfold: F of TransMLA, or `auto`.
         data: Calibration text; `None` is Python's own documentation, for healing with docstrings.
         tokens: Calibration tokens.
-        heal: How long the original teaches the result, see :meth:`heal.Amount.parse`.
+        heal: How long the original teaches the result, see :meth:`kvtool.distill.Amount.parse`.
         teacher: Another model that teaches instead, with the same tokenizer.
         dtype: Of the attention tensors; `auto` keeps the source's.
     """
@@ -234,10 +234,10 @@ def _check_healing(
         raise UsageError("--method exact loses nothing that --heal could bring back")
     if teacher is not None:
         heal.check_teacher(teacher, checkpoint)
-    amount = heal.Amount.parse(options.heal)
+    amount = distill.Amount.parse(options.heal, "--heal", heal.AUTO)
     length = heal.window(checkpoint, teacher)
     _, processes = distill.processes()
-    steps = None if amount.tokens is None else amount.steps(length, processes)
+    steps = None if amount.tokens is None else amount.steps(heal.BATCH * length * processes)
     text = training_text(options.data).id
     return {**dataclasses.asdict(amount), "window": length, "steps": steps, "text": text}
 

@@ -128,6 +128,11 @@ class Amount:
             )
         return cls(seconds=value) if unit in ("min", "h") else cls(tokens=int(value))
 
+    def steps(self, size: int) -> int:
+        """Steps of `size` tokens each that a number of tokens makes, at least one."""
+        assert self.tokens is not None
+        return max(1, self.tokens // size)
+
 
 class Student(nn.Module):
     """What is trained: the parameters that require a gradient, and how good they are."""

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kvtool import distill
+from kvtool.calibrate import lessons as lessons_of
 from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
@@ -35,9 +36,9 @@ from kvtool.cli import run_command
 from kvtool.convert import aware, conversion, gqa, heal, planning
 from kvtool.convert.exact import exact_factors
 from kvtool.convert.fitting import ConvertedLayer, converted_attention, converted_stages
-from kvtool.convert.heal import Amount, ConvertedStudent
+from kvtool.convert.heal import ConvertedStudent
 from kvtool.convert.verify import verify
-from kvtool.distill import LOG, STATE, Training, train
+from kvtool.distill import LOG, STATE, Amount, Training, train
 from kvtool.errors import CalibrationError, UsageError
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
@@ -57,8 +58,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short windows of text, few of them, all in float32, and a state at every second step."""
     monkeypatch.setattr(heal, "WINDOW", 64)
     monkeypatch.setattr(heal, "BATCH", 2)
-    monkeypatch.setattr(heal, "RECALL", 0.0)  # recall tasks are longer than these windows
-    monkeypatch.setattr(heal, "_HAYSTACK", 20_000)
+    monkeypatch.setattr(lessons_of, "RECALL", 0.0)  # recall tasks are longer than these windows
+    monkeypatch.setattr(lessons_of, "_HAYSTACK", 20_000)
     monkeypatch.setattr(heal, "fast_bfloat16", lambda _: False)
     monkeypatch.setattr(heal, "Training", partial(Training, save_every=2))
 
@@ -264,7 +265,7 @@ def test_the_divergence_falls_and_shared_weights_stay(tiny, tmp_path, monkeypatc
     students: list[ConvertedStudent] = []
     converted = ConvertedStudent.converted
     monkeypatch.setattr(ConvertedStudent, "converted", lambda s: students.append(s) or converted(s))
-    before, one = fitted(model), heal.lessons(checkpoint_of(model), None, 2, 64, 0)
+    before, one = fitted(model), lessons_of.lessons(checkpoint_of(model), None, 2, 64, 0)
     monkeypatch.setattr(heal, "lessons", lambda *_: one.repeat(8, 1))  # the same at every step
     after = healed(model, tmp_path, steps(8), layers=before)
     losses = [record["loss"] for record in logged(tmp_path)]
@@ -291,22 +292,22 @@ def test_the_divergence_falls_and_shared_weights_stay(tiny, tmp_path, monkeypatc
 
 
 def test_lessons_are_text_with_every_fourth_window_a_recall_task(llama, monkeypatch):
-    monkeypatch.setattr(heal, "RECALL", 0.25)
+    monkeypatch.setattr(lessons_of, "RECALL", 0.25)
     checkpoint = checkpoint_of(llama)
-    windows = heal.lessons(checkpoint, None, 8, 512, 0)
+    windows = lessons_of.lessons(checkpoint, None, 8, 512, 0)
     tokenizer = checkpoint.tokenizer()
     texts = tokenizer.batch_decode(windows)
     assert windows.shape == (8, 512)
     recalled = ["The code of" in text or "passkey" in text for text in texts]
     assert recalled == [False, False, False, True] * 2
-    assert torch.equal(heal.lessons(checkpoint, None, 8, 512, 0), windows)
-    assert not torch.equal(heal.lessons(checkpoint, None, 8, 512, 1), windows)
+    assert torch.equal(lessons_of.lessons(checkpoint, None, 8, 512, 0), windows)
+    assert not torch.equal(lessons_of.lessons(checkpoint, None, 8, 512, 1), windows)
 
 
 def test_text_that_is_too_short_is_read_again(llama, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"Paragraph {i} of another text." for i in range(500)))
-    windows = heal.lessons(checkpoint_of(llama), str(text), 40, 512, 0)
+    windows = lessons_of.lessons(checkpoint_of(llama), str(text), 40, 512, 0)
     assert windows.shape == (40, 512)
     assert 1 < len({tuple(window.tolist()) for window in windows}) < 40
 
@@ -328,13 +329,13 @@ def test_text_that_is_too_short_is_read_again(llama, tmp_path):
     ],
 )
 def test_an_amount_is_tokens_or_a_time(text, tokens, seconds):
-    assert Amount.parse(text) == Amount(tokens, seconds)
+    assert Amount.parse(text, "--heal", heal.AUTO) == Amount(tokens, seconds)
 
 
 @pytest.mark.parametrize("text", ["", "k", "much", "-5", "0", "0h", "nan", "inf", "1e999", "2hk"])
 def test_what_is_no_amount_is_refused(text):
     with pytest.raises(UsageError, match=f"--heal {text} is neither"):
-        Amount.parse(text)
+        Amount.parse(text, "--heal", heal.AUTO)
 
 
 def test_tokens_are_divided_into_steps(llama, tmp_path):
@@ -448,7 +449,7 @@ def test_a_healed_checkpoint_verifies(tiny, tmp_path, family, target, overrides,
 @pytest.mark.parametrize(("family", "overrides"), MERGED.values(), ids=MERGED)
 def test_merged_heads_are_healed_and_verify(tiny, tmp_path, monkeypatch, family, overrides):
     model, output = tiny(family, **overrides), tmp_path / "out"
-    one = heal.lessons(checkpoint_of(model), None, 2, 64, 0)
+    one = lessons_of.lessons(checkpoint_of(model), None, 2, 64, 0)
     monkeypatch.setattr(heal, "lessons", lambda *_: one.repeat(8, 1))  # the same at every step
     convert(model, output, to="gqa", kv_heads=1, heal=str(8 * 2 * 64))
     log = (output / "kvtool" / "healing.jsonl").read_text().splitlines()

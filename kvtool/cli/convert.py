@@ -123,11 +123,11 @@ def convert(
     """Convert MODEL to a latent cache (MLA) or to fewer KV heads, as a stock checkpoint."""
     from kvtool.checkpoint import Checkpoint
     from kvtool.convert import artifact, conversion, planning
-    from kvtool.convert.heal import Amount
-    from kvtool.distill import processes
+    from kvtool.convert.heal import AUTO
+    from kvtool.distill import Amount, processes
 
     if heal is not None:
-        Amount.parse(heal)
+        Amount.parse(heal, "--heal", AUTO)
     elif device != "auto" or teacher is not None:
         flag, what = ("--teacher", "who teaches") if teacher is not None else ("--device", "where")
         raise UsageError(f"{flag} says {what} while healing: give --heal, too")

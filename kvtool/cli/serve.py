@@ -160,7 +160,7 @@ def native_bytes_per_token(engine: Engine, checkpoint: Checkpoint) -> float:
 
 
 def _size(text: str, flag: str) -> int:
-    from kvtool.plan import parse_budget
+    from kvtool.sizes import parse_budget
 
     try:
         if "%" in text:

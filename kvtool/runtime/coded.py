@@ -80,6 +80,10 @@ class CodedStore(DroppingHeads):
             assert isinstance(before, CodedStore)
             self.codes, self.planes = before.codes, before.planes
 
+    def resize(self, capacity: int) -> None:
+        if not self.layer:  # the others share its plane
+            super().resize(capacity)
+
     @property
     def allocated_bytes(self) -> int:
         own = self.exact.allocated_bytes + (self.prompt.allocated_bytes if self.prompt else 0)

@@ -195,7 +195,7 @@ class Engine:
         cache.lengths[row] = begin if intact else 0
         collected: list[Tensor] = []
         start = begin
-        dense = begin == 0 and (self.plan is None or self.plan.prefill == "dense")
+        dense = prompt is not None and self.plan is not None and self.plan.prefill == "dense"
         for piece in ids.to(self.device).split(chunk if dense else min(chunk, self._most_tokens)):
             end = start + len(piece)
             positions = torch.arange(start, end, device=self.device)[None]

@@ -29,8 +29,7 @@ class RowMemory:
         for layer in plan.layers:
             self.budgets += [n for n in layer.budgets if n is not None]
             if plan.prefill == "dense":
-                coded = layer.code is not None
-                self.dropping += plan.base.kv_heads if coded else sum(layer.streaming)
+                self.dropping += plan.base.kv_heads if plan.codes else sum(layer.streaming)
         self.dropping += len(self.budgets)
 
     @property

@@ -14,6 +14,7 @@ nats, so that a budget is shared by comparing the rows of all codes.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kvtool.calibrate.felt import Felt
 from kvtool.codes import Fitted, Part, Projection
@@ -22,17 +23,30 @@ RIDGE = 1e-6
 """Least eigenvalue of the metric, of its largest: directions that nothing reads may be lost."""
 
 
-def fit(felt: Felt) -> dict[Part, Fitted]:
-    """The code that keys and values of all layers of a group share."""
-    values, vectors = torch.linalg.eigh(felt.metric / felt.predictions)
+def fit(felt: Felt, parts: tuple[Part, ...]) -> dict[Part, Fitted]:
+    """A code of all keys of a group and one of all values, or the one that they share.
+
+    What is read as it is stored is better split: a query then reads each number once.
+    """
+    metric = felt.metric / felt.predictions
+    tokens = felt.weighted / max(felt.weight, torch.finfo(torch.float64).tiny)
+    if parts == ("joint",):
+        return {"joint": _fit(metric, tokens)}
+    half = len(metric) // 2
+    places: dict[Part, slice] = {"keys": slice(0, half), "values": slice(half, None)}
+    return {part: _fit(metric[own, own], tokens[own, own]) for part, own in places.items()}
+
+
+def _fit(metric: Tensor, tokens: Tensor) -> Fitted:
+    """Of the metric F and the second moment C `[W, W]`."""
+    values, vectors = torch.linalg.eigh(metric)
     roots = values.clamp(min=RIDGE * float(values.max()) or 1.0).sqrt()
     root, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
-    felt_tokens = felt.weighted / max(felt.weight, torch.finfo(torch.float64).tiny)
-    lost, directions = torch.linalg.eigh(root @ felt_tokens @ root)
+    lost, directions = torch.linalg.eigh(root @ tokens @ root)
     directions = directions.flip(1)
     encode, decode = directions.T @ root, inverse @ directions
     # Only the product of both has a meaning; rows of the size of what they store are kind to bf16.
     size = encode.norm(dim=1)
     encode, decode = encode / size[:, None], decode * size
     projection = Projection(encode, decode, torch.zeros(len(values), dtype=torch.float64))
-    return {"joint": Fitted(projection, lost.flip(0).clamp(min=0) / 2)}
+    return Fitted(projection, lost.flip(0).clamp(min=0) / 2)

@@ -139,7 +139,7 @@ def empty_codes(base: Base, options: ProjectionOptions) -> list[CodePlan]:
     kind: CodeKind = "rotated" if rotated else "unrotated"
     together = min(options.together, base.layers) if options.method in ("aware", "xkv") else 1
     sizes = [min(together, base.layers - i) for i in range(0, base.layers, together)]
-    parts = 1 if options.method == "aware" else 2
+    parts = 1 if options.method == "aware" and not absorbed else 2
     return [
         CodePlan(kind, n, (n * base.channels * 2 // parts,) * parts, options.sink, options.window)
         for n in sizes
@@ -199,7 +199,8 @@ def _felt(
     report("fitting", 0, len(codes))
     fitted = []
     for done, one in enumerate(felt):
-        fitted.append(aware.fit(one) if options.method == "aware" else xkv.fit(one))
+        aware_of = options.method == "aware"
+        fitted.append(aware.fit(one, codes[done].parts) if aware_of else xkv.fit(one))
         report("fitting", done + 1, len(codes))
     corpus, tokens = calibration_text(options.data).id, fitted_to * windows.shape[1]
     if options.method != "aware":

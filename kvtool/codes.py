@@ -174,8 +174,8 @@ class Code:
         self.plan, self.projections = plan, projections
         self.heads, self.positions = heads, positions
 
-    def encode(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        """What is stored of tokens, `[B, T, width]`.
+    def encode(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is stored of tokens, by part `[B, T, R]`.
 
         Args:
             keys, values: Of every layer `[B, H, T, D]`; keys after RoPE if the code is rotated.
@@ -186,8 +186,7 @@ class Code:
         }
         if "joint" in self.projections:
             flat = {"joint": torch.cat((flat["keys"], flat["values"]), dim=-1)}
-        parts = [(flat[part] - p.mean) @ p.encode.T for part, p in self.projections.items()]
-        return torch.cat(parts, dim=-1)
+        return {part: (flat[part] - p.mean) @ p.encode.T for part, p in self.projections.items()}
 
     def reader(self, layer: int) -> Reader:
         """How one of its layers reads it."""
@@ -205,57 +204,59 @@ class Reader:
     def __init__(self, code: Code, layer: int) -> None:
         self.rotated, self.positions = code.plan.kind == "rotated", code.positions
         self.heads = code.heads
-        self._keys, self.key_decode, self.key_mean = self._part(code, "keys", layer)
-        self._values, self.value_decode, self.value_mean = self._part(code, "values", layer)
+        keys, self._key_mean = self._part(code, "keys", layer)
+        values, self._value_mean = self._part(code, "values", layer)
+        self._key_decode = keys if self.rotated else keys.flatten(0, 1).T.contiguous()
+        self._value_decode = values.mT.contiguous()  # [H, R, D]
 
-    def _part(self, code: Code, part: Part, layer: int) -> tuple[slice, Tensor, Tensor]:
-        """Where in the code a part lies, its decoder `[K, R]` and its mean `[K]` in this layer."""
+    def _part(self, code: Code, part: Part, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Its decoder `[H, D, R]` in this layer and its mean `[H, D]`, if any."""
+        shared = "joint" in code.projections
+        projection = code.projections["joint" if shared else part]
         layers = code.plan.layers
-        start = 0
-        if "joint" in code.projections:
-            projection, place = code.projections["joint"], layer
-            channels = projection.mean.shape[0] // (2 * layers)
-            place += layers if part == "values" else 0
-        else:
-            projection, place = code.projections[part], layer
-            channels = projection.mean.shape[0] // layers
-            start = code.projections["keys"].width if part == "values" else 0
+        place = layer + layers if shared and part == "values" else layer
+        channels = len(projection.mean) // (2 * layers if shared else layers)
         own = slice(place * channels, (place + 1) * channels)
-        where = slice(start, start + projection.width)
-        return where, projection.decode[own].contiguous(), projection.mean[own].contiguous()
+        decode = projection.decode[own].unflatten(0, (self.heads, -1)).contiguous()
+        mean = projection.mean[own].unflatten(0, (self.heads, -1))
+        return decode, mean if bool(mean.any()) else None
 
-    def scores(self, q: Tensor, states: Tensor, first: int) -> Tensor:
+    def scores(self, q: Tensor, z: Tensor, first: int) -> Tensor:
         """Unscaled scores `[B, Q, T, S]` of queries against stored tokens.
 
         Args:
             q: `[B, Q, T, D]`, after RoPE.
-            states: `[B, S, width]`, of the tokens at positions `first`, `first + 1`, ...
+            z: `[B, S, R]`, what keys are read from, at positions `first`, `first + 1`, ...
         """
-        z = states[..., self._keys]
         grouped = q.unflatten(1, (self.heads, -1))  # [B, H, g, T, D]
         if self.rotated:
-            decode = self.key_decode.unflatten(0, (self.heads, -1))  # [H, D, R]
-            absorbed = torch.einsum("bhgtd,hdr->bhgtr", grouped, decode).flatten(1, 2)
-            # The mean gives every stored key the same score, but not the keys beside them.
-            mean = self.key_mean.view(1, self.heads, 1, 1, -1)
-            constant = (grouped * mean).sum(dim=-1, keepdim=True).flatten(1, 2)
-            scored: Tensor = _products(absorbed, z) + constant
+            absorbed = torch.matmul(grouped.flatten(2, 3), self._key_decode)  # [B, H, g·T, R]
+            scored = _products(absorbed.view(*q.shape[:3], -1), z)
+            if self._key_mean is not None:
+                # The same for every stored key, but not for the exact keys beside them.
+                mean = self._key_mean[:, None, None]
+                scored += (grouped * mean).sum(dim=-1, keepdim=True).flatten(1, 2)
             return scored
-        keys = torch.addmm(self.key_mean, z.flatten(0, 1), self.key_decode.T)
-        keys = keys.unflatten(0, z.shape[:2]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        keys = torch.matmul(z, self._key_decode).unflatten(-1, (self.heads, -1))  # [B, S, H, D]
+        if self._key_mean is not None:
+            keys += self._key_mean
+        keys = keys.transpose(1, 2)
         cos, sin = self.positions.tables(first, first + keys.shape[2])
         rebuilt: Tensor = torch.matmul(grouped, rotate(keys, cos, sin)[:, :, None].mT)
         return rebuilt.flatten(1, 2)
 
-    def read(self, weights: Tensor, states: Tensor) -> Tensor:
-        """Values summed with `weights [B, Q, T, S]`, which need not sum to 1: `[B, Q, T, D]`."""
-        mixed = _sums(weights, states[..., self._values]).unflatten(1, (self.heads, -1))
-        decode = self.value_decode.unflatten(0, (self.heads, -1))  # [H, D, R]
-        read = torch.einsum("bhgtr,hdr->bhgtd", mixed, decode)
-        mass = weights.sum(dim=-1, keepdim=True).unflatten(1, (self.heads, -1))
-        mean = self.value_mean.view(1, self.heads, 1, 1, -1)
-        result: Tensor = (read + mass * mean).flatten(1, 2)
-        return result
+    def read(self, weights: Tensor, z: Tensor) -> Tensor:
+        """Values summed with `weights [B, Q, T, S]`, which need not sum to 1: `[B, Q, T, D]`.
+
+        Args:
+            z: `[B, S, R]`, what values are read from.
+        """
+        mixed = _sums(weights, z).unflatten(1, (self.heads, -1))
+        read = torch.matmul(mixed.flatten(2, 3), self._value_decode).view(*weights.shape[:3], -1)
+        if self._value_mean is not None:
+            mass = weights.sum(dim=-1, keepdim=True).unflatten(1, (self.heads, -1))
+            read += (mass * self._value_mean[:, None, None]).flatten(1, 2)
+        return read
 
 
 def _products(queries: Tensor, states: Tensor) -> Tensor:

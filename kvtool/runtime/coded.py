@@ -42,11 +42,13 @@ class Tokens(NamedTuple):
 
 
 class SharedCodes(Store):
-    """The plane of a code, and what its layers have seen in the current call."""
+    """The planes of a code, and what its layers have seen in the current call."""
 
     def __init__(self, rows: int, capacity: int, code: Code, like: Tensor) -> None:
         self.code = code
-        self.planes = {"codes": like.new_empty((rows, capacity, code.plan.width))}
+        # A plane for each part: one that is read whole is read at memory speed.
+        sizes = zip(code.plan.parts, code.plan.widths, strict=True)
+        self.planes = {part: like.new_empty((rows, capacity, width)) for part, width in sizes}
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def collect(self, layer: int, new: Tokens, step: Step) -> None:
@@ -57,7 +59,7 @@ class SharedCodes(Store):
         if len(self._seen) == self.code.plan.layers:
             keys, values = zip(*self._seen, strict=True)
             self._seen.clear()
-            self.write(step.row, step.starts, {"codes": self.code.encode(keys, values)})
+            self.write(step.row, step.starts, self.code.encode(keys, values))
 
 
 class CodedStore(DroppingHeads):
@@ -121,10 +123,13 @@ class CodedStore(DroppingHeads):
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
         self.exact.keep_last(row, 0, keys, values)
 
-    def _codes(self, row: slice, length: int) -> Tensor:
-        """Of those of the first `length` tokens that are neither sinks nor in the window."""
+    def _codes(self, row: slice, length: int) -> tuple[Tensor, Tensor]:
+        """Codes of keys and values `[B, S, R]` of those of the first `length` tokens that are
+        neither sinks nor in the window.
+        """
         sink, last = self.exact.sink, length - self.exact.window
-        return self.planes["codes"][row, sink : max(sink, last)]
+        parts = [plane[row, sink : max(sink, last)] for plane in self.planes.values()]
+        return parts[0], parts[-1]
 
     def _add_several(self, new: Tokens, row: int, start: int) -> Tensor:
         """As if token by token: each reads what was exact when it came."""
@@ -135,7 +140,7 @@ class CodedStore(DroppingHeads):
         )
         at = torch.tensor([*exact.seen(start), *range(start, end)], device=keys.device)
         codes = self._codes(slice(row, row + 1), end)
-        coded_at = exact.sink + torch.arange(codes.shape[1], device=keys.device)
+        coded_at = exact.sink + torch.arange(codes[0].shape[1], device=keys.device)
         exact.keep_last(row, start, new.k_rotated[0], new.v[0])
         contexts = []
         for begin in range(0, end - start, _ROWS):
@@ -149,26 +154,31 @@ class CodedStore(DroppingHeads):
         return torch.cat(contexts, dim=2)
 
     def _attend(
-        self, new: Tokens, keys: Tensor, values: Tensor, codes: Tensor, hidden: Tensor | None = None
+        self,
+        new: Tokens,
+        keys: Tensor,
+        values: Tensor,
+        codes: tuple[Tensor, Tensor],
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """One softmax over exact tokens `[B, H, C, D]` and coded ones `[B, S, width]`.
+        """One softmax over exact tokens `[B, H, C, D]` and coded ones, see :meth:`_codes`.
 
         Args:
             hidden: `[T, C + S]`, what a query must not see.
         """
-        q = new.q_rotated.unflatten(1, (keys.shape[1], -1))  # [B, H, g, T, D]
-        scores = torch.matmul(q, keys[:, :, None].mT).flatten(1, 2)
-        if codes.shape[1]:
-            far = self.reader.scores(new.q_rotated, codes, self.exact.sink)
-            scores = torch.cat((scores, far), dim=-1)
-        scores = scores * self.scaling
+        coded = codes[0].shape[1]
+        q = new.q_rotated * self.scaling
+        grouped = q.unflatten(1, (keys.shape[1], -1))  # [B, H, g, T, D]
+        scores = torch.matmul(grouped, keys[:, :, None].mT).flatten(1, 2)
+        if coded:
+            scores = torch.cat((scores, self.reader.scores(q, codes[0], self.exact.sink)), dim=-1)
         if hidden is not None:
             scores = scores.masked_fill(hidden, -torch.inf)
         weights = torch.softmax(scores, dim=-1)
-        near, far = weights.split([keys.shape[2], codes.shape[1]], dim=-1)
-        grouped = near.unflatten(1, (keys.shape[1], -1))
-        context = torch.matmul(grouped, values[:, :, None]).flatten(1, 2)
-        return context + self.reader.read(far, codes) if codes.shape[1] else context
+        near, far = weights.split([keys.shape[2], coded], dim=-1)
+        mixed = near.unflatten(1, (keys.shape[1], -1))
+        context = torch.matmul(mixed, values[:, :, None]).flatten(1, 2)
+        return context + self.reader.read(far, codes[1]) if coded else context
 
 
 class CodedAttention(RuntimeAttention):

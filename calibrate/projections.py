@@ -23,7 +23,7 @@ from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.students import FreeStudent, train_codes
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import Allocation, CodeKind, CodePlan, Fitted, Part
+from kvtool.codes import Allocation, CodeKind, CodePlan, Fitted, Part, share_budget
 from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
@@ -207,7 +207,7 @@ def _felt(
         return _Found(codes, fitted, corpus, tokens, {})
     end = min(_END, windows.shape[1] // 2)
     pasts = [read_past(model, windows[i], end, offsets[i]) for i in range(fitted_to, len(windows))]
-    fitted, losses = judged(model, pasts, codes, fitted, options, numbers, base, report)
+    fitted, losses = judged(model, pasts, codes, fitted, report)
     if options.train is not None:
         spectra = [[x.spectrum for x in parts.values()] for parts in fitted]
         cut = fit_codes(codes, spectra, "spectrum", numbers, options.context, base.channels)
@@ -254,22 +254,22 @@ def judged(
     pasts: Sequence[Past],
     codes: Sequence[CodePlan],
     fitted: Sequence[dict[Part, Fitted]],
-    options: ProjectionOptions,
-    numbers: int,
-    base: Base,
     report: Report,
 ) -> tuple[list[dict[Part, Fitted]], dict[str, Any]]:
-    """Measures each code alone at the budget, and puts all spectra into the nats that it costs.
+    """Measures each code alone, cut down, and puts all spectra into the nats that it costs.
 
     The quadratic form knows which rows of a code matter, but not how far the errors of many tokens
     add up. So each code's spectrum is scaled by what the code alone costs, over what was predicted.
+    All codes together are cut to a quarter of their rows for that, whatever the budget: another
+    budget is then a slice of the same plan.
 
     Returns:
-        The codes with their new spectra; and by code `predicted`, `measured` loss in nats at the
-        widths chosen before, with the loss of all codes together, `measured_together`.
+        The codes with their new spectra; and by code `predicted`, `measured` loss in nats at these
+        `widths`, with the loss of all codes together, `measured_together`.
     """
     spectra = [[x.spectrum for x in parts.values()] for parts in fitted]
-    chosen = fit_codes(codes, spectra, "spectrum", numbers, options.context, base.channels)
+    rows = sum(len(x) for parts in spectra for x in parts)
+    chosen = share_budget(codes, spectra, "spectrum", rows // 4)
     ready: Codes = [
         (code, {part: _single(one) for part, one in parts.items()})
         for code, parts in zip(chosen, fitted, strict=True)

@@ -348,7 +348,7 @@ def _evenly(code: CodePlan, rows: Sequence[int], numbers: int) -> CodePlan:
     if len(rows) == 2:
         widths = (first, min(numbers - first, rows[1]))
     if len(set(code.widths)) == 1:
-        widths = (first,) * len(rows)  # an odd number does not make them differ
+        widths = (min(first, *rows),) * len(rows)  # an odd number does not make them differ
     if min(widths) < 1:
         raise PlanError(f"the narrowest codes of all store {len(rows)} numbers per token and code")
     return replace(code, widths=widths)

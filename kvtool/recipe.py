@@ -139,9 +139,11 @@ class ProjectionsStep(_Strict):
 
     uses: Literal["calibrate projections"]
     output: str | None = None
-    method: Literal["pca", "cskv"] = "cskv"
+    method: Literal["aware", "cskv", "xkv", "palu", "asvd", "pca"] = "aware"
     kv_budget: TextOrNumber = "50%"
     context: Positive | None = None
+    read: Literal["absorbed", "rebuilt"] | None = None
+    layers_together: Positive | None = None
     sink: Natural = 4
     window: Positive = 64
     data: str | None = None

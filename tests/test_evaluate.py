@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from _code_tools import coded
 from conftest import make_model, make_tokenizer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from kvtool.checkpoint import Checkpoint
@@ -637,6 +639,24 @@ def test_a_plan_gets_a_text_of_which_it_drops_something(tiny: Callable[..., Path
     assert report.settings["layer_prefill"] == 60
     assert report.settings["layer_continuation"] == 16
     assert all(layer.kl is not None and layer.kl > 0 for layer in report.layers)
+
+
+def test_layers_that_share_a_code_are_not_judged_alone(tiny: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    settings = replace(SHORT, chat=False)
+    for together, said in ((1, []), (2, ["damage by layer not measured: layers share codes"])):
+        plan = coded(checkpoint, "unrotated", True, together, 0.5)
+        report = evaluate(checkpoint, checkpoint, evaluation_text(), plan=plan, settings=settings)
+        assert [note for note in report.notes if "damage" in note] == said
+        assert [layer.kl is None for layer in report.layers] == [bool(said)] * 3
+        total = sum(layer.bytes_per_token_bf16 for layer in report.layers)
+        assert total == report.cache.bytes_per_token_bf16 == plan.bytes_per_token(2)
+        assert len(report.to_dict()["plan"]["codes"]) == len(plan.codes)
+        shown = Console(width=120)
+        with shown.capture() as text:
+            shown.print(report.table())
+        assert f"numbers of {len(plan.codes)} unrotated codes" in text.get()
+        assert "first + last tokens, kept exactly" in text.get()
 
 
 def test_a_lucky_answer_does_not_make_up_for_a_lost_one() -> None:

@@ -1,11 +1,13 @@
 """Damage by layer: it is that of a model with this layer, and of no other."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _code_tools import KINDS, coded
 from _convert_tools import convert, edited_copy, one_thread
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from kvtool import attention, latent
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
 from kvtool.evaluate import protocol
-from kvtool.evaluate.layers import Damage, comparable, layer_damage, prompt_length
+from kvtool.evaluate.layers import Damage, comparable, layer_damage, prompt_length, separable
 from kvtool.plan import LayerPlan, Plan, Policy, Prefill, base_of
 from kvtool.runtime import Engine, stores
 
@@ -111,6 +113,30 @@ def test_a_layer_with_token_budgets_is_judged_by_what_it_kept(tiny: Callable[...
     assert first == third == Damage(0.0, 0.0, None)
     assert second.kl == pytest.approx(whole_kl(engine, base), rel=1e-4)
     assert second.kl > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_layer_whose_code_is_narrow_alone_is_to_blame(
+    tiny: Callable[..., Path], kind: Any, joint: bool
+) -> None:
+    plan = coded(Checkpoint.open(str(tiny("llama"))), kind, joint)
+    narrow = replace(plan.codes[1], widths=tuple(n // 2 for n in plan.codes[1].widths))
+    plan = replace(plan, codes=(plan.codes[0], narrow, plan.codes[2]))
+    engine, base = load(tiny("llama"), plan), load(tiny("llama"))
+    assert separable(engine)
+    first, second, third = damage(engine, base)
+    for exact in (first, third):
+        assert abs(exact.kl) < 1e-6
+        assert exact.output_error < 1e-4
+    assert second.kl == pytest.approx(whole_kl(engine, base), rel=1e-3)
+    assert second.kl > 1e-3
+
+
+def test_layers_that_share_a_code_cannot_be_taken_apart(tiny: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    assert not separable(load(tiny("llama"), coded(checkpoint, together=2)))
+    assert separable(load(tiny("llama")))
 
 
 @pytest.mark.parametrize("target", ["transformers", "kvtool"])

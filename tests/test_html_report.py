@@ -102,6 +102,26 @@ def full_report() -> dict[str, Any]:
     return report
 
 
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ({"streaming_heads": 2, "kv_heads": 6, "codes": []}, "plan: 2 of 6 KV heads stream"),
+        ({"streaming_heads": 2, "kv_heads": 6}, "plan: 2 of 6 KV heads stream"),
+        (
+            {
+                "codes": [
+                    {"kind": "rotated", "layers": n, "widths": w, "sink": 4, "window": 64}
+                    for n, w in ((2, [800, 200]), (1, [500]))
+                ]
+            },
+            "plan: 2 rotated codes of 1,500 numbers in all, exact: the first 4 and last 64 tokens",
+        ),
+    ],
+)
+def test_a_page_says_what_the_plan_keeps(plan: dict[str, Any], said: str) -> None:
+    assert said in report_page(FIRST | {"plan": {"layers": [{}], **plan}})
+
+
 def a_table() -> Table:
     table = Table("measure", caption="not shown")
     table.add_column("original", justify="right")

@@ -18,16 +18,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from kvtool.checkpoint import Checkpoint
+from kvtool.codes import CodePlan, code_shapes
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
-from kvtool.plan import (
-    Base,
-    LayerPlan,
-    Plan,
-    base_of,
-    check_plan_output,
-    parse_budget,
-    parse_share,
-)
+from kvtool.plan import Base, LayerPlan, Plan, base_of
+from kvtool.plan_file import check_plan_output
+from kvtool.sizes import parse_budget, parse_share
 
 Tiny = Callable[..., Path]
 BASE = Base("m", "f", "c", layers=3, kv_heads=2, head_dim=16)
@@ -73,6 +68,33 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
+@st.composite
+def coded_plans(draw: st.DrawFn) -> Plan:
+    base = Base("m", "f", "c", draw(st.integers(1, 4)), draw(st.integers(1, 2)), 2)
+    codes: list[CodePlan] = []
+    tensors: dict[str, torch.Tensor] = {}
+    left = base.layers
+    while left:
+        layers, kind = draw(st.integers(1, left)), draw(st.sampled_from(["rotated", "unrotated"]))
+        parts = draw(st.integers(1, 2))
+        full = layers * base.channels * 2 // parts
+        rows = [draw(st.integers(1, full)) for _ in range(parts)]
+        widths = tuple(draw(st.integers(1, n)) for n in rows)
+        code = CodePlan(kind, layers, widths, draw(st.integers(0, 64)), draw(st.integers(1, 64)))
+        for name, shape in code_shapes(len(codes), code, base.channels, rows).items():
+            tensors[name] = torch.full(shape, float(draw(st.integers(-3, 3))))
+        codes.append(code)
+        left -= layers
+    plain = LayerPlan((False,) * base.kv_heads)
+    return Plan(
+        base,
+        (plain,) * base.layers,
+        codes=tuple(codes),
+        allocation=draw(st.sampled_from(["even", "spectrum"])),
+        tensors=tensors,
+    )
+
+
 def packed(document: Any, tensors: dict[str, Any] | None = None, data: bytes = b"") -> bytes:
     """A safetensors file with any header and data whatsoever."""
     text = document if isinstance(document, str) else json.dumps(document)
@@ -97,10 +119,34 @@ def valid(file: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def document(valid: bytes) -> dict[str, Any]:
-    (size,) = struct.unpack("<Q", valid[:8])
-    header = json.loads(valid[8 : 8 + size])
-    content: dict[str, Any] = json.loads(header["__metadata__"]["kvtool_plan"])
+    content: dict[str, Any] = json.loads(header_of(valid)["__metadata__"]["kvtool_plan"])
     return content
+
+
+def header_of(content: bytes) -> dict[str, Any]:
+    (size,) = struct.unpack("<Q", content[:8])
+    header: dict[str, Any] = json.loads(content[8 : 8 + size])
+    return header
+
+
+def coded_plan() -> Plan:
+    """Two layers that share a code of keys and one of values, and one whose code is of both."""
+    codes = (CodePlan("rotated", 2, (3, 2)), CodePlan("rotated", 1, (4,)))
+    tensors = {
+        name: torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+        for index, (code, rows) in enumerate(zip(codes, ([4, 3], [6]), strict=True))
+        for name, shape in code_shapes(index, code, 4, rows).items()
+    }
+    base = replace(BASE, head_dim=2)
+    return Plan(base, (FULL,) * 3, codes=codes, allocation="even", tensors=tensors)
+
+
+@pytest.fixture(scope="module")
+def coded(file: Path) -> bytes:
+    """The bytes of a plan of codes."""
+    file.unlink(missing_ok=True)
+    coded_plan().write(file)
+    return file.read_bytes()
 
 
 # --------------------------------------------------------------------------------- the file
@@ -124,6 +170,30 @@ def test_what_is_written_is_read_back_and_written_again_with_the_same_bytes(
         assert again.scores.equal(plan.scores)
     again.write(file, overwrite=True)
     assert file.read_bytes() == written
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(plan=coded_plans())
+def test_codes_are_read_back_and_written_again_with_the_same_bytes(plan: Plan, file: Path) -> None:
+    file.unlink(missing_ok=True)
+    plan.write(file)
+    written = file.read_bytes()
+    again = Plan.read(file)
+    assert (again.base, again.layers, again.codes) == (plan.base, plan.layers, plan.codes)
+    assert again.allocation == plan.allocation
+    assert again.tensors.keys() == plan.tensors.keys()
+    assert all(tensor.equal(plan.tensors[name]) for name, tensor in again.tensors.items())
+    again.write(file, overwrite=True)
+    assert file.read_bytes() == written
+
+
+def test_only_a_plan_with_codes_needs_a_new_kvtool(tmp_path: Path) -> None:
+    for name, plan, version in (("heads", SCORED, 1), ("codes", coded_plan(), 3)):
+        plan.write(tmp_path / name)
+        header = header_of((tmp_path / name).read_bytes())
+        document = json.loads(header["__metadata__"]["kvtool_plan"])
+        assert document["format_version"] == version
+        assert ("codes" in document) == (version == 3)
 
 
 def test_the_order_of_keys_does_not_change_the_file(tmp_path: Path) -> None:
@@ -207,9 +277,11 @@ edits = st.lists(
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
-@given(edits=edits)
-def test_a_damaged_file_is_refused(edits: list[Any], file: Path, valid: bytes) -> None:
-    content = bytearray(valid)
+@given(edits=edits, codes=st.booleans())
+def test_a_damaged_file_is_refused(
+    edits: list[Any], codes: bool, file: Path, valid: bytes, coded: bytes
+) -> None:
+    content = bytearray(coded if codes else valid)
     for kind, where, data in edits:
         at = int(where * (len(content) - 1)) if content else 0
         if kind == "cut":
@@ -237,12 +309,17 @@ odd = st.sampled_from(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
-@given(data=st.data())
+@settings(derandomize=True, deadline=None, max_examples=400)
+@given(data=st.data(), codes=st.booleans())
 def test_a_document_with_anything_anywhere_is_refused_or_works(
-    data: st.DataObject, file: Path, document: dict[str, Any]
+    data: st.DataObject, codes: bool, file: Path, document: dict[str, Any], coded: bytes
 ) -> None:
     changed = json.loads(json.dumps(document))
+    stored, tail = {}, b""
+    if codes:
+        stored = header_of(coded)
+        changed = json.loads(stored.pop("__metadata__")["kvtool_plan"])
+        tail = coded[8 + struct.unpack("<Q", coded[:8])[0] :]
     for _ in range(data.draw(st.integers(1, 2))):
         node = changed
         while True:
@@ -264,13 +341,17 @@ def test_a_document_with_anything_anywhere_is_refused_or_works(
                 node[data.draw(names)] = taken
         if not changed:
             break
-    read_or_refuse(file, packed(changed))
+    read_or_refuse(file, packed(changed, stored, tail))
 
 
 @pytest.mark.parametrize(
     ("where", "value", "complaint"),
     [
-        ("format_version", "3", "newer kvtool"),
+        ("format_version", "4", "newer kvtool"),
+        ("format_version", "2", "whose codes are not read"),
+        ("format_version", "0", "no kvtool has written"),
+        ("allocation", '"even"', "come together"),
+        ("codes", "[{}]", "codes"),
         ("format_version", "true", "format_version"),
         ("prefill", '"lazy"', "prefill"),
         ("policy", "null", "no policy"),
@@ -372,6 +453,32 @@ def test_scores_that_do_not_fit_the_model_are_refused(
         Plan.read(file)
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"codes.0.keys.spectrum": None}, "codes.0.keys.spectrum is missing, though a code needs"),
+        ({"codes.1.joint.mean": None}, "codes.1.joint.mean is missing, though a code needs it"),
+        ({"codes.1.joint.encode": torch.ones(6, 7)}, "instead of F32"),
+        ({"codes.1.joint.encode": torch.ones(6, 8).half()}, "is F16"),
+        ({"codes.1.joint.spectrum": torch.ones(())}, "instead of F32"),
+        ({"codes.1.joint.spectrum": torch.ones(3)}, "instead of F32"),
+        ({"codes.2.joint.spectrum": torch.ones(3)}, "a tensor that no plan has: codes.2"),
+        ({"codes.0.joint.mean": torch.ones(3)}, "a tensor that no plan has: codes.0.joint"),
+        ({"layers.0.heads.score": torch.ones(2)}, "layers.1.heads.score is missing"),
+        ({"codes.1.joint.mean": torch.full((8,), torch.inf)}, "not finite"),
+    ],
+)
+def test_tensors_that_no_code_has_are_refused(
+    change: dict[str, Any], complaint: str, file: Path, coded: bytes
+) -> None:
+    text = header_of(coded)["__metadata__"]["kvtool_plan"]
+    merged = dict(coded_plan().tensors) | change
+    stored = {name: tensor.contiguous() for name, tensor in merged.items() if tensor is not None}
+    save_file(stored, file, {"kvtool_plan": text})
+    with pytest.raises(PlanError, match=complaint):
+        Plan.read(file)
+
+
 def test_what_is_no_plan_at_all_is_refused(tmp_path: Path, tiny: Tiny) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
@@ -405,6 +512,20 @@ def test_bytes_are_those_of_every_head_added_up(plan: Plan, prompt: int, itemsiz
     full = Plan(plan.base, (LayerPlan((False,) * plan.base.kv_heads),) * plan.base.layers)
     assert full.cache_bytes(prompt, itemsize) == full.native_bytes(prompt, itemsize)
     assert full.native_bytes(1, itemsize) == full.bytes_per_token(itemsize)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(plan=coded_plans(), tokens=st.integers(0, 2**21), itemsize=st.sampled_from([1, 2, 4]))
+def test_bytes_of_codes_are_those_of_every_token_and_ring(
+    plan: Plan, tokens: int, itemsize: int
+) -> None:
+    rings = sum(
+        ring.sink + ring.window for ring in plan.rings
+    )  # one in each layer, of keys and values
+    stored = sum(width for code in plan.codes for width in code.widths)
+    total = stored * tokens + 2 * plan.base.channels * rings
+    assert plan.cache_bytes(tokens, itemsize) == itemsize * total
+    assert plan.bytes_per_token(itemsize) == itemsize * stored
 
 
 def streaming(plan: Plan) -> set[tuple[int, int]]:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -220,6 +220,61 @@ def test_steps_have_the_flags_of_their_command_with_the_same_defaults(step: type
         default = parameters[name].default
         assert field.is_required() == (default is inspect.Parameter.empty), name
         assert field.is_required() or field.default == default, name
+
+
+def choices(annotation: Any) -> set[Any]:
+    """All values of the literals in a type."""
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    return set().union(*map(choices, get_args(annotation)))
+
+
+@pytest.mark.parametrize("step", COMMANDS)
+def test_steps_know_every_choice_of_their_command(step: type) -> None:
+    hints = get_type_hints(COMMANDS[step])
+    for name, field in step.model_fields.items():
+        if name not in ("uses", "output", "to"):
+            assert choices(field.annotation) == choices(hints[name]), name
+
+
+def test_a_step_of_codes_is_the_command_with_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    known = set(inspect.signature(projections_command.projections).parameters)
+    monkeypatch.setattr(
+        projections_command,
+        "projections",
+        lambda *arguments, **options: given.append((arguments, options)),
+    )
+    asked = {"method": "xkv", "layers_together": 2, "kv_budget": "25%", "sink": 0}
+    read = {"method": "aware", "read": "rebuilt"}
+    steps = [
+        {"uses": "calibrate projections", "output": f"{name}.plan", **options}
+        for name, options in (("xkv", asked), ("aware", read))
+    ]
+    file = tmp_path / "r.yaml"
+    file.write_text(dump_recipe("m", steps))
+    assert run_command(["run", str(file), "--quiet"]) == 0
+    for (arguments, options), name, wanted in zip(
+        given, ("xkv", "aware"), (asked, read), strict=True
+    ):
+        assert arguments == ("m", Path(f"{name}.plan"))
+        assert options.items() >= wanted.items()
+        assert known >= set(options)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("method: matrix", "'method' is 'matrix': input should be 'aware', 'cskv'"),
+        ("read: sideways", "'read' is 'sideways': input should be 'absorbed' or 'rebuilt'"),
+        ("layers_together: 0", "'layers_together' is 0: input should be greater"),
+    ],
+)
+def test_options_that_no_code_has_are_errors_of_the_recipe(line: str, message: str) -> None:
+    step = "kvtool: 1\nmodel: m\nsteps:\n  - uses: calibrate projections\n    "
+    assert message in error_of(step + line + "\n")
 
 
 def test_conversion_options_have_one_default() -> None:

@@ -46,10 +46,9 @@ def projections(
             rich_help_panel=_METHOD,
         ),
     ] = None,
-    together: Annotated[
+    layers_together: Annotated[
         int | None,
         typer.Option(
-            "--layers-together",
             min=1,
             help="Neighbouring layers that share a code, of aware (1 if not given) and xkv (4): "
             "less is lost, and more is read at every step.",
@@ -101,7 +100,7 @@ def projections(
 
     if read is not None and method != "aware":
         raise UsageError(f"--read is for --method aware, {method} has a reading of its own")
-    if together is not None and method not in ("aware", "xkv"):
+    if layers_together is not None and method not in ("aware", "xkv"):
         raise UsageError(f"--layers-together is for aware and xkv, {method} takes one layer")
     if train is not None and method not in ("aware", "matryoshka"):
         raise UsageError(f"--train is for aware and matryoshka, nothing of {method} is trained")
@@ -119,7 +118,7 @@ def projections(
     options = method_of.ProjectionOptions(
         method,
         read or "absorbed",
-        together or (4 if method == "xkv" else 1),
+        layers_together or (4 if method == "xkv" else 1),
         sink,
         window,
         context,

@@ -229,7 +229,9 @@ def _layers(
         notes.append("layers not compared: the original has other ones")
         return layers.layer_results(sizes, None, None)
     damage: list[Damage] | None = None
-    if settings.layers:
+    if settings.layers and not layers.separable(engine):
+        notes.append("damage by layer not measured: layers share codes")
+    elif settings.layers:
         length = settings.layer_prefill + settings.layer_continuation
         (window,) = corpus.windows(engine.tokenizer, length, 1, settings.seed)
         damage = []

@@ -166,14 +166,15 @@ def _estimate_fact(
 def _plan_words(plan: Mapping[str, Any] | None) -> str:
     if plan is None:
         return ""
-    if code := plan["layers"][0].get("code"):
-        return f"; plan: {_code_words(code)}"
+    if codes := plan.get("codes"):
+        return f"; plan: {_code_words(codes)}"
     return f"; plan: {plan['streaming_heads']} of {plan['kv_heads']} KV heads stream"
 
 
-def _code_words(code: Mapping[str, Any]) -> str:
-    exact = f"exact: the first {code['sink']} and last {code['window']} tokens"
-    return f"{code['kind']} code of {code['keys']} + {code['values']} numbers, {exact}"
+def _code_words(codes: Sequence[Mapping[str, Any]]) -> str:
+    one, numbers = codes[0], sum(sum(code["widths"]) for code in codes)
+    exact = f"exact: the first {one['sink']} and last {one['window']} tokens"
+    return f"{len(codes)} {one['kind']} codes of {numbers:,} numbers in all, {exact}"
 
 
 def _sections(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -260,7 +261,7 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _details(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     run = {"seconds": round(report["seconds"], 1), **report["peak_memory"]}
-    plan = {k: v for k, v in (report.get("plan") or {}).items() if k != "layers"}
+    plan = {k: v for k, v in (report.get("plan") or {}).items() if k not in ("layers", "codes")}
     facts = {
         "Settings": report["settings"],
         "Plan": plan,

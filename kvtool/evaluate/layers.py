@@ -79,6 +79,11 @@ def comparable(engine: Engine, base: Engine) -> bool:
     return ours == theirs
 
 
+def separable(engine: Engine) -> bool:
+    """Whether each layer can run without its neighbours: a shared code needs what all have seen."""
+    return engine.plan is None or all(code.layers == 1 for code in engine.plan.codes)
+
+
 def prompt_length(plan: Plan | None, least: int, most: int) -> int:
     """Tokens of a prompt of which every head of a plan drops something: half, if `most` allows."""
     kept = [0]
@@ -89,7 +94,8 @@ def prompt_length(plan: Plan | None, least: int, most: int) -> int:
 
 @torch.inference_mode()
 def layer_damage(engine: Engine, base: Engine, ids: Tensor, prefill: int) -> Iterator[Damage]:
-    """Puts each layer of `engine` into `base` in turn; the two are :func:`comparable`.
+    """Puts each layer of `engine` into `base` in turn; the two are :func:`comparable`,
+    and `engine` is :func:`separable`.
 
     Args:
         ids: `[P + C]`, the text.

@@ -135,10 +135,10 @@ class Report:
             table.add_column(name, justify="right", no_wrap=True)
         if self.plan is not None:
             how = "read densely, then dropped" if self.plan["prefill"] == "dense" else "streamed"
-            if code := self.plan["layers"][0].get("code"):
-                width = f"{code['keys']} + {code['values']}"
-                table.add_row(f"numbers of the {code['kind']} code", ABSENT, width, ABSENT)
-                exact = f"{code['sink']} + {code['window']}"
+            if codes := self.plan["codes"]:
+                width, kind = sum(sum(code["widths"]) for code in codes), codes[0]["kind"]
+                table.add_row(f"numbers of {len(codes)} {kind} codes", ABSENT, f"{width:,}", ABSENT)
+                exact = f"{codes[0]['sink']} + {codes[0]['window']}"
                 table.add_row("first + last tokens, kept exactly", ABSENT, exact, ABSENT)
             else:
                 heads = f"{self.plan['streaming_heads']}/{self.plan['kv_heads']}"
@@ -269,6 +269,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "streaming_heads": plan.streaming_heads,
         "kv_heads": plan.base.all_heads,
         "layers": [asdict(layer) for layer in plan.layers],
+        "codes": [asdict(code) for code in plan.codes],
     }
 
 

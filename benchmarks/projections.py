@@ -40,8 +40,10 @@ from kvtool.runtime.engine import KVCache
 from kvtool.runtime.layers import Step
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
-PREFILL, CONTINUATION, WINDOWS = 1536, 256, 8
-LENGTHS = (2048, 4096)
+PREFILL, CONTINUATION, WINDOWS = 1536, 256, 6
+LENGTHS = (2048,)
+DEEP = ("aware", "xkv")
+"""Codes that are worth measuring at the smallest budget too."""
 METHODS: dict[str, dict[str, Any]] = {
     "pca": {"method": "pca"},
     "asvd": {"method": "asvd"},
@@ -188,7 +190,7 @@ def main() -> None:
     wanted = [argument.split("=", 1) for argument in arguments.plans] or [[x] for x in METHODS]
     cases = None
     for name, *file in wanted:
-        if all(any(x["name"] == name and x["share"] == s for x in rows) for s in SHARES):
+        if any(x["name"] == name for x in rows):
             continue
         if file:
             plan, seconds = Plan.read(Path(file[0])), None
@@ -196,7 +198,7 @@ def main() -> None:
             plan, seconds = plan_of(checkpoint, METHODS[name])
         cases = cases or Cases(checkpoint)
         context = PREFILL + CONTINUATION
-        for share in SHARES:
+        for share in SHARES if name.startswith(DEEP) else SHARES[:-1]:
             try:
                 cut = plan.cut(int(share * plan.native_bytes(context, 2)), context, 2)
             except PlanError as error:

@@ -172,12 +172,28 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
     }
 
 
+def _describe_heads(table: Table, result: dict[str, Any]) -> None:
+    """Rows for heads that stream or have a token budget."""
+    layers = result["layers"]
+    rings = sorted({(x["sink"], x["window"]) for x in layers if x["streaming"]})
+    kept = ", ".join(f"the first {sink} and last {window} tokens" for sink, window in rings)
+    share = f"{result['streaming_heads']} of {result['kv_heads']} KV heads"
+    table.add_row("streaming", share + (f", {kept}" if kept else ""))
+    table.add_row("  per layer", " ".join(str(layer["streaming"]) for layer in layers))
+    budgets = [x for layer in layers for x in layer["budget"] or () if x is not None]
+    if budgets:
+        spread = f"{min(budgets)} to {max(budgets)} tokens, chosen by {result['policy']}"
+        table.add_row("token budgets", f"{len(budgets)} KV heads, {spread}")
+
+
 def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:
     """Rows for codes of one kind and ring, which those of a calibration are."""
     one = codes[0]
-    together = f", {max(x['layers'] for x in codes)} layers together" if one["layers"] > 1 else ""
-    read = "keys after RoPE, read as stored" if one["kind"] == "rotated" else "keys before RoPE"
-    table.add_row("codes", f"{len(codes)}: {read}{together}")
+    together = f", of {one['layers']} layers each" if one["layers"] > 1 else ", one per layer"
+    read = "keys after RoPE, read as stored"
+    if one["kind"] == "unrotated":
+        read = "keys before RoPE, rebuilt when read"
+    table.add_row("codes", f"{len(codes)}{together}: {read}")
     for part, place in (("keys", 0), ("values", 1)) if len(one["widths"]) == 2 else (("joint", 0),):
         widths = [x["widths"][place] for x in codes]
         spread = f"{min(widths)} to {max(widths)}" if len(set(widths)) > 1 else f"{widths[0]}"
@@ -198,18 +214,10 @@ def _facts(result: dict[str, Any]) -> Table:
     table.add_row("model", result["model"])
     table.add_row("method", ", ".join(result["methods"]) or "unknown")
     table.add_row("prefill", result["prefill"])
-    layers = result["layers"]
-    rings = sorted({(x["sink"], x["window"]) for x in layers if x["streaming"]})
-    kept = ", ".join(f"the first {sink} and last {window} tokens" for sink, window in rings)
-    share = f"{result['streaming_heads']} of {result['kv_heads']} KV heads"
-    table.add_row("streaming", share + (f", {kept}" if kept else ""))
-    table.add_row("  per layer", " ".join(str(layer["streaming"]) for layer in layers))
-    budgets = [x for layer in layers for x in layer["budget"] or () if x is not None]
-    if budgets:
-        spread = f"{min(budgets)} to {max(budgets)} tokens, chosen by {result['policy']}"
-        table.add_row("token budgets", f"{len(budgets)} KV heads, {spread}")
     if codes := result["codes"]:
         _describe_codes(table, codes)
+    else:
+        _describe_heads(table, result)
     native = result["native_bytes_per_token"]
     per_token = f"{result['bytes_per_token']:,} bytes per further token (native {native:,})"
     table.add_row("cache, bf16", per_token)

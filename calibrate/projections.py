@@ -22,7 +22,7 @@ from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import Allocation, CodeKind, CodePlan, Fitted, Part
+from kvtool.codes import Allocation, CodeKind, CodePlan, Fitted, Part, share_budget
 from kvtool.corpus import calibration_text, can_chat
 from kvtool.errors import PlanError, UsageError
 from kvtool.plan import Base, LayerPlan, Plan, base_of, check_can_drop, fit_codes, provenance_of
@@ -95,7 +95,7 @@ def calibrate_projections(
     check_can_drop(checkpoint)
     check_budget(base, options, budget_bytes, itemsize)
     if options.method in ("aware", "xkv"):
-        found = _felt(checkpoint, base, options, budget_bytes // itemsize, report)
+        found = _felt(checkpoint, base, options, report)
     else:
         found = _per_layer(checkpoint, base, options, report)
     tensors: dict[str, Tensor] = {}
@@ -170,9 +170,7 @@ def _per_layer(
     return _Found(empty_codes(base, options), fitted, corpus, tokens, {})
 
 
-def _felt(
-    checkpoint: Checkpoint, base: Base, options: ProjectionOptions, numbers: int, report: Report
-) -> _Found:
+def _felt(checkpoint: Checkpoint, base: Base, options: ProjectionOptions, report: Report) -> _Found:
     """The methods that look at several layers together."""
     codes = empty_codes(base, options)
     windows, offsets = _windows(checkpoint, options, JUDGED)
@@ -193,7 +191,7 @@ def _felt(
         return _Found(codes, fitted, corpus, tokens, {})
     end = min(_END, windows.shape[1] // 2)
     pasts = [read_past(model, windows[i], end, offsets[i]) for i in range(fitted_to, len(windows))]
-    fitted, losses = judged(model, pasts, codes, fitted, options, numbers, base, report)
+    fitted, losses = judged(model, pasts, codes, fitted, base, report)
     return _Found(codes, fitted, corpus, tokens, losses)
 
 
@@ -202,22 +200,21 @@ def judged(
     pasts: Sequence[Past],
     codes: Sequence[CodePlan],
     fitted: Sequence[dict[Part, Fitted]],
-    options: ProjectionOptions,
-    numbers: int,
     base: Base,
     report: Report,
 ) -> tuple[list[dict[Part, Fitted]], dict[str, Any]]:
-    """Measures each code alone at the budget, and puts all spectra into the nats that it costs.
+    """Measures each code alone, and puts all spectra into the nats that it costs.
 
     The quadratic form knows which rows of a code matter, but not how far the errors of many tokens
     add up. So each code's spectrum is scaled by what the code alone costs, over what was predicted.
+    Half of all numbers are kept for that, whatever the budget: so a slice is what would be fitted.
 
     Returns:
         The codes with their new spectra; and by code `predicted`, `measured` loss in nats at the
-        widths chosen before, with the loss of all codes together, `measured_together`.
+        `widths` chosen before, with the loss of all codes together, `measured_together`.
     """
     spectra = [[x.spectrum for x in parts.values()] for parts in fitted]
-    chosen = fit_codes(codes, spectra, "spectrum", numbers, options.context, base.channels)
+    chosen = share_budget(codes, spectra, "spectrum", base.layers * base.channels)
     ready: Codes = [
         (code, {part: _single(one) for part, one in parts.items()})
         for code, parts in zip(chosen, fitted, strict=True)

@@ -125,7 +125,7 @@ def feel(
         seed: Draws the tokens.
 
     Raises:
-        CalibrationError: A gradient is not finite.
+        CalibrationError: A prediction is no number, or a gradient is not finite.
     """
     end = min(END, windows.shape[1] // 2)
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -139,13 +139,13 @@ def feel(
             y, g = (
                 torch.cat(
                     [
-                        _flat(model, x, offset, kind if part == 0 else "rotated")[tokens]
+                        _flat(model, x, offset, kind if part == 0 else "rotated", factor)[tokens]
                         for part in (0, 1)
                         for x in (row[part] for row in which[first : first + count])
                     ],
                     dim=-1,
                 )
-                for which in (seen, drawn)
+                for which, factor in ((seen, model.rope.scale**-2), (drawn, 1.0))
             )
             found = _sums(y, g, end)
             if index == len(sums):
@@ -161,12 +161,16 @@ def feel(
     return sums
 
 
-def _flat(model: TailModel, x: Tensor, offset: int, kind: CodeKind) -> Tensor:
-    """`[1, H, S, D]` to `[S, K]`, with keys or their gradients turned back where asked for."""
+def _flat(model: TailModel, x: Tensor, offset: int, kind: CodeKind, factor: float) -> Tensor:
+    """`[1, H, S, D]` to `[S, K]`, with keys or their gradients turned back where asked for.
+
+    Args:
+        factor: What is behind the transpose of RoPE: a gradient is turned back by the transpose
+            alone, a key by the inverse, from which yarn's factor on cos and sin keeps it apart.
+    """
     if kind == "unrotated":
-        # A gradient turns as its key does, but for yarn's factor, which is no rotation.
         cos, sin = tables(model, Behind([], [], x, offset=offset), x.shape[2])
-        x = rotate(x, cos, -sin) / model.rope.scale**2
+        x = rotate(x, cos, -sin) * factor
     return x[0].transpose(0, 1).flatten(1)
 
 
@@ -225,6 +229,8 @@ def _backward(
     for index in range(len(model.layers)):
         hidden = model.layer(index, hidden, behind, watched(index))
     said = predictions(model, hidden)
+    if said.isnan().any():
+        raise CalibrationError("the model's predictions are not all numbers")
     drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
     flat = torch.autograd.grad(said.gather(1, drawn).sum(), [x for pair in far for x in pair])
     return seen, list(zip(flat[::2], flat[1::2], strict=True))

@@ -293,7 +293,7 @@ def judged(
         "predicted": predicted,
         "measured": measured,
         "measured_together": together,
-        "widths": [code.width for code in chosen],
+        "widths": [list(code.widths) for code in chosen],
     }
     return scaled, losses
 

@@ -129,7 +129,8 @@ class Fitted:
     """A projection, with what each of its rows is worth.
 
     Attributes:
-        spectrum: `[R]`, not rising: what is lost without a row, in the measure of the method.
+        spectrum: `[R]`, what is lost without a row, in the measure of the method; not rising
+            where a budget goes by it.
     """
 
     projection: Projection

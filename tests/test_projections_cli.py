@@ -51,11 +51,13 @@ def test_show_says_what_is_coded(tiny: Tiny, tmp_path: Path, capsys: Capture) ->
     for arguments, said in (
         (
             ["--method", "cskv"],
-            "codes 3, one per layer: keys before RoPE, rebuilt when read keys 15 numbers per token values 15",
+            "codes 3, one per layer: keys before RoPE, rebuilt when read "
+            "keys 15 numbers per token values 15",
         ),
         (
             ["--method", "xkv", "--layers-together", "2"],
-            "codes 2, of 2 layers each: keys before RoPE, rebuilt when read keys 15 to 30 numbers per token",
+            "codes 2, of 2 layers each: keys before RoPE, rebuilt when read "
+            "keys 15 to 30 numbers per token",
         ),
         ([], "codes 3, one per layer: keys after RoPE, read as stored keys"),
         (

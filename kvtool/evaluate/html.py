@@ -15,6 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from kvtool.evaluate.compare import ABSENT, Comparison, estimate, share
+from kvtool.evaluate.explain import Explained
 from kvtool.evaluate.pictures import (
     DARK,
     LIGHT,
@@ -28,6 +29,7 @@ from kvtool.evaluate.pictures import (
     ratio_panel,
     style,
 )
+from kvtool.evaluate.spectra import code_pictures
 
 CORRECT = {"kind": "correct", "mark": "✓", "name": "answered"}
 LOST = {"kind": "lost", "mark": "✗", "name": "lost"}
@@ -95,6 +97,21 @@ def compare_page(comparison: Comparison) -> str:
         table=_table("All reports", comparison.table()),
         sections=[{"title": "Bytes against quality", "text": "", "pictures": pictures}],
         details=[{"title": "Settings", "facts": list(_flat(given))}],
+    )
+
+
+def explain_page(explained: Explained) -> str:
+    """The page of a plan of codes: spectra with their cuts, losses, and the table."""
+    with style():
+        pictures = code_pictures(explained)
+    return _page(
+        title=explained.model,
+        kicker="What its codes keep",
+        lead=f"{len(explained.codes)} codes by {explained.method}, "
+        f"{explained.bytes_per_token:,} bytes per token as bfloat16 instead of "
+        f"{explained.native_bytes_per_token:,}; {explained.words()}",
+        sections=[{"title": "Spectra and losses", "text": "", "pictures": pictures}],
+        table=_table("All codes", explained.table()),
     )
 
 

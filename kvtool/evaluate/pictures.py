@@ -146,7 +146,12 @@ def save_comparison(comparison: Comparison, file: Path) -> None:
     with style():
         figure = pareto(comparison.rows, [kl_panel, ratio_panel])
         figure.suptitle(f"against {comparison.conditions['original']}", fontsize="medium")
-        file.write_bytes(_save(figure, file.suffix[1:], facecolor=LIGHT["page"], dpi=144))
+        save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a figure as .svg or .png, as the suffix says, on white."""
+    file.write_bytes(_save(figure, file.suffix[1:], facecolor=LIGHT["page"], dpi=144))
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """ASVD (arXiv 2312.05821): the projections' SVD with inputs scaled by their mean size.
 
 W S = U Σ Vᵀ with S = diag(mean |x|)^α is cut to rank r, and W replaced by (U_r Σ_r V_rᵀ) S⁻¹, that
-is, by U_r U_rᵀ W: a projection of the layer's own keys or values, found without looking at them. Where the
-inputs' full second moment takes the place of S², it is CSKV's optimum.
+is, by U_r U_rᵀ W: a projection of the layer's own keys or values, found without looking at them.
+Where the inputs' full second moment takes the place of S², it is CSKV's optimum.
 """
 
 from __future__ import annotations

@@ -141,6 +141,7 @@ class ProjectionsStep(_Strict):
     method: Literal["pca", "cskv"] = "cskv"
     kv_budget: TextOrNumber = "50%"
     context: Positive | None = None
+    bits: Literal[2, 4, 8] | None = None
     sink: Natural = 4
     window: Positive = 64
     data: str | None = None

@@ -55,6 +55,14 @@ def projections(
             rich_help_panel=_METHOD,
         ),
     ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Store each number of a code as an integer of 2, 4 or 8 bits, with a scale for 32 "
+            "of them. The codes of cskv are tuned for it, at the size that is asked for.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     sink: Annotated[
         int,
         typer.Option(min=0, help="First tokens that are kept exactly.", rich_help_panel=_METHOD),
@@ -77,6 +85,7 @@ def projections(
     """Plan a low-rank code of every token of MODEL, with the first and last tokens kept exactly."""
     from kvtool.calibrate import projections as method_of
     from kvtool.checkpoint import Checkpoint
+    from kvtool.kernels.quantise import BITS
     from kvtool.plan import base_of, check_can_drop
     from kvtool.plan_file import check_plan_output
     from kvtool.sizes import parse_budget
@@ -85,6 +94,8 @@ def projections(
         raise UsageError(f"--read is for --method aware, {method} has a reading of its own")
     if together is not None and method not in ("aware", "xkv"):
         raise UsageError(f"--layers-together is for aware and xkv, {method} takes one layer")
+    if bits not in (None, *BITS):
+        raise UsageError(f"--bits {bits} is not possible: a code has numbers of 2, 4 or 8 bits")
     check_plan_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
@@ -103,6 +114,7 @@ def projections(
         data,
         tokens,
         seed,
+        bits,
     )
     allowed = parse_budget(kv_budget, native)
     method_of.check_budget(base, options, allowed, _BF16)
@@ -113,6 +125,7 @@ def projections(
             "method": method,
             "context": context,
             "codes": len(method_of.empty_codes(base, options)),
+            "bits": bits,
             "bytes_at_most": allowed,
             "native_bytes": native,
             "memory_bytes": method_of.memory_bytes(checkpoint, base, options),

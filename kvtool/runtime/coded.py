@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention
 from kvtool.codes import Code
+from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
 from kvtool.runtime.layers import RuntimeAttention, Step
 from kvtool.runtime.split import DroppingHeads, NewTokens, StreamingHeads
 from kvtool.runtime.stores import Store
@@ -42,11 +43,23 @@ class Tokens(NamedTuple):
 
 
 class SharedCodes(Store):
-    """The plane of a code, and what its layers have seen in the current call."""
+    """The planes of a code, and what its layers have seen in the current call.
+
+    A code with bits is stored as integers, part behind part, beside scales and minima.
+    """
 
     def __init__(self, rows: int, capacity: int, code: Code, like: Tensor) -> None:
-        self.code = code
-        self.planes = {"codes": like.new_empty((rows, capacity, code.plan.width))}
+        self.code, self.dtype = code, like.dtype
+        plan, shape = code.plan, (rows, capacity)
+        if plan.bits is None:
+            self.planes = {"codes": like.new_empty((*shape, plan.width))}
+        else:
+            self._bytes = [packed_bytes(width, plan.bits) for width in plan.widths]
+            self._scales = [2 * groups_of(width, plan.group) for width in plan.widths]
+            self.planes = {
+                "codes": like.new_empty((*shape, sum(self._bytes)), dtype=torch.uint8),
+                "scales": like.new_empty((*shape, sum(self._scales)), dtype=torch.float16),
+            }
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def collect(self, layer: int, new: Tokens, step: Step) -> None:
@@ -57,7 +70,35 @@ class SharedCodes(Store):
         if len(self._seen) == self.code.plan.layers:
             keys, values = zip(*self._seen, strict=True)
             self._seen.clear()
-            self.write(step.row, step.starts, {"codes": self.code.encode(keys, values)})
+            self.write(step.row, step.starts, self._stored(self.code.encode(keys, values)))
+
+    def read(self, row: slice, start: int, end: int) -> Tensor:
+        """Codes `[B, end - start, width]` of tokens, in the model's dtype."""
+        plan = self.code.plan
+        codes, *scales = (plane[row, start:end] for plane in self.planes.values())
+        if plan.bits is None:
+            return codes
+        parts = [
+            dequantise(packed, own.unflatten(-1, (-1, 2)), width, plan.bits, plan.group)
+            for packed, own, width in zip(
+                codes.split(self._bytes, dim=-1),
+                scales[0].split(self._scales, dim=-1),
+                plan.widths,
+                strict=True,
+            )
+        ]
+        return torch.cat(parts, dim=-1).to(self.dtype)
+
+    def _stored(self, codes: Tensor) -> dict[str, Tensor]:
+        """What the planes hold of codes `[B, T, width]`."""
+        plan = self.code.plan
+        if plan.bits is None:
+            return {"codes": codes}
+        parts = [quantise(x, plan.bits, plan.group) for x in codes.split(plan.widths, dim=-1)]
+        return {
+            "codes": torch.cat([packed for packed, _ in parts], dim=-1),
+            "scales": torch.cat([scales.flatten(-2) for _, scales in parts], dim=-1),
+        }
 
 
 class CodedStore(DroppingHeads):
@@ -120,7 +161,7 @@ class CodedStore(DroppingHeads):
     def _codes(self, row: slice, length: int) -> Tensor:
         """Of those of the first `length` tokens that are neither sinks nor in the window."""
         sink, last = self.exact.sink, length - self.exact.window
-        return self.planes["codes"][row, sink : max(sink, last)]
+        return self.codes.read(row, sink, max(sink, last))
 
     def _add_several(self, new: Tokens, row: int, start: int) -> Tensor:
         """As if token by token: each reads what was exact when it came."""

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/code_bits.py -o benchmarks/results/code_bits.json
 
 All plans of a method have the same budget of numbers, half of the keys and values of a layer. The
-file is written anew behind every row. `powers` has the reconstruction errors by which the power of
-`calibrate/levelled.py` was chosen.
+file is written anew behind every row, and rows that it has are not measured again. `powers` has the
+reconstruction errors by which the power of `calibrate/levelled.py` was chosen.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 
 CONTEXT = 4096
+STEPS = ProjectionOptions.tuning
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -92,15 +93,21 @@ def main() -> None:
     base = Engine.load(checkpoint)
     length = asked.prefill + asked.continuation + 1
     windows = evaluation_text().windows(checkpoint.tokenizer(), length, asked.windows)
-    found: dict[str, Any] = {
+    found: dict[str, Any] = {"rows": []}
+    if asked.output.is_file():
+        found = json.loads(asked.output.read_text())
+    found |= {
         "command": " ".join(["python", *sys.argv]),
         "model": checkpoint.source,
         "context_of_budgets": CONTEXT,
         "calibration_tokens": asked.tokens,
         "environment": environment(torch.device("cpu"), torch.float32),
         "threads": torch.get_num_threads(),
-        "rows": [],
+        "windows": asked.windows,
+        "prefill": asked.prefill,
+        "continuation": asked.continuation,
     }
+    measured = {(row["code"], row["bits"]) for row in found["rows"]}
 
     def measure(name: str, plan: Plan, seconds: float) -> None:
         engine = Engine.load(checkpoint, plan=plan)
@@ -132,20 +139,22 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
     for method, bits, tuning in (
-        ("cskv", 4, 0), ("cskv", 4, 400), ("aware", 4, 0), ("aware", None, 0), ("cskv", None, 0),
-        ("cskv", 2, 0), ("cskv", 2, 400), ("aware", 2, 0), ("aware", 8, 0),
+        ("aware", 4, 0), ("cskv", None, 0), ("cskv", 4, 0), ("cskv", 4, STEPS), ("aware", None, 0),
+        ("cskv", 2, 0), ("cskv", 2, STEPS), ("aware", 2, 0), ("aware", 8, 0),
     ):  # fmt: skip
+        name = f"cskv, {tuning} steps" if method == "cskv" and bits is not None else method
+        if (name, bits) in measured:
+            continue
         options = ProjectionOptions(
             method, context=CONTEXT, tokens=asked.tokens, bits=bits, tuning=tuning
         )
         started = time.perf_counter()
         plan = calibrate_projections(checkpoint, options, half(checkpoint, options), 2)
         seconds = time.perf_counter() - started
-        name = method if bits is None or method != "cskv" else f"cskv, {tuning} steps"
-        measure(name, plan, seconds)
         if (method, bits) == ("cskv", None):
             rounded = tuple(replace(code, bits=4) for code in plan.codes)
             measure("cskv, neither centred nor levelled", replace(plan, codes=rounded), seconds)
+        measure(name, plan, seconds)
     found["powers"] = powers(checkpoint, 3, asked.tokens)
     asked.output.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -72,7 +72,7 @@ class ProjectionOptions:
     tokens: int = 16384
     seed: int = 0
     bits: int | None = None
-    tuning: int = 400
+    tuning: int = 300
 
 
 @dataclass(frozen=True)

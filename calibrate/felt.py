@@ -44,6 +44,7 @@ class Felt:
         metric: `[W, W]`, Σ g gᵀ.
         weight: Σ |g|.
         weighted: `[W, W]`, Σ |g| y yᵀ.
+        total: `[W]`, Σ y.
     """
 
     predictions: int
@@ -52,6 +53,7 @@ class Felt:
     metric: Tensor
     weight: float
     weighted: Tensor
+    total: Tensor
 
 
 class _FarRead(torch.autograd.Function):
@@ -177,7 +179,8 @@ def _flat(model: TailModel, x: Tensor, offset: int, kind: CodeKind, factor: floa
 def _sums(y: Tensor, g: Tensor, predictions: int) -> Felt:
     size = g.norm(dim=1, keepdim=True)
     second, metric, weighted = (x.double().cpu() for x in (y.T @ y, g.T @ g, (y * size).T @ y))
-    return Felt(predictions, len(y), second, metric, float(size.sum()), weighted)
+    total = y.sum(dim=0).double().cpu()
+    return Felt(predictions, len(y), second, metric, float(size.sum()), weighted, total)
 
 
 def _backward(

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvtool.attention import rotate
 from kvtool.calibrate.tail import Attend, Behind, TailModel, divergence
 from kvtool.codes import CodePlan, Part, Projection
+from kvtool.kernels.quantise import fake_quantise
 
 Codes = Sequence[tuple[CodePlan, dict[Part, Projection]]]
 """Codes of all layers, with their projections in fp32."""
@@ -110,7 +111,10 @@ def coded(
     for part, width in zip(code.parts, code.widths, strict=True):
         x = torch.cat([y[0].transpose(0, 1).flatten(1) for y in flat[part]], dim=-1)  # [S, W]
         used = projections[part].cut(width)
-        again = ((x - used.mean) @ used.encode.T) @ used.decode.T + used.mean
+        z = (x - used.mean) @ used.encode.T
+        if code.bits is not None:
+            z = fake_quantise(z, code.bits, code.group)
+        again = z @ used.decode.T + used.mean
         pieces = again.unflatten(-1, (-1, heads, x.shape[1] // (heads * len(flat[part]))))
         found += list(pieces.permute(1, 2, 0, 3)[:, None])
     keys, values = found[: code.layers], found[code.layers :]

@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate import asvd, aware, cskv, matryoshka, palu, pca, xkv
-from kvtool.calibrate.felt import feel
+from kvtool.calibrate.felt import Felt, feel
+from kvtool.calibrate.levelled import levelled
 from kvtool.calibrate.past import Codes, Past, measure, read_past
-from kvtool.calibrate.statistics import CONTEXT, WINDOW, StatisticsOptions, collect
+from kvtool.calibrate.statistics import (
+    CONTEXT,
+    WINDOW,
+    LayerStatistics,
+    StatisticsOptions,
+    collect,
+)
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.students import FreeStudent, train_codes
 from kvtool.calibrate.tail import TailModel
+from kvtool.calibrate.tuned import tokens_of, tune
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Allocation, CodeKind, CodePlan, Fitted, Part, share_budget
 from kvtool.corpus import calibration_text, can_chat
@@ -58,6 +66,8 @@ class ProjectionOptions:
         context: Tokens of the sequence that a budget is for.
         train: How long the codes of `aware` (not at all if not given) or `matryoshka` are trained.
         search_ranks: Whether `matryoshka` searches a rank per head.
+        bits: Of each number of a code; None keeps numbers.
+        tuning: Steps by which a layer of `cskv` with bits is tuned.
     """
 
     method: Method = "aware"
@@ -71,6 +81,8 @@ class ProjectionOptions:
     data: str | None = None
     tokens: int = 16384
     seed: int = 0
+    bits: int | None = None
+    tuning: int = 300
 
 
 @dataclass(frozen=True)
@@ -104,10 +116,13 @@ def calibrate_projections(
     base = base_of(checkpoint)
     check_can_drop(checkpoint)
     check_budget(base, options, budget_bytes, itemsize)
+    budget = (budget_bytes, itemsize)
     if options.method == "matryoshka":
         found = _matryoshka(checkpoint, base, options, report)
     elif options.method in ("aware", "xkv"):
-        found = _felt(checkpoint, base, options, budget_bytes // itemsize, report)
+        found = _felt(checkpoint, base, options, budget, report)
+    elif options.method == "cskv" and options.bits is not None:
+        found = _tuned(checkpoint, base, options, budget, report)
     else:
         found = _per_layer(checkpoint, base, options, report)
     tensors: dict[str, Tensor] = {}
@@ -140,23 +155,31 @@ def empty_codes(base: Base, options: ProjectionOptions) -> list[CodePlan]:
     together = min(options.together, base.layers) if options.method in ("aware", "xkv") else 1
     sizes = [min(together, base.layers - i) for i in range(0, base.layers, together)]
     parts = 1 if options.method == "aware" and not absorbed else 2
-    return [
+    plain = [
         CodePlan(kind, n, (n * base.channels * 2 // parts,) * parts, options.sink, options.window)
         for n in sizes
     ]
+    return [replace(code, bits=options.bits) for code in plain]
 
 
 def check_budget(base: Base, options: ProjectionOptions, budget_bytes: int, itemsize: int) -> None:
     """Raises UsageError unless the narrowest codes fit the budget."""
-    codes = empty_codes(base, options)
-    rows = [[torch.ones(width) for width in code.widths] for code in codes]
     try:
-        fit_codes(
-            codes, rows, allocation(options), budget_bytes // itemsize, options.context,
-            base.channels,
-        )  # fmt: skip
+        _even_codes(base, options, budget_bytes, itemsize)
     except PlanError as error:
         raise UsageError(str(error)) from error
+
+
+def _even_codes(
+    base: Base, options: ProjectionOptions, budget_bytes: int, itemsize: int
+) -> tuple[CodePlan, ...]:
+    """Codes in that budget if all rows are worth the same."""
+    codes = empty_codes(base, options)
+    rows = [[torch.ones(width) for width in code.widths] for code in codes]
+    return fit_codes(
+        codes, rows, allocation(options), budget_bytes, options.context, base.channels,
+        itemsize,
+    )  # fmt: skip
 
 
 def _per_layer(
@@ -170,8 +193,9 @@ def _per_layer(
     if options.method == "asvd":
         corpus, tokens = calibration_text(options.data).id, windows.numel()
         fitted = asvd.fit(LayerStream(checkpoint), windows)
-    else:
+    if options.method != "asvd" or options.bits is not None:
         statistics = collect(checkpoint, wanted, report=report)
+    if options.method != "asvd":
         corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
         fit = pca.fit if options.method == "pca" else cskv.fit
         fitted = [fit(statistics.layer(i), base.kv_heads) for i in range(base.layers)]
@@ -180,11 +204,62 @@ def _per_layer(
         for i, parts in enumerate(fitted):
             parts["keys"] = palu.ranked(parts["keys"], float(keys[i]))
             parts["values"] = palu.ranked(parts["values"], float(values[i]))
+    if options.bits is not None:
+        rotated = options.method == "pca"
+        fitted = [_levelled(x, statistics.layer(i), rotated) for i, x in enumerate(fitted)]
     return _Found(empty_codes(base, options), fitted, corpus, tokens, {})
 
 
+def _levelled(
+    fitted: dict[Part, Fitted], statistics: LayerStatistics, rotated: bool
+) -> dict[Part, Fitted]:
+    """Keys and values of a layer, ready for few bits."""
+    joint = statistics.joint
+    width = len(joint.mean) // 2
+    keys, covariance = joint.mean[:width], joint.covariance[:width, :width]
+    if rotated:
+        keys, covariance = statistics.rotated_keys.mean, statistics.rotated_keys.covariance
+    values = joint.part(width)
+    return {
+        "keys": levelled(fitted["keys"], keys, covariance),
+        "values": levelled(fitted["values"], values.mean, values.covariance),
+    }
+
+
+def _tuned(
+    checkpoint: Checkpoint,
+    base: Base,
+    options: ProjectionOptions,
+    budget: tuple[int, int],
+    report: Report,
+) -> _Found:
+    """`cskv` with bits, at the widths of the budget, bytes and bytes per number."""
+    codes = _even_codes(base, options, *budget)
+    windows, _ = _windows(checkpoint, options, JUDGED)
+    stream = LayerStream(checkpoint)
+    hidden = stream.embed(windows)
+    fitted: list[dict[Part, Fitted]] = []
+    errors: dict[str, list[float]] = {"before": [], "after": []}
+    report("tuning", 0, len(codes))
+    for index, code in enumerate(codes):
+        y = tokens_of(stream, stream.layer(index), hidden, options.sink)
+        own, held = (x.flatten(0, 1) for x in y.split([len(y) - JUDGED, JUDGED]))
+        found = tune(own, held, code, options.tuning, options.seed)
+        fitted.append({part: one.fitted for part, one in found.items()})
+        errors["before"] += [one.before for one in found.values()]
+        errors["after"] += [one.after for one in found.values()]
+        report("tuning", index + 1, len(codes))
+    tokens = (len(windows) - JUDGED) * windows.shape[1]
+    losses = {"reconstruction": errors}
+    return _Found(list(codes), fitted, calibration_text(options.data).id, tokens, losses)
+
+
 def _felt(
-    checkpoint: Checkpoint, base: Base, options: ProjectionOptions, numbers: int, report: Report
+    checkpoint: Checkpoint,
+    base: Base,
+    options: ProjectionOptions,
+    budget: tuple[int, int],
+    report: Report,
 ) -> _Found:
     """The methods that look at several layers together."""
     codes = empty_codes(base, options)
@@ -201,6 +276,8 @@ def _felt(
     for done, one in enumerate(felt):
         aware_of = options.method == "aware"
         fitted.append(aware.fit(one, codes[done].parts) if aware_of else xkv.fit(one))
+        if options.bits is not None:
+            fitted[-1] = _levelled_together(fitted[-1], one)
         report("fitting", done + 1, len(codes))
     corpus, tokens = calibration_text(options.data).id, fitted_to * windows.shape[1]
     if options.method != "aware":
@@ -210,7 +287,9 @@ def _felt(
     fitted, losses = judged(model, pasts, codes, fitted, report)
     if options.train is not None:
         spectra = [[x.spectrum for x in parts.values()] for parts in fitted]
-        cut = fit_codes(codes, spectra, "spectrum", numbers, options.context, base.channels)
+        cut = fit_codes(
+            codes, spectra, "spectrum", budget[0], options.context, base.channels, budget[1]
+        )
         student = FreeStudent(model, cut, fitted, "spectrum")
         losses |= train_codes(
             student, checkpoint, options.train, RATE, options.data, options.seed, report
@@ -249,6 +328,17 @@ def _matryoshka(
     return _Found(empty_codes(base, options), fitted, corpus, statistics.tokens, losses)
 
 
+def _levelled_together(fitted: dict[Part, Fitted], felt: Felt) -> dict[Part, Fitted]:
+    """Of several layers, ready for few bits."""
+    mean = felt.total / felt.tokens
+    covariance = felt.second / felt.tokens - mean[:, None] * mean
+    pieces = torch.arange(len(mean)).chunk(len(fitted))
+    return {
+        part: levelled(one, mean[at], covariance[at][:, at])
+        for (part, one), at in zip(fitted.items(), pieces, strict=True)
+    }
+
+
 def judged(
     model: TailModel,
     pasts: Sequence[Past],
@@ -259,17 +349,18 @@ def judged(
     """Measures each code alone, cut down, and puts all spectra into the nats that it costs.
 
     The quadratic form knows which rows of a code matter, but not how far the errors of many tokens
-    add up. So each code's spectrum is scaled by what the code alone costs, over what was predicted.
-    All codes together are cut to a quarter of their rows for that, whatever the budget: another
-    budget is then a slice of the same plan.
+    add up. So each code's spectrum is scaled by what the code alone costs, over what was predicted;
+    without its bits, whose cost is no row's. All codes together are cut to a quarter of their rows
+    for that, whatever the budget: another budget is then a slice of the same plan.
 
     Returns:
         The codes with their new spectra; and by code `predicted`, `measured` loss in nats at these
-        `widths`, with the loss of all codes together, `measured_together`.
+        `widths`, with the loss of all codes together, bits and all, `measured_together`.
     """
     spectra = [[x.spectrum for x in parts.values()] for parts in fitted]
     rows = sum(len(x) for parts in spectra for x in parts)
-    chosen = share_budget(codes, spectra, "spectrum", rows // 4)
+    plain = [replace(code, bits=None) for code in codes]
+    chosen = share_budget(plain, spectra, "spectrum", rows // 4)
     ready: Codes = [
         (code, {part: _single(one) for part, one in parts.items()})
         for code, parts in zip(chosen, fitted, strict=True)
@@ -283,7 +374,8 @@ def judged(
     for index in range(len(codes)):
         measured.append(measure(model, pasts, ready, index))
         report("judging", index + 1, len(codes) + 1)
-    together = measure(model, pasts, ready)
+    stored = [(replace(x, bits=codes[0].bits), projections) for x, projections in ready]
+    together = measure(model, pasts, stored)
     report("judging", len(codes) + 1, len(codes) + 1)
     scaled = [
         {part: Fitted(one.projection, one.spectrum * scale) for part, one in parts.items()}
@@ -333,6 +425,9 @@ def _windows(
 def memory_bytes(checkpoint: Checkpoint, base: Base, options: ProjectionOptions) -> int:
     """About what a calibration holds at once, besides Python and its libraries."""
     weights = 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    if options.method == "cskv" and options.bits is not None:
+        width = int(checkpoint.hf_config().hidden_size) + 6 * base.channels
+        return 4 * (options.tokens + JUDGED * WINDOW) * width
     if options.method in ("pca", "cskv"):
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)
     if options.method == "asvd":

@@ -8,6 +8,7 @@ it, and what it is fitted for; see `calibrate/`.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kvtool.attention import Rope, rotate
 from kvtool.errors import PlanError
+from kvtool.kernels.quantise import BITS, groups_of, packed_bytes
 
 CodeKind = Literal["rotated", "unrotated"]
 """Whether the code of a key is taken after RoPE, or before it."""
@@ -36,6 +38,8 @@ class CodePlan:
             code that both are read from.
         sink, window: Tokens that each layer also keeps exactly: the first and the last, the current
             one included.
+        bits: Of each number of the code (`kernels/quantise`); None keeps them in the model's dtype.
+        group: Numbers of a part that share a scale, where there are bits.
 
     Raises:
         PlanError: The numbers are out of range.
@@ -46,6 +50,8 @@ class CodePlan:
     widths: tuple[int, ...]
     sink: int = 4
     window: int = 64
+    bits: int | None = None
+    group: int = 32
 
     def __post_init__(self) -> None:
         if self.layers < 1 or len(self.widths) not in (1, 2) or min(self.widths) < 1:
@@ -56,6 +62,10 @@ class CodePlan:
                 f"{self.sink} exact sinks and a window of {self.window} tokens are impossible: the "
                 "window holds at least the current token"
             )
+        if self.bits not in (None, *BITS):
+            raise PlanError(f"a code has numbers of 2, 4 or 8 bits, not of {self.bits}")
+        if self.group < 1:
+            raise PlanError(f"a scale for groups of {self.group} numbers is none")
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -71,9 +81,20 @@ class CodePlan:
         """Numbers that a part stands for, of layers with K `channels` of keys and of values."""
         return self.layers * channels * (2 if self.parts == ("joint",) else 1)
 
-    def numbers(self, tokens: int, channels: int) -> int:
-        """Numbers stored of a sequence; rings count whole even if unfilled."""
-        return self.width * tokens + self.layers * 2 * channels * (self.sink + self.window)
+    def token_bytes(self, itemsize: int) -> int:
+        """Bytes of the code of one token, with `itemsize` bytes per number if it has no bits."""
+        return sum(self.part_bytes(width, itemsize) for width in self.widths)
+
+    def part_bytes(self, width: int, itemsize: int) -> int:
+        """The same of one part of that width: with bits, its scales and minima count."""
+        if self.bits is None:
+            return itemsize * width
+        return packed_bytes(width, self.bits) + 4 * groups_of(width, self.group)
+
+    def cache_bytes(self, tokens: int, channels: int, itemsize: int) -> int:
+        """Bytes of a sequence; rings count whole even if unfilled."""
+        exact = self.layers * 2 * channels * (self.sink + self.window)
+        return self.token_bytes(itemsize) * tokens + itemsize * exact
 
 
 def code_shapes(
@@ -305,15 +326,18 @@ def share_budget(
     codes: Sequence[CodePlan],
     spectra: Sequence[Sequence[Tensor]],
     allocation: Allocation,
-    numbers: int,
+    budget: int,
+    itemsize: int = 1,
 ) -> tuple[CodePlan, ...]:
-    """The widest codes that store at most so many numbers per token, all layers together.
+    """The widest codes that take at most so many bytes per token, all layers together.
 
     `even`: every layer the same; keys keep their share. `spectrum`: of all codes together the rows
     that are worth most; that is optimal where losses add up. A larger budget never takes one away.
 
     Args:
         spectra: `[R]` by code and part, not rising; R rows are there to choose from.
+        budget: In bytes, or in numbers where no code has bits and `itemsize` is 1.
+        itemsize: Bytes of a number of a code without bits.
 
     Raises:
         PlanError: There is no room for the narrowest codes of all.
@@ -321,35 +345,43 @@ def share_budget(
     layers = sum(code.layers for code in codes)
     if allocation == "even":
         return tuple(
-            _evenly(code, [len(x) for x in own], numbers // layers * code.layers)
+            _evenly(code, [len(x) for x in own], budget // layers * code.layers, itemsize)
             for code, own in zip(codes, spectra, strict=True)
         )
-    parts = [x for own in spectra for x in own]
-    widths = [min(STEP, len(x)) for x in parts]
-    left = numbers - sum(widths)
+    parts = [(code, x) for code, own in zip(codes, spectra, strict=True) for x in own]
+    widths = [min(STEP, len(x)) for _, x in parts]
+    left = budget - sum(
+        code.part_bytes(width, itemsize) for (code, _), width in zip(parts, widths, strict=True)
+    )
     if left < 0:
         raise PlanError(f"the narrowest codes of all store {sum(widths)} numbers per token")
     further = [
         (-float(rows.mean()), part, len(rows))
-        for part, x in enumerate(parts)
+        for part, (_, x) in enumerate(parts)
         for rows in x.double().split(STEP)[1:]
     ]
     for _, part, rows in sorted(further, key=lambda step: step[0]):  # stable: rows stay in order
-        if rows > left:
+        code, width = parts[part][0], widths[part]
+        cost = code.part_bytes(width + rows, itemsize) - code.part_bytes(width, itemsize)
+        if cost > left:
             break
         widths[part] += rows
-        left -= rows
+        left -= cost
     chosen = iter(widths)
     return tuple(replace(x, widths=tuple(next(chosen) for _ in x.widths)) for x in codes)
 
 
-def _evenly(code: CodePlan, rows: Sequence[int], numbers: int) -> CodePlan:
-    first = min(numbers * code.widths[0] // code.width, rows[0])
-    widths: tuple[int, ...] = (first,)
-    if len(rows) == 2:
-        widths = (first, min(numbers - first, rows[1]))
-    if len(set(code.widths)) == 1:
-        widths = (min(first, *rows),) * len(rows)  # an odd number does not make them differ
+def _evenly(code: CodePlan, rows: Sequence[int], budget: int, itemsize: int) -> CodePlan:
+    def widths_of(numbers: int) -> tuple[int, ...]:
+        first = min(numbers * code.widths[0] // code.width, rows[0])
+        if len(set(code.widths)) == 1:  # an odd number does not make them differ
+            return (min(first, *rows),) * len(rows)
+        return (first, min(numbers - first, rows[1]))
+
+    def taken(numbers: int) -> int:
+        return sum(code.part_bytes(width, itemsize) for width in widths_of(numbers))
+
+    widths = widths_of(bisect_right(range(sum(rows) + 1), budget, key=taken) - 1)
     if min(widths) < 1:
         raise PlanError(f"the narrowest codes of all store {len(rows)} numbers per token and code")
     return replace(code, widths=widths)

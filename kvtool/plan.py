@@ -318,11 +318,12 @@ class Plan:
         With head size D and b bytes per number (`itemsize`), keys and values of a head take
         `2 b D` per token; a full head keeps N tokens, a streaming one `sink + window` (its ring is
         allocated whole, also for a short prompt), and one with a budget `min(N, budget)`. A code
-        takes its width per token, and `sink + window` exact tokens of every head of its layers.
+        takes its width per token, and `sink + window` exact tokens of every head of its layers. If
+        its numbers have bits, b is of the exact tokens alone: see :meth:`CodePlan.part_bytes`.
         """
         if self.codes:
             channels = self.base.channels
-            return itemsize * sum(code.numbers(tokens, channels) for code in self.codes)
+            return sum(code.cache_bytes(tokens, channels, itemsize) for code in self.codes)
         return 2 * itemsize * self.base.head_dim * sum(x.tokens(tokens) for x in self.layers)
 
     def native_bytes(self, tokens: int, itemsize: int) -> int:
@@ -332,7 +333,7 @@ class Plan:
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that every further token costs: streaming heads overwrite, all others append."""
         if self.codes:
-            return itemsize * sum(code.width for code in self.codes)
+            return sum(code.token_bytes(itemsize) for code in self.codes)
         appending = sum(layer.streaming.count(False) for layer in self.layers)
         return 2 * itemsize * self.base.head_dim * appending
 
@@ -402,7 +403,7 @@ class Plan:
             PlanError: It does not fit even if all heads stream, or :meth:`stream_heads` refuses.
         """
         if self.codes:
-            return self._cut_codes(budget_bytes // itemsize, context)
+            return self._cut_codes(budget_bytes, context, itemsize)
         sink, window = self.ring
         heads, per_token = self.base.all_heads, 2 * itemsize * self.base.head_dim
         saved = per_token * (context - sink - window)  # by each head that streams
@@ -416,15 +417,16 @@ class Plan:
             f"and last {window} tokens"
         )
 
-    def _cut_codes(self, numbers: int, context: int) -> Plan:
+    def _cut_codes(self, budget_bytes: int, context: int, itemsize: int) -> Plan:
         assert self.allocation is not None
         spectra = [
             [self.tensors[f"codes.{i}.{part}.spectrum"] for part in code.parts]
             for i, code in enumerate(self.codes)
         ]
         codes = fit_codes(
-            self.codes, spectra, self.allocation, numbers, context, self.base.channels
-        )
+            self.codes, spectra, self.allocation, budget_bytes, context, self.base.channels,
+            itemsize,
+        )  # fmt: skip
         return replace(self, codes=codes)
 
     def compose(self, other: Plan) -> Plan:
@@ -491,27 +493,30 @@ def fit_codes(
     codes: Sequence[CodePlan],
     spectra: Sequence[Sequence[Tensor]],
     allocation: Allocation,
-    numbers: int,
+    budget_bytes: int,
     context: int,
     channels: int,
+    itemsize: int = 1,
 ) -> tuple[CodePlan, ...]:
-    """The widest codes whose cache of a sequence stores at most so many numbers.
+    """The widest codes whose cache of a sequence takes at most so many bytes.
 
     Args:
         spectra: See :func:`kvtool.codes.share_budget`.
         context: Tokens of that sequence.
         channels: K of a layer.
+        itemsize: Bytes of a number that has no bits.
 
     Raises:
         PlanError: Exact tokens and the narrowest codes take more than the budget.
     """
-    exact = sum(code.numbers(0, channels) for code in codes)
+    exact = sum(code.cache_bytes(0, channels, itemsize) for code in codes)
+    per_token = max(0, budget_bytes - exact) // context
     try:
-        return share_budget(codes, spectra, allocation, max(0, numbers - exact) // context)
+        return share_budget(codes, spectra, allocation, per_token, itemsize)
     except PlanError as error:
         ring = codes[0]
         raise PlanError(
-            f"a budget of {numbers} numbers at {context} tokens is too small: the first "
+            f"a budget of {budget_bytes} bytes at {context} tokens is too small: the first "
             f"{ring.sink} and last {ring.window} tokens, kept exactly, take {exact}, and {error}"
         ) from error
 
@@ -564,8 +569,13 @@ def _document(plan: Plan) -> dict[str, Any]:
         "layers": [{"heads": heads(x), "budget": x.budget} for x in plan.layers],
     }
     if plan.codes:
-        document["format_version"] = plan_file.FORMAT_VERSION
-        document |= {"codes": [asdict(x) for x in plan.codes], "allocation": plan.allocation}
+        codes = [asdict(code) for code in plan.codes]
+        document |= {"format_version": 3, "codes": codes, "allocation": plan.allocation}
+        if any(code.bits is not None for code in plan.codes):
+            document["format_version"] = plan_file.FORMAT_VERSION
+        else:
+            for code in codes:
+                del code["bits"], code["group"]
     return document
 
 

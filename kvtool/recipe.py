@@ -144,6 +144,7 @@ class ProjectionsStep(_Strict):
     context: Positive | None = None
     read: Literal["absorbed", "rebuilt"] | None = None
     layers_together: Positive | None = None
+    bits: Literal[2, 4, 8] | None = None
     sink: Natural = 4
     window: Positive = 64
     data: str | None = None

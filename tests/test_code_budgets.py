@@ -107,7 +107,7 @@ def test_a_cache_takes_no_more_than_its_budget(problem, context, numbers):
         except PlanError:
             assert numbers < exact + context * len(codes) * STEP * 2 * 3
             continue
-        assert sum(code.numbers(context, 16) for code in shared) <= numbers
+        assert sum(code.cache_bytes(context, 16, 1) for code in shared) <= numbers
 
 
 def test_layers_get_the_same_however_many_share_a_code():

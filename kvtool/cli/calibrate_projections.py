@@ -71,6 +71,14 @@ def projections(
             rich_help_panel=_METHOD,
         ),
     ] = False,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Store each number of a code as an integer of 2, 4 or 8 bits, with a scale for 32 "
+            "of them. The codes of cskv are tuned for it, at the size that is asked for.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     sink: Annotated[
         int,
         typer.Option(min=0, help="First tokens that are kept exactly.", rich_help_panel=_METHOD),
@@ -94,6 +102,7 @@ def projections(
     from kvtool.calibrate import projections as method_of
     from kvtool.checkpoint import Checkpoint
     from kvtool.distill import Amount
+    from kvtool.kernels.quantise import BITS
     from kvtool.plan import base_of, check_can_drop
     from kvtool.plan_file import check_plan_output
     from kvtool.sizes import parse_budget
@@ -107,6 +116,10 @@ def projections(
     if search_ranks and method != "matryoshka":
         raise UsageError("--search-ranks is for --method matryoshka")
     amount = None if train is None else Amount.parse(train, "--train", method_of.AUTO)
+    if bits is not None and amount is not None:
+        raise UsageError("--train and --bits do not go together: trained codes are not rounded")
+    if bits not in (None, *BITS):
+        raise UsageError(f"--bits {bits} is not possible: a code has numbers of 2, 4 or 8 bits")
     check_plan_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
@@ -127,6 +140,7 @@ def projections(
         data,
         tokens,
         seed,
+        bits,
     )
     allowed = parse_budget(kv_budget, native)
     method_of.check_budget(base, options, allowed, _BF16)
@@ -137,6 +151,7 @@ def projections(
             "method": method,
             "context": context,
             "codes": len(method_of.empty_codes(base, options)),
+            "bits": bits,
             "bytes_at_most": allowed,
             "native_bytes": native,
             "memory_bytes": method_of.memory_bytes(checkpoint, base, options),

@@ -198,6 +198,9 @@ def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:
         widths = [x["widths"][place] for x in codes]
         spread = f"{min(widths)} to {max(widths)}" if len(set(widths)) > 1 else f"{widths[0]}"
         table.add_row(f"  {part}", f"{spread} numbers per token")
+    if one["bits"] is not None:
+        each = f"{one['bits']} bits each, a scale and a minimum (4 bytes) for {one['group']}"
+        table.add_row("  stored", each)
     table.add_row("  exact", f"the first {one['sink']} and last {one['window']} tokens")
 
 

@@ -158,6 +158,13 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
         slope = (after - before) / (large - small)
         constant = max(after - slope * large, 0.0)
         sizes.append(CacheSize(slope, slope / item * BFLOAT16_BYTES, constant))
+    if plan is not None and plan.codes:
+        # Integers of few bits take the same in any dtype.
+        packed = [code.bits is not None for code in plan.codes for _ in range(code.layers)]
+        sizes = [
+            replace(size, bytes_per_token_bf16=size.bytes_per_token) if own else size
+            for size, own in zip(sizes, packed, strict=True)
+        ]
     return sizes
 
 

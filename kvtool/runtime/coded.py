@@ -10,6 +10,7 @@ needs it: a call brings no more tokens than the window holds, but for a prompt t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention
 from kvtool.codes import Code
+from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
 from kvtool.runtime.layers import RuntimeAttention, Step
 from kvtool.runtime.split import DroppingHeads, NewTokens, StreamingHeads
 from kvtool.runtime.stores import Store
@@ -42,13 +44,23 @@ class Tokens(NamedTuple):
 
 
 class SharedCodes(Store):
-    """The planes of a code, and what its layers have seen in the current call."""
+    """The planes of a code, and what its layers have seen in the current call.
+
+    Each part has a plane of its own: one that is read whole is read at memory speed. A code with
+    bits is stored as integers, beside scales and minima.
+    """
 
     def __init__(self, rows: int, capacity: int, code: Code, like: Tensor) -> None:
-        self.code = code
-        # A plane for each part: one that is read whole is read at memory speed.
-        sizes = zip(code.plan.parts, code.plan.widths, strict=True)
-        self.planes = {part: like.new_empty((rows, capacity, width)) for part, width in sizes}
+        self.code, self.dtype = code, like.dtype
+        plan, shape = code.plan, (rows, capacity)
+        self.planes = {}
+        for part, width in zip(plan.parts, plan.widths, strict=True):
+            if plan.bits is None:
+                self.planes[part] = like.new_empty((*shape, width))
+                continue
+            size, scales = packed_bytes(width, plan.bits), 2 * groups_of(width, plan.group)
+            self.planes[part] = like.new_empty((*shape, size), dtype=torch.uint8)
+            self.planes[f"{part} scales"] = like.new_empty((*shape, scales), dtype=torch.float16)
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def collect(self, layer: int, new: Tokens, step: Step) -> None:
@@ -59,7 +71,28 @@ class SharedCodes(Store):
         if len(self._seen) == self.code.plan.layers:
             keys, values = zip(*self._seen, strict=True)
             self._seen.clear()
-            self.write(step.row, step.starts, self.code.encode(keys, values))
+            self.write(step.row, step.starts, self._stored(self.code.encode(keys, values)))
+
+    def read(self, row: slice, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """What keys and values of tokens are read from, `[B, end - start, R]` each."""
+        plan = self.code.plan
+        parts = []
+        for part, width in zip(plan.parts, plan.widths, strict=True):
+            codes = self.planes[part][row, start:end]
+            if plan.bits is not None:
+                scales = self.planes[f"{part} scales"][row, start:end].unflatten(-1, (-1, 2))
+                codes = dequantise(codes, scales, width, plan.bits, plan.group).to(self.dtype)
+            parts.append(codes)
+        return parts[0], parts[-1]
+
+    def _stored(self, codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the planes hold of codes `[B, T, R]`, by part."""
+        plan, found = self.code.plan, dict(codes)
+        if plan.bits is not None:
+            for part, x in codes.items():
+                found[part], scales = quantise(x, plan.bits, plan.group)
+                found[f"{part} scales"] = scales.flatten(-2)
+        return found
 
 
 class CodedStore(DroppingHeads):
@@ -128,8 +161,7 @@ class CodedStore(DroppingHeads):
         neither sinks nor in the window.
         """
         sink, last = self.exact.sink, length - self.exact.window
-        parts = [plane[row, sink : max(sink, last)] for plane in self.planes.values()]
-        return parts[0], parts[-1]
+        return self.codes.read(row, sink, max(sink, last))
 
     def _add_several(self, new: Tokens, row: int, start: int) -> Tensor:
         """As if token by token: each reads what was exact when it came."""

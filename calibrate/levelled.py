@@ -1,0 +1,35 @@
+"""Rows of a code scaled so that few bits store them well; free, as it is folded into the code.
+
+Numbers of a group share a step, so the error of each is about that of the largest. Row j of a code
+is worth λ_j, its spectrum. Stored about its mean and with the standard deviation λ_j^(p/2), a row
+has the part (step / λ_j^(p/2))² of λ_j as error:
+
+    p = 1 keeps the step for large rows alone, and small ones drown in it;
+    p = 0 gives all rows of a group the same relative error;
+    p = ½ makes Σ_j λ_j^(1-p) · Σ_j λ_j^p least, the error where step² is as the sum of squares.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvtool.codes import Fitted, Projection
+
+POWER = 0.25
+"""p. Measured on `smollm2`: see benchmarks/results/code_bits.json."""
+_LEAST = 1e-10  # of the largest variance or worth: below it is rounding
+
+
+def levelled(fitted: Fitted, mean: Tensor, covariance: Tensor, power: float = POWER) -> Fitted:
+    """The same code, of tokens with that `mean [W]` and `covariance [W, W]`, float64."""
+    encode = fitted.projection.encode.double()
+    variance = _positive(((encode @ covariance) * encode).sum(dim=1))
+    worth = _positive(fitted.spectrum.double())
+    scale = ((worth / worth.max()) ** power / variance).sqrt()
+    decode = fitted.projection.decode.double() / scale
+    return Fitted(Projection(encode * scale[:, None], decode, mean.double()), fitted.spectrum)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp(min=max(_LEAST * float(x.max()), torch.finfo(torch.float64).tiny))

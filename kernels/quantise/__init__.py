@@ -1,0 +1,12 @@
+"""Few bits per number: groups of channels of a token share a scale and a minimum."""
+
+from kvtool.kernels.quantise.reference import (
+    BITS,
+    dequantise,
+    fake_quantise,
+    groups_of,
+    packed_bytes,
+    quantise,
+)
+
+__all__ = ["BITS", "dequantise", "fake_quantise", "groups_of", "packed_bytes", "quantise"]

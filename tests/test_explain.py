@@ -25,7 +25,7 @@ JUDGED = {
     "predicted": [1.0, 2.0, 3.0],
     "measured": [0.02, 0.03, 0.05],
     "measured_together": 0.125,
-    "widths": [30, 20, 16],
+    "widths": [[20, 10], [20], [8, 8]],
 }
 
 
@@ -77,7 +77,7 @@ def test_what_is_lost_is_the_spectrum_behind_the_cut(joint: bool) -> None:
         assert code.lost_share == pytest.approx(tail / whole, rel=1e-6)
     assert explained.codes[1].predicted == 0.0  # it is whole
     assert [code.measured for code in explained.codes] == JUDGED["measured"]
-    assert [code.measured_width for code in explained.codes] == JUDGED["widths"]
+    assert [code.measured_width for code in explained.codes] == [30, 20, 16]
 
 
 def test_additivity_is_the_sum_of_the_parts_over_the_whole() -> None:

@@ -180,7 +180,8 @@ def explain(plan: Plan, name: str) -> Explained:
             hint="'kvtool plan show' tells what its heads keep",
         )
     made = plan.provenance[-1] if plan.provenance else {}
-    measured, widths = (_numbers(made.get(key), len(plan.codes)) for key in ("measured", "widths"))
+    measured = _numbers(made.get("measured"), len(plan.codes))
+    widths = _numbers(_totals(made.get("widths")), len(plan.codes))
     (together,) = _numbers([made.get("measured_together")], 1)
     codes: list[ExplainedCode] = []
     first = 0
@@ -222,6 +223,16 @@ def _parts(plan: Plan, index: int, code: CodePlan) -> list[ExplainedPart]:
             part, width, full, plan.tensors[f"codes.{index}.{part}.spectrum"].double().tolist()
         )
         for part, width in zip(code.parts, code.widths, strict=True)
+    ]
+
+
+def _totals(said: Any) -> Any:
+    """Numbers of codes whose parts are told one by one; anything else as it is."""
+    if not isinstance(said, list):
+        return said
+    return [
+        sum(x) if isinstance(x, list) and x and all(isinstance(n, int) for n in x) else None
+        for x in said
     ]
 
 

@@ -92,6 +92,7 @@ def loss_panel(axes: Axes, explained: Explained) -> None:
         alone = [0.0 if code.measured is None else code.measured for code in explained.codes]
         _bars(axes, explained, alone, "ours", 1, 2)
         axes.set_title("loss of a code alone, nats per token")
+        axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # room for the two names
         names = (("predicted for these widths", "base"), ("measured when calibrated", "ours"))
         for place, (name, role) in enumerate(names):
             axes.text(

@@ -161,16 +161,20 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """KL against bytes, one line per method."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    ends = []
     for name in dict.fromkeys(row["name"] for row in rows):
         own = sorted((x["bytes"], x["kl"]) for x in rows if x["name"] == name)
-        (line,) = axes.plot(*zip(*own, strict=True), marker="o", markersize=4, label=name)
-        axes.annotate(
-            name, own[0], xytext=(-6, 0), textcoords="offset points", ha="right", va="center",
-            fontsize=8, color=line.get_color(),
-        )  # fmt: skip
+        (line,) = axes.plot(*zip(*own, strict=True), marker="o", markersize=4)
+        ends.append((own[0][1], own[0][0], name, line.get_color()))
+    placed: list[tuple[float, float]] = []
+    for kl, share, name, colour in sorted(ends):
+        near = [at for x, at in placed if abs(x - share) < 0.05]
+        at = max([kl, *(1.28 * other for other in near)])  # names must not lie on each other
+        placed.append((share, at))
+        axes.text(share - 0.01, at, name, ha="right", va="center", fontsize=8, color=colour)
     axes.set(xlabel="cache bytes, measured, share of bf16 keys and values", yscale="log")
     axes.set_ylabel("KL(original || coded), nats per token")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g}%")
     axes.set_xlim(-0.12, 0.8)
     axes.set_xticks([0.125, 0.25, 0.375, 0.5, 0.75])
     axes.grid(alpha=0.3)

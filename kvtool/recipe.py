@@ -139,12 +139,14 @@ class ProjectionsStep(_Strict):
 
     uses: Literal["calibrate projections"]
     output: str | None = None
-    method: Literal["aware", "cskv", "xkv", "palu", "asvd", "pca"] = "aware"
+    method: Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"] = "aware"
     kv_budget: TextOrNumber = "50%"
     context: Positive | None = None
     read: Literal["absorbed", "rebuilt"] | None = None
     layers_together: Positive | None = None
-    bits: Literal[2, 4, 8] | None = None
+    bits: Positive | None = None
+    train: str | None = None
+    search_ranks: bool = False
     sink: Natural = 4
     window: Positive = 64
     data: str | None = None

@@ -267,7 +267,7 @@ def test_a_step_of_codes_is_the_command_with_its_options(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("method: matrix", "'method' is 'matrix': input should be 'aware', 'cskv'"),
+        ("method: matrix", "'method' is 'matrix': input should be 'aware', 'matryoshka'"),
         ("read: sideways", "'read' is 'sideways': input should be 'absorbed' or 'rebuilt'"),
         ("layers_together: 0", "'layers_together' is 0: input should be greater"),
     ],

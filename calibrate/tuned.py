@@ -82,7 +82,7 @@ def _tune_part(y: Tensor, held: Tensor, code: CodePlan, width: int, steps: int, 
     double = y.double()
     mean = double.mean(dim=0)
     covariance = double.T @ double / len(double) - mean[:, None] * mean
-    fitted = levelled(principal(covariance), mean, covariance)
+    fitted = levelled(principal(double.T @ double / len(double)), mean, covariance)
     fitted = Fitted(fitted.projection.cut(width), fitted.spectrum[:width])
     student = Reconstruction(fitted.projection, code, float(covariance.trace()))
     spread = (held - mean.float()).square().sum(dim=1).mean().clamp(min=1e-30)

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvtool.calibrate.cskv import principal
 from kvtool.calibrate.stream import BATCH, LayerStream
 from kvtool.codes import Fitted, Part, Projection
+from kvtool.errors import UnsupportedModelError
 
 ALPHA = 0.5
 """Of the paper and its code."""
@@ -34,6 +35,10 @@ def fit(stream: LayerStream, windows: Tensor) -> list[dict[Part, Fitted]]:
             return output
 
         layer.run(hidden, watched, BATCH)
+        if layer.attention.layout.qk_norm:
+            raise UnsupportedModelError(
+                "asvd codes what projections give, and this model norms its keys behind them"
+            )
         _, *parts = layer.attention.qkv.weight.double().split(layer.attention.sizes)
         biases = [torch.zeros(len(x), dtype=torch.float64) for x in parts]
         if layer.attention.layout.qkv_bias:

@@ -27,11 +27,11 @@ from kvtool.calibrate.statistics import (
 )
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
 from kvtool.calibrate.stream import LayerStream
-from kvtool.calibrate.students import FreeStudent, train_codes
+from kvtool.calibrate.students import LENGTH, FreeStudent, train_codes
 from kvtool.calibrate.tail import TailModel
 from kvtool.calibrate.tuned import tokens_of, tune
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import Allocation, CodeKind, CodePlan, Fitted, Part, share_budget
+from kvtool.codes import STEP, Allocation, CodeKind, CodePlan, Fitted, Part, share_budget
 from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
@@ -116,6 +116,7 @@ def calibrate_projections(
     base = base_of(checkpoint)
     check_can_drop(checkpoint)
     check_budget(base, options, budget_bytes, itemsize)
+    _check_ring(checkpoint, options)
     budget = (budget_bytes, itemsize)
     if options.method == "matryoshka":
         found = _matryoshka(checkpoint, base, options, report)
@@ -168,6 +169,18 @@ def check_budget(base: Base, options: ProjectionOptions, budget_bytes: int, item
         _even_codes(base, options, budget_bytes, itemsize)
     except PlanError as error:
         raise UsageError(str(error)) from error
+
+
+def _check_ring(checkpoint: Checkpoint, options: ProjectionOptions) -> None:
+    """Raises UsageError where nothing of a window that is read would be coded."""
+    most = LENGTH if options.train is not None or options.method == "matryoshka" else WINDOW
+    length = min(most, int(checkpoint.hf_config().max_position_embeddings))
+    if 2 * (options.sink + options.window) > length:
+        raise UsageError(
+            f"codes are fitted on windows of {length} tokens, and --sink {options.sink} with "
+            f"--window {options.window} leave too little of them to be coded",
+            hint=f"both together may be {length // 2} tokens",
+        )
 
 
 def _even_codes(
@@ -322,7 +335,9 @@ def _matryoshka(
     fitted = student.fitted()
     if options.search_ranks:
         windows, offsets = _windows(checkpoint, options, 0)
-        past = read_past(model, windows[0], matryoshka.SEARCHED, offsets[0])
+        past = read_past(
+            model, windows[0], min(matryoshka.SEARCHED, windows.shape[1] // 2), offsets[0]
+        )
         fitted = matryoshka.ranked(fitted, matryoshka.greedy_ranks(student, past, report))
     corpus = str(statistics.metadata["corpus"])
     return _Found(empty_codes(base, options), fitted, corpus, statistics.tokens, losses)
@@ -359,8 +374,9 @@ def judged(
     """
     spectra = [[x.spectrum for x in parts.values()] for parts in fitted]
     rows = sum(len(x) for parts in spectra for x in parts)
+    floor = sum(min(STEP, len(x)) for parts in spectra for x in parts)
     plain = [replace(code, bits=None) for code in codes]
-    chosen = share_budget(plain, spectra, "spectrum", rows // 4)
+    chosen = share_budget(plain, spectra, "spectrum", max(floor, rows // 4))
     ready: Codes = [
         (code, {part: _single(one) for part, one in parts.items()})
         for code, parts in zip(chosen, fitted, strict=True)

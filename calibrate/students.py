@@ -16,7 +16,7 @@ from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.past import Past, coded, read_again, read_past
 from kvtool.calibrate.tail import Attend, TailModel, divergence
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import Allocation, CodePlan, Fitted, Part, Projection, share_budget
+from kvtool.codes import STEP, Allocation, CodePlan, Fitted, Part, Projection, share_budget
 from kvtool.distill import Amount, Student, Training, train
 
 LENGTH = 1024
@@ -109,7 +109,9 @@ class FreeStudent(CodeStudent):
     def attends(self, past: Past) -> Sequence[Attend]:
         numbers = sum(code.width for code in self.codes)
         share = 1.0 if torch.rand(()) < 0.5 else float(torch.empty(()).uniform_(self.least, 1))
-        narrow = share_budget(self.codes, self.spectra, self.allocation, int(share * numbers))
+        floor = sum(min(STEP, len(x)) for own in self.spectra for x in own)
+        taken = max(floor, int(share * numbers))
+        narrow = share_budget(self.codes, self.spectra, self.allocation, taken)
         found: list[Attend] = []
         for index, code in enumerate(narrow):
             found += coded(self.model, past, len(found), code, self.projections(index))

@@ -570,12 +570,8 @@ def _document(plan: Plan) -> dict[str, Any]:
     }
     if plan.codes:
         codes = [asdict(code) for code in plan.codes]
-        document |= {"format_version": 3, "codes": codes, "allocation": plan.allocation}
-        if any(code.bits is not None for code in plan.codes):
-            document["format_version"] = plan_file.FORMAT_VERSION
-        else:
-            for code in codes:
-                del code["bits"], code["group"]
+        document["format_version"] = plan_file.FORMAT_VERSION
+        document |= {"codes": codes, "allocation": plan.allocation}
     return document
 
 

@@ -21,7 +21,7 @@ from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 
 FORMAT_VERSION = 3
-"""3 knows codes, 4 their bits. Older files are read, and written where nothing newer is said."""
+"""3 knows codes; files of version 1 are read, and written where there are no codes."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]

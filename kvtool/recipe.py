@@ -145,7 +145,7 @@ class ProjectionsStep(_Strict):
     read: Literal["absorbed", "rebuilt"] | None = None
     layers_together: Positive | None = None
     bits: Positive | None = None
-    train: str | None = None
+    train: TextOrNumber | None = None
     search_ranks: bool = False
     sink: Natural = 4
     window: Positive = 64

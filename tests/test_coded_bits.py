@@ -205,7 +205,6 @@ def test_a_plan_with_bits_is_read_as_written(llama, tmp_path):
     assert (tmp_path / "again.plan").read_bytes() == (tmp_path / "p.plan").read_bytes()
     coded(llama, "rotated", None, 0.5).write(tmp_path / "old.plan")
     assert Plan.read(tmp_path / "old.plan").codes[0].bits is None
-    assert b'"bits' not in (tmp_path / "old.plan").read_bytes()
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 3, 16])

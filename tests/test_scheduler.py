@@ -13,7 +13,7 @@ from test_codes import coded
 from test_split_store import MIXED, make_plan
 
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import mla, planning
+from kvtool.convert import conversion, planning
 from kvtool.errors import ResourceError, UsageError
 from kvtool.runtime import Engine, Sampling
 from kvtool.runtime.scheduler import Request, Scheduler
@@ -52,11 +52,11 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
             return Engine.load(checkpoint, plan=coded(checkpoint, "rotated", 0.5))
         if kind.endswith("mla"):
             target = "kvtool" if kind == "kvtool-mla" else "transformers"
-            options = planning.MlaOptions(
+            options = planning.ConvertOptions(
                 method="transmla", target=target, kv_budget="60%", freqfold="2", tokens=2048
             )
             output = tmp_path_factory.mktemp(kind) / "out"
-            mla.convert(checkpoint, output, options)
+            conversion.convert(checkpoint, output, options)
             return Engine.load(Checkpoint.open(str(output)))
         return Engine.load(checkpoint)
 

@@ -116,7 +116,7 @@ def projections(
     if search_ranks and method != "matryoshka":
         raise UsageError("--search-ranks is for --method matryoshka")
     amount = None if train is None else Amount.parse(train, "--train", method_of.AUTO)
-    if bits is not None and amount is not None:
+    if bits is not None and (amount is not None or method == "matryoshka"):
         raise UsageError("--train and --bits do not go together: trained codes are not rounded")
     if bits not in (None, *BITS):
         raise UsageError(f"--bits {bits} is not possible: a code has numbers of 2, 4 or 8 bits")

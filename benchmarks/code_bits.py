@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/code_bits.py -o benchmarks/results/code_bits.json
 
 All plans of a method have the same budget of numbers, half of the keys and values of a layer. The
-file is written anew behind every row, and rows that it has are not measured again. `powers` has the
-reconstruction errors by which the power of `calibrate/levelled.py` was chosen.
+file is written anew behind every row, and rows that it has are not measured again. `levels` is what
+`calibrate/levelled.py` and its power were chosen by: 3 windows of 896 + 256 tokens.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ import torch
 
 from kvtool.calibrate import cskv
 from kvtool.calibrate.levelled import levelled
+from kvtool.calibrate.past import measure, read_past
 from kvtool.calibrate.projections import ProjectionOptions, calibrate_projections, empty_codes
+from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
-from kvtool.calibrate.tuned import tokens_of
+from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
-from kvtool.corpus import calibration_text, evaluation_text
+from kvtool.codes import CodePlan, Fitted, Part, Projection
+from kvtool.corpus import evaluation_text
 from kvtool.evaluate.protocol import score_windows, summarise
 from kvtool.evaluate.throughput import environment
-from kvtool.kernels.quantise import fake_quantise
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 
 CONTEXT = 4096
 STEPS = ProjectionOptions.tuning
-POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+POWERS = (0.25, 0.5, 0.75)
 
 
 def half(checkpoint: Checkpoint, options: ProjectionOptions) -> int:
@@ -47,35 +49,39 @@ def half(checkpoint: Checkpoint, options: ProjectionOptions) -> int:
     return sum(code.cache_bytes(CONTEXT, base.channels, 2) for code in codes)
 
 
-def powers(checkpoint: Checkpoint, last: int, tokens: int) -> list[dict[str, Any]]:
-    """Held-out reconstruction errors at half width, as shares of the variance, by power and bits.
+def levels(checkpoint: Checkpoint, tokens: int) -> list[dict[str, Any]]:
+    """KL of `cskv` at half width, read as in calibration, by what is done to its rows.
 
-    `plain` is the closed form as it is: not centred, not levelled.
+    `levelled P` has the power P of `calibrate/levelled.py`; `values centred` keeps values about
+    their mean.
     """
-    stream = LayerStream(checkpoint)
-    windows = calibration_text().windows(checkpoint.tokenizer(), 2048, tokens // 2048 + 1, 0, 0.25)
-    hidden = stream.embed(windows)
-    rows: list[dict[str, Any]] = []
-    for index in range(last + 1):
-        both = tokens_of(stream, stream.layer(index), hidden, 4).double().chunk(2, dim=-1)
-        for part, y in zip(("keys", "values"), both, strict=True):
-            own, held = y[:-1].flatten(0, 1), y[-1]
-            mean, second = own.mean(dim=0), own.T @ own / len(own)
-            covariance = second - mean[:, None] * mean
-            codes = {"plain": cskv.principal(second).projection}
-            for power in POWERS:
-                fitted = levelled(cskv.principal(covariance), mean, covariance, power)
-                codes[str(power)] = fitted.projection
-            spread = (held - mean).square().sum(dim=1).mean()
-            for name, code in codes.items():
-                used = code.cut(y.shape[-1] // 2)
-                z = (held - used.mean) @ used.encode.T
-                row: dict[str, Any] = {"layer": index, "part": part, "power": name}
-                for bits in (None, 8, 4, 2):
-                    read = z if bits is None else fake_quantise(z, bits)
-                    error = read @ used.decode.T + used.mean - held
-                    row[str(bits)] = float(error.square().sum(dim=1).mean() / spread)
-                rows.append(row)
+    statistics = collect(checkpoint, StatisticsOptions(tokens=tokens))
+    model = TailModel(LayerStream(checkpoint))
+    windows = evaluation_text().windows(checkpoint.tokenizer(), 1152, 3)
+    pasts = [read_past(model, ids, 256) for ids in windows]
+    layers = [statistics.layer(i) for i in range(len(statistics))]
+    width = len(layers[0].joint.mean) // 2
+    places: dict[Part, slice] = {"keys": slice(0, width), "values": slice(width, None)}
+
+    def projection(layer: LayerStatistics, part: Part, way: str) -> Projection:
+        own = places[part]
+        second = layer.joint.second[own, own] / layer.joint.tokens
+        fitted = cskv.principal(second)
+        if way == "values centred" and part == "values":
+            about = cskv.principal(layer.joint.covariance[own, own]).projection
+            mean = layer.joint.mean[own]
+            fitted = Fitted(Projection(about.encode, about.decode, mean), fitted.spectrum)
+        if way.startswith("levelled"):
+            fitted = levelled(fitted, second, float(way.split()[1]))
+        return Projection(*(x.float() for x in vars(fitted.projection).values()))
+
+    rows = []
+    ways = ["plain", "values centred", "plain", *(f"levelled {power}" for power in POWERS)]
+    for way, bits in zip(ways, (None, None, *(4,) * (len(POWERS) + 1)), strict=True):
+        code = CodePlan("unrotated", 1, (width // 2,) * 2, bits=bits)
+        codes = [(code, {part: projection(x, part, way) for part in places}) for x in layers]
+        rows.append({"code": way, "bits": bits, "kl": measure(model, pasts, codes)})
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -109,7 +115,7 @@ def main() -> None:
     }
     measured = {(row["code"], row["bits"]) for row in found["rows"]}
 
-    def measure(name: str, plan: Plan, seconds: float) -> None:
+    def record(name: str, plan: Plan, seconds: float) -> None:
         engine = Engine.load(checkpoint, plan=plan)
         scores = list(score_windows(engine, base, windows, asked.prefill))
         result = summarise(scores, asked.prefill, asked.continuation)
@@ -153,9 +159,9 @@ def main() -> None:
         seconds = time.perf_counter() - started
         if (method, bits) == ("cskv", None):
             rounded = tuple(replace(code, bits=4) for code in plan.codes)
-            measure("cskv, neither centred nor levelled", replace(plan, codes=rounded), seconds)
-        measure(name, plan, seconds)
-    found["powers"] = powers(checkpoint, 3, asked.tokens)
+            record("cskv, not levelled", replace(plan, codes=rounded), seconds)
+        record(name, plan, seconds)
+    found["levels"] = levels(checkpoint, asked.tokens)
     asked.output.write_text(json.dumps(found, indent=1) + "\n")
 
 

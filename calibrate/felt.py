@@ -44,7 +44,6 @@ class Felt:
         metric: `[W, W]`, Σ g gᵀ.
         weight: Σ |g|.
         weighted: `[W, W]`, Σ |g| y yᵀ.
-        total: `[W]`, Σ y.
     """
 
     predictions: int
@@ -53,7 +52,6 @@ class Felt:
     metric: Tensor
     weight: float
     weighted: Tensor
-    total: Tensor
 
 
 class _FarRead(torch.autograd.Function):
@@ -138,17 +136,9 @@ def feel(
         tokens = slice(ring[0], len(ids))
         first = 0
         for index, count in enumerate(groups):
-            y, g = (
-                torch.cat(
-                    [
-                        _flat(model, x, offset, kind if part == 0 else "rotated", factor)[tokens]
-                        for part in (0, 1)
-                        for x in (row[part] for row in which[first : first + count])
-                    ],
-                    dim=-1,
-                )
-                for which, factor in ((seen, model.rope.scale**-2), (drawn, 1.0))
-            )
+            own = slice(first, first + count)
+            y = _joined(model, seen[own], offset, kind, model.rope.scale**-2)[tokens]
+            g = _joined(model, drawn[own], offset, kind, 1.0)[tokens]
             found = _sums(y, g, end)
             if index == len(sums):
                 sums.append(found)
@@ -163,24 +153,31 @@ def feel(
     return sums
 
 
-def _flat(model: TailModel, x: Tensor, offset: int, kind: CodeKind, factor: float) -> Tensor:
-    """`[1, H, S, D]` to `[S, K]`, with keys or their gradients turned back where asked for.
+def _joined(
+    model: TailModel,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    offset: int,
+    kind: CodeKind,
+    factor: float,
+) -> Tensor:
+    """Keys and values `[1, H, S, D]` of some layers, or their gradients, as y `[S, W]`.
 
     Args:
+        layers: Keys as they are after RoPE; they are turned back where asked for.
         factor: What is behind the transpose of RoPE: a gradient is turned back by the transpose
             alone, a key by the inverse, from which yarn's factor on cos and sin keeps it apart.
     """
+    keys, values = ([pair[part] for pair in layers] for part in (0, 1))
     if kind == "unrotated":
-        cos, sin = tables(model, Behind([], [], x, offset=offset), x.shape[2])
-        x = rotate(x, cos, -sin) * factor
-    return x[0].transpose(0, 1).flatten(1)
+        cos, sin = tables(model, Behind([], [], keys[0], offset=offset), keys[0].shape[2])
+        keys = [rotate(k, cos, -sin) * factor for k in keys]
+    return torch.cat([x[0].transpose(0, 1).flatten(1) for x in (*keys, *values)], dim=-1)
 
 
 def _sums(y: Tensor, g: Tensor, predictions: int) -> Felt:
     size = g.norm(dim=1, keepdim=True)
     second, metric, weighted = (x.double().cpu() for x in (y.T @ y, g.T @ g, (y * size).T @ y))
-    total = y.sum(dim=0).double().cpu()
-    return Felt(predictions, len(y), second, metric, float(size.sum()), weighted, total)
+    return Felt(predictions, len(y), second, metric, float(size.sum()), weighted)
 
 
 def _backward(

@@ -22,17 +22,19 @@ from kvtool.codes import Fitted, Projection
 
 POWER = 0.5
 """p. KL on `smollm2` at 4 bits: 0.026, 0.022 and 0.025 for ¼, ½ and ¾; 0.032 unlevelled."""
-_LEAST = 1e-10  # of the largest variance or worth: below it is rounding
+_LEAST = 1e-10  # of the largest square or worth: below it is rounding
 
 
-def levelled(fitted: Fitted, mean: Tensor, covariance: Tensor, power: float = POWER) -> Fitted:
-    """The same code, of tokens with that `mean [W]` and `covariance [W, W]`, float64."""
+def levelled(fitted: Fitted, second: Tensor, power: float = POWER) -> Fitted:
+    """The same code.
+
+    Args:
+        second: `[W, W]` float64, second moment of what it codes about its own mean.
+    """
     encode = fitted.projection.encode.double()
-    shift = mean.double() - fitted.projection.mean.double()
-    second = covariance + shift[:, None] * shift
-    power_of = _positive(((encode @ second) * encode).sum(dim=1))
+    squares = _positive(((encode @ second) * encode).sum(dim=1))
     worth = _positive(fitted.spectrum.double())
-    scale = ((worth / worth.max()) ** power / power_of).sqrt()
+    scale = ((worth / worth.max()) ** power / squares).sqrt()
     decode = fitted.projection.decode.double() / scale
     own = fitted.projection.mean.double()
     return Fitted(Projection(encode * scale[:, None], decode, own), fitted.spectrum)

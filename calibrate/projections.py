@@ -22,6 +22,7 @@ from kvtool.calibrate.statistics import (
     CONTEXT,
     WINDOW,
     LayerStatistics,
+    Statistics,
     StatisticsOptions,
     collect,
 )
@@ -31,11 +32,20 @@ from kvtool.calibrate.students import LENGTH, FreeStudent, train_codes
 from kvtool.calibrate.tail import TailModel
 from kvtool.calibrate.tuned import tokens_of, tune
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import STEP, Allocation, CodeKind, CodePlan, Fitted, Part, share_budget
+from kvtool.codes import (
+    STEP,
+    Allocation,
+    CodeKind,
+    CodePlan,
+    Fitted,
+    Part,
+    fit_codes,
+    share_budget,
+)
 from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
-from kvtool.plan import Base, LayerPlan, Plan, base_of, check_can_drop, fit_codes, provenance_of
+from kvtool.plan import Base, LayerPlan, Plan, base_of, check_can_drop, provenance_of
 
 Method = Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -49,7 +59,6 @@ AUTO = 64 * 1024
 JUDGED = 2
 """Windows of calibration text, not fitted to, by which codes are judged."""
 _END = 128  # tokens of such a window that are read through the codes
-_CHAT = 0.25  # share of the windows that are conversations, as in the statistics
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""
@@ -87,7 +96,7 @@ class ProjectionOptions:
 
 @dataclass(frozen=True)
 class _Found:
-    """Codes at full width, and what is to be said of how they were made."""
+    """Codes with all rows that there are, and what is to be said of how they were made."""
 
     codes: list[CodePlan]
     fitted: list[dict[Part, Fitted]]
@@ -195,48 +204,54 @@ def _even_codes(
     )  # fmt: skip
 
 
+def _statistics(checkpoint: Checkpoint, options: ProjectionOptions, report: Report) -> Statistics:
+    wanted = StatisticsOptions(
+        data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
+    )
+    return collect(checkpoint, wanted, report=report)
+
+
 def _per_layer(
     checkpoint: Checkpoint, base: Base, options: ProjectionOptions, report: Report
 ) -> _Found:
     """The methods that look at one layer after the other."""
-    wanted = StatisticsOptions(
-        data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
-    )
-    windows, _ = _windows(checkpoint, options, 0)
-    if options.method == "asvd":
-        corpus, tokens = calibration_text(options.data).id, windows.numel()
+    method, layers = options.method, range(base.layers)
+    if method == "asvd":
+        windows, _ = _windows(checkpoint, options, 0)
         fitted = asvd.fit(LayerStream(checkpoint), windows)
-    if options.method != "asvd" or options.bits is not None:
-        statistics = collect(checkpoint, wanted, report=report)
-    if options.method != "asvd":
-        corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
-        fit = pca.fit if options.method == "pca" else cskv.fit
-        fitted = [fit(statistics.layer(i), base.kv_heads) for i in range(base.layers)]
-    if options.method == "palu":
+        if options.bits is None:  # it needs no statistics
+            corpus, tokens = calibration_text(options.data).id, windows.numel()
+            return _Found(empty_codes(base, options), fitted, corpus, tokens, {})
+    statistics = _statistics(checkpoint, options, report)
+    if method != "asvd":
+        fit = pca.fit if method == "pca" else cskv.fit
+        fitted = [fit(statistics.layer(i), base.kv_heads) for i in layers]
+    if method == "palu":
+        windows, _ = _windows(checkpoint, options, 0)
         keys, values = palu.fisher(checkpoint, windows, report)
         for i, parts in enumerate(fitted):
             parts["keys"] = palu.ranked(parts["keys"], float(keys[i]))
             parts["values"] = palu.ranked(parts["values"], float(values[i]))
     if options.bits is not None:
-        rotated = options.method == "pca"
-        fitted = [_levelled(x, statistics.layer(i), rotated) for i, x in enumerate(fitted)]
-    return _Found(empty_codes(base, options), fitted, corpus, tokens, {})
+        fitted = [_levelled(fitted[i], statistics.layer(i), method == "pca") for i in layers]
+    corpus = str(statistics.metadata["corpus"])
+    return _Found(empty_codes(base, options), fitted, corpus, statistics.tokens, {})
 
 
 def _levelled(
     fitted: dict[Part, Fitted], statistics: LayerStatistics, rotated: bool
 ) -> dict[Part, Fitted]:
     """Keys and values of a layer, ready for few bits."""
-    joint = statistics.joint
-    width = len(joint.mean) // 2
-    keys, covariance = joint.mean[:width], joint.covariance[:width, :width]
-    if rotated:
-        keys, covariance = statistics.rotated_keys.mean, statistics.rotated_keys.covariance
-    values = joint.part(width)
-    return {
-        "keys": levelled(fitted["keys"], keys, covariance),
-        "values": levelled(fitted["values"], values.mean, values.covariance),
-    }
+    width = len(statistics.joint.mean) // 2
+    places: dict[Part, slice] = {"keys": slice(0, width), "values": slice(width, None)}
+    found: dict[Part, Fitted] = {}
+    for part, own in places.items():
+        mean, covariance = statistics.joint.mean[own], statistics.joint.covariance[own, own]
+        if rotated and part == "keys":
+            mean, covariance = statistics.rotated_keys.mean, statistics.rotated_keys.covariance
+        shift = mean - fitted[part].projection.mean.double()
+        found[part] = levelled(fitted[part], covariance + shift[:, None] * shift)
+    return found
 
 
 def _tuned(
@@ -287,8 +302,8 @@ def _felt(
     report("fitting", 0, len(codes))
     fitted = []
     for done, one in enumerate(felt):
-        aware_of = options.method == "aware"
-        fitted.append(aware.fit(one, codes[done].parts) if aware_of else xkv.fit(one))
+        own = options.method == "aware"
+        fitted.append(aware.fit(one, codes[done].parts) if own else xkv.fit(one))
         if options.bits is not None:
             fitted[-1] = _levelled_together(fitted[-1], one)
         report("fitting", done + 1, len(codes))
@@ -320,10 +335,7 @@ def _matryoshka(
     checkpoint: Checkpoint, base: Base, options: ProjectionOptions, report: Report
 ) -> _Found:
     """Trained orthogonal bases, and ranks if they are searched."""
-    wanted = StatisticsOptions(
-        data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
-    )
-    statistics = collect(checkpoint, wanted, report=report)
+    statistics = _statistics(checkpoint, options, report)
     start = [pca.fit(statistics.layer(i), base.kv_heads) for i in range(base.layers)]
     model = TailModel(LayerStream(checkpoint))
     ring = (options.sink, options.window)
@@ -344,12 +356,11 @@ def _matryoshka(
 
 
 def _levelled_together(fitted: dict[Part, Fitted], felt: Felt) -> dict[Part, Fitted]:
-    """Of several layers, ready for few bits."""
-    mean = felt.total / felt.tokens
-    covariance = felt.second / felt.tokens - mean[:, None] * mean
-    pieces = torch.arange(len(mean)).chunk(len(fitted))
+    """Of several layers, ready for few bits; these codes have no mean."""
+    second = felt.second / felt.tokens
+    pieces = torch.arange(len(second)).chunk(len(fitted))
     return {
-        part: levelled(one, mean[at], covariance[at][:, at])
+        part: levelled(one, second[at][:, at])
         for (part, one), at in zip(fitted.items(), pieces, strict=True)
     }
 
@@ -431,7 +442,7 @@ def _windows(
     if count < 1:
         raise UsageError(f"--tokens {options.tokens} is less than one window of {length}")
     tokenizer, corpus = checkpoint.tokenizer(), calibration_text(options.data)
-    chat = _CHAT if can_chat(tokenizer) else 0.0
+    chat = StatisticsOptions.chat if can_chat(tokenizer) else 0.0
     ids = corpus.windows(tokenizer, length, count + more, options.seed, chat)
     generator = torch.Generator().manual_seed(options.seed)
     last = max(length, min(CONTEXT, limit)) - length

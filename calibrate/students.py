@@ -6,7 +6,6 @@ The teacher is the model itself, on a window whose end the student reads again t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from kvtool.calibrate.past import Past, coded, read_again, read_past
 from kvtool.calibrate.tail import Attend, TailModel, divergence
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import STEP, Allocation, CodePlan, Fitted, Part, Projection, share_budget
-from kvtool.distill import Amount, Student, Training, train
+from kvtool.distill import Amount, Student, Training, fast_bfloat16, step_seconds, train
 
 LENGTH = 1024
 """Tokens of a window."""
@@ -132,13 +131,6 @@ class FreeStudent(CodeStudent):
         ]
 
 
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are faster than of float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.cpu._is_avx512_bf16_supported()
-
-
 def train_codes(
     student: CodeStudent,
     checkpoint: Checkpoint,
@@ -151,7 +143,9 @@ def train_codes(
     """Trains in place; returns the number of steps, their tokens, and the last losses' mean."""
     length = min(LENGTH, int(checkpoint.hf_config().max_position_embeddings))
     if amount.seconds is not None:
-        steps = max(1, int(amount.seconds / _seconds(student, checkpoint, length, data, seed)))
+        (ids,) = lessons(checkpoint, data, 1, length, seed)
+        one = step_seconds(student, ids, student.model.device)
+        steps = max(1, int(amount.seconds / one))
     else:
         steps = amount.steps(length)
     windows = lessons(checkpoint, data, steps, length, seed)
@@ -163,20 +157,3 @@ def train_codes(
     last = log[-max(1, steps // 10) :]
     loss = sum(record["loss"] for record in last) / len(last)
     return {"steps": steps, "trained_tokens": steps * length, "loss": loss}
-
-
-def _seconds(
-    student: CodeStudent, checkpoint: Checkpoint, length: int, data: str | None, seed: int
-) -> float:
-    """Of a step on this machine."""
-    (ids,) = lessons(checkpoint, data, 1, length, seed)
-    times = []
-    for _ in range(3):  # the first also warms up
-        started = time.perf_counter()
-        loss, _logged = student(ids)
-        loss.backward()
-        if student.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        student.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - started)
-    return min(times)

@@ -80,9 +80,9 @@ def tune(y: Tensor, held: Tensor, code: CodePlan, steps: int, seed: int) -> dict
 
 def _tune_part(y: Tensor, held: Tensor, code: CodePlan, width: int, steps: int, seed: int) -> Tuned:
     double = y.double()
-    mean = double.mean(dim=0)
-    covariance = double.T @ double / len(double) - mean[:, None] * mean
-    fitted = levelled(principal(double.T @ double / len(double)), mean, covariance)
+    mean, second = double.mean(dim=0), double.T @ double / len(double)
+    covariance = second - mean[:, None] * mean
+    fitted = levelled(principal(second), second)
     fitted = Fitted(fitted.projection.cut(width), fitted.spectrum[:width])
     student = Reconstruction(fitted.projection, code, float(covariance.trace()))
     spread = (held - mean.float()).square().sum(dim=1).mean().clamp(min=1e-30)

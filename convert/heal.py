@@ -10,7 +10,6 @@ Text alone does not teach a cache to be searched, so a quarter of the windows ar
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from kvtool.attention import (
 from kvtool.calibrate.lessons import lessons
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert.fitting import ConvertedLayer, converted_stages
-from kvtool.distill import Amount, Student, Training
+from kvtool.distill import Amount, Student, Training, fast_bfloat16
 from kvtool.errors import UsageError
 from kvtool.latent import FactoredAttention, LatentFactors
 
@@ -187,13 +186,6 @@ def _layer(stages: FactoredAttention | DenseAttention) -> ConvertedLayer:
     return ConvertedLayer(factors, weights)
 
 
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are faster than of float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.cpu._is_avx512_bf16_supported()
-
-
 def heal(
     checkpoint: Checkpoint,
     layers: Sequence[ConvertedLayer],
@@ -300,15 +292,7 @@ def _measure_steps(
     if (folder / STEPS).is_file():
         return
     ids = lessons(checkpoint, data, BATCH, length, seed)
-    times = []
-    for _ in range(2):  # the first also warms up
-        started = time.perf_counter()
-        loss, _logged = student(ids)
-        loss.backward()
-        if student.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        student.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - started)
+    one = distill.step_seconds(student, ids, student.model.device)
     unfinished = folder / f"{STEPS}.unfinished"
-    unfinished.write_text(str(max(1, int(seconds / min(times)))))
+    unfinished.write_text(str(max(1, int(seconds / one))))
     unfinished.replace(folder / STEPS)

@@ -371,6 +371,38 @@ def share_budget(
     return tuple(replace(x, widths=tuple(next(chosen) for _ in x.widths)) for x in codes)
 
 
+def fit_codes(
+    codes: Sequence[CodePlan],
+    spectra: Sequence[Sequence[Tensor]],
+    allocation: Allocation,
+    budget_bytes: int,
+    context: int,
+    channels: int,
+    itemsize: int = 1,
+) -> tuple[CodePlan, ...]:
+    """The widest codes whose cache of a sequence takes at most so many bytes.
+
+    Args:
+        spectra: See :func:`share_budget`.
+        context: Tokens of that sequence.
+        channels: K of a layer.
+        itemsize: Bytes of a number that has no bits.
+
+    Raises:
+        PlanError: Exact tokens and the narrowest codes take more than the budget.
+    """
+    exact = sum(code.cache_bytes(0, channels, itemsize) for code in codes)
+    per_token = max(0, budget_bytes - exact) // context
+    try:
+        return share_budget(codes, spectra, allocation, per_token, itemsize)
+    except PlanError as error:
+        ring = codes[0]
+        raise PlanError(
+            f"a budget of {budget_bytes} bytes at {context} tokens is too small: the first "
+            f"{ring.sink} and last {ring.window} tokens, kept exactly, take {exact}, and {error}"
+        ) from error
+
+
 def _evenly(code: CodePlan, rows: Sequence[int], budget: int, itemsize: int) -> CodePlan:
     def widths_of(numbers: int) -> tuple[int, ...]:
         first = min(numbers * code.widths[0] // code.width, rows[0])

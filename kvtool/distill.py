@@ -231,6 +231,27 @@ def train(
     return log
 
 
+def step_seconds(student: Student, batch: Any, device: torch.device) -> float:
+    """Of a forward and backward pass on this machine."""
+    times = []
+    for _ in range(2):  # the first also warms up
+        started = time.perf_counter()
+        loss, _logged = student(batch)
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        student.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are faster than of float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def processes() -> tuple[int, int]:
     """Which process this is, and of how many, under `accelerate launch`; (0, 1) without it."""
     count = int(os.environ.get("WORLD_SIZE", "1"))

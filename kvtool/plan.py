@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 from kvtool import __version__, plan_file
 from kvtool.attention import describe
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import Allocation, CodePlan, code_shapes, share_budget
+from kvtool.codes import Allocation, CodePlan, code_shapes, fit_codes
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
@@ -487,38 +487,6 @@ class Plan:
             f"the plan was made for {base.source} and not for {found.source}: {what}",
             hint="Calibrate again for this model.",
         )
-
-
-def fit_codes(
-    codes: Sequence[CodePlan],
-    spectra: Sequence[Sequence[Tensor]],
-    allocation: Allocation,
-    budget_bytes: int,
-    context: int,
-    channels: int,
-    itemsize: int = 1,
-) -> tuple[CodePlan, ...]:
-    """The widest codes whose cache of a sequence takes at most so many bytes.
-
-    Args:
-        spectra: See :func:`kvtool.codes.share_budget`.
-        context: Tokens of that sequence.
-        channels: K of a layer.
-        itemsize: Bytes of a number that has no bits.
-
-    Raises:
-        PlanError: Exact tokens and the narrowest codes take more than the budget.
-    """
-    exact = sum(code.cache_bytes(0, channels, itemsize) for code in codes)
-    per_token = max(0, budget_bytes - exact) // context
-    try:
-        return share_budget(codes, spectra, allocation, per_token, itemsize)
-    except PlanError as error:
-        ring = codes[0]
-        raise PlanError(
-            f"a budget of {budget_bytes} bytes at {context} tokens is too small: the first "
-            f"{ring.sink} and last {ring.window} tokens, kept exactly, take {exact}, and {error}"
-        ) from error
 
 
 # --------------------------------------------------------------------------------------- file

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvtool.calibrate import palu
-from kvtool.codes import STEP, CodePlan, Fitted, Projection, code_shapes, share_budget
+from kvtool.codes import STEP, CodePlan, Fitted, Projection, code_shapes, fit_codes, share_budget
 from kvtool.errors import PlanError
-from kvtool.plan import Base, LayerPlan, Plan, fit_codes
+from kvtool.plan import Base, LayerPlan, Plan
 
 Spectra = list[list[Tensor]]
 

@@ -264,7 +264,7 @@ def test_levelling_changes_nothing_but_what_is_stored():
     rows = vectors.T.flip(0)
     fitted = Fitted(Projection(rows, rows.T, mean), values.flip(0))
     for power in (0.0, 0.25, 1.0):
-        found = levelled(fitted, mean, covariance, power)
+        found = levelled(fitted, covariance, power)  # it codes about the mean
         for width in (3, 7, 12):
             ours, theirs = found.projection.cut(width), fitted.projection.cut(width)
             torch.testing.assert_close(ours.decode @ ours.encode, theirs.decode @ theirs.encode)
@@ -281,7 +281,7 @@ def test_rows_that_store_nothing_stay_finite():
     eye = torch.eye(3, dtype=torch.float64)
     mean = torch.zeros(3, dtype=torch.float64)
     for spectrum in (covariance.diag(), torch.zeros(3, dtype=torch.float64)):
-        found = levelled(Fitted(Projection(eye, eye, mean), spectrum), mean, covariance)
+        found = levelled(Fitted(Projection(eye, eye, mean), spectrum), covariance)
         for x in vars(found.projection).values():
             assert x.float().isfinite().all()
 

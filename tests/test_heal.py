@@ -348,7 +348,7 @@ def test_tokens_are_divided_into_steps(llama, tmp_path):
 def test_a_time_becomes_steps_once(llama, tmp_path, monkeypatch):
     clock = iter([0.0, 5.0, 10.0, 12.0])  # the second step takes 2 seconds
     with monkeypatch.context() as patched:
-        patched.setattr(heal.time, "perf_counter", lambda: next(clock, 12.0))
+        patched.setattr(distill.time, "perf_counter", lambda: next(clock, 12.0))
         healed(llama, tmp_path, Amount(seconds=7))
     assert len(logged(tmp_path)) == 3
     with monkeypatch.context() as patched:

@@ -223,8 +223,7 @@ def a_felt(seed: int, size: int = 24, rank: int | None = None) -> Felt:
         turn = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
         return (x @ turn).T @ (x @ turn)
 
-    total = torch.zeros(size, dtype=torch.float64)
-    return Felt(50, 400, gram(400), gram(rank or 400), 80.0, 80 * gram(400), total)
+    return Felt(50, 400, gram(400), gram(rank or 400), 80.0, 80 * gram(400))
 
 
 @pytest.mark.parametrize("seed", range(4))

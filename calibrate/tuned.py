@@ -2,9 +2,9 @@
 
 CSKV (arXiv 2409.10593) trains K ≈ X A B and V ≈ X A B by the squared error of the original's own
 keys (before RoPE, which keeps lengths) and values. Without rounding the optimum is closed
-(`cskv.py`). With it, encoder, decoder and mean of a part are trained from there,
+(`cskv.py`). With it, encoder and decoder of a part are trained from there,
 
-    min  E |y - (decode Q(encode (y - mean)) + mean)|² / E |y - E y|²,
+    min  E |y - decode Q(encode y)|² / E |y|²,
 
 where Q quantises per token. The paper's gradient passes straight through Q and is zero at the ends
 of its range, so it does not feel that errors grow with the range: from this start it made the error
@@ -35,7 +35,7 @@ RATE = 1e-2
 
 @dataclass(frozen=True)
 class Tuned:
-    """A part of a layer: the code that is kept, and its errors as shares of the held-out variance.
+    """A part of a layer: the code that is kept, and its errors as shares of E |y|², held out.
 
     Attributes:
         before, after: Of the closed form, and of what was kept.
@@ -66,7 +66,7 @@ def tune(y: Tensor, held: Tensor, code: CodePlan, steps: int, seed: int) -> dict
     """Keys and values of one layer.
 
     Args:
-        y: `[n, 2K]`, keys and values of tokens; they are centred and decomposed too.
+        y: `[n, 2K]`, keys and values of tokens; they are decomposed too.
         held: `[m, 2K]`, of other tokens.
         code: At the widths that are tuned; only so many rows are made.
         steps: 0 leaves the closed form.
@@ -80,13 +80,12 @@ def tune(y: Tensor, held: Tensor, code: CodePlan, steps: int, seed: int) -> dict
 
 def _tune_part(y: Tensor, held: Tensor, code: CodePlan, width: int, steps: int, seed: int) -> Tuned:
     double = y.double()
-    mean, second = double.mean(dim=0), double.T @ double / len(double)
-    covariance = second - mean[:, None] * mean
+    second = double.T @ double / len(double)
     fitted = levelled(principal(second), second)
     fitted = Fitted(fitted.projection.cut(width), fitted.spectrum[:width])
-    student = Reconstruction(fitted.projection, code, float(covariance.trace()))
-    spread = (held - mean.float()).square().sum(dim=1).mean().clamp(min=1e-30)
-    before = float(student.error(held).detach() / spread)
+    student = Reconstruction(fitted.projection, code, float(second.trace()))
+    size = held.square().sum(dim=1).mean().clamp(min=1e-30)
+    before = float(student.error(held).detach() / size)
     if not steps:
         return Tuned(fitted, before, before)
 
@@ -96,7 +95,7 @@ def _tune_part(y: Tensor, held: Tensor, code: CodePlan, width: int, steps: int, 
 
     training = Training(steps, RATE, warmup=0.1, cooldown=0.8, floor=1e-3, seed=seed)
     train(student, batches, training, None)
-    after = float(student.error(held).detach() / spread)
+    after = float(student.error(held).detach() / size)
     if not after < before:
         return Tuned(fitted, before, before)
     return Tuned(Fitted(student.projection, fitted.spectrum), before, after)
@@ -106,20 +105,22 @@ class Reconstruction(Student):
     """A part of a layer's code, and how well it gives back what it stores.
 
     Args:
-        variance: Total of what it stores; makes the loss a share.
+        size: E |y|² of what it stores; makes the loss a share.
     """
 
-    def __init__(self, start: Projection, code: CodePlan, variance: float) -> None:
+    def __init__(self, start: Projection, code: CodePlan, size: float) -> None:
         super().__init__()
-        self.bits, self.group, self.variance = code.bits, code.group, max(variance, 1e-30)
-        self.encode, self.decode, self.mean = (
-            nn.Parameter(x.float().contiguous()) for x in (start.encode, start.decode, start.mean)
+        self.bits, self.group, self.size = code.bits, code.group, max(size, 1e-30)
+        self.encode, self.decode = (
+            nn.Parameter(x.float().contiguous()) for x in (start.encode, start.decode)
         )
+        # Not trained: about its mean a code cannot keep values that are almost zero (levelled.py).
+        self.mean = start.mean.float()
 
     @property
     def projection(self) -> Projection:
         """As it is now."""
-        return Projection(*(x.detach().clone() for x in (self.encode, self.decode, self.mean)))
+        return Projection(self.encode.detach().clone(), self.decode.detach().clone(), self.mean)
 
     def rates(self) -> Mapping[str, float]:
         """Each parameter moves in its own measure."""
@@ -134,5 +135,5 @@ class Reconstruction(Student):
         return (z @ self.decode.T + self.mean - y).square().sum(dim=1).mean()
 
     def forward(self, y: Tensor) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """The share of the variance that is lost of a batch `[n, K]`."""
-        return self.error(y) / self.variance, {}
+        """The share of E |y|² that is lost of a batch `[n, K]`."""
+        return self.error(y) / self.size, {}

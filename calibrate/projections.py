@@ -125,7 +125,7 @@ def calibrate_projections(
     base = base_of(checkpoint)
     check_can_drop(checkpoint)
     check_budget(base, options, budget_bytes, itemsize)
-    _check_ring(checkpoint, options)
+    check_ring(checkpoint, options)
     budget = (budget_bytes, itemsize)
     if options.method == "matryoshka":
         found = _matryoshka(checkpoint, base, options, report)
@@ -180,7 +180,7 @@ def check_budget(base: Base, options: ProjectionOptions, budget_bytes: int, item
         raise UsageError(str(error)) from error
 
 
-def _check_ring(checkpoint: Checkpoint, options: ProjectionOptions) -> None:
+def check_ring(checkpoint: Checkpoint, options: ProjectionOptions) -> None:
     """Raises UsageError where nothing of a window that is read would be coded."""
     most = LENGTH if options.train is not None or options.method == "matryoshka" else WINDOW
     length = min(most, int(checkpoint.hf_config().max_position_embeddings))

@@ -22,9 +22,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test workers share the cores, and one thread adds numbers in the same order on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+if not torch.cuda.is_available():  # then Triton, which others import, is to interpret its kernels
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import hypothesis
 import pytest
-import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (

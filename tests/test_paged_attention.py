@@ -65,13 +65,14 @@ def test_latents_are_keys_and_values(rank, rope, dtype):
     assert_same(paged(*args), contract(*args), dtype)
 
 
-@pytest.mark.parametrize("items", [1, 2, 5, 40, 1000])
+@pytest.mark.parametrize("items", [1, 2, 5, 40])
 def test_the_number_of_splits_does_not_matter(items):
     pages = Pages.of([300, 10, 129], 64)
     keys, values = (pages.plane(2, 64, torch.float32) for _ in range(2))
     q = random(3, 6, 64)
     args = (q, keys, values, pages.lengths, 0.125, pages.table)
-    assert_same(paged(*args, items=items), contract(*args), torch.float32)
+    config = kernel.Config(block_n=32, least=1, items=items, warps=4, stages=2)
+    assert_same(paged(*args, config=config), contract(*args), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

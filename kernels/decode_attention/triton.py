@@ -10,6 +10,7 @@ and values are loaded once. Stage 2 merges the items of a row and head by their 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,16 +27,47 @@ from kvtool.kernels.tiles import (
 )
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-ITEMS_PER_PROCESSOR = 8
-"""Work items per multiprocessor, where what they write is small beside what they read."""
-LEAST_TILES = 2
-"""Tiles of an item: fewer would not pay for its part in the merge."""
+
+
+MERGED = 64
+"""Channels that a program of the second stage merges: small, so that many of them run."""
+
+
+class Config(NamedTuple):
+    """How the work is cut and run.
+
+    Attributes:
+        block_n: Tokens of a tile.
+        least: Tiles of an item at least: fewer would not pay for its part in the merge.
+        items: Work items to aim at, per multiprocessor.
+        warps, stages: Of an item's program.
+    """
+
+    block_n: int
+    least: int
+    items: int
+    warps: int
+    stages: int
+
+
+def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
+    """What measured fastest on Hopper; nothing depends on the lengths.
+
+    Args:
+        group: Query heads of a KV head.
+        width: The larger of the keys' and the values' width.
+        in_keys: Whether the values are a part of the keys.
+    """
+    wide = width > 256
+    block_n = 32 if itemsize == 4 or (wide and not in_keys) else 64
+    warps = 8 if wide and group > 16 else 4
+    return Config(block_n, 2, 1 if wide else 8, warps, 2 if wide else 3)
 
 
 @triton.jit
 def _cut(
-    lengths, stride_row, stride_head, rows, heads, first_tile,
-    items: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
+    lengths, stride_row, stride_head, rows, heads, first_tile, items,
+    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Per row and head `[SLOTS]`: its tiles, its items, and the items up to its last."""
     slot = tl.arange(0, SLOTS)
@@ -62,18 +94,17 @@ def _attend(
     stride_qb, stride_qh,
     stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt, stride_bp, stride_bh,
     stride_table, stride_row, stride_head,
-    rows, heads, group, first, scale,
+    rows, heads, group, first, items, scale,
     K_WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     V_WIDTH: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     VALUES_IN_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr,
     PAGED: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
-    ITEMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LEAST: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     first_tile = first // BLOCK_N
     tiles, counts, ends = _cut(
-        lengths, stride_row, stride_head, rows, heads, first_tile, ITEMS, BLOCK_N, LEAST, SLOTS
+        lengths, stride_row, stride_head, rows, heads, first_tile, items, BLOCK_N, LEAST, SLOTS
     )
     if item >= tl.sum(counts):
         return
@@ -104,11 +135,18 @@ def _attend(
         if V1:
             v1_at = V0 + tl.arange(0, V1)
 
+    # Tokens and channels are the rows of both products, query heads the columns: the tensor cores
+    # take 64 rows at least, and there are seldom so many query heads.
+    q0 = tl.trans(q0)
+    if K1:
+        q1 = tl.trans(q1)
+    if K2:
+        q2 = tl.trans(q2)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
-    sum0 = tl.zeros((BLOCK_M, V0), tl.float32)
+    sum0 = tl.zeros((V0, BLOCK_M), tl.float32)
     if V1:
-        sum1 = tl.zeros((BLOCK_M, V1), tl.float32)
+        sum1 = tl.zeros((V1, BLOCK_M), tl.float32)
     for tile in range(begin, end):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (tokens < length) & (tokens >= first)
@@ -125,62 +163,64 @@ def _attend(
             within = tokens % PAGE
         k_at = page * stride_kp + head * stride_kh + within.to(tl.int64) * stride_kt
         k0 = load_columns(keys, k_at, k0_at, inside, K01, K0 <= K01)
-        scores = dot(q0, tl.trans(k0), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        scores = dot(k0, q0, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         if K1:
             k1 = load_columns(keys, k_at, k1_at, inside, K01, K0 + K1 <= K01)
-            scores = dot(q1, tl.trans(k1), scores, PRECISION)
+            scores = dot(k1, q1, scores, PRECISION)
         if K2:
             k2 = load_columns(keys, k_at, k2_at, inside, K_WIDTH, K01 + K2 <= K_WIDTH)
-            scores = dot(q2, tl.trans(k2), scores, PRECISION)
+            scores = dot(k2, q2, scores, PRECISION)
         scores *= scale
         if HAS_BIAS:
             b_at = page * stride_bp + head * stride_bh + within
-            scores += tl.load(bias + b_at, mask=inside, other=0.0).to(tl.float32)[None, :] * _LOG2_E
-        scores = tl.where(inside[None, :], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+            added = tl.load(bias + b_at, mask=inside, other=0.0).to(tl.float32)
+            scores += added[:, None] * _LOG2_E
+        scores = tl.where(inside[:, None], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0))
         # Nothing seen yet: -inf - -inf would be NaN.
         safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores - safe_top[:, None])
+        weights = tl.exp2(scores - safe_top[None, :])
         shrink = tl.exp2(top - safe_top)
-        mass = mass * shrink + tl.sum(weights, 1)
+        mass = mass * shrink + tl.sum(weights, 0)
         top = new_top
-        sum0 *= shrink[:, None]
+        sum0 *= shrink[None, :]
         if V1:
-            sum1 *= shrink[:, None]
+            sum1 *= shrink[None, :]
         if VALUES_IN_KEYS:
             weights = weights.to(k0.dtype)
-            sum0 = dot(weights, k0, sum0, PRECISION)
+            sum0 = dot(tl.trans(k0), weights, sum0, PRECISION)
             if V1:
-                sum1 = dot(weights, k1, sum1, PRECISION)
+                sum1 = dot(tl.trans(k1), weights, sum1, PRECISION)
         else:
             v_at = page * stride_vp + head * stride_vh + within.to(tl.int64) * stride_vt
             v0 = load_columns(values, v_at, v0_at, inside, V_WIDTH, V0 <= V_WIDTH)
             weights = weights.to(v0.dtype)
-            sum0 = dot(weights, v0, sum0, PRECISION)
+            sum0 = dot(tl.trans(v0), weights, sum0, PRECISION)
             if V1:
                 v1 = load_columns(values, v_at, v1_at, inside, V_WIDTH, V0 + V1 <= V_WIDTH)
-                sum1 = dot(weights, v1, sum1, PRECISION)
+                sum1 = dot(tl.trans(v1), weights, sum1, PRECISION)
 
     safe_mass = tl.where(mass == 0.0, 1.0, mass)
     part = item.to(tl.int64) * group + member
     tl.store(lse + part, top + tl.log2(safe_mass), mask=is_member)
     at = part * V_WIDTH
-    store_columns(out, at, tl.arange(0, V0), is_member, V_WIDTH, sum0 / safe_mass[:, None])
+    columns = tl.arange(0, V0)
+    store_columns(out, at, columns, is_member, V_WIDTH, tl.trans(sum0) / safe_mass[:, None])
     if V1:
-        store_columns(out, at, V0 + tl.arange(0, V1), is_member, V_WIDTH, sum1 / safe_mass[:, None])
+        columns = V0 + tl.arange(0, V1)
+        store_columns(out, at, columns, is_member, V_WIDTH, tl.trans(sum1) / safe_mass[:, None])
 
 
 @triton.jit
 def _merge(
     parts, part_lse, lengths, out, lse,
-    stride_row, stride_head, rows, heads, group, first_tile,
-    WIDTH: tl.constexpr, W0: tl.constexpr,
-    ITEMS: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    stride_row, stride_head, rows, heads, group, first_tile, items,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot, member = tl.program_id(0), tl.program_id(1)
     _, counts, ends = _cut(
-        lengths, stride_row, stride_head, rows, heads, first_tile, ITEMS, BLOCK_N, LEAST, SLOTS
+        lengths, stride_row, stride_head, rows, heads, first_tile, items, BLOCK_N, LEAST, SLOTS
     )
     count = _pick(counts, slot, SLOTS)
     begin = _pick(ends, slot, SLOTS) - count
@@ -190,20 +230,21 @@ def _merge(
         one = (begin + item).to(tl.int64) * group + member
         top = tl.maximum(top, tl.max(tl.load(part_lse + one, item < count, -float("inf"))))
     safe_top = tl.where(top == -float("inf"), 0.0, top)
-    columns = tl.arange(0, W0)
-    mass, total = 0.0, tl.zeros((W0,), tl.float32)
+    columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    mass, total = 0.0, tl.zeros((COLUMNS,), tl.float32)
     for at in range(0, count, BLOCK):
         item = at + tl.arange(0, BLOCK)
         one = (begin + item).to(tl.int64) * group + member
         weight = tl.exp2(tl.load(part_lse + one, item < count, -float("inf")) - safe_top)
-        x = load_columns(parts, one * WIDTH, columns, item < count, WIDTH, W0 == WIDTH)
+        x = load_columns(parts, one * WIDTH, columns, item < count, WIDTH, WIDTH % COLUMNS == 0)
         mass += tl.sum(weight)
         total += tl.sum(weight[:, None] * x, 0)
     safe_mass = tl.where(mass == 0.0, 1.0, mass)
     one = slot.to(tl.int64) * group + member  # [B, Q]: query heads lie by KV head
     result = (total / safe_mass).to(out.dtype.element_ty)
     tl.store(out + one * WIDTH + columns, result, mask=columns < WIDTH)
-    tl.store(lse + one, (top + tl.log2(safe_mass)) / _LOG2_E)
+    if tl.program_id(2) == 0:
+        tl.store(lse + one, (top + tl.log2(safe_mass)) / _LOG2_E)
 
 
 def paged_decode_attention(
@@ -215,12 +256,12 @@ def paged_decode_attention(
     table: Tensor | None = None,
     first: int = 0,
     bias: Tensor | None = None,
-    items: int | None = None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.decode_attention.reference.paged_decode_attention`.
 
     Args:
-        items: Work items to aim at; by the device if not given.
+        config: See :func:`config_for`, which gives it where it is not given.
     """
     rows, query_heads, k_width = q.shape
     heads, page = keys.shape[1:3]
@@ -231,11 +272,11 @@ def paged_decode_attention(
     k2 = triton.next_power_of_2(max(16, k_width - v_width)) if in_keys and k_width > v_width else 0
     v0, v1 = tiles_of(v_width)
     block_m = min(64, max(16, triton.next_power_of_2(group)))
-    wide = max(k0 + k1 + k2, v0 + v1) > 256
-    block_n = 32 if q.element_size() == 4 or (wide and not in_keys) else 64
-    if items is None:
-        per_processor = 1 if wide else ITEMS_PER_PROCESSOR
-        items = per_processor * processors(q.device)
+    if config is None:
+        width = max(k_width, v_width)
+        config = config_for(group, width, q.element_size(), in_keys)
+    block_n = config.block_n
+    items = config.items * processors(q.device)
     grown = max(items, (items + 1) // 2 + rows * heads)
     parts = q.new_empty((grown, group, v_width), dtype=torch.float32)
     part_lse = q.new_empty((grown, group), dtype=torch.float32)
@@ -243,7 +284,7 @@ def paged_decode_attention(
     lse = q.new_empty((rows, query_heads), dtype=torch.float32)
     strides = (lengths.stride(0), lengths.stride(1) if lengths.dim() == 2 else 0)
     cut = {
-        "ITEMS": items, "BLOCK_N": block_n, "LEAST": LEAST_TILES,
+        "BLOCK_N": block_n, "LEAST": config.least,
         "SLOTS": triton.next_power_of_2(rows * heads),
     }  # fmt: skip
     v = keys if isinstance(values, int) else values
@@ -252,16 +293,16 @@ def paged_decode_attention(
         q.stride(0), q.stride(1), *keys.stride()[:3], *v.stride()[:3],
         *(bias.stride()[:2] if bias is not None else (0, 0)),
         table.stride(0) if table is not None else 0, *strides,
-        rows, heads, group, first, scaling * math.log2(math.e),
+        rows, heads, group, first, items, scaling * math.log2(math.e),
         K_WIDTH=k_width, K0=k0, K1=k1, K2=k2, V_WIDTH=v_width, V0=v0, V1=v1,
         VALUES_IN_KEYS=in_keys, HAS_BIAS=bias is not None,
         PAGED=table is not None, PAGE=page,
         PRECISION=precision(q.dtype),
-        BLOCK_M=block_m, num_warps=8 if wide and block_m > 16 else 4, num_stages=2 if wide else 3,
+        BLOCK_M=block_m, num_warps=config.warps, num_stages=config.stages,
         **cut,
     )  # fmt: skip
-    _merge[(rows * heads, group)](
-        parts, part_lse, lengths, out, lse, *strides, rows, heads, group, first // block_n,
-        WIDTH=v_width, W0=triton.next_power_of_2(v_width), BLOCK=16, num_warps=4, **cut,
+    _merge[(rows * heads, group, triton.cdiv(v_width, MERGED))](
+        parts, part_lse, lengths, out, lse, *strides, rows, heads, group, first // block_n, items,
+        WIDTH=v_width, COLUMNS=MERGED, BLOCK=64, num_warps=4, **cut,
     )  # fmt: skip
     return out, lse

@@ -22,9 +22,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test workers share the cores, and one thread adds numbers in the same order on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, in Triton's interpreter
+
 import hypothesis
 import pytest
-import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -189,3 +193,15 @@ def converted(
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated is NaN until somebody writes it."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(made: torch.Tensor) -> torch.Tensor:
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **more: poisoned(empty(*args, **more)))
+    monkeypatch.setattr(torch, "empty_like", lambda x, **more: poisoned(empty_like(x, **more)))

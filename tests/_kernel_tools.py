@@ -1,39 +1,61 @@
-"""What tests of kernels share."""
+"""Random paged memory for kernel tests, poisoned wherever nothing was stored."""
 
-import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+"""Of :func:`rms_ratio`; bfloat16 has 8 bits, and weights are rounded to it as values are."""
 
 
-def generator(request: pytest.FixtureRequest) -> torch.Generator:
-    """Random numbers of their own for each test, the same in every run."""
-    return torch.Generator().manual_seed(zlib.crc32(request.node.name.encode()))
+def rms_ratio(found: Tensor, expected: Tensor) -> float:
+    """Root mean square of the error over that of what was expected; 0 where both are zeros."""
+    error = (found.double() - expected.double()).square().mean().sqrt()
+    size = expected.double().square().mean().sqrt()
+    return float(error / size) if size else float(error)
 
 
-def draw(source: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers on the device of the kernels."""
-    return torch.randn(shape, generator=source).to(DEVICE, dtype)
+@dataclass
+class Pages:
+    """Planes of `[P, H, page, width]` in which the tokens of some rows lie, in no order.
+
+    Attributes:
+        lengths: `[B]` int32.
+        table: `[B, pages]` int32; None where row b is page b.
+    """
+
+    lengths: Tensor
+    table: Tensor | None
+    page: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], page: int | None) -> "Pages":
+        """Where rows of these lengths lie; contiguous rows if `page` is None."""
+        own = torch.tensor(lengths, dtype=torch.int32)
+        if page is None:
+            return cls(own.to(DEVICE), None, max(1, *lengths) + 3)
+        pages = max(1, -(-max(lengths) // page))
+        order = torch.randperm(len(lengths) * pages + 3)[: len(lengths) * pages]
+        return cls(own.to(DEVICE), order.view(-1, pages).int().to(DEVICE), page)
+
+    def plane(self, heads: int, width: int | None, dtype: torch.dtype) -> Tensor:
+        """Random numbers where the tokens lie, NaN elsewhere; `[P, H, page]` if no width."""
+        rows = len(self.lengths)
+        count = rows if self.table is None else int(self.table.max()) + 1
+        shape = (count, heads, self.page, *([] if width is None else [width]))
+        plane = torch.full(shape, torch.nan, device=DEVICE)
+        for b, length in enumerate(self.lengths.tolist()):
+            for begin in range(0, length, self.page):
+                page = b if self.table is None else int(self.table[b, begin // self.page])
+                part = plane[page, :, : length - begin]
+                part.copy_(torch.randn(part.shape))
+        return plane.to(dtype)
 
 
-def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory that nobody has written, as bad as it can be."""
-    return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
-
-
-def rms_ratio(got: Tensor, expected: Tensor) -> float:
-    """‖got - expected‖ / ‖expected‖; NaN if anything is."""
-    got, expected = got.double(), expected.double()
-    return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
-
-
-def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """The same up to the rounding of numbers and operands of that dtype."""
-    assert got.shape == expected.shape
-    allowed = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    ratio = rms_ratio(got, expected)
-    assert ratio <= allowed, f"RMS ratio {ratio:.2e} > {allowed:.0e}"
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers on the device of the tests."""
+    return torch.randn(shape).to(DEVICE, dtype)

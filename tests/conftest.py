@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, in Triton's interpreter
+if not torch.cuda.is_available():  # then Triton, which others import, is to interpret its kernels
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis
 import pytest
@@ -193,6 +193,13 @@ def converted(
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def fresh_numbers() -> None:
+    """Other random numbers in every run; a failure says which they were."""
+    torch.manual_seed(torch.seed())
+    print("seed", torch.initial_seed())
 
 
 @pytest.fixture

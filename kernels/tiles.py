@@ -1,0 +1,63 @@
+"""What Triton kernels of several operations share. Imported only where they run."""
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, c, PRECISION: tl.constexpr):
+    """`a @ b + c` in float32.
+
+    The interpreter takes the bits of bfloat16 for integers, so there numbers are widened first.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
+    return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def load_columns(plane, offsets, columns, inside, width, WHOLE: tl.constexpr):
+    """Columns of some rows `[N, W]`, zeros where there is nothing.
+
+    Args:
+        offsets: `[N]`, where the rows begin; inside: `[N]`, which of them there are.
+        columns: `[W]`, of which those below `width` exist.
+        WHOLE: All of them do.
+    """
+    at = plane + offsets[:, None] + columns[None, :]
+    if WHOLE:
+        return tl.load(at, mask=inside[:, None], other=0.0)
+    return tl.load(at, mask=inside[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_columns(plane, offsets, columns, inside, width, x):
+    """The other way round."""
+    at = plane + offsets[:, None] + columns[None, :]
+    tl.store(at, x, mask=inside[:, None] & (columns < width)[None, :])
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How a dot product multiplies: float32 as it is, not in TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def tiles_of(width: int) -> tuple[int, int]:
+    """Two powers of two, the second perhaps 0, whose sum holds a width with little to spare.
+
+    `tl.dot` takes no fewer than 16 columns.
+    """
+    whole = max(16, 1 << (width.bit_length() - 1))
+    rest = width - whole
+    return (whole, 0) if rest <= 0 else (whole, max(16, triton.next_power_of_2(rest)))
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; one where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

@@ -6,6 +6,62 @@ import torch
 from torch import Tensor
 
 
+def paged_decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor | int,
+    lengths: Tensor,
+    scaling: float,
+    table: Tensor | None = None,
+    first: int = 0,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one query per row and head over the tokens `first` to `length - 1`.
+
+    Nothing depends on the number or the order of the pages. What lies outside the tokens of a row
+    is never used.
+
+    Args:
+        q: `[B, Q, D]`, rotated.
+        keys: `[P, H, page, D]`, rotated, H divides Q.
+        values: `[P, H, page, Dv]`; or Dv, when they are the first Dv columns of the keys.
+        lengths: `[B]` or `[B, H]` int32; none may be read where a length is at most `first`.
+        scaling: Factor on the scores.
+        table: `[B, pages]` int32: token t of row b lies in page `table[b, t // page]`. Without one,
+            row b is page b.
+        first: Tokens that are left out at the start.
+        bias: `[P, H, page]`, added to the scaled scores (as for merged tokens, the logarithm of
+            how many they are).
+
+    Returns:
+        `[B, Q, Dv]`, and the logarithm of the sum of `exp(score)`, `[B, Q]` fp32: zeros and -inf
+        where there was nothing to read.
+    """
+    rows, query_heads = q.shape[:2]
+    heads, page = keys.shape[1:3]
+    group = query_heads // heads
+    v_width = values if isinstance(values, int) else values.shape[-1]
+    out = q.new_zeros((rows, query_heads, v_width))
+    lse = q.new_full((rows, query_heads), -torch.inf, dtype=torch.float32)
+    per_head = lengths[:, None].expand(rows, heads) if lengths.dim() == 1 else lengths
+    for b, of_row in enumerate(per_head.tolist()):
+        for h, n in enumerate(of_row):
+            if n <= first:
+                continue
+            at = torch.arange(first, n, device=q.device)
+            pages = table[b, at // page].long() if table is not None else torch.full_like(at, b)
+            within = at % page if table is not None else at
+            k = keys[pages, h, within].float()  # [S, D]
+            v = k[:, :v_width] if isinstance(values, int) else values[pages, h, within].float()
+            own = slice(h * group, (h + 1) * group)
+            scores = scaling * q[b, own].float() @ k.T
+            if bias is not None:
+                scores += bias[pages, h, within].float()
+            lse[b, own] = scores.logsumexp(-1)
+            out[b, own] = (scores.softmax(-1) @ v).to(out.dtype)
+    return out, lse
+
+
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int], scaling: float
 ) -> Tensor:

@@ -1,0 +1,308 @@
+"""Split-KV flash decoding over paged memory.
+
+The work is shared as in LeanAttention (arXiv 2405.10480): the tokens of all rows and KV heads are
+cut into items of about the same size, as many as keep the device busy, and both stages derive the
+same cut from the lengths on the device. So one launch fits any lengths, and can be recorded in a
+CUDA graph.
+
+Stage 1 gives every item its own softmax, for all query heads of a KV head together, so that keys
+and values are loaded once. Stage 2 merges the items of a row and head by their log-sum-exp.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvtool.kernels.tiles import (
+    dot,
+    load_columns,
+    precision,
+    processors,
+    store_columns,
+    tiles_of,
+)
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+MERGED = 64
+"""Channels that a program of the second stage merges: small, so that many of them run."""
+
+
+class Config(NamedTuple):
+    """How the work is cut and run.
+
+    Attributes:
+        block_n: Tokens of a tile.
+        least: Tiles of an item at least: fewer would not pay for its part in the merge.
+        items: Work items to aim at, per multiprocessor.
+        warps, stages: Of an item's program.
+    """
+
+    block_n: int
+    least: int
+    items: int
+    warps: int
+    stages: int
+
+
+def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
+    """What measured fastest on Hopper; nothing depends on the lengths.
+
+    Args:
+        group: Query heads of a KV head.
+        width: The larger of the keys' and the values' width.
+        in_keys: Whether the values are a part of the keys.
+    """
+    wide = width > 256
+    block_n = 32 if itemsize == 4 or (wide and not in_keys) else 64
+    warps = 8 if wide and group > 16 else 4
+    return Config(block_n, 2, 1 if wide else 8, warps, 2 if wide else 3)
+
+
+@triton.jit
+def _cut(
+    lengths, stride_row, stride_head, rows, heads, first_tile, items,
+    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Per row and head `[SLOTS]`: its tiles, its items, and the items up to its last."""
+    slot = tl.arange(0, SLOTS)
+    row, head = slot // heads, slot % heads
+    tokens = tl.load(
+        lengths + row * stride_row + head * stride_head, mask=slot < rows * heads, other=0
+    )
+    tiles = tl.maximum(tl.cdiv(tokens, BLOCK_N) - first_tile, 0)
+    shared = tl.maximum(items - rows * heads, (items + 1) // 2)
+    size = tl.maximum(tl.cdiv(tl.sum(tiles), shared), LEAST)
+    counts = tl.cdiv(tiles, size)
+    return tiles, counts, tl.cumsum(counts)
+
+
+@triton.jit
+def _pick(x, slot, SLOTS: tl.constexpr):
+    """`x[slot]` of a vector."""
+    return tl.sum(tl.where(tl.arange(0, SLOTS) == slot, x, 0))
+
+
+@triton.jit
+def _attend(
+    q, keys, values, bias, table, lengths, out, lse,
+    stride_qb, stride_qh,
+    stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt, stride_bp, stride_bh,
+    stride_table, stride_row, stride_head,
+    rows, heads, group, first, items, scale,
+    K_WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    V_WIDTH: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    VALUES_IN_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PAGED: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    first_tile = first // BLOCK_N
+    tiles, counts, ends = _cut(
+        lengths, stride_row, stride_head, rows, heads, first_tile, items, BLOCK_N, LEAST, SLOTS
+    )
+    if item >= tl.sum(counts):
+        return
+    slot = tl.sum((ends <= item).to(tl.int32))
+    count = _pick(counts, slot, SLOTS)
+    own = item - (_pick(ends, slot, SLOTS) - count)
+    size = tl.cdiv(_pick(tiles, slot, SLOTS), count)
+    row, head = slot // heads, slot % heads
+    length = tl.load(lengths + row * stride_row + head * stride_head)
+    begin = first_tile + own * size
+    end = tl.minimum(begin + size, tl.cdiv(length, BLOCK_N))
+
+    member = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
+    is_member = member < group
+    # A width of no power of two takes two tiles; the part of a latent that is no value, its own.
+    K01: tl.constexpr = V_WIDTH if VALUES_IN_KEYS else K_WIDTH
+    q_at = row.to(tl.int64) * stride_qb + (head * group + member) * stride_qh
+    k0_at = tl.arange(0, K0)
+    q0 = load_columns(q, q_at, k0_at, is_member, K01, K0 <= K01)
+    if K1:
+        k1_at = K0 + tl.arange(0, K1)
+        q1 = load_columns(q, q_at, k1_at, is_member, K01, K0 + K1 <= K01)
+    if K2:
+        k2_at = K01 + tl.arange(0, K2)
+        q2 = load_columns(q, q_at, k2_at, is_member, K_WIDTH, K01 + K2 <= K_WIDTH)
+    if not VALUES_IN_KEYS:
+        v0_at = tl.arange(0, V0)
+        if V1:
+            v1_at = V0 + tl.arange(0, V1)
+
+    # Tokens and channels are the rows of both products, query heads the columns: the tensor cores
+    # take 64 rows at least, and there are seldom so many query heads.
+    q0 = tl.trans(q0)
+    if K1:
+        q1 = tl.trans(q1)
+    if K2:
+        q2 = tl.trans(q2)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    sum0 = tl.zeros((V0, BLOCK_M), tl.float32)
+    if V1:
+        sum1 = tl.zeros((V1, BLOCK_M), tl.float32)
+    for tile in range(begin, end):
+        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (tokens < length) & (tokens >= first)
+        if not PAGED:
+            page = row.to(tl.int64)
+            within = tokens
+        elif PAGE % BLOCK_N == 0:  # a tile lies in one page
+            page = tl.load(table + row * stride_table + tile // (PAGE // BLOCK_N)).to(tl.int64)
+            within = (tile % (PAGE // BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
+        else:
+            page = tl.load(
+                table + row * stride_table + tokens // PAGE, mask=inside, other=0
+            ).to(tl.int64)  # fmt: skip
+            within = tokens % PAGE
+        k_at = page * stride_kp + head * stride_kh + within.to(tl.int64) * stride_kt
+        k0 = load_columns(keys, k_at, k0_at, inside, K01, K0 <= K01)
+        scores = dot(k0, q0, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        if K1:
+            k1 = load_columns(keys, k_at, k1_at, inside, K01, K0 + K1 <= K01)
+            scores = dot(k1, q1, scores, PRECISION)
+        if K2:
+            k2 = load_columns(keys, k_at, k2_at, inside, K_WIDTH, K01 + K2 <= K_WIDTH)
+            scores = dot(k2, q2, scores, PRECISION)
+        scores *= scale
+        if HAS_BIAS:
+            b_at = page * stride_bp + head * stride_bh + within
+            added = tl.load(bias + b_at, mask=inside, other=0.0).to(tl.float32)
+            scores += added[:, None] * _LOG2_E
+        scores = tl.where(inside[:, None], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0))
+        # Nothing seen yet: -inf - -inf would be NaN.
+        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights = tl.exp2(scores - safe_top[None, :])
+        shrink = tl.exp2(top - safe_top)
+        mass = mass * shrink + tl.sum(weights, 0)
+        top = new_top
+        sum0 *= shrink[None, :]
+        if V1:
+            sum1 *= shrink[None, :]
+        if VALUES_IN_KEYS:
+            weights = weights.to(k0.dtype)
+            sum0 = dot(tl.trans(k0), weights, sum0, PRECISION)
+            if V1:
+                sum1 = dot(tl.trans(k1), weights, sum1, PRECISION)
+        else:
+            v_at = page * stride_vp + head * stride_vh + within.to(tl.int64) * stride_vt
+            v0 = load_columns(values, v_at, v0_at, inside, V_WIDTH, V0 <= V_WIDTH)
+            weights = weights.to(v0.dtype)
+            sum0 = dot(tl.trans(v0), weights, sum0, PRECISION)
+            if V1:
+                v1 = load_columns(values, v_at, v1_at, inside, V_WIDTH, V0 + V1 <= V_WIDTH)
+                sum1 = dot(tl.trans(v1), weights, sum1, PRECISION)
+
+    safe_mass = tl.where(mass == 0.0, 1.0, mass)
+    part = item.to(tl.int64) * group + member
+    tl.store(lse + part, top + tl.log2(safe_mass), mask=is_member)
+    at = part * V_WIDTH
+    columns = tl.arange(0, V0)
+    store_columns(out, at, columns, is_member, V_WIDTH, tl.trans(sum0) / safe_mass[:, None])
+    if V1:
+        columns = V0 + tl.arange(0, V1)
+        store_columns(out, at, columns, is_member, V_WIDTH, tl.trans(sum1) / safe_mass[:, None])
+
+
+@triton.jit
+def _merge(
+    parts, part_lse, lengths, out, lse,
+    stride_row, stride_head, rows, heads, group, first_tile, items,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot, member = tl.program_id(0), tl.program_id(1)
+    _, counts, ends = _cut(
+        lengths, stride_row, stride_head, rows, heads, first_tile, items, BLOCK_N, LEAST, SLOTS
+    )
+    count = _pick(counts, slot, SLOTS)
+    begin = _pick(ends, slot, SLOTS) - count
+    top = -float("inf")
+    for at in range(0, count, BLOCK):
+        item = at + tl.arange(0, BLOCK)
+        one = (begin + item).to(tl.int64) * group + member
+        top = tl.maximum(top, tl.max(tl.load(part_lse + one, item < count, -float("inf"))))
+    safe_top = tl.where(top == -float("inf"), 0.0, top)
+    columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    mass, total = 0.0, tl.zeros((COLUMNS,), tl.float32)
+    for at in range(0, count, BLOCK):
+        item = at + tl.arange(0, BLOCK)
+        one = (begin + item).to(tl.int64) * group + member
+        weight = tl.exp2(tl.load(part_lse + one, item < count, -float("inf")) - safe_top)
+        x = load_columns(parts, one * WIDTH, columns, item < count, WIDTH, WIDTH % COLUMNS == 0)
+        mass += tl.sum(weight)
+        total += tl.sum(weight[:, None] * x, 0)
+    safe_mass = tl.where(mass == 0.0, 1.0, mass)
+    one = slot.to(tl.int64) * group + member  # [B, Q]: query heads lie by KV head
+    result = (total / safe_mass).to(out.dtype.element_ty)
+    tl.store(out + one * WIDTH + columns, result, mask=columns < WIDTH)
+    if tl.program_id(2) == 0:
+        tl.store(lse + one, (top + tl.log2(safe_mass)) / _LOG2_E)
+
+
+def paged_decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor | int,
+    lengths: Tensor,
+    scaling: float,
+    table: Tensor | None = None,
+    first: int = 0,
+    bias: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`kvtool.kernels.decode_attention.reference.paged_decode_attention`.
+
+    Args:
+        config: See :func:`config_for`, which gives it where it is not given.
+    """
+    rows, query_heads, k_width = q.shape
+    heads, page = keys.shape[1:3]
+    group = query_heads // heads
+    in_keys = isinstance(values, int)
+    v_width = values if isinstance(values, int) else values.shape[-1]
+    k0, k1 = tiles_of(v_width if in_keys else k_width)
+    k2 = triton.next_power_of_2(max(16, k_width - v_width)) if in_keys and k_width > v_width else 0
+    v0, v1 = tiles_of(v_width)
+    block_m = min(64, max(16, triton.next_power_of_2(group)))
+    if config is None:
+        width = max(k_width, v_width)
+        config = config_for(group, width, q.element_size(), in_keys)
+    block_n = config.block_n
+    items = config.items * processors(q.device)
+    grown = max(items, (items + 1) // 2 + rows * heads)
+    parts = q.new_empty((grown, group, v_width), dtype=torch.float32)
+    part_lse = q.new_empty((grown, group), dtype=torch.float32)
+    out = q.new_empty((rows, query_heads, v_width))
+    lse = q.new_empty((rows, query_heads), dtype=torch.float32)
+    strides = (lengths.stride(0), lengths.stride(1) if lengths.dim() == 2 else 0)
+    cut = {
+        "BLOCK_N": block_n, "LEAST": config.least,
+        "SLOTS": triton.next_power_of_2(rows * heads),
+    }  # fmt: skip
+    v = keys if isinstance(values, int) else values
+    _attend[(grown, triton.cdiv(group, block_m))](
+        q, keys, v, bias, table, lengths, parts, part_lse,
+        q.stride(0), q.stride(1), *keys.stride()[:3], *v.stride()[:3],
+        *(bias.stride()[:2] if bias is not None else (0, 0)),
+        table.stride(0) if table is not None else 0, *strides,
+        rows, heads, group, first, items, scaling * math.log2(math.e),
+        K_WIDTH=k_width, K0=k0, K1=k1, K2=k2, V_WIDTH=v_width, V0=v0, V1=v1,
+        VALUES_IN_KEYS=in_keys, HAS_BIAS=bias is not None,
+        PAGED=table is not None, PAGE=page,
+        PRECISION=precision(q.dtype),
+        BLOCK_M=block_m, num_warps=config.warps, num_stages=config.stages,
+        **cut,
+    )  # fmt: skip
+    _merge[(rows * heads, group, triton.cdiv(v_width, MERGED))](
+        parts, part_lse, lengths, out, lse, *strides, rows, heads, group, first // block_n, items,
+        WIDTH=v_width, COLUMNS=MERGED, BLOCK=64, num_warps=4, **cut,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,151 @@
+"""The Triton kernel of decode attention does what its contract in plain torch does."""
+
+import pytest
+import torch
+from _kernel_tools import DEVICE, DTYPES, TOLERANCE, Pages, random, rms_ratio
+
+from kvtool.kernels.decode_attention import decode_attention, reference
+from kvtool.kernels.dispatch import VARIABLE, use_triton
+from kvtool.kernels.latent_attention import latent_decode_attention, paged_latent_attention
+
+kernel = pytest.importorskip("kvtool.kernels.decode_attention.triton")
+paged = kernel.paged_decode_attention
+contract = reference.paged_decode_attention
+
+
+@pytest.fixture(autouse=True)
+def _fresh_numbers(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(torch.seed())
+    print("seed", torch.initial_seed())
+
+
+def assert_same(found, expected, dtype):
+    (out, lse), (wanted, wanted_lse) = found, expected
+    assert rms_ratio(out, wanted) <= TOLERANCE[dtype]
+    empty = wanted_lse.isneginf()
+    assert torch.equal(lse.isneginf(), empty)
+    torch.testing.assert_close(lse[~empty], wanted_lse[~empty], rtol=1e-5, atol=1e-4)
+    assert not out[empty].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "page"),
+    [([70, 1, 0], 64), ([64, 128, 65], 64), ([35, 33], 16), ([68, 12], 68), ([131, 7], None)],
+    ids=str,
+)
+@pytest.mark.parametrize(("heads", "group"), [(2, 3), (1, 20)])
+def test_rows_of_any_length_on_any_pages(lengths, page, heads, group, dtype):
+    pages = Pages.of(lengths, page)
+    keys, values = (pages.plane(heads, 64, dtype) for _ in range(2))
+    q = random(len(lengths), heads * group, 64, dtype=dtype)
+    args = (q, keys, values, pages.lengths, 0.125, pages.table)
+    assert_same(paged(*args), contract(*args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("key_width", "value_width"), [(80, 80), (96, 40), (128, 128), (256, 256), (16, 24), (72, 576)]
+)
+def test_keys_and_values_of_any_width(key_width, value_width, dtype):
+    pages = Pages.of([33, 90], 64)
+    keys, values = pages.plane(2, key_width, dtype), pages.plane(2, value_width, dtype)
+    q = random(2, 4, key_width, dtype=dtype)
+    args = (q, keys, values, pages.lengths, key_width**-0.5, pages.table)
+    assert_same(paged(*args), contract(*args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rank", "rope"), [(192, 32), (512, 64), (96, 0), (64, 64), (40, 16)])
+def test_latents_are_keys_and_values(rank, rope, dtype):
+    pages = Pages.of([70, 5], 64)
+    latents = pages.plane(1, rank + rope, dtype)
+    q = random(2, 9, rank + rope, dtype=dtype)
+    args = (q, latents, rank, pages.lengths, 0.1, pages.table)
+    assert_same(paged(*args), contract(*args), dtype)
+
+
+@pytest.mark.parametrize("items", [1, 2, 5, 40])
+def test_the_number_of_splits_does_not_matter(items):
+    pages = Pages.of([300, 10, 129], 64)
+    keys, values = (pages.plane(2, 64, torch.float32) for _ in range(2))
+    q = random(3, 6, 64)
+    args = (q, keys, values, pages.lengths, 0.125, pages.table)
+    config = kernel.Config(block_n=32, least=1, items=items, warps=4, stages=2)
+    assert_same(paged(*args, config=config), contract(*args), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_of_one_row_may_have_lengths_of_their_own(dtype):
+    pages = Pages.of([100, 80], None)
+    lengths = torch.tensor([[100, 0, 65], [1, 80, 64]], dtype=torch.int32, device=DEVICE)
+    keys, values = (pages.plane(3, 64, dtype) for _ in range(2))
+    q = random(2, 6, 64, dtype=dtype)
+    args = (q, keys, values, lengths, 0.125)
+    assert_same(paged(*args), contract(*args), dtype)
+
+
+@pytest.mark.parametrize("first", [1, 4, 63, 64, 70, 100])
+def test_the_first_tokens_can_be_left_out(first):
+    pages = Pages.of([99, 65, 3], 64)
+    keys, values = (pages.plane(2, 64, torch.float32) for _ in range(2))
+    q = random(3, 2, 64)
+    args = (q, keys, values, pages.lengths, 0.125, pages.table, first)
+    assert_same(paged(*args), contract(*args), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bias_counts_merged_tokens(dtype):
+    """A token with bias log 2 weighs as much as the same token stored twice."""
+    pages = Pages.of([70, 9], 64)
+    keys, values = (pages.plane(2, 64, dtype) for _ in range(2))
+    bias = pages.plane(2, None, torch.float32)
+    q = random(2, 4, 64, dtype=dtype)
+    args = (q, keys, values, pages.lengths, 0.125, pages.table, 0, bias)
+    assert_same(paged(*args), contract(*args), dtype)
+
+    key, value = random(1, 2, 1, 64, dtype=dtype), random(1, 2, 1, 64, dtype=dtype)
+    one, two = (torch.tensor([n], dtype=torch.int32, device=DEVICE) for n in (1, 2))
+    doubled = torch.full((1, 2, 1), 2.0, device=DEVICE).log()
+    _, merged = paged(q[:1], key, value, one, 0.125, bias=doubled)
+    _, stored = paged(q[:1], *(x.repeat(1, 1, 2, 1) for x in (key, value)), two, 0.125)
+    torch.testing.assert_close(merged, stored)
+
+
+def test_no_row_has_anything_to_read():
+    pages = Pages.of([0, 0], 64)
+    keys = pages.plane(1, 64, torch.float32)
+    out, lse = paged(random(2, 4, 64), keys, keys, pages.lengths, 0.125, pages.table)
+    assert not out.any()
+    assert bool(lse.isneginf().all())
+
+
+def test_the_contract_is_what_the_cpu_path_computes():
+    pages = Pages.of([50, 31], None)
+    keys, values = (pages.plane(2, 64, torch.float32) for _ in range(2))
+    q = random(2, 6, 64)
+    out, _ = contract(q, keys, values, pages.lengths, 0.125)
+    torch.testing.assert_close(decode_attention(q, keys, values, [50, 31], 0.125), out)
+    latents, rank = keys[:, 0], 48
+    out, _ = contract(q, keys[:, :1], rank, pages.lengths, 0.125)
+    torch.testing.assert_close(latent_decode_attention(q, latents, rank, [50, 31], 0.125), out)
+
+
+def test_the_kernel_can_be_forced_and_refused(monkeypatch):
+    pages = Pages.of([70, 3], 64)
+    latents = pages.plane(1, 80, torch.float32)[:, 0]
+    q = random(2, 3, 80)
+    args = (q, latents, 64, pages.lengths, 0.125, pages.table)
+    calls = []
+    monkeypatch.setattr(kernel, "paged_decode_attention", lambda *a: calls.append(1) or paged(*a))
+    monkeypatch.setenv(VARIABLE, "reference")
+    expected = paged_latent_attention(*args)
+    assert not calls
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert_same(paged_latent_attention(*args), expected, torch.float32)
+    assert calls
+    monkeypatch.delenv(VARIABLE)
+    assert use_triton(q) == q.is_cuda
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="can be reference or triton"):
+        use_triton(q)

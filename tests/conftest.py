@@ -193,3 +193,22 @@ def converted(
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def fresh_numbers() -> None:
+    """Other random numbers in every run; a failure says which they were."""
+    torch.manual_seed(torch.seed())
+    print("seed", torch.initial_seed())
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated is NaN until somebody writes it."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(made: torch.Tensor) -> torch.Tensor:
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **more: poisoned(empty(*args, **more)))
+    monkeypatch.setattr(torch, "empty_like", lambda x, **more: poisoned(empty_like(x, **more)))

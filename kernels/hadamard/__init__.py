@@ -1,0 +1,18 @@
+"""The fast Walsh-Hadamard transform: a rotation that spreads what single channels hold."""
+
+from torch import Tensor
+
+from kvtool.kernels.dispatch import use_triton
+from kvtool.kernels.hadamard.reference import WIDEST
+from kvtool.kernels.hadamard.reference import hadamard as _reference
+
+__all__ = ["WIDEST", "hadamard"]
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """`x [..., W]` times the normalised Hadamard matrix; see `reference.py`."""
+    if use_triton(x):
+        from kvtool.kernels.hadamard.triton import hadamard as kernel
+
+        return kernel(x)
+    return _reference(x)

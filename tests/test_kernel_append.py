@@ -1,0 +1,121 @@
+"""What is appended lies where it is due and nowhere else; Triton does what torch does."""
+
+import pytest
+import torch
+from _kernel_tools import DEVICE, DTYPES, TOLERANCE, random, rms_ratio
+
+from kvtool.attention import Rope, rotate
+from kvtool.kernels.append import Encoder
+from kvtool.kernels.append.reference import append as reference
+
+PAGE = 5
+
+pytestmark = pytest.mark.usefixtures("fresh_numbers")
+
+
+@pytest.fixture
+def kernel():
+    kernels = pytest.importorskip("kvtool.kernels.append.triton", exc_type=ImportError)
+    return kernels.append
+
+
+def tables(batch, width, dtype):
+    inv_freq = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float32) * 2 / width)
+    positions = torch.randint(0, 5000, (batch,))
+    return (table.to(DEVICE, dtype) for table in Rope(inv_freq).tables(positions))
+
+
+def scattered(batch, pages, padding=()):
+    """A slot of its own for every row, none for those of the padding."""
+    slots = torch.randperm(pages * PAGE)[:batch]
+    slots[list(padding)] = -1
+    return slots.to(DEVICE)
+
+
+def heads_of_one_matrix(batch, dtype, *counts):
+    """Queries, keys and values as a projection leaves them: next to each other in a row."""
+    sizes = [count * width for count, width in counts]
+    parts = random(batch, sum(sizes), dtype=dtype).split(sizes, dim=-1)
+    return [x.unflatten(-1, shape) for x, shape in zip(parts, counts, strict=True)]
+
+
+def poisoned(*shape, dtype=torch.float32):
+    return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+
+
+def written(planes):
+    """Planes with what is not written for zero, and where that is."""
+    return [plane.nan_to_num(0.0) for plane in planes], [plane.isnan() for plane in planes]
+
+
+def assert_same_planes(got, expected, dtype):
+    """A code is rounded twice, with its key and by itself; the interpreter cuts off instead."""
+    got, expected = written(got), written(expected)
+    for mine, theirs in zip(got[1], expected[1], strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(got[0], expected[0], strict=True):
+        assert rms_ratio(mine, theirs) <= 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.usefixtures("poison")
+def test_keys_are_rotated_and_all_is_written(kernel, batch, width, dtype):
+    values = width + 8
+    q, k, v = heads_of_one_matrix(batch, dtype, (6, width), (3, width), (3, values))
+    cos, sin = tables(batch, width, dtype)
+    slots = scattered(batch, 4, padding=(1,) if batch > 1 else ())
+    planes = [[poisoned(4, 3, PAGE, n, dtype=dtype) for n in (width, values)] for _ in range(2)]
+    got = kernel(k, v, cos, sin, *planes[0], slots, q)
+    expected = reference(k, v, cos, sin, *planes[1], slots, q)
+    turned = rotate(q.double(), cos[:, None].double(), sin[:, None].double())
+    for wanted in (expected, turned):
+        assert rms_ratio(got, wanted) <= TOLERANCE[dtype]
+    assert_same_planes(*planes, dtype)
+    assert int((~planes[0][0].isnan()).sum()) == 3 * width * int((slots >= 0).sum())
+
+
+@pytest.mark.parametrize("append", ["kernel", "reference"])
+def test_a_token_lies_in_its_page(append, request):
+    append = reference if append == "reference" else request.getfixturevalue("kernel")
+    k, v = random(2, 1, 16), random(2, 1, 16)
+    cos, sin = torch.ones(2, 16, device=DEVICE), torch.zeros(2, 16, device=DEVICE)
+    keys, values = poisoned(3, 1, PAGE, 16), poisoned(3, 1, PAGE, 16)
+    slots = torch.tensor([2 * PAGE + 4, PAGE], device=DEVICE)
+    assert append(k, v, cos, sin, keys, values, slots) is None
+    assert torch.equal(keys[2, 0, 4], k[0, 0])
+    assert torch.equal(values[1, 0, 0], v[1, 0])
+    assert int((~keys.isnan()).sum()) == 32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "heads", "width", "ranks"),
+    [(1, 2, 64, (16, 24)), (3, 3, 80, (100, None)), (70, 1, 16, (8, 40)), (2, 2, 128, (None, 33))],
+)
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.usefixtures("poison")
+def test_codes_are_written_in_the_same_call(kernel, batch, heads, width, ranks, rotated, dtype):
+    k, v = heads_of_one_matrix(batch, dtype, (heads, width), (heads, width))
+    cos, sin = tables(batch, width, dtype)
+    padding = (1,) if batch > 1 else ()
+    slots = scattered(batch, 20, padding)
+    code_slots = scattered(batch, 30, padding)
+    weights = [None if n is None else random(n, heads * width, dtype=dtype).T for n in ranks]
+    bias = None if ranks[0] is None else random(ranks[0], dtype=dtype)
+
+    def run(append):
+        exact = [poisoned(20, heads, PAGE, width, dtype=dtype) for _ in range(2)]
+        coded = [poisoned(30, 1, PAGE, n or 1, dtype=dtype) for n in ranks]
+        codes = [
+            None if weight is None else Encoder(weight, b, pages)
+            for weight, b, pages in zip(weights, (bias, None), coded, strict=True)
+        ]
+        append(
+            k, v, cos, sin, *exact, slots, key_code=codes[0], value_code=codes[1],
+            code_slots=code_slots, code_rotated=rotated,
+        )  # fmt: skip
+        return [*exact, *coded]
+
+    assert_same_planes(run(kernel), run(reference), dtype)

@@ -3,6 +3,20 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = [
+    "INTERPRETED",
+    "dot",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "has_dependent_launch",
+    "load_columns",
+    "precision",
+    "processors",
+    "store_columns",
+    "tiles_of",
+]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -53,6 +67,11 @@ def tiles_of(width: int) -> tuple[int, int]:
     whole = max(16, 1 << (width.bit_length() - 1))
     rest = width - whole
     return (whole, 0) if rest <= 0 else (whole, max(16, triton.next_power_of_2(rest)))
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before it ends."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def processors(device: torch.device) -> int:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from kvtool.kernels.tiles import (
     dot,
+    gdc_launch_dependents,
+    gdc_wait,
+    has_dependent_launch,
     load_columns,
     precision,
     processors,
@@ -41,6 +44,7 @@ class Config(NamedTuple):
         least: Tiles of an item at least: fewer would not pay for its part in the merge.
         items: Work items to aim at, per multiprocessor.
         warps, stages: Of an item's program.
+        heads: Query heads of a program at most.
     """
 
     block_n: int
@@ -48,6 +52,7 @@ class Config(NamedTuple):
     items: int
     warps: int
     stages: int
+    heads: int = 64
 
 
 def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
@@ -58,10 +63,13 @@ def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
         width: The larger of the keys' and the values' width.
         in_keys: Whether the values are a part of the keys.
     """
-    wide = width > 256
-    block_n = 32 if itemsize == 4 or (wide and not in_keys) else 64
-    warps = 8 if wide and group > 16 else 4
-    return Config(block_n, 2, 1 if wide else 8, warps, 2 if wide else 3)
+    if width > 256:
+        return Config(block_n=64, least=2, items=2, warps=4, stages=2)
+    if itemsize == 4:
+        return Config(block_n=32, least=2, items=4, warps=4, stages=2)
+    if width > 64:
+        return Config(block_n=64, least=2, items=4, warps=2, stages=4)
+    return Config(block_n=128, least=1, items=4, warps=4, stages=4)
 
 
 @triton.jit
@@ -69,7 +77,7 @@ def _cut(
     lengths, stride_row, stride_head, rows, heads, first_tile, items,
     BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Per row and head `[SLOTS]`: its tiles, its items, and the items up to its last."""
+    """Per row and head `[SLOTS]`: its tokens, tiles and items, and the items up to its last."""
     slot = tl.arange(0, SLOTS)
     row, head = slot // heads, slot % heads
     tokens = tl.load(
@@ -79,7 +87,7 @@ def _cut(
     shared = tl.maximum(items - rows * heads, (items + 1) // 2)
     size = tl.maximum(tl.cdiv(tl.sum(tiles), shared), LEAST)
     counts = tl.cdiv(tiles, size)
-    return tiles, counts, tl.cumsum(counts)
+    return tokens, tiles, counts, tl.cumsum(counts)
 
 
 @triton.jit
@@ -100,10 +108,13 @@ def _attend(
     VALUES_IN_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr,
     PAGED: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    item = tl.program_id(0)
+    item = tl.program_id(1)
+    if PDL:  # the merge may start to wait
+        gdc_launch_dependents()
     first_tile = first // BLOCK_N
-    tiles, counts, ends = _cut(
+    tokens, tiles, counts, ends = _cut(
         lengths, stride_row, stride_head, rows, heads, first_tile, items, BLOCK_N, LEAST, SLOTS
     )
     if item >= tl.sum(counts):
@@ -113,11 +124,11 @@ def _attend(
     own = item - (_pick(ends, slot, SLOTS) - count)
     size = tl.cdiv(_pick(tiles, slot, SLOTS), count)
     row, head = slot // heads, slot % heads
-    length = tl.load(lengths + row * stride_row + head * stride_head)
+    length = _pick(tokens, slot, SLOTS)
     begin = first_tile + own * size
     end = tl.minimum(begin + size, tl.cdiv(length, BLOCK_N))
 
-    member = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
+    member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
     is_member = member < group
     # A width of no power of two takes two tiles; the part of a latent that is no value, its own.
     K01: tl.constexpr = V_WIDTH if VALUES_IN_KEYS else K_WIDTH
@@ -135,80 +146,70 @@ def _attend(
         if V1:
             v1_at = V0 + tl.arange(0, V1)
 
-    # Tokens and channels are the rows of both products, query heads the columns: the tensor cores
-    # take 64 rows at least, and there are seldom so many query heads.
-    q0 = tl.trans(q0)
-    if K1:
-        q1 = tl.trans(q1)
-    if K2:
-        q2 = tl.trans(q2)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
-    sum0 = tl.zeros((V0, BLOCK_M), tl.float32)
+    sum0 = tl.zeros((BLOCK_M, V0), tl.float32)
     if V1:
-        sum1 = tl.zeros((V1, BLOCK_M), tl.float32)
+        sum1 = tl.zeros((BLOCK_M, V1), tl.float32)
     for tile in range(begin, end):
-        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (tokens < length) & (tokens >= first)
+        token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (token < length) & (token >= first)
         if not PAGED:
             page = row.to(tl.int64)
-            within = tokens
+            within = token
         elif PAGE % BLOCK_N == 0:  # a tile lies in one page
             page = tl.load(table + row * stride_table + tile // (PAGE // BLOCK_N)).to(tl.int64)
             within = (tile % (PAGE // BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
         else:
             page = tl.load(
-                table + row * stride_table + tokens // PAGE, mask=inside, other=0
+                table + row * stride_table + token // PAGE, mask=inside, other=0
             ).to(tl.int64)  # fmt: skip
-            within = tokens % PAGE
+            within = token % PAGE
         k_at = page * stride_kp + head * stride_kh + within.to(tl.int64) * stride_kt
         k0 = load_columns(keys, k_at, k0_at, inside, K01, K0 <= K01)
-        scores = dot(k0, q0, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        scores = dot(q0, tl.trans(k0), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if K1:
             k1 = load_columns(keys, k_at, k1_at, inside, K01, K0 + K1 <= K01)
-            scores = dot(k1, q1, scores, PRECISION)
+            scores = dot(q1, tl.trans(k1), scores, PRECISION)
         if K2:
             k2 = load_columns(keys, k_at, k2_at, inside, K_WIDTH, K01 + K2 <= K_WIDTH)
-            scores = dot(k2, q2, scores, PRECISION)
+            scores = dot(q2, tl.trans(k2), scores, PRECISION)
         scores *= scale
         if HAS_BIAS:
             b_at = page * stride_bp + head * stride_bh + within
-            added = tl.load(bias + b_at, mask=inside, other=0.0).to(tl.float32)
-            scores += added[:, None] * _LOG2_E
-        scores = tl.where(inside[:, None], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0))
+            scores += tl.load(bias + b_at, mask=inside, other=0.0).to(tl.float32)[None, :] * _LOG2_E
+        scores = tl.where(inside[None, :], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
         # Nothing seen yet: -inf - -inf would be NaN.
         safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores - safe_top[None, :])
+        weights = tl.exp2(scores - safe_top[:, None])
         shrink = tl.exp2(top - safe_top)
-        mass = mass * shrink + tl.sum(weights, 0)
+        mass = mass * shrink + tl.sum(weights, 1)
         top = new_top
-        sum0 *= shrink[None, :]
+        sum0 *= shrink[:, None]
         if V1:
-            sum1 *= shrink[None, :]
+            sum1 *= shrink[:, None]
         if VALUES_IN_KEYS:
             weights = weights.to(k0.dtype)
-            sum0 = dot(tl.trans(k0), weights, sum0, PRECISION)
+            sum0 = dot(weights, k0, sum0, PRECISION)
             if V1:
-                sum1 = dot(tl.trans(k1), weights, sum1, PRECISION)
+                sum1 = dot(weights, k1, sum1, PRECISION)
         else:
             v_at = page * stride_vp + head * stride_vh + within.to(tl.int64) * stride_vt
             v0 = load_columns(values, v_at, v0_at, inside, V_WIDTH, V0 <= V_WIDTH)
             weights = weights.to(v0.dtype)
-            sum0 = dot(tl.trans(v0), weights, sum0, PRECISION)
+            sum0 = dot(weights, v0, sum0, PRECISION)
             if V1:
                 v1 = load_columns(values, v_at, v1_at, inside, V_WIDTH, V0 + V1 <= V_WIDTH)
-                sum1 = dot(tl.trans(v1), weights, sum1, PRECISION)
+                sum1 = dot(weights, v1, sum1, PRECISION)
 
     safe_mass = tl.where(mass == 0.0, 1.0, mass)
     part = item.to(tl.int64) * group + member
     tl.store(lse + part, top + tl.log2(safe_mass), mask=is_member)
     at = part * V_WIDTH
-    columns = tl.arange(0, V0)
-    store_columns(out, at, columns, is_member, V_WIDTH, tl.trans(sum0) / safe_mass[:, None])
+    store_columns(out, at, tl.arange(0, V0), is_member, V_WIDTH, sum0 / safe_mass[:, None])
     if V1:
-        columns = V0 + tl.arange(0, V1)
-        store_columns(out, at, columns, is_member, V_WIDTH, tl.trans(sum1) / safe_mass[:, None])
+        store_columns(out, at, V0 + tl.arange(0, V1), is_member, V_WIDTH, sum1 / safe_mass[:, None])
 
 
 @triton.jit
@@ -217,13 +218,16 @@ def _merge(
     stride_row, stride_head, rows, heads, group, first_tile, items,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     slot, member = tl.program_id(0), tl.program_id(1)
-    _, counts, ends = _cut(
+    _, _, counts, ends = _cut(
         lengths, stride_row, stride_head, rows, heads, first_tile, items, BLOCK_N, LEAST, SLOTS
     )
     count = _pick(counts, slot, SLOTS)
     begin = _pick(ends, slot, SLOTS) - count
+    if PDL:
+        gdc_wait()
     top = -float("inf")
     for at in range(0, count, BLOCK):
         item = at + tl.arange(0, BLOCK)
@@ -271,24 +275,26 @@ def paged_decode_attention(
     k0, k1 = tiles_of(v_width if in_keys else k_width)
     k2 = triton.next_power_of_2(max(16, k_width - v_width)) if in_keys and k_width > v_width else 0
     v0, v1 = tiles_of(v_width)
-    block_m = min(64, max(16, triton.next_power_of_2(group)))
     if config is None:
         width = max(k_width, v_width)
         config = config_for(group, width, q.element_size(), in_keys)
     block_n = config.block_n
+    block_m = min(config.heads, max(16, triton.next_power_of_2(group)))
     items = config.items * processors(q.device)
     grown = max(items, (items + 1) // 2 + rows * heads)
     parts = q.new_empty((grown, group, v_width), dtype=torch.float32)
     part_lse = q.new_empty((grown, group), dtype=torch.float32)
     out = q.new_empty((rows, query_heads, v_width))
     lse = q.new_empty((rows, query_heads), dtype=torch.float32)
+    # The merge is launched while the first stage ends (programmatic dependent launch).
+    overlap = has_dependent_launch(q.device)
     strides = (lengths.stride(0), lengths.stride(1) if lengths.dim() == 2 else 0)
     cut = {
         "BLOCK_N": block_n, "LEAST": config.least,
         "SLOTS": triton.next_power_of_2(rows * heads),
     }  # fmt: skip
     v = keys if isinstance(values, int) else values
-    _attend[(grown, triton.cdiv(group, block_m))](
+    _attend[(triton.cdiv(group, block_m), grown)](
         q, keys, v, bias, table, lengths, parts, part_lse,
         q.stride(0), q.stride(1), *keys.stride()[:3], *v.stride()[:3],
         *(bias.stride()[:2] if bias is not None else (0, 0)),
@@ -299,10 +305,11 @@ def paged_decode_attention(
         PAGED=table is not None, PAGE=page,
         PRECISION=precision(q.dtype),
         BLOCK_M=block_m, num_warps=config.warps, num_stages=config.stages,
-        **cut,
+        PDL=overlap, **cut,
     )  # fmt: skip
     _merge[(rows * heads, group, triton.cdiv(v_width, MERGED))](
         parts, part_lse, lengths, out, lse, *strides, rows, heads, group, first // block_n, items,
-        WIDTH=v_width, COLUMNS=MERGED, BLOCK=64, num_warps=4, **cut,
+        WIDTH=v_width, COLUMNS=MERGED, BLOCK=64, num_warps=4,
+        PDL=overlap, **({"launch_pdl": True} if overlap else {}), **cut,
     )  # fmt: skip
     return out, lse

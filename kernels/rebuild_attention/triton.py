@@ -16,6 +16,8 @@ from torch import Tensor
 from kvtool.kernels.decode_attention.triton import MERGED, Config, _cut, _merge, _pick
 from kvtool.kernels.tiles import (
     dot,
+    gdc_launch_dependents,
+    has_dependent_launch,
     load_columns,
     precision,
     processors,
@@ -50,10 +52,13 @@ def _attend(
     V_WIDTH: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PAGED: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    item = tl.program_id(0)
+    item = tl.program_id(1)
+    if PDL:  # the merge may start to wait
+        gdc_launch_dependents()
     first_tile = first // BLOCK_N
-    tiles, counts, ends = _cut(
+    tokens, tiles, counts, ends = _cut(
         lengths, stride_row, stride_head, rows, heads, first_tile, items, BLOCK_N, LEAST, SLOTS
     )
     if item >= tl.sum(counts):
@@ -63,11 +68,11 @@ def _attend(
     own = item - (_pick(ends, slot, SLOTS) - count)
     size = tl.cdiv(_pick(tiles, slot, SLOTS), count)
     row, head = slot // heads, slot % heads
-    length = tl.load(lengths + row * stride_row + head * stride_head)
+    length = _pick(tokens, slot, SLOTS)
     begin = first_tile + own * size
     end = tl.minimum(begin + size, tl.cdiv(length, BLOCK_N))
 
-    member = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
+    member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
     is_member = member < group
     q_at = row.to(tl.int64) * stride_qb + (head * group + member) * stride_qh
     half = tl.arange(0, BLOCK_H)
@@ -193,6 +198,7 @@ def rebuild_decode_attention(
     part_lse = torch.empty((grown, group), dtype=torch.float32, device=q.device)
     out = torch.empty((rows, query_heads, v_width), dtype=q.dtype, device=q.device)
     lse = torch.empty((rows, query_heads), dtype=torch.float32, device=q.device)
+    overlap = has_dependent_launch(q.device)  # of the merge, while the first stage ends
     strides = (lengths.stride(0), lengths.stride(1) if lengths.dim() == 2 else 0)
     z_page, z_head, z_token, _ = codes.stride()
     v_page, v_head, v_token, _ = values.stride()
@@ -200,7 +206,7 @@ def rebuild_decode_attention(
         "BLOCK_N": config.block_n, "LEAST": config.least,
         "SLOTS": triton.next_power_of_2(rows * heads),
     }  # fmt: skip
-    _attend[(grown, triton.cdiv(group, block_m))](
+    _attend[(triton.cdiv(group, block_m), grown)](
         q, codes, decoder, mean, values, cos, sin, table, lengths, parts, part_lse,
         q.stride(0), q.stride(1), z_page, z_head if codes.shape[1] > 1 else 0, z_token,
         decoder.stride(0), decoder.stride(1), 0 if mean is None else mean.stride(0),
@@ -211,10 +217,11 @@ def rebuild_decode_attention(
         HALF=half, BLOCK_H=max(16, triton.next_power_of_2(half)),
         V_WIDTH=v_width, V0=v0, V1=v1, PAGED=table is not None, PAGE=codes.shape[2],
         PRECISION=precision(q.dtype), BLOCK_M=block_m,
-        num_warps=config.warps, num_stages=config.stages, **cut,
+        num_warps=config.warps, num_stages=config.stages, PDL=overlap, **cut,
     )  # fmt: skip
     _merge[(rows * heads, group, triton.cdiv(v_width, MERGED))](
         parts, part_lse, lengths, out, lse, *strides, rows, heads, group, first // config.block_n,
-        items, WIDTH=v_width, COLUMNS=MERGED, BLOCK=64, num_warps=4, **cut,
+        items, WIDTH=v_width, COLUMNS=MERGED, BLOCK=64, num_warps=4,
+        PDL=overlap, **({"launch_pdl": True} if overlap else {}), **cut,
     )  # fmt: skip
     return out, lse

@@ -1,5 +1,34 @@
-"""Attention to the first tokens and a recent window, for many queries at once."""
+"""Attention to the first tokens and a recent window, for many queries at once.
 
-from kvtool.kernels.streaming_attention.reference import streaming_attention
+Triton has no backward pass here: whoever wants gradients gets plain torch.
+"""
+
+import torch
+from torch import Tensor
+
+from kvtool.kernels.dispatch import use_triton
+from kvtool.kernels.streaming_attention import reference
 
 __all__ = ["streaming_attention"]
+
+
+def streaming_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: int,
+    window: int,
+    scaling: float,
+    start: int = 0,
+    block: int = 256,
+) -> Tensor:
+    """See :func:`kvtool.kernels.streaming_attention.reference.streaming_attention`.
+
+    Triton has blocks of its own.
+    """
+    wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v))
+    if use_triton(q) and not wanted:
+        from kvtool.kernels.streaming_attention import triton
+
+        return triton.streaming_attention(q, k, v, sink, window, scaling, start)
+    return reference.streaming_attention(q, k, v, sink, window, scaling, start, block)

@@ -32,10 +32,6 @@ from kvtool.kernels.tiles import (
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
-MERGED = 64
-"""Channels that a program of the second stage merges: small, so that many of them run."""
-
-
 class Config(NamedTuple):
     """How the work is cut and run.
 
@@ -43,7 +39,7 @@ class Config(NamedTuple):
         block_n: Tokens of a tile.
         least: Tiles of an item at least: fewer would not pay for its part in the merge.
         items: Work items to aim at, per multiprocessor.
-        warps, stages: Of an item's program.
+        warps, stages: Of an item's program. Two of the stages go to finding the page.
         heads: Query heads of a program at most.
     """
 
@@ -63,13 +59,15 @@ def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
         width: The larger of the keys' and the values' width.
         in_keys: Whether the values are a part of the keys.
     """
-    if width > 256:
-        return Config(block_n=64, least=2, items=2, warps=4, stages=2)
     if itemsize == 4:
-        return Config(block_n=32, least=2, items=4, warps=4, stages=2)
-    if width > 64:
-        return Config(block_n=64, least=2, items=4, warps=2, stages=4)
-    return Config(block_n=128, least=1, items=4, warps=4, stages=4)
+        return Config(block_n=16 if width > 256 else 32, least=2, items=2, warps=4, stages=2)
+    if in_keys and group > 32:
+        return Config(block_n=64, least=2, items=1, warps=4, stages=4, heads=32)
+    if in_keys:
+        return Config(block_n=32 if width > 256 else 64, least=2, items=2, warps=4, stages=5)
+    if width > 256:
+        return Config(block_n=64, least=2, items=1, warps=8, stages=2)
+    return Config(block_n=32 if width > 64 else 64, least=2, items=4, warps=2, stages=6)
 
 
 @triton.jit
@@ -293,6 +291,9 @@ def paged_decode_attention(
         "BLOCK_N": block_n, "LEAST": config.least,
         "SLOTS": triton.next_power_of_2(rows * heads),
     }  # fmt: skip
+    # A program of the merge takes all channels of a query head, or few where there are few heads.
+    few = rows * query_heads < 2 * processors(q.device)
+    columns = 64 if few else min(512, triton.next_power_of_2(v_width))
     v = keys if isinstance(values, int) else values
     _attend[(triton.cdiv(group, block_m), grown)](
         q, keys, v, bias, table, lengths, parts, part_lse,
@@ -307,9 +308,9 @@ def paged_decode_attention(
         BLOCK_M=block_m, num_warps=config.warps, num_stages=config.stages,
         PDL=overlap, **cut,
     )  # fmt: skip
-    _merge[(rows * heads, group, triton.cdiv(v_width, MERGED))](
+    _merge[(rows * heads, group, triton.cdiv(v_width, columns))](
         parts, part_lse, lengths, out, lse, *strides, rows, heads, group, first // block_n, items,
-        WIDTH=v_width, COLUMNS=MERGED, BLOCK=64, num_warps=4,
+        WIDTH=v_width, COLUMNS=columns, BLOCK=4096 // columns, num_warps=4,
         PDL=overlap, **({"launch_pdl": True} if overlap else {}), **cut,
     )  # fmt: skip
     return out, lse

@@ -67,7 +67,7 @@ def _attend(
     count = _pick(counts, slot, SLOTS)
     own = item - (_pick(ends, slot, SLOTS) - count)
     size = tl.cdiv(_pick(tiles, slot, SLOTS), count)
-    row, head = slot // heads, slot % heads
+    row, head = slot // heads, (slot % heads).to(tl.int64)
     length = _pick(tokens, slot, SLOTS)
     begin = first_tile + own * size
     end = tl.minimum(begin + size, tl.cdiv(length, BLOCK_N))

@@ -21,7 +21,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan
 from kvtool.runtime import Engine
-from kvtool.runtime.engine import KVCache
+from kvtool.runtime.cache import KVCache
 
 LENGTHS = (512, 1024, 2048, 4096, 6144, 8100)
 STEPS = 32

@@ -35,8 +35,8 @@ from kvtool.evaluate.retrieval import ANSWER_TOKENS, answer, is_exact, passkey_c
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
+from kvtool.runtime.cache import KVCache
 from kvtool.runtime.coded import Tokens
-from kvtool.runtime.engine import KVCache
 from kvtool.runtime.layers import Step
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)

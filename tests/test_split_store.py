@@ -13,7 +13,8 @@ from kvtool.evaluate import retrieval
 from kvtool.plan import LayerPlan, Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.selection import keep, selector
-from kvtool.runtime.split import PAGE, SplitAttention, SplitStore
+from kvtool.runtime.split import SplitAttention, SplitStore
+from kvtool.runtime.stores import PAGE
 
 SINK, WINDOW = 3, 8
 RING = SINK + WINDOW

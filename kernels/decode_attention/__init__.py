@@ -7,10 +7,10 @@ Triton on CUDA. :func:`decode_attention` reads contiguous rows by lengths known 
 from torch import Tensor
 
 from kvtool.kernels.decode_attention import reference
-from kvtool.kernels.decode_attention.reference import decode_attention
+from kvtool.kernels.decode_attention.reference import decode_attention, merge
 from kvtool.kernels.dispatch import use_triton
 
-__all__ = ["decode_attention", "paged_decode_attention"]
+__all__ = ["decode_attention", "merge", "paged_decode_attention"]
 
 
 def paged_decode_attention(

@@ -62,6 +62,17 @@ def paged_decode_attention(
     return out, lse
 
 
+def merge(parts: Sequence[Tensor], masses: Sequence[Tensor]) -> Tensor:
+    """What attention over several sets of tokens gives, from what it gave over each.
+
+    Args:
+        parts: `[B, Q, D]` each.
+        masses: `[B, Q]` each, the log-sum-exp of their scores; some set has a token.
+    """
+    shares = torch.softmax(torch.stack(list(masses)), dim=0)[..., None]
+    return (torch.stack(list(parts)) * shares).sum(0).to(parts[0].dtype)
+
+
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int], scaling: float
 ) -> Tensor:

@@ -169,7 +169,7 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
 
 
 def _store_bytes(engine: Engine, capacity: int) -> list[int]:
-    return [store.allocated_bytes for store in engine.new_cache(1, capacity).stores]
+    return engine.new_cache(1, capacity).layer_bytes
 
 
 def _planned_size(layer: LayerPlan, head_dim: int, engine: Engine) -> CacheSize:

@@ -4,7 +4,8 @@ The host model is transformers' own, with its attention modules swapped for ours
 positions and the decode loop are ours.
 """
 
-from kvtool.runtime.engine import Engine, KVCache
+from kvtool.runtime.cache import KVCache
+from kvtool.runtime.engine import Engine
 from kvtool.runtime.sampling import Sampling
 
 __all__ = ["Engine", "KVCache", "Sampling"]

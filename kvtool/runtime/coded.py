@@ -10,17 +10,20 @@ needs it: a call brings no more tokens than the window holds, but for a prompt t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention
-from kvtool.codes import Code
+from kvtool.codes import Code, Part
+from kvtool.kernels.append import Encoder, append
+from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
-from kvtool.runtime.layers import RuntimeAttention, Step
-from kvtool.runtime.split import DroppingHeads, NewTokens, StreamingHeads
+from kvtool.runtime.layers import RuntimeAttention, Step, step_of
+from kvtool.runtime.pages import PagedStore, Pages, Place
+from kvtool.runtime.split import DroppingHeads, NewTokens, PagedRings, StreamingHeads
 from kvtool.runtime.stores import Store
 
 _ROWS = 256  # queries whose scores are written out at once
@@ -213,6 +216,75 @@ class CodedStore(DroppingHeads):
         return context + self.reader.read(far, codes[1]) if coded else context
 
 
+class PagedCodes(SharedCodes):
+    """Codes of one layer, without bits."""
+
+    def __init__(self, pages: Pages, code: Code, like: Tensor) -> None:
+        super().__init__(0, 0, code, like)
+        shapes: dict[str, tuple[int, ...]] = {
+            part: (1, width) for part, width in zip(code.plan.parts, code.plan.widths, strict=True)
+        }
+        self.paged = PagedStore(pages, shapes, like)
+        self.planes = self.paged.planes
+
+    def write(self, row: int | None, starts: Sequence[int], states: dict[str, Tensor]) -> None:
+        self.paged.write(row, starts, {name: new[:, None] for name, new in states.items()})
+
+    def read(self, row: slice, start: int, end: int) -> tuple[Tensor, Tensor]:
+        parts = [self.paged.gather(name, row.start, start, end)[:, 0] for name in self.planes]
+        return parts[0], parts[-1]
+
+
+class PagedCoded(CodedStore):
+    """Exact tokens in a ring per row, and codes of all in pages, read by the query as they are."""
+
+    exact: PagedRings
+    codes: PagedCodes
+
+    def __init__(self, codes: PagedCodes, exact: PagedRings, dense_prompt: bool) -> None:
+        super().__init__(0, codes, exact, dense_prompt)
+        self.encoders: dict[Part, Encoder] = {}
+        for part, projection in codes.code.projections.items():
+            bias = -(projection.encode @ projection.mean) if projection.mean.any() else None
+            self.encoders[part] = Encoder(projection.encode.T, bias, self.planes[part])
+
+    @property
+    def page_bytes(self) -> int:
+        """Of the codes."""
+        return self.codes.paged.page_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the exact tokens."""
+        return self.exact.row_bytes
+
+    def grow(self) -> None:
+        """Takes as many pages and rows as there are now."""
+        self.codes.paged.grow()
+        self.exact.grow()
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
+        """See :meth:`PagedHeads.step`."""
+        ring, planes = self.exact, self.planes
+        table, slots, lengths = at.ring(ring.sink, ring.window)
+        exact = ring.planes["keys"], ring.planes["values"]
+        key_code, value_code = (
+            self.encoders[part]._replace(pages=planes[part]) for part in ("keys", "values")
+        )
+        turned = append(
+            k, v, cos, sin, *exact, slots, q,
+            key_code=key_code, value_code=value_code, code_slots=at.slots,
+        )  # fmt: skip
+        assert turned is not None
+        near, near_mass = paged_decode_attention(turned, *exact, lengths, self.scaling, table)
+        far, far_mass = paged_decode_attention(
+            self.reader.absorb(turned), planes["keys"], planes["values"],
+            at.lengths - ring.window, self.scaling, at.table, ring.sink,
+        )  # fmt: skip
+        far_mass = self.reader.add_key_mean(far_mass, turned, self.scaling)
+        return merge((near, self.reader.decode(far)), (near_mass, far_mass))
+
+
 class CodedAttention(RuntimeAttention):
     """Grouped-query attention over a coded store.
 
@@ -246,11 +318,26 @@ class CodedAttention(RuntimeAttention):
         codes = SharedCodes(rows, 0 if self.layer else capacity, self.code, like)
         return CodedStore(self.layer, codes, exact, self.dense_prompt)
 
+    def new_paged_store(self, pages: Pages) -> PagedCoded | None:
+        layout, like, plan = self.stages.layout, self.stages.qkv.weight, self.code.plan
+        read_as_stored = plan.kind == "rotated" and plan.parts == ("keys", "values")
+        if not read_as_stored or plan.layers > 1 or plan.bits is not None:
+            return None
+        exact = PagedRings(
+            pages.rows, layout.kv_heads, plan.sink, plan.window, layout.head_dim, like,
+            layout.scaling, dense_prompt=False,
+        )  # fmt: skip
+        exact.pages = pages
+        return PagedCoded(PagedCodes(pages, self.code, like), exact, self.dense_prompt)
+
     def attention(self, hidden: Tensor, step: Step, store: CodedStore) -> Tensor:
         stages = self.stages
         cos, sin = (table[:, None] for table in step.tables[self.table])
         q, k, v = stages.project(hidden)
         q, k = stages.normalise(q, k)
+        if step.place is not None:
+            assert isinstance(store, PagedCoded)
+            return stages.output(step_of(store, q, k, v, step, self.table))
         q_rotated, k_rotated = stages.rotate(q, k, cos, sin)
         ahead = torch.arange(hidden.shape[1], device=hidden.device)
         positions = torch.tensor(step.starts, device=hidden.device)[:, None] + ahead

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,89 +12,17 @@ from torch import Tensor
 from kvtool.attention import Rope, decoder_layers
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
+from kvtool.kernels.dispatch import use_triton
 from kvtool.kernels.linear import LEAST_ROWS
 from kvtool.latent import FactoredAttention
 from kvtool.plan import Plan
+from kvtool.runtime.cache import KVCache
+from kvtool.runtime.graphs import PagedCache, PagedMemory
 from kvtool.runtime.host import load_host
 from kvtool.runtime.layers import DecodeLinear, Step
+from kvtool.runtime.pages import Pages
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling
-from kvtool.runtime.stores import Rows, Store
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A row of a cache as it was: its length, and per layer what later tokens overwrite."""
-
-    length: int
-    saved: list[list[Tensor]]
-
-
-class KVCache:
-    """What the runtime keeps of `len(lengths)` sequences: one store per layer."""
-
-    def __init__(self, stores: list[Store], rows: int) -> None:
-        self.stores = stores
-        self.lengths = [0] * rows
-        for before, store in pairwise(stores):
-            store.join(before)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens per row that memory is allocated for."""
-        return min(store.capacity for store in self.stores)
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes of everything that all layers keep, as allocated."""
-        return sum(store.allocated_bytes for store in self.stores)
-
-    def bytes_per_token(self) -> float:
-        """Allocated bytes per token of one row."""
-        return self.allocated_bytes / (len(self.lengths) * self.capacity)
-
-    def reserve(self, lengths: Sequence[int]) -> None:
-        """Makes sure that row b has room for `lengths[b]` tokens."""
-        for store in self.stores:
-            store.reserve(lengths)
-
-    def resize(self, capacity: int) -> None:
-        """Gives every row exactly room for `capacity` tokens."""
-        for store in self.stores:
-            store.resize(capacity)
-
-    @torch.inference_mode()
-    def copy_prefix(self, source: KVCache, length: int) -> None:
-        """Fills this cache of one row with the first `length` tokens of another.
-
-        Only for stores that keep every token.
-        """
-        for store, other in zip(self.stores, source.stores, strict=True):
-            store.copy_prefix(other, length)
-        self.lengths = [length]
-
-    def crop(self, row: int, length: int) -> None:
-        """Forgets everything of a row behind its first `length` tokens.
-
-        Where a layer has dropped something that those tokens had left, the row starts over: its
-        length is 0 then, and the caller feeds it again from there.
-        """
-        stored = self.lengths[row]
-        if length >= stored:
-            return
-        exact = all(store.can_crop(row, stored, length) for store in self.stores)
-        self.lengths[row] = length if exact else 0
-
-    @torch.inference_mode()
-    def snapshot(self, row: int) -> Snapshot:
-        """What :meth:`restore` needs to come back to here; valid until the row is cropped."""
-        return Snapshot(self.lengths[row], [store.snapshot(row) for store in self.stores])
-
-    @torch.inference_mode()
-    def restore(self, row: int, snapshot: Snapshot) -> None:
-        """Forgets everything that a row was fed since the snapshot of it was taken."""
-        for store, saved in zip(self.stores, snapshot.saved, strict=True):
-            store.restore(row, saved)
-        self.lengths[row] = snapshot.length
+from kvtool.runtime.stores import PAGE, Rows, whole_pages
 
 
 class Engine:
@@ -106,6 +32,9 @@ class Engine:
         plan: What its caches keep; None for everything.
         max_context: Positions that the model was made for.
         eos_ids: Tokens that end a text.
+        paged: Whether caches share pages at fixed addresses: where Triton's kernels run, and all
+            layers have such stores.
+        memory: What all caches share; each has its own pages if there is none.
     """
 
     def __init__(
@@ -126,6 +55,8 @@ class Engine:
         self._ropes: list[Rope] = []
         for attention in attentions:
             attention.table = self._table_of(Rope(attention.inv_freq, attention.scale))
+        self.paged = self._has_paged_stores()
+        self.memory: PagedMemory | None = None
 
     @classmethod
     def load(
@@ -151,7 +82,14 @@ class Engine:
         return cls(checkpoint, model, attentions, plan)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for `batch_size` rows with room for `capacity` tokens each."""
+        """An empty cache for `batch_size` rows with room for `capacity` tokens each.
+
+        Where there is a shared memory, it takes part of that.
+        """
+        if self.paged:
+            pages = batch_size * whole_pages(capacity) // PAGE
+            memory = self.memory or PagedMemory(self, batch_size, pages)
+            return memory.new_cache(batch_size, capacity)
         stores = [attention.new_store(batch_size, capacity) for attention in self.attentions]
         return KVCache(stores, batch_size)
 
@@ -191,7 +129,7 @@ class Engine:
         cache.reserve([total if r == row else n for r, n in enumerate(cache.lengths)])
         # A layer may drop what the row would need to go back, so until all layers are through, an
         # interrupted row holds nothing.
-        intact = all(store.can_crop(row, total, begin) for store in cache.stores)
+        intact = all(store.can_crop(cache.place_of(row), total, begin) for store in cache.stores)
         cache.lengths[row] = begin if intact else 0
         collected: list[Tensor] = []
         start = begin
@@ -199,8 +137,10 @@ class Engine:
         for piece in ids.to(self.device).split(chunk if dense else min(chunk, self._most_tokens)):
             end = start + len(piece)
             positions = torch.arange(start, end, device=self.device)[None]
-            step = Step(cache.stores, row, [start], [end], prompt, self.tables(positions))
-            hidden = self._run(step, piece[None])
+            step = Step(
+                cache.stores, cache.place_of(row), [start], [end], prompt, self.tables(positions)
+            )
+            hidden = self.run(step, piece[None])
             if all_logits:
                 collected.append(self.logits(hidden[:, (begin - start) % every :: every])[0])
             start = end
@@ -216,9 +156,13 @@ class Engine:
         lengths = [n + 1 for n in starts]
         self._check_length(max(lengths))
         cache.reserve(lengths)
+        if isinstance(cache, PagedCache):
+            logits = cache.memory.decode(cache.rows, starts, ids)
+            cache.lengths = lengths
+            return logits
         positions = torch.tensor(starts, device=self.device)[:, None]
         step = Step(cache.stores, None, starts, lengths, None, self.tables(positions))
-        hidden = self._run(step, ids.to(self.device)[:, None])
+        hidden = self.run(step, ids.to(self.device)[:, None])
         cache.lengths = lengths
         return self.logits(hidden)[:, 0]
 
@@ -234,6 +178,13 @@ class Engine:
         self._check_length(max(lengths))
         for cache, n in zip(caches, lengths, strict=True):
             cache.reserve([n])
+        if isinstance(caches[0], PagedCache):
+            memory = caches[0].memory  # of all of them
+            rows = [cache.place_of(0) for cache in caches]
+            logits = memory.decode(rows, starts, torch.tensor(ids))
+            for cache, n in zip(caches, lengths, strict=True):
+                cache.lengths = [n]
+            return logits
         spare = max(0, LEAST_ROWS - len(ids))
         fed = torch.tensor([*ids, *[0] * spare], device=self.device)
         positions = torch.tensor([*starts, *[0] * spare], device=self.device)[:, None]
@@ -241,10 +192,19 @@ class Engine:
         step = Step(
             [Rows(layer) for layer in layers], None, starts, lengths, None, self.tables(positions)
         )
-        hidden = self._run(step, fed[:, None])
+        hidden = self.run(step, fed[:, None])
         for cache, n in zip(caches, lengths, strict=True):
             cache.lengths = [n]
         return self.logits(hidden)[: len(ids), 0]
+
+    def open_memory(self, nbytes: int, rows: int) -> None:
+        """Lets all caches share so many bytes, with room for as many rows at first.
+
+        Only for a paged engine.
+        """
+        probe = PagedMemory(self, 0, 0)
+        pages = max(0, nbytes - rows * probe.row_bytes) // max(1, probe.page_bytes)
+        self.memory = PagedMemory(self, rows, pages)
 
     def pack(self) -> None:
         """Puts the weights into the order in which the CPU reads them for few rows, for good."""
@@ -315,12 +275,18 @@ class Engine:
         logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
         return logits.float()
 
-    def _run(self, step: Step, ids: Tensor) -> Tensor:
+    def run(self, step: Step, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` through the decoder layers to hidden states `[B, T, hidden]`."""
         hidden: Tensor = self.model.model.embed_tokens(ids)
         for layer in decoder_layers(self.model):
             hidden = layer(hidden, past_key_values=step)
         return hidden
+
+    def _has_paged_stores(self) -> bool:
+        if not use_triton(torch.empty(0, device=self.device)):
+            return False
+        pages = Pages(0, 0, 1, self.device)
+        return all(attention.new_paged_store(pages) is not None for attention in self.attentions)
 
     def _check_length(self, length: int) -> None:
         if length > self.max_context:

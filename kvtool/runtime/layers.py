@@ -6,8 +6,9 @@ positions come in as `past_key_values`, a :class:`Step`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from kvtool.attention import GroupedQueryAttention, rotate
 from kvtool.kernels.linear import linear, pack, packed_linear
 from kvtool.latent import LatentAttention
+from kvtool.runtime.pages import PagedHeads, PagedLatents, Pages, Place
 from kvtool.runtime.stores import DenseStore, LatentStore, Store
 
 
@@ -66,14 +68,16 @@ class Step:
         lengths: The same after this call.
         prompt: Tokens of the row's prompt, of which this call is a piece; `None` for later tokens.
         tables: Cos and sin `[B, T, d]` per distinct RoPE of the model.
+        place: Where a step of a paged memory reads and writes; `starts` and `lengths` are empty.
     """
 
-    stores: Sequence[Store]
+    stores: Sequence[Any]
     row: int | None
     starts: Sequence[int]
     lengths: Sequence[int]
     prompt: int | None = None
     tables: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    place: Place | None = None
 
 
 class RuntimeAttention(nn.Module):
@@ -95,6 +99,10 @@ class RuntimeAttention(nn.Module):
         """An empty store for this layer."""
         raise NotImplementedError  # pragma: no cover
 
+    def new_paged_store(self, pages: Pages) -> Any:
+        """The same in shared pages; None where a layer has no such store."""
+        return None
+
     def attention(self, hidden: Tensor, step: Step, store: Any) -> Tensor:
         """`[B, T, hidden]` to `[B, T, hidden]`, storing the new tokens on the way."""
         raise NotImplementedError  # pragma: no cover
@@ -107,6 +115,18 @@ class RuntimeAttention(nn.Module):
         return self.attention(hidden_states, past_key_values, store), None
 
     layer_index: int
+
+
+def step_of(store: Any, q: Tensor, k: Tensor, v: Tensor, step: Step, table: int) -> Tensor:
+    """What one new token per row reads of a paged store, `[B, Q, 1, D]`.
+
+    Args:
+        q, k, v: `[B, Q or H, 1, D]`, before RoPE.
+        table: Which of the step's RoPE tables is the layer's.
+    """
+    cos, sin = (x[:, 0] for x in step.tables[table])
+    context: Tensor = store.step(q[:, :, 0], k[:, :, 0], v[:, :, 0], cos, sin, step.place)
+    return context[:, :, None]
 
 
 class DenseAttention(RuntimeAttention):
@@ -123,11 +143,19 @@ class DenseAttention(RuntimeAttention):
         layout, weight = self.stages.layout, self.stages.qkv.weight
         return DenseStore(rows, layout.kv_heads, capacity, layout.head_dim, weight)
 
-    def attention(self, hidden: Tensor, step: Step, store: DenseStore) -> Tensor:
+    def new_paged_store(self, pages: Pages) -> PagedHeads | None:
+        layout, weight = self.stages.layout, self.stages.qkv.weight
+        if layout.sliding_window is not None:
+            return None
+        return PagedHeads(pages, layout.kv_heads, layout.head_dim, weight, layout.scaling)
+
+    def attention(self, hidden: Tensor, step: Step, store: DenseStore | PagedHeads) -> Tensor:
         stages, layout = self.stages, self.stages.layout
         cos, sin = (table[:, None] for table in step.tables[self.table])
         q, k, v = stages.project(hidden)
         q, k = stages.normalise(q, k)
+        if step.place is not None:
+            return stages.output(step_of(store, q, k, v, step, self.table))
         q, k = stages.rotate(q, k, cos, sin)
         store.write(step.row, step.starts, {"keys": k, "values": v})
         context = store.attend(q, step.row, step.lengths, layout.scaling, layout.sliding_window)
@@ -150,21 +178,31 @@ class LatentRuntimeAttention(RuntimeAttention):
         like = stages.value_up
         return LatentStore(rows, capacity, stages.rank, stages.rope_dim, like, stages.scaling)
 
-    def attention(self, hidden: Tensor, step: Step, store: LatentStore) -> Tensor:
+    def new_paged_store(self, pages: Pages) -> PagedLatents:
+        stages = self.stages
+        return PagedLatents(pages, stages.rank, stages.rope_dim, stages.value_up, stages.scaling)
+
+    def attention(self, hidden: Tensor, step: Step, store: LatentStore | PagedLatents) -> Tensor:
         stages = self.stages
         q, c, k_pe = stages.query_and_compress(hidden)
         cos, sin = step.tables[self.table]
         states = torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)
+        if step.place is not None:
+            assert isinstance(store, PagedLatents)
+            place, new = step.place, states[:, 0]
+            return stages.output(
+                self._absorbed(q[:, 0], cos, sin, lambda q: store.step(q, new, place))
+            )
         store.write(step.row, step.starts, {"latents": states})
-        if hidden.shape[1] == 1:
-            return stages.output(self._absorbed(q[:, 0], store, step, cos, sin))
-        row = 0 if step.row is None else step.row
-        latents = store.planes["latents"][row : row + 1]
-        c, k_pe = latents[:, : step.lengths[0]].split([stages.rank, stages.rope_dim], dim=-1)
+        if hidden.shape[1] == 1 and isinstance(store, LatentStore):
+            attend = partial(store.attend, row=step.row, lengths=step.lengths)
+            return stages.output(self._absorbed(q[:, 0], cos, sin, attend))
+        latents = store.gather("latents", step.row or 0, 0, step.lengths[0])
+        c, k_pe = latents.split([stages.rank, stages.rope_dim], dim=-1)
         return stages.output(stages.attend_expanded(q, c, k_pe, cos, sin))
 
     def _absorbed(
-        self, q: Tensor, store: LatentStore, step: Step, cos: Tensor, sin: Tensor
+        self, q: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """One query per row, `[B, Q, d_q]`: into latent space, attend there, and back.
 
@@ -175,6 +213,6 @@ class LatentRuntimeAttention(RuntimeAttention):
         absorbed = torch.matmul(q.unflatten(1, (groups, -1)), self.absorb_query).flatten(1, 2)
         q_pe = absorbed[..., rank:]
         q_pe.copy_(rotate(q_pe, cos, sin))
-        context = store.attend(absorbed, step.row, step.lengths)
+        context = attend(absorbed)
         values = torch.matmul(context.unflatten(1, (groups, -1)), self.absorb_value)
         return values.flatten(1, 2)[:, None]

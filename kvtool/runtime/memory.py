@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from kvtool.runtime.engine import Engine
-from kvtool.runtime.split import PAGE, whole_pages
+from kvtool.runtime.stores import PAGE, whole_pages
 
 
 class RowMemory:

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from kvtool.errors import ResourceError, UsageError
-from kvtool.runtime.engine import Engine, KVCache
+from kvtool.runtime.cache import KVCache
+from kvtool.runtime.engine import Engine
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling
-from kvtool.runtime.split import whole_pages
+from kvtool.runtime.stores import PAGE, whole_pages
 
 PIECE = 128
 """Tokens of a prompt per step: a multiple of the page, small beside what the others wait for."""
@@ -160,6 +161,9 @@ class Scheduler:
         self.max_running, self.piece = max_running, piece
         self.share_prefixes = share_prefixes and engine.plan is None
         self.memory = RowMemory(engine)
+        if engine.paged:
+            smallest = max(1, self.memory.holding(PAGE, PAGE))
+            engine.open_memory(memory, min(max_running, memory // smallest))
         self.waiting: deque[Request] = deque()
         self.counters = Counters()
         self._reading: _Row | None = None

@@ -23,20 +23,14 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention, Rope, causal_attention
-from kvtool.kernels.decode_attention import decode_attention
+from kvtool.kernels.append import append
+from kvtool.kernels.decode_attention import decode_attention, paged_decode_attention
 from kvtool.kernels.streaming_attention import streaming_attention
 from kvtool.plan import Plan
-from kvtool.runtime.layers import RuntimeAttention, Step
+from kvtool.runtime.layers import RuntimeAttention, Step, step_of
+from kvtool.runtime.pages import PagedHeads, Pages, Place, enlarge
 from kvtool.runtime.selection import Selector, keep, selector
-from kvtool.runtime.stores import DenseStore, Store
-
-PAGE = 64
-"""Planes that outgrow what they were made for grow by whole pages of this many tokens."""
-
-
-def whole_pages(tokens: int) -> int:
-    """The next multiple of :data:`PAGE`."""
-    return -(-tokens // PAGE) * PAGE
+from kvtool.runtime.stores import DenseStore, Store, whole_pages
 
 
 class NewTokens(NamedTuple):
@@ -304,7 +298,10 @@ class SplitStore(Store):
     """The three kinds of heads of one layer, in the order in which they lie."""
 
     def __init__(
-        self, full: FullHeads, streaming: StreamingHeads | None, budgeted: BudgetedHeads | None
+        self,
+        full: FullHeads | PagedHeads,
+        streaming: StreamingHeads | None,
+        budgeted: BudgetedHeads | None = None,
     ) -> None:
         self.full, self.streaming, self.budgeted = full, streaming, budgeted
         self.parts = [part for part in (full, streaming, budgeted) if part is not None]
@@ -348,6 +345,69 @@ class SplitStore(Store):
         return torch.cat(contexts, dim=1)
 
 
+class PagedRings(StreamingHeads):
+    """Heads that keep the first tokens and the last: a ring per row."""
+
+    pages: Pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Rings have no pages."""
+        return 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a ring."""
+        return sum(plane[0].nbytes for plane in self.planes.values())
+
+    def grow(self) -> None:
+        """Takes as many rows as there are now."""
+        enlarge(self.planes, self.pages.rows)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
+        """See :meth:`PagedHeads.step`."""
+        table, slots, lengths = at.ring(self.sink, self.window)
+        keys, values = self.planes["keys"], self.planes["values"]
+        turned = append(k, v, cos, sin, keys, values, slots, q)
+        assert turned is not None
+        return paged_decode_attention(turned, keys, values, lengths, self.scaling, table)[0]
+
+
+class PagedSplit(SplitStore):
+    """Full heads in pages, streaming heads in rings."""
+
+    full: PagedHeads
+    streaming: PagedRings | None
+
+    @property
+    def page_bytes(self) -> int:
+        """Of the full heads."""
+        return self.full.page_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the streaming heads."""
+        return self.streaming.row_bytes if self.streaming else 0
+
+    def grow(self) -> None:
+        """Takes as many pages and rows as there are now."""
+        self.full.grow()
+        if self.streaming:
+            self.streaming.grow()
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
+        """See :meth:`PagedHeads.step`."""
+        if self.streaming is None:
+            return self.full.step(q, k, v, cos, sin, at)
+        full = self.counts[0]
+        if not full:
+            return self.streaming.step(q, k, v, cos, sin, at)
+        group = q.shape[1] // k.shape[1]
+        near = self.streaming.step(q[:, full * group :], k[:, full:], v[:, full:], cos, sin, at)
+        far = self.full.step(q[:, : full * group], k[:, :full], v[:, :full], cos, sin, at)
+        return torch.cat((far, near), dim=1)
+
+
 class SplitAttention(RuntimeAttention):
     """Grouped-query attention over a split store; the KV heads of `stages` get its order."""
 
@@ -379,11 +439,28 @@ class SplitAttention(RuntimeAttention):
             tails = BudgetedHeads(rows, self.budgets, size, like, scaling, self._new_selector)
         return SplitStore(FullHeads(rows, full, capacity, size, like, scaling), ring, tails)
 
+    def new_paged_store(self, pages: Pages) -> PagedSplit | None:
+        if self.budgets:
+            return None
+        layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
+        (full, streaming), size, scaling = self.counts, layout.head_dim, layout.scaling
+        rings = None
+        if streaming:
+            rings = PagedRings(
+                pages.rows, streaming, layer.sink, layer.window, size, like, scaling,
+                dense_prompt=self.prefill == "dense",
+            )  # fmt: skip
+            rings.pages = pages
+        return PagedSplit(PagedHeads(pages, full, size, like, scaling), rings)
+
     def attention(self, hidden: Tensor, step: Step, store: SplitStore) -> Tensor:
         stages = self.stages
         cos, sin = (table[:, None] for table in step.tables[self.table])
         q, k, v = stages.project(hidden)
         unrotated, k = stages.normalise(q, k)
+        if step.place is not None:
+            assert isinstance(store, PagedSplit)
+            return stages.output(step_of(store, unrotated, k, v, step, self.table))
         q, k = stages.rotate(unrotated, k, cos, sin)
         return stages.output(store.add(NewTokens(q, unrotated, k, v), step))
 

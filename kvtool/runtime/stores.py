@@ -18,6 +18,14 @@ from kvtool.attention import causal_attention
 from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.latent_attention import latent_decode_attention
 
+PAGE = 64
+"""Planes that outgrow what they were made for grow by whole pages of this many tokens."""
+
+
+def whole_pages(tokens: int) -> int:
+    """The next multiple of :data:`PAGE`."""
+    return -(-tokens // PAGE) * PAGE
+
 
 class Store:
     """The planes of one layer; every plane is `[B, ..., capacity, width]`.
@@ -92,6 +100,10 @@ class Store:
             else:
                 for b, start in enumerate(starts):
                     plane[b, ..., start : start + tokens, :] = new[b]
+
+    def gather(self, name: str, row: int, start: int, end: int) -> Tensor:
+        """Tokens of one row of a plane, `[1, ..., end - start, width]`."""
+        return self.planes[name][row : row + 1, ..., start:end, :]
 
 
 class DenseStore(Store):

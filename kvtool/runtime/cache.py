@@ -1,0 +1,98 @@
+"""What the runtime keeps of some sequences, all layers together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A row of a cache as it was: its length, and per layer what later tokens overwrite."""
+
+    length: int
+    saved: list[list[Tensor]]
+
+
+class KVCache:
+    """What the runtime keeps of `len(lengths)` sequences: one store per layer."""
+
+    def __init__(self, stores: Sequence[Any], rows: int) -> None:
+        self.stores = list(stores)
+        self.lengths = [0] * rows
+        for before, store in pairwise(stores):
+            store.join(before)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that memory is allocated for."""
+        least: int = min(store.capacity for store in self.stores)
+        return least
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        """Bytes that each layer keeps, as allocated."""
+        return [store.allocated_bytes for store in self.stores]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of everything that all layers keep, as allocated."""
+        return sum(self.layer_bytes)
+
+    def place_of(self, row: int) -> int:
+        """Where a row lies in the stores."""
+        return row
+
+    def bytes_per_token(self) -> float:
+        """Allocated bytes per token of one row."""
+        return self.allocated_bytes / (len(self.lengths) * self.capacity)
+
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Makes sure that row b has room for `lengths[b]` tokens."""
+        for store in self.stores:
+            store.reserve(lengths)
+
+    def resize(self, capacity: int) -> None:
+        """Gives every row exactly room for `capacity` tokens."""
+        for store in self.stores:
+            store.resize(capacity)
+
+    @torch.inference_mode()
+    def copy_prefix(self, source: KVCache, length: int) -> None:
+        """Fills this cache of one row with the first `length` tokens of another.
+
+        Only for stores that keep every token.
+        """
+        for store, other in zip(self.stores, source.stores, strict=True):
+            store.copy_prefix(other, length)
+        self.lengths = [length]
+
+    def crop(self, row: int, length: int) -> None:
+        """Forgets everything of a row behind its first `length` tokens.
+
+        Where a layer has dropped something that those tokens had left, the row starts over: its
+        length is 0 then, and the caller feeds it again from there.
+        """
+        stored = self.lengths[row]
+        if length >= stored:
+            return
+        exact = all(store.can_crop(self.place_of(row), stored, length) for store in self.stores)
+        self.lengths[row] = length if exact else 0
+
+    @torch.inference_mode()
+    def snapshot(self, row: int) -> Snapshot:
+        """What :meth:`restore` needs to come back to here; valid until the row is cropped."""
+        saved = [store.snapshot(self.place_of(row)) for store in self.stores]
+        return Snapshot(self.lengths[row], saved)
+
+    @torch.inference_mode()
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Forgets everything that a row was fed since the snapshot of it was taken."""
+        for store, saved in zip(self.stores, snapshot.saved, strict=True):
+            store.restore(self.place_of(row), saved)
+        self.lengths[row] = snapshot.length

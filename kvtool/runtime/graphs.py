@@ -1,0 +1,186 @@
+"""Decoding in paged memory, by CUDA graphs where there is CUDA."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtool.runtime.cache import KVCache
+from kvtool.runtime.layers import Step
+from kvtool.runtime.pages import Paged, PagedStore, Pages, Place
+from kvtool.runtime.stores import PAGE
+
+if TYPE_CHECKING:
+    from kvtool.runtime.engine import Engine
+
+SPARE = 0
+"""The row that pads a step."""
+
+
+class PagedMemory:
+    """The planes of all layers, and the caches that share them.
+
+    It grows when a cache needs more; what was recorded is recorded again then.
+
+    Args:
+        rows, pages: What there is room for at first.
+    """
+
+    def __init__(self, engine: Engine, rows: int, pages: int) -> None:
+        most = -(-engine.max_context // PAGE)
+        self.engine = engine
+        self.pages = Pages(rows, pages, most, engine.device)
+        self.stores: list[Paged] = []
+        for attention in engine.attentions:
+            store = attention.new_paged_store(self.pages)
+            assert store is not None  # or the engine would not be paged
+            self.stores.append(store)
+        self._recorded: dict[int, _Recorded] = {}
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page in all layers."""
+        return sum(store.page_bytes for store in self.stores)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row takes besides its pages, in all layers."""
+        return sum(store.row_bytes for store in self.stores)
+
+    def new_cache(self, rows: int, capacity: int) -> PagedCache:
+        """An empty cache for some rows, with room for `capacity` tokens each."""
+        taken = [self._take_row() for _ in range(rows)]
+        cache = PagedCache(self, taken)
+        cache.resize(capacity)
+        return cache
+
+    def resize(self, row: int, tokens: int) -> None:
+        """Gives a row pages for so many tokens."""
+        while missing := self.pages.resize(row, tokens):
+            self._grow(0, max(missing, self.pages.count // 2))
+
+    def decode(self, rows: Sequence[int], starts: Sequence[int], ids: Tensor) -> Tensor:
+        """One token for each of some rows; returns the logits after it, `[B, V]` fp32.
+
+        Args:
+            starts: Tokens that each row holds. It has a page for one more.
+            ids: `[B]`.
+        """
+        count = len(rows)
+        padded = 1 << (count - 1).bit_length()
+        spare = [0] * (padded - count)
+        device = self.engine.device
+        # Pinned, so that nobody waits for the copy; torch keeps it until the copy is through.
+        where = torch.tensor(
+            [[*rows, *[SPARE] * len(spare)], [*starts, *spare]], pin_memory=device.type == "cuda"
+        ).to(device, non_blocking=True)
+        if device.type == "cuda" and not ids.is_cuda:
+            ids = ids.pin_memory()
+        fed = F.pad(ids.to(device, non_blocking=True), (0, len(spare)))
+        if device.type != "cuda":
+            return self._step(where[0], where[1], fed)[:count]
+        if padded not in self._recorded:
+            self._recorded[padded] = _Recorded(self, padded)
+        return self._recorded[padded].replay(where[0], where[1], fed)[:count]
+
+    def _step(self, rows: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+        """The same with all `[B]` on the device, where nothing is asked of it."""
+        engine = self.engine
+        place = Place.of(self.pages, rows, positions)
+        tables = engine.tables(positions[:, None])
+        step = Step(self.stores, None, [], [], None, tables, place)
+        return engine.logits(engine.run(step, ids[:, None]))[:, 0]
+
+    def _take_row(self) -> int:
+        row = self.pages.take_row()
+        if row is None:
+            self._grow(self.pages.rows, 0)
+            row = self.pages.take_row()
+            assert row is not None
+        return row
+
+    def _grow(self, rows: int, pages: int) -> None:
+        self._recorded.clear()  # they know the old addresses
+        self.pages.grow(rows, pages)
+        for store in self.stores:
+            store.grow()
+
+
+class PagedCache(KVCache):
+    """Some rows of a paged memory, which gets them back with the last reference to this."""
+
+    def __init__(self, memory: PagedMemory, rows: list[int]) -> None:
+        super().__init__(memory.stores, len(rows))
+        self.memory, self.rows = memory, rows
+        for row in rows:
+            weakref.finalize(self, memory.pages.give_row, row)
+
+    @property
+    def capacity(self) -> int:
+        return min(len(self.memory.pages.owned[row]) for row in self.rows) * PAGE
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        pages = sum(len(self.memory.pages.owned[row]) for row in self.rows)
+        return [
+            pages * store.page_bytes + len(self.rows) * store.row_bytes
+            for store in self.memory.stores
+        ]
+
+    def place_of(self, row: int) -> int:
+        return self.rows[row]
+
+    def reserve(self, lengths: Sequence[int]) -> None:
+        for row, length in zip(self.rows, lengths, strict=True):
+            if length > len(self.memory.pages.owned[row]) * PAGE:
+                self.memory.resize(row, length)
+
+    def resize(self, capacity: int) -> None:
+        for row in self.rows:
+            self.memory.resize(row, capacity)
+
+    @torch.inference_mode()
+    def copy_prefix(self, source: KVCache, length: int) -> None:
+        assert isinstance(source, PagedCache)
+        owned, count = self.memory.pages.owned, -(-length // PAGE)
+        new, old = (owned[cache.rows[0]][:count] for cache in (self, source))
+        for store in self.stores:
+            assert isinstance(store, PagedStore)
+            for plane in store.planes.values():
+                plane[new] = plane[old]
+        self.lengths = [length]
+
+
+class _Recorded:
+    """A decode step of so many rows as a CUDA graph."""
+
+    def __init__(self, memory: PagedMemory, rows: int) -> None:
+        device = memory.engine.device
+        self.rows, self.positions, self.ids = (
+            torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3)
+        )
+        arguments = self.rows, self.positions, self.ids
+        # The first runs compile kernels and allocate what libraries keep; on a stream of their own,
+        # as torch asks for. All rows are spare meanwhile.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                memory._step(*arguments)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = memory._step(*arguments)
+
+    def replay(self, rows: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+        """Runs it on other rows; the next run does not touch the result."""
+        self.rows.copy_(rows)
+        self.positions.copy_(positions)
+        self.ids.copy_(ids)
+        self.graph.replay()
+        return self.logits.clone()

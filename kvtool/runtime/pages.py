@@ -1,0 +1,255 @@
+"""Stores at fixed addresses, for devices whose decode steps are recorded once and replayed.
+
+All rows of all caches share the planes of a layer: tokens lie in pages of :data:`PAGE`, and what
+has a fixed size, such as a ring, in a place per row. Which page holds what is one table for all
+layers, on the device, so a step takes no other input than tokens, positions and rows, and asks the
+device for nothing. That is what lets a CUDA graph replay it for any lengths.
+
+Prompts are read row by row, as by the stores that these take the place of; a decode step calls
+`step` instead.
+
+Page 0 and row 0 belong to nobody: steps are padded with rows that write there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import causal_attention
+from kvtool.kernels.append import append
+from kvtool.kernels.decode_attention import paged_decode_attention
+from kvtool.kernels.latent_attention import paged_latent_attention
+from kvtool.runtime.stores import PAGE, Store
+
+if TYPE_CHECKING:
+    from kvtool.runtime.layers import Step
+    from kvtool.runtime.split import NewTokens
+
+
+class Pages:
+    """Which pages belong to which row, the same in all layers.
+
+    Attributes:
+        table: `[rows, most]` int32, on the device: token t of row b lies in page
+            `table[b, t // PAGE]`.
+        owned: The same on the host, by row.
+    """
+
+    def __init__(self, rows: int, pages: int, most: int, device: torch.device) -> None:
+        self.table = torch.zeros((rows + 1, most), dtype=torch.int32, device=device)
+        self.owned: list[list[int]] = [[] for _ in range(rows + 1)]
+        self.count = pages + 1
+        self._free_pages = list(range(pages, 0, -1))
+        self._free_rows = list(range(rows, 0, -1))
+
+    @property
+    def rows(self) -> int:
+        """All rows, the spare one included."""
+        return len(self.owned)
+
+    def take_row(self) -> int | None:
+        """A row that nobody has, if there is one."""
+        return self._free_rows.pop() if self._free_rows else None
+
+    def give_row(self, row: int) -> None:
+        """Returns a row and its pages."""
+        self.resize(row, 0)
+        self._free_rows.append(row)
+
+    def resize(self, row: int, tokens: int) -> int:
+        """Gives a row pages for so many tokens; returns how many pages there are too few."""
+        owned, wanted = self.owned[row], -(-tokens // PAGE)
+        missing = wanted - len(owned) - len(self._free_pages)
+        if missing > 0:
+            return missing
+        while len(owned) > wanted:
+            self._free_pages.append(owned.pop())
+        if len(owned) < wanted:
+            new = [self._free_pages.pop() for _ in range(wanted - len(owned))]
+            columns = slice(len(owned), wanted)
+            self.table[row, columns] = torch.tensor(new, dtype=torch.int32).to(self.table.device)
+            owned += new
+        return 0
+
+    def grow(self, rows: int, pages: int) -> None:
+        """Makes room for as many more."""
+        self._free_pages += range(self.count + pages - 1, self.count - 1, -1)
+        self.count += pages
+        if rows:
+            more = self.table.new_zeros((rows, self.table.shape[1]))
+            self.table = torch.cat((self.table, more))
+            self._free_rows += range(self.rows + rows - 1, self.rows - 1, -1)
+            self.owned += [[] for _ in range(rows)]
+
+
+@dataclass
+class Place:
+    """Where each row of a decode step reads and writes; all on the device.
+
+    Attributes:
+        rows: `[B]` int64.
+        positions: `[B]` int64, of the new tokens.
+        table: `[B, most]` int32.
+        slots: `[B]` int64, where in the pages the new tokens go.
+        lengths: `[B]` int32, tokens with the new one.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    table: Tensor
+    slots: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, pages: Pages, rows: Tensor, positions: Tensor) -> Place:
+        """Of some rows of a memory."""
+        table = pages.table[rows]
+        page = table.gather(1, (positions // PAGE)[:, None])[:, 0].long()
+        slots = page * PAGE + positions % PAGE
+        return cls(rows, positions, table, slots, (positions + 1).int())
+
+    def ring(self, sink: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same three of a ring per row, whose first `sink` places are never overwritten."""
+        capacity, at = sink + window, self.positions
+        within = torch.where(at < sink, at, sink + (at - sink) % window)
+        slots = self.rows * capacity + within
+        return self.rows.int()[:, None], slots, self.lengths.clamp(max=capacity)
+
+
+class PagedStore(Store):
+    """Planes `[pages, ..., PAGE, width]` of a layer."""
+
+    def __init__(self, pages: Pages, shapes: dict[str, tuple[int, ...]], like: Tensor) -> None:
+        """Makes planes of `shapes`: what lies between pages and places, and the width."""
+        self.pages = pages
+        self.planes = {
+            name: like.new_empty((pages.count, *shape[:-1], PAGE, shape[-1]))
+            for name, shape in shapes.items()
+        }
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into all pages."""
+        return (self.pages.count - 1) * PAGE
+
+    def write(self, row: int | None, starts: Sequence[int], states: dict[str, Tensor]) -> None:
+        """Writes new tokens of one row, `[1, ..., T, width]`."""
+        assert row is not None
+        for name, new in states.items():
+            plane = self.planes[name]
+            at = torch.arange(starts[0], starts[0] + new.shape[-2], device=plane.device)
+            page = self.pages.table[row][at // PAGE].long()
+            plane.movedim(-2, 1)[page, at % PAGE] = new[0].movedim(-2, 0)
+
+    def gather(self, name: str, row: int, start: int, end: int) -> Tensor:
+        """Tokens of one row of a plane, side by side: `[1, ..., end - start, width]`."""
+        first = start // PAGE
+        own = self.pages.table[row, first : -(-end // PAGE)].long()
+        found = self.planes[name][own]  # [n, ..., PAGE, width]
+        joined = found.movedim(0, -3).flatten(-3, -2)
+        return joined[None, ..., start - first * PAGE : end - first * PAGE, :]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return sum(plane[0].nbytes for plane in self.planes.values())
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row takes besides its pages."""
+        return 0
+
+    def grow(self) -> None:
+        """Takes as many pages as there are now."""
+        enlarge(self.planes, self.pages.count)
+
+
+class PagedHeads(PagedStore):
+    """Rotated keys and values of heads that keep every token."""
+
+    def __init__(
+        self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float
+    ) -> None:
+        super().__init__(pages, dict.fromkeys(("keys", "values"), (heads, head_dim)), like)
+        self.scaling = scaling
+
+    def attend(
+        self,
+        q: Tensor,
+        row: int | None,
+        lengths: Sequence[int],
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attention of the newest tokens of one row over everything stored, `[1, Q, T, D]`."""
+        assert row is not None
+        keys, values = (self.gather(name, row, 0, lengths[0]) for name in self.planes)
+        return causal_attention(q, keys, values, scaling, window)
+
+    def add(self, new: NewTokens, step: Step) -> Tensor:
+        """Stores new tokens of one row and returns what they read, `[1, Q, T, D]`."""
+        self.write(step.row, step.starts, {"keys": new.k, "values": new.v})
+        return self.attend(new.q, step.row, step.lengths, self.scaling, None)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
+        """Stores a new token per row and returns what it reads.
+
+        Args:
+            q, k: `[B, Q or H, D]`, before RoPE; v: `[B, H, D]`.
+            cos, sin: `[B, D]`.
+
+        Returns:
+            `[B, Q, D]`.
+        """
+        keys, values = self.planes["keys"], self.planes["values"]
+        turned = append(k, v, cos, sin, keys, values, at.slots, q)
+        assert turned is not None
+        return paged_decode_attention(
+            turned, keys, values, at.lengths, self.scaling, at.table
+        )[0]  # fmt: skip
+
+
+class Paged(Protocol):
+    """What every store of a paged memory has."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row takes besides its pages."""
+
+    def grow(self) -> None:
+        """Takes as many pages and rows as there are now."""
+
+
+class PagedLatents(PagedStore):
+    """The latents of an MLA layer, each with its rotated shared key."""
+
+    def __init__(self, pages: Pages, rank: int, rope: int, like: Tensor, scaling: float) -> None:
+        super().__init__(pages, {"latents": (rank + rope,)}, like)
+        self.rank, self.scaling = rank, scaling
+
+    def step(self, q: Tensor, states: Tensor, at: Place) -> Tensor:
+        """Stores a latent per row, `[B, r + d_r]`; returns what `q [B, Q, r + d_r]` reads of all.
+
+        Returns:
+            `[B, Q, r]`.
+        """
+        plane = self.planes["latents"]
+        plane[at.slots // PAGE, at.slots % PAGE] = states
+        return paged_latent_attention(q, plane, self.rank, at.lengths, self.scaling, at.table)[0]
+
+
+def enlarge(planes: dict[str, Tensor], count: int) -> None:
+    """Puts larger planes in the place of some, with the same in front."""
+    for name, plane in planes.items():
+        larger = plane.new_empty((count, *plane.shape[1:]))
+        larger[: len(plane)] = plane
+        planes[name] = larger

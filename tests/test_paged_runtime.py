@@ -1,0 +1,162 @@
+"""Paged memory: what its kernels compute is what the contiguous stores compute."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from _code_tools import coded
+from _kernel_tools import DEVICE
+
+from kvtool.checkpoint import Checkpoint
+from kvtool.convert import conversion, planning
+from kvtool.kernels.dispatch import VARIABLE
+from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.runtime import Engine
+from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.stores import PAGE
+
+pytest.importorskip("triton")
+
+KINDS = ["qwen3", "streaming", "streaming-sparse", "codes", "codes-narrow", "mla"]
+
+
+def tokens(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def engines(tiny, tmp_path_factory):
+    """``engines(kind)``: the engine with contiguous stores, and the one with paged ones."""
+    made = {}
+
+    def get(kind: str) -> tuple[Engine, Engine]:
+        if kind not in made:
+            family = kind if kind in ("llama", "qwen2", "qwen3", "mistral") else "llama"
+            checkpoint, plan = Checkpoint.open(str(tiny(family))), None
+            if kind.startswith("streaming"):
+                layers = [(True, False), (True, True), (False, False)]
+                prefill = "sparse" if kind.endswith("sparse") else "dense"
+                plan = Plan(
+                    base_of(checkpoint),
+                    tuple(LayerPlan(streams, 3, 9) for streams in layers),
+                    prefill=prefill,
+                )
+            elif kind.startswith("codes"):
+                plan = coded(checkpoint, share=0.5 if kind.endswith("narrow") else 1.0)
+            elif kind == "mla":
+                output = tmp_path_factory.mktemp("latent") / "mla"
+                options = planning.ConvertOptions(
+                    method="transmla",
+                    target="transformers",
+                    kv_budget="60%",
+                    freqfold="2",
+                    tokens=2048,
+                )
+                conversion.convert(checkpoint, output, options)
+                checkpoint = Checkpoint.open(str(output))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv(VARIABLE, "reference")
+                contiguous = Engine.load(checkpoint, plan=plan, device=DEVICE)
+                patch.setenv(VARIABLE, "triton")
+                made[kind] = contiguous, Engine.load(checkpoint, plan=plan, device=DEVICE)
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_decode_as_in_contiguous_memory(engines, monkeypatch, kind):
+    contiguous, paged = engines(kind)
+    assert paged.paged
+    assert not contiguous.paged
+    prompts = [tokens(n, seed=n) for n in (70, 5)]
+    found = []
+    for engine in (contiguous, paged):
+        monkeypatch.setenv(VARIABLE, "triton" if engine is paged else "reference")
+        cache = engine.new_cache(2, 70)
+        logits = [torch.stack([engine.extend(cache, ids, row) for row, ids in enumerate(prompts)])]
+        logits += [engine.decode(cache, tokens(2, seed=step)) for step in range(2)]
+        found.append(torch.stack(logits))
+    torch.testing.assert_close(found[1], found[0], atol=2e-3, rtol=1e-3)
+
+
+def test_a_paged_memory_grows_and_keeps_what_it_has(engines, monkeypatch):
+    contiguous, paged = engines("streaming")
+    ids = tokens(3 * PAGE + 5)
+    expected = contiguous.extend(contiguous.new_cache(1, 1), ids, all_logits=True)
+    monkeypatch.setenv(VARIABLE, "triton")
+    cache = paged.new_cache(1, 1)
+    assert cache.capacity == PAGE
+    found = paged.extend(cache, ids[:PAGE], all_logits=True, prompt=len(ids))
+    more = paged.extend(cache, ids[PAGE:], all_logits=True, prompt=len(ids))
+    torch.testing.assert_close(torch.cat((found, more)), expected, atol=2e-3, rtol=1e-3)
+    assert cache.capacity >= len(ids)
+
+
+def test_rows_and_pages_return_with_the_cache(engines, monkeypatch):
+    _, paged = engines("streaming")
+    monkeypatch.setenv(VARIABLE, "triton")
+    paged.open_memory(2**20, rows=2)
+    try:
+        memory = paged.memory
+        pages, rows = len(memory.pages._free_pages), len(memory.pages._free_rows)
+        cache = paged.new_cache(1, 3 * PAGE)
+        assert cache.allocated_bytes == 3 * memory.page_bytes + memory.row_bytes
+        assert (len(memory.pages._free_pages), len(memory.pages._free_rows)) == (
+            pages - 3,
+            rows - 1,
+        )
+        cache.resize(PAGE)
+        assert len(memory.pages._free_pages) == pages - 1
+        del cache
+        gc.collect()
+        assert (len(memory.pages._free_pages), len(memory.pages._free_rows)) == (pages, rows)
+    finally:
+        paged.memory = None
+
+
+@pytest.mark.parametrize("kind", ["llama", "streaming"])
+def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
+    contiguous, paged = engines(kind)
+    prompts = [tokens(n, seed=n).tolist() for n in (150, 20, 3)]
+    answers = []
+    for engine in (contiguous, paged):
+        monkeypatch.setenv(VARIABLE, "triton" if engine is paged else "reference")
+        scheduler = Scheduler(engine, 2**20)
+        requests = [Request(prompt, 3, ignore_eos=True) for prompt in prompts]
+        for request in [*requests, Request(prompts[0], 3, ignore_eos=True)]:
+            scheduler.add(request)
+        while not scheduler.idle:
+            scheduler.step()
+        answers.append([request.tokens for request in requests])
+        scheduler.forget_prefixes()
+        assert scheduler.used == 0
+    assert answers[0] == answers[1]
+
+
+def test_an_engine_whose_layers_have_no_pages_is_not_paged(tiny, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert not Engine.load(Checkpoint.open(str(tiny("mistral", sliding_window=24)))).paged
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    assert not Engine.load(checkpoint, plan=coded(checkpoint, "unrotated")).paged
+    plan = coded(checkpoint)
+    packed = replace(plan, codes=tuple(replace(x, bits=4) for x in plan.codes))
+    assert not Engine.load(checkpoint, plan=packed).paged
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA can be waited for")
+@pytest.mark.parametrize("kind", ["llama", "streaming", "codes", "mla"])
+def test_a_decode_step_waits_for_nothing(engines, kind):
+    _, paged = engines(kind)
+    cache = paged.new_cache(2, 2 * PAGE)
+    for row in range(2):
+        paged.extend(cache, tokens(PAGE), row)
+    ids = tokens(2).pin_memory()
+    paged.decode(cache, ids)  # records it
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            paged.decode(cache, ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

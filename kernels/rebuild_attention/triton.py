@@ -67,7 +67,7 @@ def _attend(
     count = _pick(counts, slot, SLOTS)
     own = item - (_pick(ends, slot, SLOTS) - count)
     size = tl.cdiv(_pick(tiles, slot, SLOTS), count)
-    row, head = slot // heads, slot % heads
+    row, head = slot // heads, (slot % heads).to(tl.int64)
     length = _pick(tokens, slot, SLOTS)
     begin = first_tile + own * size
     end = tl.minimum(begin + size, tl.cdiv(length, BLOCK_N))
@@ -101,19 +101,19 @@ def _attend(
     if V1:
         sum1 = tl.zeros((V1, BLOCK_M), tl.float32)
     for tile in range(begin, end):
-        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (tokens < length) & (tokens >= first)
+        token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (token < length) & (token >= first)
         if not PAGED:
             page = row.to(tl.int64)
-            within = tokens
+            within = token
         elif PAGE % BLOCK_N == 0:  # a tile lies in one page
             page = tl.load(table + row * stride_table + tile // (PAGE // BLOCK_N)).to(tl.int64)
             within = (tile % (PAGE // BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
         else:
             page = tl.load(
-                table + row * stride_table + tokens // PAGE, mask=inside, other=0
+                table + row * stride_table + token // PAGE, mask=inside, other=0
             ).to(tl.int64)  # fmt: skip
-            within = tokens % PAGE
+            within = token % PAGE
         z_at = page * stride_zp + within.to(tl.int64) * stride_zt
         real = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
         imag = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
@@ -133,7 +133,7 @@ def _attend(
         if mean is not None:
             real += mean_real[None, :]
             imag += mean_imag[None, :]
-        turn = tokens.to(tl.int64)
+        turn = token.to(tl.int64)
         c = load_columns(cos, turn * stride_cos, half, inside, HALF, BLOCK_H == HALF).to(tl.float32)
         s = load_columns(sin, turn * stride_sin, half, inside, HALF, BLOCK_H == HALF).to(tl.float32)
         scores = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)

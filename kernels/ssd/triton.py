@@ -30,6 +30,7 @@ from torch import Tensor
 from kvtool.kernels.tiles import dot, precision, processors
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
+_CHUNK = 64  # Q
 _LEAST_CHUNKS = 4  # of a segment
 
 
@@ -189,9 +190,10 @@ def ssd_chunked(
     """
     x, b, c = (_lying_together(part) for part in (x, b, c))
     (batch, tokens, heads, p), (groups, n) = x.shape, b.shape[2:]
-    q = 64 if x.element_size() == 4 or p * n <= 64 * 64 else 128
-    chunks = triton.cdiv(tokens, q)
+    chunks = triton.cdiv(tokens, _CHUNK)
     block_p, block_n = (min(64, max(16, triton.next_power_of_2(size))) for size in (p, n))
+    # A wide tile of outputs, so that the products of c and b are taken once.
+    wide_p = min(64 if x.element_size() == 4 else 128, max(16, triton.next_power_of_2(p)))
     tiles = triton.cdiv(p, block_p) * triton.cdiv(n, block_n)
     if segments is None:
         segments = triton.cdiv(2 * processors(x.device), batch * heads * tiles)
@@ -205,25 +207,24 @@ def ssd_chunked(
     if state is not None:
         state = _lying_together(state)
     cut = (tokens, heads, heads // groups, chunks, segments, segment_chunks)
-    shape = {"P": p, "N": n, "Q": q, "BLOCK_P": block_p, "PRECISION": precision(x.dtype)}
+    shape = {"P": p, "N": n, "Q": _CHUNK, "BLOCK_N": block_n, "PRECISION": precision(x.dtype)}
     _states[(tiles, segments, batch * heads)](
         x, dt, A, b, state, before, elapsed, finals,
         *x.stride()[:3], *dt.stride(), *b.stride()[:3],
         *((0, 0, 0) if state is None else state.stride()[:3]),
-        *cut, BLOCK_N=block_n, num_warps=4, num_stages=2, **shape,
+        *cut, BLOCK_P=block_p, num_warps=4, num_stages=3, **shape,
     )  # fmt: skip
     inherited, end = None, finals[:, :, 0]
     if segments > 1:
         inherited, end = torch.empty_like(finals), torch.empty_like(end)
         _pass_on[(triton.cdiv(p * n, 1024), batch * heads)](
             dt, A, finals, inherited, end, *dt.stride(), tokens, heads, segments,
-            segment_chunks * q, SIZE=p * n, BLOCK=1024, TOKENS=1024,
+            segment_chunks * _CHUNK, SIZE=p * n, BLOCK=1024, TOKENS=1024,
         )  # fmt: skip
-    _outputs[(triton.cdiv(p, block_p), chunks, batch * heads)](
+    _outputs[(triton.cdiv(p, wide_p), chunks, batch * heads)](
         x, dt, A, b, c, before, elapsed, inherited, y,
         *x.stride()[:3], *dt.stride(), *b.stride()[:3], *c.stride()[:3],
-        *cut, BLOCK_N=block_n, SEGMENTED=segments > 1, num_warps=8 if q == 128 else 4,
-        num_stages=2, **shape,
+        *cut, BLOCK_P=wide_p, SEGMENTED=segments > 1, num_warps=4, num_stages=2, **shape,
     )  # fmt: skip
     return y, end
 

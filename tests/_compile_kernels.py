@@ -1,0 +1,89 @@
+"""Compiles every Triton kernel for a Hopper GPU, on any machine; prints what each one needs.
+
+The functions that launch them are called as always, with tensors on the CPU and the sizes of real
+models; launching is replaced by compiling for the types, alignments and constants of the call.
+"""
+
+import json
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kvtool.kernels.append import Encoder
+from kvtool.kernels.append.triton import append
+from kvtool.kernels.decode_attention.triton import paged_decode_attention
+from kvtool.kernels.hadamard.triton import hadamard
+from kvtool.kernels.rebuild_attention.triton import rebuild_decode_attention
+from kvtool.kernels.ssd.triton import causal_conv, ssd_chunked, ssd_step
+from kvtool.kernels.streaming_attention.triton import streaming_attention
+
+Q, H, D, PAGE = 32, 8, 128, 64  # Llama-3-8B
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_only(function, grid):
+    def launch(*args, **options):
+        kernel = function.run(*args, grid=grid, warmup=True, **options)
+        made = {"kernel": function.fn.__name__, "shared": kernel.metadata.shared}
+        print(json.dumps(made | {"cubin": len(kernel.asm["cubin"])}), flush=True)
+
+    return launch
+
+
+def half(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def pages(width: int, heads: int = H) -> Tensor:
+    return half(4, heads, PAGE, width)
+
+
+def main() -> None:
+    driver.set_active(Hopper())
+    JITFunction.__getitem__ = compile_only
+    lengths, slots = torch.ones(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    table = torch.zeros(2, 2, dtype=torch.int32)
+    q, k, cos = half(2, Q, D), half(2, H, D), half(2, D)
+
+    hadamard(half(3, D))
+    append(k, k, cos, cos, pages(D), pages(D), slots, q)
+    codes = [Encoder(half(H * D, 512), half(512), pages(512, 1)) for _ in range(2)]
+    append(k, k, cos, cos, pages(D), pages(D), slots, q, key_code=codes[0], value_code=codes[1])
+    paged_decode_attention(q, pages(D), pages(D), lengths, 0.1, table)
+    paged_decode_attention(half(2, 128, 576), pages(576, 1), 512, lengths, 0.1, table)
+    for rank, heads in ((64, H), (512, 1)):
+        coded = pages(rank, heads)
+        rebuild_decode_attention(
+            q, coded, half(H, rank, D), coded, cos, cos, lengths, 0.1, table, 0, half(H, D)
+        )
+    for width in (D, 256):
+        q, k = half(2, Q, 100, width), half(2, H, 100, width)
+        streaming_attention(q, k, k, 4, 256, 0.1)
+    x, dt, A = half(2, 600, Q, D), torch.empty(2, 600, Q), torch.empty(Q)
+    state = torch.empty(2, Q, D, D)
+    for segments in (1, 2):
+        ssd_chunked(x, dt, A, x, x, state if segments == 1 else None, segments)
+    ssd_step(x[:, 0], dt[:, 0], A, x[:, 0], x[:, 0], state)
+    causal_conv(half(2, 100, 3 * D), half(3 * D, 4), half(3 * D), half(2, 3 * D, 3))
+
+
+if __name__ == "__main__":
+    main()

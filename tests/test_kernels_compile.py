@@ -1,0 +1,31 @@
+"""Every kernel compiles for the GPU that it is written for, where there is none, too."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("_compile_kernels.py")
+SHARED = 227 * 1024
+"""Bytes of shared memory that a block may have on Hopper."""
+
+
+def test_kernels_compile_for_hopper_and_fit():
+    variables = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT], env=variables, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {x["kernel"] for x in kernels} >= {
+        "_hadamard", "_append", "_attend", "_merge", "_states", "_pass_on", "_outputs", "_step",
+        "_conv",
+    }  # fmt: skip
+    for made in kernels:
+        assert made["cubin"] > 0
+        assert made["shared"] <= SHARED, made

@@ -1,5 +1,7 @@
 """The scan, the step and the convolution in Triton do what plain torch does."""
 
+import importlib
+
 import pytest
 import torch
 from _kernel_tools import DEVICE, DTYPES, TOLERANCE, random, rms_ratio
@@ -8,7 +10,8 @@ from kvtool.kernels import ssd
 from kvtool.kernels.dispatch import VARIABLE
 from kvtool.kernels.ssd import reference
 
-kernel = pytest.importorskip("kvtool.kernels.ssd.triton")
+pytest.importorskip("triton")
+kernel = importlib.import_module("kvtool.kernels.ssd.triton")
 pytestmark = pytest.mark.usefixtures("fresh_numbers", "poison")
 
 
@@ -37,7 +40,7 @@ def assert_same(found, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 63, 64, 130])
+@pytest.mark.parametrize("tokens", [1, 64, 130])
 @pytest.mark.parametrize(("batch", "heads", "groups"), [(2, 1, 1), (1, 4, 2)])
 def test_a_text_of_any_length_is_scanned(tokens, batch, heads, groups, dtype):
     parts = inputs(batch, tokens, heads, groups, 16, 32, dtype)
@@ -52,7 +55,7 @@ def test_states_of_any_size_are_kept(p, n, dtype):
     assert_same(kernel.ssd_chunked(*parts), exact(*parts), dtype)
 
 
-@pytest.mark.parametrize("segments", [1, 2, 3, 5])
+@pytest.mark.parametrize("segments", [2, 5])
 @pytest.mark.parametrize("strength", [1e-3, 1.0, 30.0])
 def test_the_number_of_segments_does_not_matter(segments, strength):
     parts = inputs(1, 300, 2, 1, 16, 16, strength=strength)
@@ -75,7 +78,7 @@ def test_a_step_updates_the_state_where_it_is(batch, heads, groups, p, n, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 33])
+@pytest.mark.parametrize("tokens", [1, 3, 33])
 @pytest.mark.parametrize(("channels", "taps"), [(5, 4), (130, 4), (64, 2)])
 def test_the_convolution_carries_its_state(channels, taps, tokens, dtype):
     x = random(2, tokens, channels + 3, dtype=dtype)[..., :channels]

@@ -1,5 +1,7 @@
 """Streaming attention in Triton is that of plain torch, for whole texts and pieces of them."""
 
+import importlib
+
 import pytest
 import torch
 from _kernel_tools import DTYPES, TOLERANCE, random, rms_ratio
@@ -8,7 +10,8 @@ from kvtool.kernels import streaming_attention as operation
 from kvtool.kernels.dispatch import VARIABLE
 from kvtool.kernels.streaming_attention import reference
 
-kernel = pytest.importorskip("kvtool.kernels.streaming_attention.triton")
+pytest.importorskip("triton")
+kernel = importlib.import_module("kvtool.kernels.streaming_attention.triton")
 pytestmark = pytest.mark.usefixtures("fresh_numbers", "poison")
 
 
@@ -25,13 +28,12 @@ def assert_same(found, parts, *options, dtype=torch.float32):
     assert rms_ratio(found, expected) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 5, 33, 100])
+@pytest.mark.parametrize("tokens", [1, 33, 100])
 @pytest.mark.parametrize(("sink", "window"), [(4, 8), (0, 1), (0, 300), (70, 40), (300, 3)])
-def test_a_text_of_any_length(tokens, sink, window, dtype):
-    parts = heads(tokens, dtype=dtype, batch=1 if tokens > 50 else 2)
+def test_a_text_of_any_length(tokens, sink, window):
+    parts = heads(tokens, batch=1 if tokens > 50 else 2)
     found = kernel.streaming_attention(*parts, sink, window, 0.2)
-    assert_same(found, parts, sink, window, 0.2, dtype=dtype)
+    assert_same(found, parts, sink, window, 0.2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,8 +44,7 @@ def test_heads_of_any_width(width, dtype):
     assert_same(found, parts, 4, 20, width**-0.5, dtype=dtype)
 
 
-@pytest.mark.parametrize("start", [1, 4, 13, 80])
-@pytest.mark.parametrize("more", [0, 5])
+@pytest.mark.parametrize(("start", "more"), [(1, 0), (4, 5), (13, 0), (80, 5)])
 def test_a_piece_needs_only_the_sinks_and_the_window_before_it(start, more):
     sink, window, tokens = 4, 8, 120
     q, k, v = heads(tokens, batch=1)

@@ -22,7 +22,7 @@ def heads(tokens, width=64, dtype=torch.float32, queries=4, kv_heads=2, batch=2)
 
 
 def assert_same(found, parts, *options, dtype=torch.float32):
-    expected = reference.streaming_attention(*(x.float() for x in parts), *options)
+    expected = reference.streaming_attention(*(x.double() for x in parts), *options)
     assert found.dtype == dtype
     assert found.shape == expected.shape
     assert rms_ratio(found, expected) <= TOLERANCE[dtype]

@@ -121,7 +121,7 @@ def _attend(
     count = _pick(counts, slot, SLOTS)
     own = item - (_pick(ends, slot, SLOTS) - count)
     size = tl.cdiv(_pick(tiles, slot, SLOTS), count)
-    row, head = slot // heads, slot % heads
+    row, head = slot // heads, (slot % heads).to(tl.int64)
     length = _pick(tokens, slot, SLOTS)
     begin = first_tile + own * size
     end = tl.minimum(begin + size, tl.cdiv(length, BLOCK_N))
@@ -249,6 +249,51 @@ def _merge(
         tl.store(lse + one, (top + tl.log2(safe_mass)) / _LOG2_E)
 
 
+class Cut:
+    """The work of one call and the memory of its parts.
+
+    Args:
+        out: `[B, Q, Dv]`, what the result is like.
+        lengths: `[B]` or `[B, H]` int32.
+        heads: H.
+    """
+
+    def __init__(
+        self, out: Tensor, lengths: Tensor, heads: int, first: int, config: Config
+    ) -> None:
+        rows, query_heads, width = out.shape
+        self.out, self.lengths, self.config = out, lengths, config
+        self.rows, self.heads, self.group = rows, heads, query_heads // heads
+        self.first, self.items = first, config.items * processors(out.device)
+        self.most_items = max(self.items, (self.items + 1) // 2 + rows * heads)
+        self.parts = out.new_empty((self.most_items, self.group, width), dtype=torch.float32)
+        self.part_lse = out.new_empty((self.most_items, self.group), dtype=torch.float32)
+        self.lse = out.new_empty((rows, query_heads), dtype=torch.float32)
+        self.strides = (lengths.stride(0), lengths.stride(1) if lengths.dim() == 2 else 0)
+        self.block_m = min(config.heads, max(16, triton.next_power_of_2(self.group)))
+        self.grid = (triton.cdiv(self.group, self.block_m), self.most_items)
+        # The merge is launched while the first stage ends (programmatic dependent launch).
+        self.overlap = has_dependent_launch(out.device)
+        self.constants = {
+            "BLOCK_N": config.block_n, "LEAST": config.least,
+            "SLOTS": triton.next_power_of_2(rows * heads), "PDL": self.overlap,
+        }  # fmt: skip
+
+    def merge(self) -> tuple[Tensor, Tensor]:
+        """The second stage: `out` and its log-sum-exp `[B, Q]`."""
+        width = self.out.shape[-1]
+        # A program takes all channels of a query head, or few where there are few heads.
+        few = self.lse.numel() < 2 * processors(self.out.device)
+        columns = 64 if few else min(512, triton.next_power_of_2(width))
+        _merge[(self.rows * self.heads, self.group, triton.cdiv(width, columns))](
+            self.parts, self.part_lse, self.lengths, self.out, self.lse, *self.strides,
+            self.rows, self.heads, self.group, self.first // self.config.block_n, self.items,
+            WIDTH=width, COLUMNS=columns, BLOCK=4096 // columns, num_warps=4, **self.constants,
+            **({"launch_pdl": True} if self.overlap else {}),
+        )  # fmt: skip
+        return self.out, self.lse
+
+
 def paged_decode_attention(
     q: Tensor,
     keys: Tensor,
@@ -265,52 +310,28 @@ def paged_decode_attention(
     Args:
         config: See :func:`config_for`, which gives it where it is not given.
     """
-    rows, query_heads, k_width = q.shape
+    query_heads, k_width = q.shape[1:]
     heads, page = keys.shape[1:3]
-    group = query_heads // heads
     in_keys = isinstance(values, int)
+    v = keys if isinstance(values, int) else values
     v_width = values if isinstance(values, int) else values.shape[-1]
     k0, k1 = tiles_of(v_width if in_keys else k_width)
     k2 = triton.next_power_of_2(max(16, k_width - v_width)) if in_keys and k_width > v_width else 0
     v0, v1 = tiles_of(v_width)
     if config is None:
         width = max(k_width, v_width)
-        config = config_for(group, width, q.element_size(), in_keys)
-    block_n = config.block_n
-    block_m = min(config.heads, max(16, triton.next_power_of_2(group)))
-    items = config.items * processors(q.device)
-    grown = max(items, (items + 1) // 2 + rows * heads)
-    parts = q.new_empty((grown, group, v_width), dtype=torch.float32)
-    part_lse = q.new_empty((grown, group), dtype=torch.float32)
-    out = q.new_empty((rows, query_heads, v_width))
-    lse = q.new_empty((rows, query_heads), dtype=torch.float32)
-    # The merge is launched while the first stage ends (programmatic dependent launch).
-    overlap = has_dependent_launch(q.device)
-    strides = (lengths.stride(0), lengths.stride(1) if lengths.dim() == 2 else 0)
-    cut = {
-        "BLOCK_N": block_n, "LEAST": config.least,
-        "SLOTS": triton.next_power_of_2(rows * heads),
-    }  # fmt: skip
-    # A program of the merge takes all channels of a query head, or few where there are few heads.
-    few = rows * query_heads < 2 * processors(q.device)
-    columns = 64 if few else min(512, triton.next_power_of_2(v_width))
-    v = keys if isinstance(values, int) else values
-    _attend[(triton.cdiv(group, block_m), grown)](
-        q, keys, v, bias, table, lengths, parts, part_lse,
+        config = config_for(query_heads // heads, width, q.element_size(), in_keys)
+    out = torch.empty((*q.shape[:2], v_width), dtype=q.dtype, device=q.device)
+    cut = Cut(out, lengths, heads, first, config)
+    _attend[cut.grid](
+        q, keys, v, bias, table, lengths, cut.parts, cut.part_lse,
         q.stride(0), q.stride(1), *keys.stride()[:3], *v.stride()[:3],
         *(bias.stride()[:2] if bias is not None else (0, 0)),
-        table.stride(0) if table is not None else 0, *strides,
-        rows, heads, group, first, items, scaling * math.log2(math.e),
+        table.stride(0) if table is not None else 0, *cut.strides,
+        cut.rows, heads, cut.group, first, cut.items, scaling * math.log2(math.e),
         K_WIDTH=k_width, K0=k0, K1=k1, K2=k2, V_WIDTH=v_width, V0=v0, V1=v1,
         VALUES_IN_KEYS=in_keys, HAS_BIAS=bias is not None,
-        PAGED=table is not None, PAGE=page,
-        PRECISION=precision(q.dtype),
-        BLOCK_M=block_m, num_warps=config.warps, num_stages=config.stages,
-        PDL=overlap, **cut,
+        PAGED=table is not None, PAGE=page, PRECISION=precision(q.dtype),
+        BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages, **cut.constants,
     )  # fmt: skip
-    _merge[(rows * heads, group, triton.cdiv(v_width, columns))](
-        parts, part_lse, lengths, out, lse, *strides, rows, heads, group, first // block_n, items,
-        WIDTH=v_width, COLUMNS=columns, BLOCK=4096 // columns, num_warps=4,
-        PDL=overlap, **({"launch_pdl": True} if overlap else {}), **cut,
-    )  # fmt: skip
-    return out, lse
+    return cut.merge()

@@ -13,14 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode_attention.triton import MERGED, Config, _cut, _merge, _pick
+from kvtool.kernels.decode_attention.triton import Config, Cut, _cut, _pick
 from kvtool.kernels.tiles import (
     dot,
     gdc_launch_dependents,
-    has_dependent_launch,
     load_columns,
     precision,
-    processors,
     store_columns,
     tiles_of,
 )
@@ -183,45 +181,29 @@ def rebuild_decode_attention(
     Args:
         config: See :func:`config_for`, which gives it where it is not given.
     """
-    rows, query_heads, width = q.shape
+    width = q.shape[-1]
     heads, rank = decoder.shape[:2]
-    group, v_width, half = query_heads // heads, values.shape[-1], width // 2
+    v_width, half = values.shape[-1], width // 2
     if config is None:
         config = config_for(width, rank, v_width, q.element_size())
     v0, v1 = tiles_of(v_width)
     # Both halves of a block of the decoder together take 32 KB.
     block_r = (64 if half > 64 else 128) * 2 // q.element_size()
-    block_m = min(64, max(16, triton.next_power_of_2(group)))
-    items = config.items * processors(q.device)
-    grown = max(items, (items + 1) // 2 + rows * heads)
-    parts = torch.empty((grown, group, v_width), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty((grown, group), dtype=torch.float32, device=q.device)
-    out = torch.empty((rows, query_heads, v_width), dtype=q.dtype, device=q.device)
-    lse = torch.empty((rows, query_heads), dtype=torch.float32, device=q.device)
-    overlap = has_dependent_launch(q.device)  # of the merge, while the first stage ends
-    strides = (lengths.stride(0), lengths.stride(1) if lengths.dim() == 2 else 0)
+    out = torch.empty((*q.shape[:2], v_width), dtype=q.dtype, device=q.device)
+    cut = Cut(out, lengths, heads, first, config)
     z_page, z_head, z_token, _ = codes.stride()
     v_page, v_head, v_token, _ = values.stride()
-    cut = {
-        "BLOCK_N": config.block_n, "LEAST": config.least,
-        "SLOTS": triton.next_power_of_2(rows * heads),
-    }  # fmt: skip
-    _attend[(triton.cdiv(group, block_m), grown)](
-        q, codes, decoder, mean, values, cos, sin, table, lengths, parts, part_lse,
+    _attend[cut.grid](
+        q, codes, decoder, mean, values, cos, sin, table, lengths, cut.parts, cut.part_lse,
         q.stride(0), q.stride(1), z_page, z_head if codes.shape[1] > 1 else 0, z_token,
         decoder.stride(0), decoder.stride(1), 0 if mean is None else mean.stride(0),
         v_page, v_head if values.shape[1] > 1 else 0, v_token, cos.stride(0), sin.stride(0),
-        table.stride(0) if table is not None else 0, *strides,
-        rows, heads, group, first, items, scaling * math.log2(math.e),
+        table.stride(0) if table is not None else 0, *cut.strides,
+        cut.rows, heads, cut.group, first, cut.items, scaling * math.log2(math.e),
         R=rank, BLOCK_R=min(block_r, max(16, triton.next_power_of_2(rank))),
         HALF=half, BLOCK_H=max(16, triton.next_power_of_2(half)),
         V_WIDTH=v_width, V0=v0, V1=v1, PAGED=table is not None, PAGE=codes.shape[2],
-        PRECISION=precision(q.dtype), BLOCK_M=block_m,
-        num_warps=config.warps, num_stages=config.stages, PDL=overlap, **cut,
+        PRECISION=precision(q.dtype), BLOCK_M=cut.block_m,
+        num_warps=config.warps, num_stages=config.stages, **cut.constants,
     )  # fmt: skip
-    _merge[(rows * heads, group, triton.cdiv(v_width, MERGED))](
-        parts, part_lse, lengths, out, lse, *strides, rows, heads, group, first // config.block_n,
-        items, WIDTH=v_width, COLUMNS=MERGED, BLOCK=64, num_warps=4,
-        PDL=overlap, **({"launch_pdl": True} if overlap else {}), **cut,
-    )  # fmt: skip
-    return out, lse
+    return cut.merge()

@@ -22,7 +22,7 @@ from kvtool.kernels.append import Encoder, append
 from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
 from kvtool.runtime.layers import RuntimeAttention, Step, step_of
-from kvtool.runtime.pages import PagedStore, Pages, Place
+from kvtool.runtime.pages import WIDEST, PagedStore, Pages, Place
 from kvtool.runtime.split import DroppingHeads, NewTokens, PagedRings, StreamingHeads
 from kvtool.runtime.stores import Store
 
@@ -321,7 +321,8 @@ class CodedAttention(RuntimeAttention):
     def new_paged_store(self, pages: Pages) -> PagedCoded | None:
         layout, like, plan = self.stages.layout, self.stages.qkv.weight, self.code.plan
         read_as_stored = plan.kind == "rotated" and plan.parts == ("keys", "values")
-        if not read_as_stored or plan.layers > 1 or plan.bits is not None:
+        narrow = max(plan.widths) <= WIDEST
+        if not (read_as_stored and narrow) or plan.layers > 1 or plan.bits is not None:
             return None
         exact = PagedRings(
             pages.rows, layout.kv_heads, plan.sink, plan.window, layout.head_dim, like,

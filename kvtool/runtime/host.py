@@ -63,8 +63,19 @@ def load_host(
     else:
         model = checkpoint.load_transformers(dtype, device)
         apply_latent_eps(model, checkpoint.config)
-    inv_freq = rope.inv_freq.to(device)
-    like = torch.empty(0, dtype=dtype, device=device)
+    return model, swap_attention(model, rope, plan, checkpoint if factored else None)
+
+
+def swap_attention(
+    model: Any, rope: Rope, plan: Plan | None = None, factors_in: Checkpoint | None = None
+) -> list[RuntimeAttention]:
+    """Puts our attention modules into a transformers model, and returns them.
+
+    Args:
+        factors_in: Where the factors of a `kvtool_mla` model are.
+    """
+    inv_freq = rope.inv_freq.to(model.device)
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
     positions = Positions(Rope(inv_freq, rope.scale), like)
     codes = _codes(plan, positions)
     swapped: list[RuntimeAttention] = []
@@ -74,8 +85,8 @@ def load_host(
         if recognise(module, name).kind == "mla":
             latent = MultiheadLatentAttention(module, name, inv_freq)
             attention = LatentRuntimeAttention(latent, i, rope.scale)
-        elif factored:
-            factors = read_factors(checkpoint, i)
+        elif factors_in is not None:
+            factors = read_factors(factors_in, i)
             stages = FactoredAttention(GroupedQueryAttention(module, name), factors)
             attention = LatentRuntimeAttention(stages, i, rope.scale)
         else:
@@ -90,7 +101,7 @@ def load_host(
         layer.self_attn = attention
         swapped.append(attention)
     DecodeLinear.replace_in(model)
-    return model, swapped
+    return swapped
 
 
 def _codes(plan: Plan | None, positions: Positions) -> list[tuple[Code, int]]:

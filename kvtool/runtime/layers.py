@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvtool.attention import GroupedQueryAttention, rotate
 from kvtool.kernels.linear import linear, pack, packed_linear
 from kvtool.latent import LatentAttention
-from kvtool.runtime.pages import PagedHeads, PagedLatents, Pages, Place
+from kvtool.runtime.pages import WIDEST, PagedHeads, PagedLatents, Pages, Place
 from kvtool.runtime.stores import DenseStore, LatentStore, Store
 
 
@@ -178,8 +178,10 @@ class LatentRuntimeAttention(RuntimeAttention):
         like = stages.value_up
         return LatentStore(rows, capacity, stages.rank, stages.rope_dim, like, stages.scaling)
 
-    def new_paged_store(self, pages: Pages) -> PagedLatents:
+    def new_paged_store(self, pages: Pages) -> PagedLatents | None:
         stages = self.stages
+        if stages.rank > WIDEST:
+            return None
         return PagedLatents(pages, stages.rank, stages.rope_dim, stages.value_up, stages.scaling)
 
     def attention(self, hidden: Tensor, step: Step, store: LatentStore | PagedLatents) -> Tensor:

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from kvtool.runtime.split import NewTokens
 
 
+WIDEST = 640
+"""Of what a kernel sums up for all query heads at once, in numbers."""
+
+
 class Pages:
     """Which pages belong to which row, the same in all layers.
 

@@ -1,0 +1,712 @@
+"""Checks and times every kernel on a GPU, and decoding from end to end, in one call.
+
+    python -m benchmarks.gpu --out benchmarks/results/gpu.json        # inside 9 minutes
+    TRITON_INTERPRET=1 python -m benchmarks.gpu --out FILE --tiny     # does it all work?
+
+Every kernel is checked against its contract in plain torch first, on the inputs that are timed; one
+that fails gets no speed. Times are medians over replays of a CUDA graph of several calls, whose
+inputs together are larger than the L2 cache. Bandwidth is that of the bytes that must be read
+and written, beside a copy of 2 GiB measured in the same process. The file is written row by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+os.environ.setdefault("KVTOOL_KERNELS", "triton")
+
+from kvtool.attention import Rope
+from kvtool.evaluate.throughput import environment
+from kvtool.kernels.append import append
+from kvtool.kernels.decode_attention import merge, paged_decode_attention
+from kvtool.kernels.decode_attention import reference as decode_reference
+from kvtool.kernels.hadamard import hadamard
+from kvtool.kernels.latent_attention import paged_latent_attention
+from kvtool.kernels.rebuild_attention import rebuild_decode_attention
+from kvtool.kernels.rebuild_attention import reference as rebuild_reference
+from kvtool.kernels.ssd import reference as ssd_reference
+from kvtool.kernels.ssd import ssd_chunked, ssd_step
+from kvtool.kernels.streaming_attention import reference as streaming_reference
+from kvtool.kernels.streaming_attention import streaming_attention
+
+PAGE = 64
+BFLOAT16 = torch.bfloat16
+TOLERANCE = 1.5e-2
+"""Of the root mean square of an error over that of what was expected, in bfloat16."""
+ROTATED_BYTES = 3e8
+"""What the inputs that a graph goes through take together at least."""
+
+
+@dataclass
+class Case:
+    """Something to measure.
+
+    Attributes:
+        kernel: What it belongs to in the table.
+        nbytes: That one call must read and write; flops: that it must do.
+        runs: The same call on several inputs.
+        error: Of the first of them, as :func:`rms_ratio` has it; None for other people's code.
+    """
+
+    kernel: str
+    shape: str
+    batch: int
+    tokens: int
+    nbytes: float
+    flops: float
+    runs: list[Callable[[], Any]]
+    error: Callable[[], float] | None
+    others: dict[str, list[Callable[[], Any]]] = field(default_factory=dict)
+
+
+def rms_ratio(found: Tensor, expected: Tensor) -> float:
+    """Root mean square of the error over that of what was expected."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+class Bench:
+    """Measures cases on one device and writes what it found."""
+
+    def __init__(self, out: Path, device: torch.device, seconds: float) -> None:
+        self.out, self.device = out, device
+        self.deadline = time.perf_counter() + seconds
+        self.rows: list[dict[str, Any]] = []
+        self.header = environment(device, BFLOAT16)
+        if device.type == "cuda":
+            import triton
+
+            self.header["versions"]["triton"] = triton.__version__
+        self.copy = self._copy_bandwidth()
+        self.header |= {"copy_bytes_per_second": self.copy, "matmul_flops": self._matmul()}
+
+    def late(self, seconds: float = 0.0) -> bool:
+        """Whether so many seconds are not left."""
+        return time.perf_counter() + seconds > self.deadline
+
+    def seconds(self, runs: list[Callable[[], Any]], repeats: int = 10) -> float:
+        """Median time of a call."""
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            runs[0]()
+            return time.perf_counter() - started
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for run in runs:
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph, calls = torch.cuda.CUDAGraph(), max(4, len(runs))
+        with torch.cuda.graph(graph):
+            for i in range(calls):
+                runs[i % len(runs)]()
+        graph.replay()
+        return median(self._events(graph.replay, repeats)) / calls
+
+    def _events(self, run: Callable[[], Any], repeats: int) -> list[float]:
+        found = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            found.append(begin.elapsed_time(end) / 1e3)
+        return found
+
+    def _copy_bandwidth(self) -> float:
+        if self.device.type != "cuda":
+            return float("nan")
+        x = torch.randn(2**30, device=self.device, dtype=BFLOAT16)
+        y = torch.empty_like(x)
+        y.copy_(x)
+        return 2 * x.nbytes / median(self._events(lambda: y.copy_(x), 20))
+
+    def _matmul(self) -> float:
+        if self.device.type != "cuda":
+            return float("nan")
+        a, b = (torch.randn(8192, 8192, device=self.device, dtype=BFLOAT16) for _ in range(2))
+        a @ b
+        return 2 * 8192**3 / median(self._events(lambda: a @ b, 10))
+
+    def measure(self, case: Case) -> None:
+        """Checks a case and times it, beside what others do on the same."""
+        row: dict[str, Any] = {
+            "kernel": case.kernel, "shape": case.shape, "batch": case.batch, "tokens": case.tokens,
+            "bytes": case.nbytes, "flops": case.flops,
+        }  # fmt: skip
+        try:
+            row["error"] = case.error() if case.error else None
+            if row["error"] is not None and not row["error"] <= TOLERANCE:
+                raise ArithmeticError(f"wrong by {row['error']:.3g}")
+            row["seconds"] = self.seconds(case.runs)
+            row["share_of_copy"] = case.nbytes / row["seconds"] / self.copy
+            row["tflops"] = case.flops / row["seconds"] / 1e12
+        except Exception as failure:  # the others are to be measured all the same
+            row["failed"] = f"{type(failure).__name__}: {failure}"[:300]
+        for name, runs in case.others.items():
+            try:
+                row[f"{name}_seconds"] = self.seconds(runs)
+            except Exception as failure:
+                row[f"{name}_failed"] = f"{type(failure).__name__}: {failure}"[:200]
+        self.add(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keeps a row."""
+        self.rows.append(row)
+        said = {k: v for k, v in row.items() if k not in ("bytes", "flops")}
+        print(" ".join(f"{k}={_short(v)}" for k, v in said.items() if v is not None), flush=True)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps({**self.header, "rows": self.rows}, indent=1) + "\n")
+
+
+def _short(x: Any) -> str:
+    return f"{x:.4g}" if isinstance(x, float) else str(x)
+
+
+def normal(device: torch.device, *shape: int) -> Tensor:
+    """Standard normal numbers in bfloat16."""
+    return torch.empty(shape, dtype=BFLOAT16, device=device).normal_()
+
+
+def copies(nbytes: float) -> int:
+    """How many inputs are rotated."""
+    return max(1, min(4, int(ROTATED_BYTES // nbytes) + 1))
+
+
+def paged(device: torch.device, batch: int, tokens: int, heads: int, *widths: int) -> list[Tensor]:
+    """Planes of as many widths, the table of their pages in random order, and the lengths."""
+    pages = batch * -(-tokens // PAGE)
+    table = torch.randperm(pages, device=device).view(batch, -1).int()
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device=device)
+    return [*(normal(device, pages, heads, PAGE, width) for width in widths), table, lengths]
+
+
+def first_row(table: Tensor, lengths: Tensor, *planes: Tensor) -> list[Tensor]:
+    """The first row alone, its pages side by side."""
+    own = table[0].long()
+    order = torch.arange(len(own), dtype=torch.int32, device=table.device)[None]
+    return [*(plane[own] for plane in planes), order, lengths[:1]]
+
+
+# --------------------------------------------------------------------------------- attention
+
+
+def decode_cases(
+    device: torch.device, shapes: dict[str, tuple[int, int, int]], sizes: list[tuple[int, int]]
+) -> Iterator[Case]:
+    """Every token of every head, as without a plan; beside torch on contiguous rows."""
+    for name, (queries, heads, width) in shapes.items():
+        for batch, tokens in sizes:
+            nbytes = batch * tokens * heads * width * 4
+            if device.type == "cuda" and nbytes > 0.3 * torch.cuda.mem_get_info()[1]:
+                continue
+            inputs = []
+            for _ in range(copies(nbytes)):
+                keys, values, table, lengths = paged(device, batch, tokens, heads, width, width)
+                q = normal(device, batch, queries, width)
+                inputs.append((q, keys, values, lengths, width**-0.5, table))
+
+            def error(inputs: list[Any] = inputs) -> float:
+                q, keys, values, lengths, scaling, table = inputs[0]
+                found, _ = paged_decode_attention(*inputs[0])
+                keys, values, table, lengths = first_row(table, lengths, keys, values)
+                exact, _ = decode_reference.paged_decode_attention(
+                    q[:1].float(), keys, values, lengths, scaling, table
+                )
+                return rms_ratio(found[:1], exact)
+
+            # Contiguous rows of the same bytes: pages are as good as any random numbers.
+            def rows_of(plane: Tensor, batch: int = batch, tokens: int = tokens) -> Tensor:
+                pages, heads, page, width = plane.shape
+                return plane.view(batch, heads, pages // batch * page, width)[:, :, :tokens]
+
+            sdpa = [
+                lambda x=x: F.scaled_dot_product_attention(
+                    x[0][:, :, None], rows_of(x[1]), rows_of(x[2]), enable_gqa=True
+                )
+                for x in inputs
+            ]
+            yield Case(
+                "decode_attention", name, batch, tokens, nbytes,
+                4 * batch * tokens * queries * width,
+                [lambda x=x: paged_decode_attention(*x) for x in inputs],
+                error, {"sdpa": sdpa},
+            )  # fmt: skip
+
+
+def flex_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
+    """FlexAttention decoding, on the rows that decode_attention reads above."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex = torch.compile(flex_attention, dynamic=False)
+    queries, heads, width = 32, 8, 128
+    nbytes = batch * tokens * heads * width * 4
+    runs = []
+    for _ in range(copies(nbytes)):
+        keys, values = (normal(device, batch, heads, tokens, width) for _ in range(2))
+        q = normal(device, batch, queries, 1, width)
+        runs.append(lambda q=q, k=keys, v=values: flex(q, k, v, enable_gqa=True))
+    yield Case("flex_attention", "Llama-3-8B", batch, tokens, nbytes, 0, runs, None)
+
+
+def latent_cases(
+    device: torch.device, shapes: dict[str, tuple[int, int, int]], sizes: list[tuple[int, int]]
+) -> Iterator[Case]:
+    """Absorbed MLA."""
+    for name, (queries, rank, rope) in shapes.items():
+        for batch, tokens in sizes:
+            nbytes = batch * tokens * (rank + rope) * 2
+            inputs = []
+            for _ in range(copies(nbytes)):
+                latents, table, lengths = paged(device, batch, tokens, 1, rank + rope)
+                q = normal(device, batch, queries, rank + rope)
+                scaling = (rank + rope) ** -0.5
+                inputs.append((q, latents[:, 0], rank, lengths, scaling, table))
+
+            def error(inputs: list[Any] = inputs) -> float:
+                q, latents, rank, lengths, scaling, table = inputs[0]
+                found, _ = paged_latent_attention(*inputs[0])
+                own, table, lengths = first_row(table, lengths, latents[:, None])
+                exact, _ = decode_reference.paged_decode_attention(
+                    q[:1].float(), own, rank, lengths, scaling, table
+                )
+                return rms_ratio(found[:1], exact)
+
+            yield Case(
+                "latent_attention", name, batch, tokens, nbytes,
+                2 * batch * tokens * queries * (2 * rank + rope),
+                [lambda x=x: paged_latent_attention(*x) for x in inputs], error,
+            )  # fmt: skip
+
+
+def split_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
+    """A layer of Llama-3-8B half of whose heads stream."""
+    queries, heads, width, sink, window = 32, 8, 128, 4, 256
+    scaling, half, ring = width**-0.5, heads // 2, sink + window
+    keys, values, table, lengths = paged(device, batch, tokens, half, width, width)
+    near = [normal(device, batch, half, ring, width) for _ in range(2)]
+    near_lengths = lengths.clamp(max=ring)
+    own = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    q = normal(device, batch, queries, width)
+    full, streaming = q[:, : queries // 2].contiguous(), q[:, queries // 2 :].contiguous()
+
+    def split() -> Tensor:
+        far, _ = paged_decode_attention(full, keys, values, lengths, scaling, table)
+        close, _ = paged_decode_attention(streaming, *near, near_lengths, scaling, own)
+        return torch.cat((far, close), dim=1)
+
+    def split_error() -> float:
+        planes = first_row(table, lengths, keys, values)
+        far, _ = decode_reference.paged_decode_attention(
+            full[:1].float(), *planes[:2], planes[3], scaling, planes[2]
+        )
+        close, _ = decode_reference.paged_decode_attention(
+            streaming[:1].float(), *(x[:1] for x in near), near_lengths[:1], scaling
+        )
+        return rms_ratio(split()[:1], torch.cat((far, close), dim=1))
+
+    yield Case(
+        "plan", "Llama-3-8B, half of the heads stream", batch, tokens,
+        4 * batch * half * width * (tokens + ring), 2 * batch * tokens * queries * width, [split],
+        split_error,
+    )  # fmt: skip
+
+
+def code_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
+    """The same with codes of half the width, read as they are and rebuilt."""
+    queries, heads, width = 32, 8, 128
+    scaling, rank = width**-0.5, heads * width // 2
+    q = normal(device, batch, queries, width)
+    own = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    key_codes, value_codes, table, lengths = paged(device, batch, tokens, 1, rank, rank)
+    exact = [normal(device, batch, heads, 68, width) for _ in range(2)]
+    code_q = normal(device, batch, queries, rank)
+    decode = normal(device, queries, rank, width) * rank**-0.5
+
+    def codes() -> Tensor:
+        close, close_mass = paged_decode_attention(q, *exact, lengths.clamp(max=68), scaling, own)
+        far, far_mass = paged_decode_attention(
+            code_q, key_codes, value_codes, lengths - 64, scaling, table, 4
+        )
+        read = torch.matmul(far.transpose(0, 1), decode).transpose(0, 1)
+        return merge((close, read), (close_mass, far_mass))
+
+    def codes_error() -> float:
+        found, _ = paged_decode_attention(
+            code_q, key_codes, value_codes, lengths - 64, scaling, table, 4
+        )
+        planes = first_row(table, lengths, key_codes, value_codes)
+        wanted, _ = decode_reference.paged_decode_attention(
+            code_q[:1].float(), *planes[:2], planes[3] - 64, scaling, planes[2], 4
+        )
+        return rms_ratio(found[:1], wanted)
+
+    yield Case(
+        "plan", "Llama-3-8B, codes of half the width", batch, tokens, 4 * batch * tokens * rank,
+        4 * batch * tokens * queries * rank, [codes], codes_error,
+    )  # fmt: skip
+    decoder = normal(device, heads, rank, width) * rank**-0.5
+    rope = Rope(500000.0 ** -(torch.arange(0, width, 2, device=device) / width))
+    cos, sin = (x.to(BFLOAT16) for x in rope.tables(torch.arange(tokens, device=device)))
+    arguments = (q, key_codes, decoder, value_codes, cos, sin, lengths - 64, scaling, table, 4)
+
+    def rebuilt_error() -> float:
+        found, _ = rebuild_decode_attention(*arguments)
+        planes = first_row(table, lengths, key_codes, value_codes)
+        wanted, _ = rebuild_reference.rebuild_decode_attention(
+            q[:1].float(), planes[0], decoder, planes[1], cos, sin, planes[3] - 64, scaling,
+            planes[2], 4,
+        )  # fmt: skip
+        return rms_ratio(found[:1], wanted)
+
+    yield Case(
+        "plan", "Llama-3-8B, codes of half the width, keys rebuilt", batch, tokens,
+        4 * batch * tokens * rank,
+        2 * batch * tokens * (heads * rank * width + queries * (width + rank)),
+        [lambda: rebuild_decode_attention(*arguments)], rebuilt_error,
+    )  # fmt: skip
+
+
+def streaming_cases(device: torch.device, tokens: int) -> Iterator[Case]:
+    """Reading a prompt with the streaming heads of Llama-3-8B."""
+    queries, heads, width, sink, window = 32, 8, 128, 64, 256
+    q, k, v = (normal(device, 1, n, tokens, width) for n in (queries, heads, heads))
+
+    def error() -> float:
+        exact = streaming_reference.streaming_attention(
+            *(x.float() for x in (q, k, v)), sink, window, width**-0.5
+        )
+        return rms_ratio(streaming_attention(q, k, v, sink, window, width**-0.5), exact)
+
+    def dense() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    others: dict[str, list[Callable[[], Any]]] = {"sdpa_causal": [dense]}
+    if device.type == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j <= i) & ((j < sink) | (i - j < window))
+
+        mask = create_block_mask(seen, None, None, tokens, tokens, device=device)
+        flex = torch.compile(flex_attention, dynamic=False)
+        others["flex"] = [lambda: flex(q, k, v, block_mask=mask, enable_gqa=True)]
+    yield Case(
+        "streaming_attention", "Llama-3-8B prompt, sinks 64, window 256", 1, tokens,
+        2 * tokens * width * (2 * queries + 2 * heads), 4 * tokens * queries * width * 320,
+        [lambda: streaming_attention(q, k, v, sink, window, width**-0.5)], error, others,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- everything else
+
+
+def state_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
+    """Mamba-2 of the shapes of Llama-3-8B after conversion: a group per head."""
+    heads, size = 32, 128
+    x, b, c = (normal(device, batch, tokens, heads, size) for _ in range(3))
+    b, c = b * size**-0.5, c * size**-0.5
+    dt = torch.rand(batch, tokens, heads, device=device) * 0.1
+    a = -torch.rand(heads, device=device) - 0.5
+
+    def error() -> float:
+        part = [one[:1, :2048] for one in (x, dt)], [one[:1, :2048] for one in (b, c)]
+        found = ssd_chunked(*part[0], a, *part[1])
+        exact = ssd_reference.ssd_chunked(
+            part[0][0].float(), part[0][1], a, *(one.float() for one in part[1])
+        )
+        return max(rms_ratio(*pair) for pair in zip(found, exact, strict=True))
+
+    others: dict[str, list[Callable[[], Any]]] = {}
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        pass
+    else:
+
+        def fla() -> Any:
+            written = x * dt[..., None].to(BFLOAT16)
+            return chunk_simple_gla(c, b, written, dt * a, scale=1.0, output_final_state=True)
+
+        others["fla"] = [fla]
+    chunk = 64
+    yield Case(
+        "ssd", "32 heads of 128 x 128, scan", batch, tokens,
+        2.0 * 4 * x.numel(), 2.0 * batch * tokens * heads * (2 * chunk * size + 2 * size * size),
+        [lambda: ssd_chunked(x, dt, a, b, c)], error, others,
+    )  # fmt: skip
+    rows = 64 if device.type == "cuda" else batch
+    state = torch.randn(rows, heads, size, size, device=device)
+    one = [normal(device, rows, heads, size) for _ in range(3)]
+    step = torch.rand(rows, heads, device=device)
+
+    def step_error() -> float:
+        held = [state.clone() for _ in range(2)]
+        found = ssd_step(one[0], step, a, one[1], one[2], held[0])
+        wide = [x.float() for x in one]
+        exact = ssd_reference.ssd_step(wide[0], step, a, wide[1], wide[2], held[1])
+        return max(rms_ratio(found, exact), rms_ratio(*held))
+
+    yield Case(
+        "ssd", "32 heads of 128 x 128, step", rows, 1, 2.0 * state.nbytes, 6.0 * state.numel(),
+        [lambda: ssd_step(one[0], step, a, one[1], one[2], state)], step_error,
+    )  # fmt: skip
+
+
+def small_cases(device: torch.device) -> Iterator[Case]:
+    """What a decode step does besides attention."""
+    rows, queries, heads, width = 64, 32, 8, 128
+    k, v = (normal(device, rows, heads, width) for _ in range(2))
+    q = normal(device, rows, queries, width)
+    cos, sin = (torch.randn(rows, width, device=device).to(BFLOAT16) for _ in range(2))
+    planes = [normal(device, rows + 1, heads, PAGE, width) for _ in range(2)]
+    slots = torch.arange(rows, device=device) * PAGE + 17
+
+    def error() -> float:
+        found = append(k, v, cos, sin, *planes, slots, q)
+        at = slots // PAGE, slots % PAGE
+        real, imag = q.float().chunk(2, dim=-1)
+        exact = q.float() * cos[:, None] + torch.cat((-imag, real), dim=-1) * sin[:, None]
+        assert found is not None
+        return rms_ratio(found, exact) + rms_ratio(planes[1][at[0], :, at[1]], v)
+
+    yield Case(
+        "append", "Llama-3-8B", rows, 1, 2.0 * 2 * rows * width * (queries + 2 * heads), 0,
+        [lambda: append(k, v, cos, sin, *planes, slots, q)], error,
+    )  # fmt: skip
+    x = normal(device, 2**20 if device.type == "cuda" else 64, width)
+
+    def hadamard_error() -> float:
+        matrix = hadamard(torch.eye(width, device=device))
+        return rms_ratio(hadamard(x), x.float() @ matrix)
+
+    yield Case(
+        "hadamard", "width 128", x.shape[0], 1, 2.0 * x.nbytes, x.numel() * 7.0,
+        [lambda: hadamard(x)], hadamard_error,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- end to end
+
+
+def end_to_end(bench: Bench, layers: int, batch: int, tokens: int, shrink: int = 1) -> None:
+    """Decode tokens/s of the shape of Llama-3-8B with random weights, behind random caches."""
+    from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+    from kvtool.attention import decoder_layers, rope_of
+    from kvtool.codes import CodePlan, code_shapes
+    from kvtool.plan import Base, LayerPlan, Plan
+    from kvtool.runtime import Engine
+    from kvtool.runtime.host import swap_attention
+
+    config = LlamaConfig(
+        hidden_size=4096 // shrink, intermediate_size=14336 // shrink, num_hidden_layers=layers,
+        num_attention_heads=32 // shrink, num_key_value_heads=8 // min(shrink, 4), head_dim=128,
+        vocab_size=128256 // shrink, max_position_embeddings=tokens + 1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, dtype="bfloat16",
+    )  # fmt: skip
+    with bench.device:
+        model = AutoModelForCausalLM.from_config(config, dtype=BFLOAT16).eval()
+    heads, width = config.num_key_value_heads, config.head_dim
+    originals = [layer.self_attn for layer in decoder_layers(model)]
+    shape = f"Llama-3-8B, {layers} layers"
+
+    def add(name: str, seconds: float, cache_bytes: int | None) -> None:
+        bench.add(
+            {
+                "kernel": "end to end", "shape": f"{shape}, {name}", "batch": batch,
+                "tokens": tokens, "seconds": seconds, "tokens_per_second": batch / seconds,
+                "cache_bytes": cache_bytes,
+            }
+        )  # fmt: skip
+
+    base = Base("random", "", "", layers, heads, width)
+    plain = LayerPlan((False,) * heads)
+    half = CodePlan("rotated", 1, (heads * width // 2,) * 2)
+    tensors: dict[str, Tensor] = {}
+    for i in range(layers):
+        for name, size in code_shapes(i, half, base.channels, half.widths).items():
+            tensors[name] = (
+                torch.randn(size) * size[-1] ** -0.5
+                if len(size) > 1
+                else (torch.zeros(size) if name.endswith("mean") else torch.ones(size))
+            )
+    streams = tuple(head % 2 == 1 for head in range(heads))
+    plans = {
+        "dense": None,
+        "codes of half the width": Plan(
+            base, (plain,) * layers, codes=(half,) * layers, allocation="even", tensors=tensors
+        ),
+        "half of the heads stream": Plan(base, (LayerPlan(streams, 4, 256),) * layers),
+    }
+    for name, plan in plans.items():
+        if bench.late(20):
+            return
+        for layer, module in zip(decoder_layers(model), originals, strict=True):
+            layer.self_attn = module
+        attentions = swap_attention(model, rope_of(config), plan)
+        checkpoint: Any = SimpleNamespace(tokenizer=lambda: SimpleNamespace(eos_token_id=0))
+        engine = Engine(checkpoint, model, attentions, plan)
+        add(name, *_decode_seconds(engine, batch, tokens))
+        del engine, attentions
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if bench.late(40):
+        return
+    for layer, module in zip(decoder_layers(model), originals, strict=True):
+        layer.self_attn = module
+    past = DynamicCache(config=config)
+    for i in range(layers):
+        past.update(*(normal(bench.device, batch, heads, tokens, width) for _ in range(2)), i)
+    prompt = torch.ones(batch, tokens + 1, dtype=torch.long, device=bench.device)
+    stamps: list[float] = []
+
+    class Stamps:
+        def put(self, _: Tensor) -> None:
+            _wait(bench.device)
+            stamps.append(time.perf_counter())
+
+        def end(self) -> None:
+            """Nothing is left to say."""
+
+    with torch.inference_mode():
+        model.generate(
+            prompt, past_key_values=past, max_new_tokens=8, min_new_tokens=8, do_sample=False,
+            streamer=_PerStep(Stamps()), attention_mask=torch.ones_like(prompt),
+        )  # fmt: skip
+    between = [after - before for before, after in pairwise(stamps[2:])]
+    add("transformers generate", median(between), 2 * 2 * layers * batch * heads * width * tokens)
+
+
+def _decode_seconds(engine: Any, batch: int, tokens: int) -> tuple[float, int]:
+    """Median time of a decode step behind caches of random numbers, and the bytes of these."""
+    cache = engine.new_cache(batch, tokens + 64)
+    for store in cache.stores:
+        for part in (store, *(getattr(store, x, None) for x in ("full", "streaming", "exact"))):
+            for plane in (getattr(part, "planes", None) or {}).values():
+                plane.normal_()
+    cache.lengths = [tokens] * batch
+    ids = torch.ones(batch, dtype=torch.long)
+    found = []
+    for _ in range(19):
+        _wait(engine.device)
+        started = time.perf_counter()
+        engine.decode(cache, ids)
+        _wait(engine.device)
+        found.append(time.perf_counter() - started)
+    return median(found[3:]), cache.allocated_bytes
+
+
+class _PerStep:
+    """Lets `generate` report every step of a batch, which its own streamers refuse."""
+
+    def __init__(self, stamps: Any) -> None:
+        self.put, self.end = stamps.put, stamps.end
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def show(bench: Bench) -> None:
+    """One table of everything."""
+    table = Table(title=f"{bench.header['device']}, copy {bench.copy / 1e12:.2f} TB/s")
+    for name in ("kernel", "shape", "batch", "tokens", "µs", "of copy", "TFLOP/s", "others (µs)"):
+        table.add_column(name)
+    for row in bench.rows:
+        others = " ".join(
+            f"{key.removesuffix('_seconds')} {value * 1e6:.1f}"
+            for key, value in row.items()
+            if key.endswith("_seconds")
+        )
+        seconds = row.get("seconds")
+        if "tokens_per_second" in row:
+            others = f"{row['tokens_per_second']:.1f} tokens/s"
+        table.add_row(
+            row["kernel"], row["shape"], str(row["batch"]), str(row["tokens"]),
+            f"{seconds * 1e6:.1f}" if seconds else f"[red]{row.get('failed')}",
+            f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else "",
+            f"{row['tflops']:.1f}" if "tflops" in row else "", others,
+        )  # fmt: skip
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    """Parses and measures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=500, help="stop after so many")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
+    asked = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench = Bench(asked.out, device, asked.seconds)
+    torch.manual_seed(0)
+    grouped = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
+    latents = {
+        "SmolLM2-135M, MLA at 50 %": (9, 160, 32),
+        "16 heads, 512 + 64": (16, 512, 64),
+        "Llama-3-8B, MLA at 25 %": (32, 448, 64),
+        "DeepSeek-V3": (128, 512, 64),
+    }
+    groups: list[Iterator[Case]]
+    if asked.tiny:
+        groups = [
+            decode_cases(device, {"SmolLM2-135M": (9, 3, 64)}, [(2, 100)]),
+            latent_cases(device, {"SmolLM2-135M": (9, 160, 32)}, [(2, 100)]),
+            split_cases(device, 1, 100),
+            code_cases(device, 1, 100),
+            small_cases(device),
+            state_cases(device, 1, 100),
+            streaming_cases(device, 100),
+        ]
+    else:
+        sizes = [(b, n) for n in (4096, 32768, 131072) for b in (1, 8, 64)]
+        short = [(1, 4096), (64, 4096), (1, 32768), (8, 32768), (64, 32768), (8, 131072)]
+        groups = [
+            decode_cases(device, grouped, sizes),
+            latent_cases(device, latents, short),
+            split_cases(device, 8, 32768),
+            code_cases(device, 8, 32768),
+            small_cases(device),
+            state_cases(device, 4, 8192),
+            streaming_cases(device, 32768),
+        ]
+    for cases in groups:
+        for case in cases:
+            if bench.late(15):
+                break
+            bench.measure(case)
+            del case
+    if asked.tiny:
+        end_to_end(bench, 2, 2, 100, shrink=16)
+    else:
+        end_to_end(bench, 32, 8, 32768)
+        for batch in (1, 8):
+            for case in flex_cases(device, batch, 32768):
+                if not bench.late(20):
+                    bench.measure(case)
+    show(bench)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from kvtool.convert import conversion, planning
 from kvtool.kernels.dispatch import VARIABLE
 from kvtool.plan import LayerPlan, Plan, base_of
 from kvtool.runtime import Engine
+from kvtool.runtime.layers import FusedNorm
 from kvtool.runtime.scheduler import Request, Scheduler
 from kvtool.runtime.stores import PAGE
 
@@ -160,3 +161,15 @@ def test_a_decode_step_waits_for_nothing(engines, kind):
             paged.decode(cache, ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_fused_norms_are_the_model_s(tiny, family):
+    checkpoint, ids = Checkpoint.open(str(tiny(family))), tokens(9)
+    model = checkpoint.load_transformers(torch.float32)
+    with torch.inference_mode():
+        expected = model(ids[None]).logits
+        FusedNorm.replace_in(model)
+        found = model(ids[None]).logits
+    assert sum(isinstance(module, FusedNorm) for module in model.modules()) >= 7
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -28,6 +28,7 @@ from kvtool.runtime.coded import CodedAttention
 from kvtool.runtime.layers import (
     DecodeLinear,
     DenseAttention,
+    FusedNorm,
     LatentRuntimeAttention,
     RuntimeAttention,
 )
@@ -74,6 +75,8 @@ def swap_attention(
     Args:
         factors_in: Where the factors of a `kvtool_mla` model are.
     """
+    if model.device.type == "cuda":
+        FusedNorm.replace_in(model)
     inv_freq = rope.inv_freq.to(model.device)
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     positions = Positions(Rope(inv_freq, rope.scale), like)

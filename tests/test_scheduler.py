@@ -10,7 +10,7 @@ from _convert_tools import one_thread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_codes import coded
-from test_split_store import MIXED, make_plan
+from test_split_store import MIXED, SINK, WINDOW, make_plan
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import conversion, planning
@@ -23,6 +23,7 @@ one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 KINDS = ("dense", "windowed", "split", "streamed", "budgeted", "coded", "mla", "kvtool-mla")
 PIECE = 16
 GIGABYTE = 2**30
+RING, HEADS = SINK + WINDOW, 6  # of a streaming head, and of all layers of the plans
 OPTIONS: dict[str, Any] = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.function_scoped_fixture],
@@ -260,6 +261,25 @@ def test_what_plans_have_dropped_is_not_shared(engine):
     drain(scheduler)
     assert [request.cached for request in twins] == [0, 0]
     assert scheduler.used == 0
+
+
+def test_what_plans_drop_is_counted(engine):
+    dropped = {}
+    for kind in ("dense", "split", "streamed", "budgeted"):
+        scheduler = Scheduler(engine(kind), GIGABYTE, piece=PIECE)
+        scheduler.add(Request(prompt(40), 5, ignore_eos=True))
+        drain(scheduler)
+        dropped[kind] = scheduler.counters.dropped_tokens
+        cancelled = Request(prompt(40), 5)
+        scheduler.add(cancelled)
+        scheduler.step()  # 16 tokens of the prompt
+        scheduler.cancel(cancelled)
+        more = scheduler.counters.dropped_tokens - dropped[kind]
+        assert more == (3 * (PIECE - RING) / HEADS if kind == "streamed" else 0)
+    # 44 tokens were stored.
+    assert dropped["dense"] == 0
+    assert dropped["split"] == dropped["streamed"] == 3 * (44 - RING) / HEADS
+    assert dropped["budgeted"] == (31 + 35 + 33) / HEADS
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_read(engine):

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import httpx
 import psutil
@@ -128,12 +128,24 @@ class Server:
     def resume(self) -> None:
         os.killpg(self.pid, signal.SIGCONT)
 
+    def cpu_seconds(self) -> float:
+        """Spent so far by all of its processes."""
+        first = psutil.Process(self.pid)
+        spent = [process.cpu_times() for process in (first, *first.children(recursive=True))]
+        return sum(times.user + times.system for times in spent)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
 
 @contextmanager
-def process(command: list[str], environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """A server on a free port, up and running."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+def process(
+    command: list[str], environment: Mapping[str, str] | None = None, port: int | None = None
+) -> Iterator[Server]:
+    """A server, up and running, on a free port if none is said."""
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     quiet |= {"start_new_session": True, "env": {**os.environ, **(environment or {})}}
@@ -179,7 +191,8 @@ def decode(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, dic
     """Tokens/s of all clients together while all of them decode, by prompt length and server.
 
     All servers are up; those whose turn it is not are stopped. Prompts are the same for all, and
-    the same in every round, so that a server with a prefix cache reads them once.
+    the same in every round, so that a server with a prefix cache reads them once. Where other work
+    takes processors away, tokens per second of processor time are the better comparison.
     """
     folder, dtype = str(checkpoint.path), ["--dtype", options.dtype]
     ours = [sys.executable, "-m", "kvtool", "serve-local"]
@@ -201,30 +214,38 @@ def decode(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, dic
         for server in running.values():
             server.pause()
         for length in options.prompts:
-            rates: dict[str, list[float]] = {name: [] for name in running}
+            rounds: list[dict[str, Rate]] = []
             for _ in range(options.repeats):
+                rounds.append({})
                 for name, server in running.items():
                     server.resume()
-                    rate = asyncio.run(together(server.url, clients, length, options.tokens))
+                    rate = asyncio.run(together(server, clients, length, options.tokens))
                     time.sleep(1)  # until it has noticed that all have left
                     server.pause()
-                    rates[name].append(rate)
-                    print(f"{length} tokens, {name}: {rate:.1f}", file=sys.stderr)
-            medians = {name: statistics.median(rate) for name, rate in rates.items()}
-            found[str(length)] = {"each": rates, "median": medians}
-            if theirs := medians.get("vllm"):
-                found[str(length)]["of_vllm"] = {n: rate / theirs for n, rate in medians.items()}
+                    rounds[-1][name] = rate
+                    print(f"{length} tokens, {name}: {rate}", file=sys.stderr)
+            found[str(length)] = {"rounds": rounds} | {
+                key: {name: statistics.median(r[name][key] for r in rounds) for name in running}
+                for key in ("per_second", "per_cpu_second")
+            }
     return found
 
 
-async def together(url: str, clients: int, length: int, tokens: int) -> float:
-    """Tokens/s from when the last of the clients has its first token, for `tokens` of each."""
+class Rate(TypedDict):
+    """Tokens of all clients per second, and per second of processor time of the whole server."""
+
+    per_second: float
+    per_cpu_second: float
+
+
+async def together(server: Server, clients: int, length: int, tokens: int) -> Rate:
+    """From when the last of the clients has its first token, until each has some `tokens` more."""
     came: list[float] = []
     waiting = set(range(clients))
-    begun = 0
+    begun, cpu = 0, 0.0
 
     async def one(client: httpx.AsyncClient, number: int) -> None:
-        nonlocal begun
+        nonlocal begun, cpu
         chance = random.Random(f"{length} {number}")
         body = {
             "model": model, "prompt": [chance.randrange(100, 20_000) for _ in range(length)],
@@ -238,20 +259,22 @@ async def together(url: str, clients: int, length: int, tokens: int) -> float:
                 came.append(time.perf_counter())
                 if number in waiting:
                     waiting.remove(number)
-                    begun = len(came)
+                    begun, cpu = len(came), server.cpu_seconds()
                 if not waiting and len(came) >= begun + clients * tokens:
                     return
 
-    async with httpx.AsyncClient(base_url=url, timeout=1800) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=1800) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         asking = [asyncio.create_task(one(client, n)) for n in range(clients)]
         await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        cpu = server.cpu_seconds() - cpu
         for task in asking:
             task.cancel()
         for outcome in await asyncio.gather(*asking, return_exceptions=True):
             if isinstance(outcome, Exception):
                 raise outcome
-    return (len(came) - begun) / (came[-1] - came[begun - 1])
+    drawn = len(came) - begun
+    return {"per_second": drawn / (came[-1] - came[begun - 1]), "per_cpu_second": drawn / cpu}
 
 
 # ---------------------------------------------------------------------------------- memory
@@ -325,30 +348,41 @@ def overhead(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, f
 
 
 def load(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
-    """64 clients, of whom some leave in the middle: what was answered, and what memory is left."""
-    folder = str(checkpoint.path)
+    """64 clients, of whom some leave in the middle; then the server is killed and started again."""
+    folder, port = str(checkpoint.path), free_port()
     command = [sys.executable, "-m", "kvtool", "serve-local", folder, "--no-prefix-cache"]
-    with process([*command, "--kv-memory", str(options.kv_memory)]) as server:
-        url = server.url
-        asyncio.run(ask(url, folder, 8, 8))
-        before = resident(url)
-        counts = asyncio.run(crowd(url, 64, options.seconds))
+    command += ["--kv-memory", str(options.kv_memory)]
+    found: dict[str, Any] = {}
+    with process(command, port=port) as server:
+        asyncio.run(ask(server.url, folder, 8, 8))
+        found["resident_before"] = resident(server)
+        found |= asyncio.run(crowd(server, 64, options.seconds))
         time.sleep(2)  # those that left last
-        kv = httpx.get(f"{url}/kv").json()
-        return {**counts, "kv": kv, "resident_before": before, "resident_after": resident(url)}
+        found["resident_after"] = resident(server)
+        found["kv"] = httpx.get(f"{server.url}/kv").json()
+        threading.Timer(5, os.killpg, (server.pid, signal.SIGKILL)).start()
+        killed = asyncio.run(crowd(server, 64, 5))
+        found["killed"] = {name: killed[name] for name in ("complete", "left", "wrong")}
+    start = time.perf_counter()
+    with process(command, port=port) as server:
+        found["seconds_to_restart"] = time.perf_counter() - start
+        found["tokens_after_restart"] = asyncio.run(ask(server.url, folder, 8, 8))
+    return found
 
 
-async def crowd(url: str, clients: int, seconds: int) -> dict[str, int]:
-    """Clients that ask, read, and sometimes leave, again and again."""
-    counts = {"complete": 0, "left": 0, "wrong": 0}
+async def crowd(server: Server, clients: int, seconds: int) -> dict[str, Any]:
+    """Clients that ask, read, and sometimes leave, again and again; memory every ten seconds."""
+    counts = {"seconds": seconds, "complete": 0, "left": 0, "wrong": 0}
     end = time.monotonic() + seconds
 
     async def one(client: httpx.AsyncClient, number: int) -> None:
         chance = random.Random(number)
         while time.monotonic() < end:
+            tokens = chance.randrange(1, 40)
             body = {
                 "messages": [{"role": "user", "content": "word " * chance.randrange(1, 200)}],
-                "max_tokens": chance.randrange(1, 40), "stream": True, "seed": number,
+                "max_tokens": tokens, "seed": number, "stream": True,
+                "stream_options": {"include_usage": True},
             }  # fmt: skip
             leave = chance.randrange(1, 20) if chance.random() < 0.3 else None
             lines = []
@@ -360,24 +394,39 @@ async def crowd(url: str, clients: int, seconds: int) -> dict[str, int]:
                             break
             except httpx.HTTPError as error:
                 print(repr(error), file=sys.stderr)
+                await asyncio.sleep(0.1)
             if len(lines) == leave:
                 counts["left"] += 1
-            elif lines[-1:] == ["data: [DONE]"] and '"finish_reason":null' not in lines[-2]:
+            elif is_complete(lines, tokens):
                 counts["complete"] += 1
             else:
                 counts["wrong"] += 1
 
+    async def watch() -> list[int]:
+        sizes = []
+        while time.monotonic() < end:
+            sizes.append(resident(server))
+            await asyncio.sleep(min(10, seconds))
+        return sizes
+
     limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        await asyncio.gather(*(one(client, n) for n in range(clients)))
-    return counts
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
+        sizes, *_ = await asyncio.gather(watch(), *(one(client, n) for n in range(clients)))
+    return {**counts, "resident": sizes}
 
 
-def resident(url: str) -> int:
-    """Bytes of memory of the process that listens there."""
-    port = int(url.rpartition(":")[2])
-    found = [c.pid for c in psutil.net_connections() if c.laddr and c.laddr.port == port and c.pid]
-    return int(psutil.Process(found[0]).memory_info().rss)
+def is_complete(lines: list[str], tokens: int) -> bool:
+    """Whether a stream says how it ended, and has all its tokens unless it ended by itself."""
+    if len(lines) < 3 or lines[-1] != "data: [DONE]":
+        return False
+    last, usage = (json.loads(line.removeprefix("data: ")) for line in lines[-3:-1])
+    finish, drawn = last["choices"][0]["finish_reason"], usage["usage"]["completion_tokens"]
+    return drawn == tokens if finish == "length" else finish == "stop" and drawn <= tokens
+
+
+def resident(server: Server) -> int:
+    """Bytes of memory of a server that is one process."""
+    return int(psutil.Process(server.pid).memory_info().rss)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import httpx
 import matplotlib.colors
 import matplotlib.image
 import openai
+import psutil
 import pytest
 import schemathesis
 import uvicorn
@@ -28,6 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.runtime import Engine
+from kvtool.runtime.memory import give_back
 from kvtool.runtime.scheduler import Request, Scheduler
 from kvtool.server import worker as worker_module
 from kvtool.server.app import Service, create_app
@@ -493,6 +495,29 @@ def test_requests_wait_for_memory_and_all_are_answered(engine):
         assert server.kv()["used_bytes"] == 0
 
 
+def test_an_idle_server_gives_memory_back_once(engine, monkeypatch):
+    given: list[float] = []
+    monkeypatch.setattr(worker_module, "_IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(worker_module, "give_back", lambda: given.append(time.monotonic()))
+    with serving(engine) as server:
+        wait_until(lambda: given)
+        for count in (2, 3):
+            assert server.post(TEXT, {"prompt": "x", "max_tokens": 2}).status_code == 200
+            wait_until(lambda count=count: len(given) == count)
+            time.sleep(0.2)
+            assert len(given) == count
+
+
+def test_freed_memory_goes_back_to_the_system():
+    process = psutil.Process()
+    # Small pieces lie on the heap; the last one keeps what was freed below it.
+    pieces = [bytearray(60_000) for _ in range(2000)]
+    del pieces[:-1]
+    before = process.memory_info().rss
+    give_back()
+    assert process.memory_info().rss < before - 50_000_000
+
+
 def test_metrics_have_the_names_of_vllm(engine):
     with serving(engine, metric_prefixes=("kvtool", "vllm")) as server:
         assert server.post(TEXT, {"prompt": "The quick", "max_tokens": 3}).status_code == 200
@@ -613,6 +638,7 @@ def test_sigterm_lets_running_streams_end(tiny):
         (["--kv-memory", "lots"], 2, "--kv-memory 'lots' is not a size"),
         (["--kv-memory", "50%"], 2, "--kv-memory '50%' is not a size"),
         (["--kv-memory", "1KB"], 5, "does not hold a single token"),
+        (["--api-key", ""], 2, "the API key is empty"),
         (["--chat-template", "/nowhere"], 2, "--chat-template /nowhere cannot be read"),
         (["--host", "not a host"], 1, "cannot listen on not a host"),
     ],

@@ -95,6 +95,8 @@ def serve_local(
 ) -> None:
     """Serve a model to OpenAI clients; SIGTERM lets running requests end."""
     memory, body = _size(kv_memory, "--kv-memory"), _size(max_body, "--max-body")
+    if api_key == "":
+        raise UsageError("the API key is empty, so that anybody would have it")
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(
             f"serving needs packages that are not installed: {', '.join(missing)}",

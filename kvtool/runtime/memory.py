@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from bisect import bisect_right
 
 from kvtool.runtime.engine import Engine
@@ -69,3 +71,9 @@ class RowMemory:
 
     def _planes(self, tokens: int) -> int:
         return self.constant + self.page_bytes * (whole_pages(tokens) // PAGE)
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, which the C library of Linux keeps for later."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

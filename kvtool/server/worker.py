@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+from kvtool.runtime.memory import give_back
 from kvtool.runtime.scheduler import Counters, Drawn, Request, Scheduler, Scored
 from kvtool.server.errors import ApiError
 from kvtool.server.metrics import Metrics
 from kvtool.text import StopText, TextStream
 
 _SPEED_SECONDS = 5.0  # over which tokens/s are shown
+_IDLE_SECONDS = 1.0  # until freed memory goes back to the system
 
 
 @dataclass(frozen=True)
@@ -209,10 +211,14 @@ class Worker(threading.Thread):
 
     def _obey(self) -> None:
         """Does what was asked for; waits for it if there is nothing else to do."""
-        waits = self.scheduler.idle and not self._stopping
-        while waits or not self._commands.empty():
+        if self.scheduler.idle and not self._stopping:
+            try:
+                self._commands.get(timeout=_IDLE_SECONDS)()
+            except queue.Empty:
+                give_back()
+                self._commands.get()()
+        while not self._commands.empty():
             self._commands.get()()
-            waits = False
 
     def _deliver(self, drawn: Sequence[Drawn]) -> None:
         now = perf_counter()

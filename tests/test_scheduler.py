@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from _code_tools import coded
 from _convert_tools import one_thread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_codes import coded
-from test_split_store import MIXED, make_plan
+from test_coded_bits import coded as packed
+from test_split_store import MIXED, SINK, WINDOW, make_plan
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import conversion, planning
@@ -20,9 +21,11 @@ from kvtool.runtime.scheduler import Request, Scheduler
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
-KINDS = ("dense", "windowed", "split", "streamed", "budgeted", "coded", "mla", "kvtool-mla")
+PLANS = ("split", "streamed", "budgeted", "coded", "shared codes", "packed codes")
+KINDS = ("dense", "windowed", *PLANS, "mla", "kvtool-mla")
 PIECE = 16
 GIGABYTE = 2**30
+RING, HEADS = SINK + WINDOW, 6  # of a streaming head, and of all layers of the plans
 OPTIONS: dict[str, Any] = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.function_scoped_fixture],
@@ -49,7 +52,12 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
             plan = make_plan(checkpoint, nothing, budgets=budgets, policy="snapkv")
             return Engine.load(checkpoint, plan=plan)
         if kind == "coded":
-            return Engine.load(checkpoint, plan=coded(checkpoint, "rotated", 0.5))
+            return Engine.load(checkpoint, plan=coded(checkpoint, "rotated", share=0.5))
+        if kind == "shared codes":
+            plan = coded(checkpoint, "unrotated", together=3, share=0.5)
+            return Engine.load(checkpoint, plan=plan)
+        if kind == "packed codes":
+            return Engine.load(checkpoint, plan=packed(checkpoint, "rotated", 4, share=0.5))
         if kind.endswith("mla"):
             target = "kvtool" if kind == "kvtool-mla" else "transformers"
             options = planning.ConvertOptions(
@@ -145,7 +153,7 @@ def test_text_is_the_same_alone_and_in_any_batch(engine, kind, data):
         assert found[one] == bits_alone(runtime, request(*what))
 
 
-@pytest.mark.parametrize("kind", ["dense", "mla", "coded", "budgeted"])
+@pytest.mark.parametrize("kind", ["dense", "mla", "coded", "shared codes", "budgeted"])
 def test_a_preempted_request_goes_on_from_the_same_bits(engine, kind):
     runtime = engine(kind)
     hot = Sampling(temperature=1.0)
@@ -260,6 +268,25 @@ def test_what_plans_have_dropped_is_not_shared(engine):
     drain(scheduler)
     assert [request.cached for request in twins] == [0, 0]
     assert scheduler.used == 0
+
+
+def test_what_plans_drop_is_counted(engine):
+    dropped = {}
+    for kind in ("dense", "split", "streamed", "budgeted"):
+        scheduler = Scheduler(engine(kind), GIGABYTE, piece=PIECE)
+        scheduler.add(Request(prompt(40), 5, ignore_eos=True))
+        drain(scheduler)
+        dropped[kind] = scheduler.counters.dropped_tokens
+        cancelled = Request(prompt(40), 5)
+        scheduler.add(cancelled)
+        scheduler.step()  # 16 tokens of the prompt
+        scheduler.cancel(cancelled)
+        more = scheduler.counters.dropped_tokens - dropped[kind]
+        assert more == (3 * (PIECE - RING) / HEADS if kind == "streamed" else 0)
+    # 44 tokens were stored.
+    assert dropped["dense"] == 0
+    assert dropped["split"] == dropped["streamed"] == 3 * (44 - RING) / HEADS
+    assert dropped["budgeted"] == (31 + 35 + 33) / HEADS
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_read(engine):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import matplotlib.colors
+import matplotlib.image
 import openai
+import psutil
 import pytest
 import schemathesis
 import uvicorn
@@ -25,6 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.runtime import Engine
+from kvtool.runtime.memory import give_back
 from kvtool.runtime.scheduler import Request, Scheduler
 from kvtool.server import worker as worker_module
 from kvtool.server.app import Service, create_app
@@ -91,6 +96,7 @@ def serving(engine: Engine, memory: int = 2**24, **options: Any) -> Iterator[Run
         model="tiny",
         max_waiting=waiting,
         native_bytes_per_token=1536,
+        weight_bytes=1000,
         metric_prefixes=prefixes,
     )
     running = Running(create_app(Service(worker, "tiny", "<all of it>"), **limits), worker)
@@ -408,6 +414,13 @@ def test_the_key_opens_everything_and_health_needs_none(engine):
                 assert response.status_code == 401
                 assert response.json()["error"]["type"] == "authentication_error"
         assert httpx.get(f"{server.url}/health").status_code == 200
+        # A browser asks its user for the key.
+        challenge = httpx.get(server.url).headers["www-authenticate"]
+        assert challenge.startswith("Basic ")
+        assert httpx.get(server.url, auth=("anyone", "secret")).status_code == 200
+        assert httpx.get(server.url, auth=("secret", "wrong")).status_code == 401
+        broken = {"Authorization": "Basic secret!"}
+        assert httpx.get(server.url, headers=broken).status_code == 401
         assert [model.id for model in server.client(api_key="secret").models.list()] == ["tiny"]
         headers = {"Authorization": "Bearer secret", "content-type": "application/json"}
         large = json.dumps({"prompt": "x" * 3000}).encode()
@@ -482,6 +495,29 @@ def test_requests_wait_for_memory_and_all_are_answered(engine):
         assert server.kv()["used_bytes"] == 0
 
 
+def test_an_idle_server_gives_memory_back_once(engine, monkeypatch):
+    given: list[float] = []
+    monkeypatch.setattr(worker_module, "_IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(worker_module, "give_back", lambda: given.append(time.monotonic()))
+    with serving(engine) as server:
+        wait_until(lambda: given)
+        for count in (2, 3):
+            assert server.post(TEXT, {"prompt": "x", "max_tokens": 2}).status_code == 200
+            wait_until(lambda count=count: len(given) == count)
+            time.sleep(0.2)
+            assert len(given) == count
+
+
+def test_freed_memory_goes_back_to_the_system():
+    process = psutil.Process()
+    # Small pieces lie on the heap; the last one keeps what was freed below it.
+    pieces = [bytearray(60_000) for _ in range(2000)]
+    del pieces[:-1]
+    before = process.memory_info().rss
+    give_back()
+    assert process.memory_info().rss < before - 50_000_000
+
+
 def test_metrics_have_the_names_of_vllm(engine):
     with serving(engine, metric_prefixes=("kvtool", "vllm")) as server:
         assert server.post(TEXT, {"prompt": "The quick", "max_tokens": 3}).status_code == 200
@@ -510,7 +546,16 @@ def test_metrics_have_the_names_of_vllm(engine):
     for prefix in ("kvtool", "vllm"):
         assert {f"{prefix}:{name}" for name in names} <= families
     assert 'vllm:generation_tokens_total{model_name="tiny"} 3.0' in text
-    assert "kvtool:kv_bytes_allocated" in families
+    own = [
+        "kv_bytes_allocated",
+        "kv_bytes_used",
+        "kv_bytes_per_token",
+        "kv_compression_ratio",
+        "kv_evicted_tokens_total",
+        "decode_bandwidth_bytes_per_second",
+    ]
+    assert {f"kvtool:{name}" for name in own} <= families
+    assert 'kvtool:kv_bytes_used{model_name="tiny"} 0.0' in text
 
 
 def test_the_status_page_needs_nothing_from_elsewhere(server):
@@ -519,8 +564,39 @@ def test_the_status_page_needs_nothing_from_elsewhere(server):
     page = response.text
     assert not re.search(r"<script|src=|href=|url\(|@import", page)
     assert "&lt;all of it&gt;" in page
-    for word in ("Memory", "Saved", "tokens/s", "uncompressed"):
+    for word in ("Memory", "Saved", "tokens/s", "Uncompressed"):
         assert word in page
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+def test_chromium_shows_the_status_page(server, tmp_path):
+    assert CHROMIUM is not None
+    browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu"]
+    browser += [f"--user-data-dir={tmp_path}", "--enable-logging=stderr"]
+    body = {"prompt": "The", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 3}
+    with httpx.stream("POST", f"{server.url}{TEXT}", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        step, now = server.worker.scheduler.step, threading.Event()
+        server.worker.scheduler.step = lambda: (now.wait(60), step())[1]  # held while looked at
+        try:
+            shown = subprocess.run(
+                [*browser, "--dump-dom", server.url], capture_output=True, text=True, check=True
+            )
+            picture = tmp_path / "page.png"
+            subprocess.run([*browser, f"--screenshot={picture}", server.url], check=True)
+        finally:
+            now.set()
+            server.worker.scheduler.step = step
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert "<strong>3 running</strong>" in shown.stdout
+    assert "CONSOLE" not in shown.stderr, "nothing is refused or broken"
+    blue = matplotlib.colors.to_rgb("#2a78d6")
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    assert (abs(pixels - blue).max(axis=-1) < 0.01).sum() > 1000, "the bars have their colour"
 
 
 def test_facts_about_model_and_tokenizer(server):
@@ -562,6 +638,7 @@ def test_sigterm_lets_running_streams_end(tiny):
         (["--kv-memory", "lots"], 2, "--kv-memory 'lots' is not a size"),
         (["--kv-memory", "50%"], 2, "--kv-memory '50%' is not a size"),
         (["--kv-memory", "1KB"], 5, "does not hold a single token"),
+        (["--api-key", ""], 2, "the API key is empty"),
         (["--chat-template", "/nowhere"], 2, "--chat-template /nowhere cannot be read"),
         (["--host", "not a host"], 1, "cannot listen on not a host"),
     ],

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -96,11 +97,9 @@ def decode_attention(
         return torch.cat(rows)
     n = lengths[0]
     batch, heads = keys.shape[:2]
-    # The query heads of a KV head are rows of one matrix, so keys and values are read once.
-    grouped = (q * scaling).view(batch, heads, -1, q.shape[-1])  # [B, H, Q/H, D]
-    # Tokens are the rows of the product: on the CPU this order reads the keys at memory speed, the
-    # other at two thirds of it.
-    scores = torch.matmul(keys[:, :, :n], grouped.transpose(-1, -2))  # [B, H, n, Q/H]
-    weights = torch.softmax(scores.transpose(-1, -2).contiguous(), dim=-1)
-    context = torch.matmul(weights, values[:, :, :n])
+    # The query heads of a KV head are queries of one call, so keys and values are read once.
+    grouped = q.view(batch, heads, -1, q.shape[-1])  # [B, H, Q/H, D]
+    context = F.scaled_dot_product_attention(
+        grouped, keys[:, :, :n], values[:, :, :n], scale=scaling
+    )
     return context.flatten(1, 2)

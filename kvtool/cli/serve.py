@@ -95,12 +95,15 @@ def serve_local(
 ) -> None:
     """Serve a model to OpenAI clients; SIGTERM lets running requests end."""
     memory, body = _size(kv_memory, "--kv-memory"), _size(max_body, "--max-body")
+    if api_key == "":
+        raise UsageError("the API key is empty, so that anybody would have it")
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(
             f"serving needs packages that are not installed: {', '.join(missing)}",
             hint="pip install 'kvtool[serve]'",
         )
     from kvtool.checkpoint import Checkpoint
+    from kvtool.evaluate.throughput import weight_bytes
     from kvtool.runtime import Engine
     from kvtool.runtime.layers import LatentRuntimeAttention
     from kvtool.runtime.scheduler import Scheduler
@@ -116,6 +119,7 @@ def serve_local(
     engine = Engine.load(checkpoint, dtype=precision, device=device, plan=kept)
     if template is not None:
         engine.tokenizer.chat_template = template
+    weights = weight_bytes(engine)  # before they are packed
     scheduler = Scheduler(
         engine, memory, max_running=max_running, piece=prefill_chunk, share_prefixes=prefix_cache
     )
@@ -130,6 +134,7 @@ def serve_local(
         model=served_model_name or model,
         max_waiting=max_waiting,
         native_bytes_per_token=native_bytes_per_token(engine, checkpoint),
+        weight_bytes=weights,
         metric_prefixes=("kvtool",) if metrics_compat == "none" else ("kvtool", "vllm"),
     )
     kind = "all keys and values" if kept is None else f"plan {plan}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from bisect import bisect_right
 
 from kvtool.runtime.engine import Engine
@@ -22,13 +24,17 @@ class RowMemory:
         self.head_bytes = 0  # of keys and values of one token
         self.dropping = 0  # heads that hold a whole prompt while it is read
         self.budgets: list[int] = []
+        self.rings: list[int] = []  # tokens that each streaming head has room for
+        self.heads, self.dense = 1, True
         plan = engine.plan
         if plan is None:
             return
+        self.heads, self.dense = plan.base.all_heads, plan.prefill == "dense"
         self.head_bytes = 2 * plan.base.head_dim * engine.dtype.itemsize
         for layer in plan.layers:
             self.budgets += [n for n in layer.budgets if n is not None]
-            if plan.prefill == "dense":
+            self.rings += [layer.sink + layer.window] * sum(layer.streaming)
+            if self.dense:
                 self.dropping += plan.base.kv_heads if plan.codes else sum(layer.streaming)
         self.dropping += len(self.budgets)
 
@@ -55,5 +61,19 @@ class RowMemory:
         fitting = bisect_right(lengths, budget, key=lambda n: self.holding(n, prompt))
         return prompt + fitting - 1 if fitting else 0
 
+    def dropped(self, tokens: int, prompt: int) -> float:
+        """Tokens that a plan has dropped of so many that came, mean over heads."""
+        read = tokens >= prompt
+        dropped = sum(max(0, tokens - room) for room in self.rings) if read or not self.dense else 0
+        if read:
+            dropped += sum(max(0, prompt - budget) for budget in self.budgets)
+        return dropped / self.heads
+
     def _planes(self, tokens: int) -> int:
         return self.constant + self.page_bytes * (whole_pages(tokens) // PAGE)
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, which the C library of Linux keeps for later."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

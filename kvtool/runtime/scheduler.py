@@ -100,6 +100,9 @@ class Counters:
 
     Attributes:
         prefix_queries, prefix_hits: Prompt tokens that could have been shared, and that were.
+        dropped_tokens: By plans, mean over heads, of requests that have ended.
+        decode_steps, decode_seconds: And what they took, sampling included.
+        cache_bytes_read: By these steps.
     """
 
     prompt_tokens: int = 0
@@ -107,6 +110,10 @@ class Counters:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    dropped_tokens: float = 0.0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    cache_bytes_read: int = 0
 
 
 @dataclass(eq=False)
@@ -347,11 +354,15 @@ class Scheduler:
                 row.cache.resize(whole_pages(length))
 
     def _decode(self) -> list[Drawn]:
-        rows = self._running
+        rows, counters, begin = self._running, self.counters, perf_counter()
         last = [self._token(row, row.length) for row in rows]
         logits = self.engine.decode_rows([row.cache for row in rows], last)
         new = [i for i, row in enumerate(rows) if row.length == self._stored_by_now(row)]
-        return self._draw([rows[i] for i in new], logits if len(new) == len(rows) else logits[new])
+        drawn = self._draw([rows[i] for i in new], logits if len(new) == len(rows) else logits[new])
+        counters.decode_steps += 1
+        counters.decode_seconds += perf_counter() - begin
+        counters.cache_bytes_read += sum(row.nbytes for row in rows)
+        return drawn
 
     def _draw(self, rows: Sequence[_Row], logits: Tensor) -> list[Drawn]:
         """The next token of each row, whose logits are `[B, V]`."""
@@ -406,6 +417,7 @@ class Scheduler:
         self.counters.preemptions += 1
 
     def _drop(self, row: _Row) -> None:
+        self.counters.dropped_tokens += self.memory.dropped(row.length, len(row.request.prompt))
         if row is self._reading:
             self._reading = None
         else:

@@ -100,26 +100,36 @@ class Metrics:
         }
         own = {
             "kv_bytes_allocated": ("Bytes of all caches.", state.used),
+            "kv_bytes_used": ("Those of running requests.", state.used - state.shared),
             "kv_bytes_budget": ("Bytes that they may take.", state.budget),
             "kv_bytes_per_token": ("Bytes that a further token costs.", state.bytes_per_token),
             "kv_compression_ratio": (
                 "Uncompressed bytes of the running requests over theirs.",
                 state.compression,
             ),
+            "decode_bandwidth_bytes_per_second": (
+                "Weights and caches read by decode steps of the last seconds.",
+                state.bandwidth,
+            ),
         }
         for prefix in self._prefixes:
             for name, (text, value) in gauges.items():
                 yield self._gauge(f"{prefix}:{name}", text, value)
             for name, (text, value) in counters.items():
-                family = CounterMetricFamily(f"{prefix}:{name}", text, labels=["model_name"])
-                family.add_metric([self._model], value)
-                yield family
+                yield self._counter(f"{prefix}:{name}", text, value)
             info = InfoMetricFamily(f"{prefix}:cache_config", "How the cache is set.")
             config = {"kv_memory": str(state.budget), "prefill_chunk": str(state.piece)}
             info.add_metric([], {"model_name": self._model, **config})
             yield info
         for name, (text, value) in own.items():
             yield self._gauge(f"kvtool:{name}", text, value)
+        dropped = "Tokens that the plan has dropped, mean over heads, of ended requests."
+        yield self._counter("kvtool:kv_evicted_tokens", dropped, state.counters.dropped_tokens)
+
+    def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=["model_name"])

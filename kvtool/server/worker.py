@@ -7,17 +7,20 @@ import queue
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+from kvtool.runtime.memory import give_back
 from kvtool.runtime.scheduler import Counters, Drawn, Request, Scheduler, Scored
 from kvtool.server.errors import ApiError
 from kvtool.server.metrics import Metrics
 from kvtool.text import StopText, TextStream
 
 _SPEED_SECONDS = 5.0  # over which tokens/s are shown
+_IDLE_SECONDS = 1.0  # until freed memory goes back to the system
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class State:
         bytes_per_token, native_bytes_per_token: What a further token costs, here and in the
             uncompressed cache of the same precision.
         tokens_per_second: Drawn in the last seconds.
+        bandwidth: Bytes of weights and caches per second of decoding, in the last seconds.
         requests: Prompt tokens, new tokens and bytes of each running request.
     """
 
@@ -89,6 +93,7 @@ class State:
     bytes_per_token: float
     native_bytes_per_token: float
     tokens_per_second: float
+    bandwidth: float
     counters: Counters
     requests: list[tuple[int, int, int]]
 
@@ -114,21 +119,23 @@ class Worker(threading.Thread):
     Args:
         max_waiting: Requests that may wait for memory; more are refused.
         native_bytes_per_token: Of the uncompressed cache.
+        weight_bytes: Read by every decode step.
     """
 
     def __init__(
         self, scheduler: Scheduler, *, model: str, max_waiting: int, native_bytes_per_token: float,
-        metric_prefixes: Sequence[str] = ("kvtool",),
+        weight_bytes: int, metric_prefixes: Sequence[str] = ("kvtool",),
     ) -> None:  # fmt: skip
         super().__init__(name="kvtool-engine", daemon=True)
         self.scheduler, self.engine = scheduler, scheduler.engine
         self.max_waiting, self._native = max_waiting, native_bytes_per_token
+        self._weights = weight_bytes
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._answers: dict[Request, Answer] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._queued = 0  # submitted and not ended; touched by the event loop alone
         self._stopping = False
-        self._recent: list[tuple[float, int]] = []
+        self._recent: deque[tuple[float, Counters]] = deque()  # of the last seconds, oldest first
         self._state = self._look()
         self.metrics = Metrics(self, model, metric_prefixes)
 
@@ -204,10 +211,14 @@ class Worker(threading.Thread):
 
     def _obey(self) -> None:
         """Does what was asked for; waits for it if there is nothing else to do."""
-        waits = self.scheduler.idle and not self._stopping
-        while waits or not self._commands.empty():
+        if self.scheduler.idle and not self._stopping:
+            try:
+                self._commands.get(timeout=_IDLE_SECONDS)()
+            except queue.Empty:
+                give_back()
+                self._commands.get()()
+        while not self._commands.empty():
             self._commands.get()()
-            waits = False
 
     def _deliver(self, drawn: Sequence[Drawn]) -> None:
         now = perf_counter()
@@ -223,8 +234,6 @@ class Worker(threading.Thread):
                 del self._answers[item.request]
                 self.metrics.ended(item.request, delta.finish)
             deltas.append((answer, delta))
-        self._recent = [(at, n) for at, n in self._recent if now - at < _SPEED_SECONDS]
-        self._recent.append((now, len(drawn)))
         self._send(deltas)
 
     def _fail(self, error: Exception) -> None:
@@ -251,9 +260,17 @@ class Worker(threading.Thread):
 
     def _look(self) -> State:
         scheduler, now = self.scheduler, perf_counter()
-        recent = [] if scheduler.idle else self._recent
-        tokens = sum(n for at, n in recent if now - at < _SPEED_SECONDS)
-        per_token = scheduler.memory.bytes_per_token
+        counters = replace(scheduler.counters)
+        recent = self._recent
+        if scheduler.idle:
+            recent.clear()
+        recent.append((now, counters))
+        while len(recent) > 2 and now - recent[0][0] > _SPEED_SECONDS:
+            recent.popleft()
+        then, before = recent[0]
+        steps = counters.decode_steps - before.decode_steps
+        read = steps * self._weights + counters.cache_bytes_read - before.cache_bytes_read
+        seconds = counters.decode_seconds - before.decode_seconds
         return State(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -262,9 +279,10 @@ class Worker(threading.Thread):
             budget=scheduler.budget,
             stored_tokens=scheduler.stored_tokens,
             piece=scheduler.piece,
-            bytes_per_token=per_token,
+            bytes_per_token=scheduler.memory.bytes_per_token,
             native_bytes_per_token=self._native,
-            tokens_per_second=tokens / _SPEED_SECONDS,
-            counters=replace(scheduler.counters),
+            tokens_per_second=(counters.new_tokens - before.new_tokens) / max(now - then, 1e-3),
+            bandwidth=read / seconds if seconds else 0.0,
+            counters=counters,
             requests=scheduler.sizes,
         )

@@ -197,7 +197,7 @@ class Engine:
             cache.lengths = [n]
         return self.logits(hidden)[: len(ids), 0]
 
-    def open_memory(self, nbytes: int, rows: int) -> None:
+    def open_memory(self, nbytes: int, rows: int) -> PagedMemory:
         """Lets all caches share so many bytes, with room for as many rows at first.
 
         Only for a paged engine.
@@ -205,6 +205,7 @@ class Engine:
         probe = PagedMemory(self, 0, 0)
         pages = max(0, nbytes - rows * probe.row_bytes) // max(1, probe.page_bytes)
         self.memory = PagedMemory(self, rows, pages)
+        return self.memory
 
     def pack(self) -> None:
         """Puts the weights into the order in which the CPU reads them for few rows, for good."""

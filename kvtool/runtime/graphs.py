@@ -59,6 +59,13 @@ class PagedMemory:
         cache.resize(capacity)
         return cache
 
+    @torch.inference_mode()
+    def record(self, rows: int) -> None:
+        """Records the steps of up to so many rows, so that no request waits for it."""
+        if self.engine.device.type == "cuda":
+            for padded in (1 << n for n in range((rows - 1).bit_length() + 1)):
+                self._recorded[padded] = _Recorded(self, padded)
+
     def resize(self, row: int, tokens: int) -> None:
         """Gives a row pages for so many tokens."""
         while missing := self.pages.resize(row, tokens):

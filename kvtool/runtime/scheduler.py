@@ -170,7 +170,8 @@ class Scheduler:
         self.memory = RowMemory(engine)
         if engine.paged:
             smallest = max(1, self.memory.holding(PAGE, PAGE))
-            engine.open_memory(memory, min(max_running, memory // smallest))
+            rows = max(1, min(max_running, memory // smallest))
+            engine.open_memory(memory, rows).record(rows)
         self.waiting: deque[Request] = deque()
         self.counters = Counters()
         self._reading: _Row | None = None

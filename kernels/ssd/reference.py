@@ -49,7 +49,8 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tens
     write = (dt[..., None] * x.float())[..., None]  # [B, H, P, 1]
     b, c = (part.float().repeat_interleave(per_group, dim=1) for part in (b, c))  # [B, H, N]
     state.mul_((dt * A).exp()[..., None, None]).addcmul_(write, b[:, :, None])
-    return torch.matmul(state, c[..., None])[..., 0].to(x.dtype)
+    y: Tensor = torch.matmul(state, c[..., None])[..., 0].to(x.dtype)
+    return y
 
 
 def ssd_chunked(
@@ -135,7 +136,8 @@ def _initial(x: Tensor, b: Tensor) -> Tensor:
 def _chunks(part: Tensor, chunk: int) -> Tensor:
     """`[B, T, ...]` to `[B, C, Q, ...]`, with zeros behind the last token."""
     padding = (0, 0) * (part.dim() - 2) + (0, -part.shape[1] % chunk)
-    return F.pad(part, padding).unflatten(1, (-1, chunk))
+    chunks: Tensor = F.pad(part, padding).unflatten(1, (-1, chunk))
+    return chunks
 
 
 def _pass_on(states: Tensor, total: Tensor) -> Tensor:
@@ -148,4 +150,5 @@ def _pass_on(states: Tensor, total: Tensor) -> Tensor:
     future = torch.ones(s.shape[-1], s.shape[-1], dtype=torch.bool, device=s.device).triu(1)
     decay = (s[..., :, None] - s[..., None, :]).masked_fill(future, -torch.inf).exp()
     flat = states.transpose(1, 2).flatten(3)  # [B, H, 1 + C, P·N]
-    return torch.matmul(decay, flat).unflatten(3, states.shape[3:]).transpose(1, 2)
+    left: Tensor = torch.matmul(decay, flat).unflatten(3, states.shape[3:])
+    return left.transpose(1, 2)

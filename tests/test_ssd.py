@@ -49,7 +49,7 @@ def test_the_loop_is_the_definition(tokens, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize("tokens", [1, 3, 16, 64, 130])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 64, 130, 300])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64, 256])
 def test_chunks_change_nothing(tokens, chunk, groups):
     inputs = draw(tokens, groups)

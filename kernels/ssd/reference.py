@@ -68,36 +68,50 @@ def ssd_chunked(
 
         y_i = Σ_{j<=i} (c_i·b_j) e^{s_i - s_j} Δ_j x_j + e^{s_i} S c_i.
 
-    The largest things in memory are Q numbers per token and head, and a state per chunk and head.
-    Differentiable; arguments and results as those of :func:`ssd_recurrence`.
+    The largest things in memory are Q numbers per token and head, and a state per chunk and head;
+    on the CPU of `_SEGMENT` chunks at a time, which caches hold. Differentiable; arguments and
+    results as those of :func:`ssd_recurrence`.
     """
-    heads, groups, length = x.shape[2], b.shape[2], x.shape[1]
-    chunk = min(chunk, length)
+    chunk = min(chunk, x.shape[1])
     state = _initial(x, b) if state is None else state
-    with torch.autocast(x.device.type, enabled=False):  # precision is set below, step by step
-        # Padding with Δ = 0 neither decays nor writes.
-        x, dt, b, c = (_chunks(part, chunk) for part in (x, dt, b, c))
-        x = x.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)  # [B, C, G, H/G, Q, P]
-        dt = dt.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # [B, C, G, H/G, Q]
-        b, c = b.transpose(2, 3), c.transpose(2, 3)  # [B, C, G, Q, N]
-        s = (dt * A.view(groups, -1, 1)).cumsum(dim=-1)
-        # Differences before the exponential: each factor alone would overflow.
-        future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-        decay = (s[..., :, None] - s[..., None, :]).masked_fill(future, -torch.inf).exp()
-        weights = torch.matmul(c, b.mT)[:, :, :, None] * decay  # [B, C, G, H/G, Q, Q]
-        written = dt[..., None] * x
-        within = torch.matmul(weights.to(x.dtype), written.to(x.dtype))
+    size = x.shape[1] if x.is_cuda else _SEGMENT * chunk
+    parts = []
+    for piece in zip(*(part.split(size, dim=1) for part in (x, dt, b, c)), strict=True):
+        with torch.autocast(x.device.type, enabled=False):  # precision is set here, step by step
+            y, state = _segment(*piece, A, state, chunk)
+        parts.append(y)
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], state
 
-        kept = (s[..., -1:] - s).exp()[..., None] * written  # of a token, at the chunk's end
-        kept = kept.to(x.dtype).mT.flatten(3, 4)  # [B, C, G, H/G·P, Q]
-        states = torch.matmul(kept, b).float().unflatten(3, (heads // groups, -1))
-        states = states.flatten(2, 3)  # [B, C, H, P, N]
-        states = torch.cat((state[:, None], states), dim=1)
-        states = _pass_on(states, s[..., -1].flatten(2, 3))
-        before = states[:, :-1].unflatten(2, (groups, -1)).flatten(3, 4)  # [B, C, G, H/G·P, N]
-        read = torch.matmul(c, before.to(c.dtype).mT).unflatten(-1, (heads // groups, -1))
-        y = within + s.exp()[..., None] * read.transpose(3, 4)
-        y = y.to(x.dtype).permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
+
+_SEGMENT = 4
+
+
+def _segment(
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, A: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    length, heads, groups = x.shape[1], x.shape[2], b.shape[2]
+    # Padding with Δ = 0 neither decays nor writes.
+    x, dt, b, c = (_chunks(part, chunk) for part in (x, dt, b, c))
+    x = x.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)  # [B, C, G, H/G, Q, P]
+    dt = dt.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # [B, C, G, H/G, Q]
+    b, c = b.transpose(2, 3), c.transpose(2, 3)  # [B, C, G, Q, N]
+    s = (dt * A.view(groups, -1, 1)).cumsum(dim=-1)
+    # Differences before the exponential: each factor alone would overflow.
+    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
+    decay = (s[..., :, None] - s[..., None, :]).masked_fill(future, -torch.inf).exp()
+    weights = torch.matmul(c, b.mT)[:, :, :, None] * decay  # [B, C, G, H/G, Q, Q]
+    written = dt[..., None] * x
+    within = torch.matmul(weights.to(x.dtype), written.to(x.dtype))
+
+    kept = (s[..., -1:] - s).exp()[..., None] * written  # of a token, at the chunk's end
+    kept = kept.to(x.dtype).mT.flatten(3, 4)  # [B, C, G, H/G·P, Q]
+    states = torch.matmul(kept, b).float().unflatten(3, (heads // groups, -1))
+    states = torch.cat((state[:, None], states.flatten(2, 3)), dim=1)  # [B, 1 + C, H, P, N]
+    states = _pass_on(states, s[..., -1].flatten(2, 3))
+    before = states[:, :-1].unflatten(2, (groups, -1)).flatten(3, 4)  # [B, C, G, H/G·P, N]
+    read = torch.matmul(c, before.to(c.dtype).mT).unflatten(-1, (heads // groups, -1))
+    y = within + s.exp()[..., None] * read.transpose(3, 4)
+    y = y.to(x.dtype).permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
     return y[:, :length], states[:, -1]
 
 

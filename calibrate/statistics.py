@@ -148,6 +148,18 @@ class LayerStatistics:
     query_entropy: Tensor
 
     @property
+    def reach(self) -> Tensor:
+        """`[Q]` float64: how many tokens a head looks back on average, but for sinks.
+
+        A bucket counts as its middle.
+        """
+        mass = self.distance_mass[:, :-1]
+        nearest = 2.0 ** torch.arange(-1, mass.shape[1] - 1, dtype=torch.float64)
+        middle = 1.5 * nearest - 0.5
+        middle[0] = 0
+        return (mass * middle).sum(dim=1) / mass.sum(dim=1)
+
+    @property
     def joint_moment(self) -> Tensor:
         """`[2K, 2K]` float64, Σ over all positions, sinks too, of the products of [k̂ ; v]."""
         return self.joint.second + self.sink_joint.second

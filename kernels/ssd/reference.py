@@ -78,7 +78,7 @@ def ssd_chunked(
     parts = []
     for piece in zip(*(part.split(size, dim=1) for part in (x, dt, b, c)), strict=True):
         with torch.autocast(x.device.type, enabled=False):  # precision is set here, step by step
-            y, state = _segment(*piece, A, state, chunk)
+            y, state = _segment(A, state, chunk, *piece)
         parts.append(y)
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], state
 
@@ -87,7 +87,7 @@ _SEGMENT = 4
 
 
 def _segment(
-    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, A: Tensor, state: Tensor, chunk: int
+    A: Tensor, state: Tensor, chunk: int, x: Tensor, dt: Tensor, b: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor]:
     length, heads, groups = x.shape[1], x.shape[2], b.shape[2]
     # Padding with Δ = 0 neither decays nor writes.

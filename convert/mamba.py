@@ -141,6 +141,15 @@ def check(config: Any) -> list[str]:
     return reasons
 
 
+def require(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModelError with the first reason of :func:`check`."""
+    if reasons := check(checkpoint.hf_config()):
+        raise UnsupportedModelError(
+            f"cannot convert to a hybrid: {reasons[0]}",
+            hint="`kvtool inspect` lists what applies to this model",
+        )
+
+
 def plan(
     checkpoint: Checkpoint,
     options: MambaOptions,
@@ -158,12 +167,8 @@ def plan(
             way; the teacher has another tokenizer.
         ResourceError: The disk is too small.
     """
+    require(checkpoint)
     config = checkpoint.hf_config()
-    if reasons := check(config):
-        raise UnsupportedModelError(
-            f"cannot convert to a hybrid: {reasons[0]}",
-            hint="`kvtool inspect` lists what applies to this model",
-        )
     stream = LayerStream(checkpoint)
     layout, count = stream.layouts[0], len(stream)
     _check_layers(options.layers, count)

@@ -122,11 +122,15 @@ class _Judge:
 def rank_layers(
     checkpoint: Checkpoint,
     options: ImportanceOptions,
+    reach: Sequence[Tensor],
     *,
     device: str = "cpu",
     report: Report = lambda stage, done, total: None,
 ) -> list[LayerScore]:
     """All layers, the least important first.
+
+    Args:
+        reach: By layer `[Q]`, see `LayerStatistics.reach`.
 
     Raises:
         UsageError: The text is too short.
@@ -146,12 +150,13 @@ def rank_layers(
     del alone
     scores.sort(key=lambda score: score.left_out)
     count = layers // 2 if options.count is None else min(options.count, layers)
-    return _probe(checkpoint, options, device, scores, judge, count, report)
+    return _probe(checkpoint, options, reach, device, scores, judge, count, report)
 
 
 def _probe(
     checkpoint: Checkpoint,
     options: ImportanceOptions,
+    reach: Sequence[Tensor],
     device: str,
     scores: list[LayerScore],
     judge: _Judge,
@@ -159,14 +164,9 @@ def _probe(
     report: Report,
 ) -> list[LayerScore]:
     """Ranks the first `count` anew."""
-    found = statistics.collect(
-        checkpoint,
-        StatisticsOptions(data=options.data, tokens=options.tokens, seed=options.seed),
-        report,
-    )
 
     def seeded(index: int, attention: GroupedQueryAttention) -> nn.Module:
-        return seeded_mixer(attention, found.layer(index).reach.float().to(device))
+        return seeded_mixer(attention, reach[index].float().to(device))
 
     # What is never a candidate needs no mixer.
     candidates = [score.layer for score in scores[: count + WIDER * options.batch]]
@@ -191,6 +191,18 @@ def _probe(
     return chosen + scores
 
 
+def reaches(
+    checkpoint: Checkpoint, options: ImportanceOptions, report: Report = lambda *_: None
+) -> list[Tensor]:
+    """How far the heads of all layers look back, from the model's statistics."""
+    found = statistics.collect(
+        checkpoint,
+        StatisticsOptions(data=options.data, tokens=options.tokens, seed=options.seed),
+        report,
+    )
+    return [found.layer(index).reach for index in range(len(found))]
+
+
 def _align(
     checkpoint: Checkpoint, options: ImportanceOptions, hybrid: HybridModel, report: Report
 ) -> None:
@@ -199,6 +211,7 @@ def _align(
     chat = 0.25 if can_chat(tokenizer) else 0.0
     solve = calibration_text(options.data).windows(tokenizer, window, SOLVE, options.seed, chat)
     report("closed form", 0, 1)
+    hybrid.seed_own_tokens(solve)
     hybrid.fit_outputs(solve)
     report("closed form", 1, 1)
     if not options.steps:

@@ -149,15 +149,16 @@ class LayerStatistics:
 
     @property
     def reach(self) -> Tensor:
-        """`[Q]` float64: how many tokens a head looks back on average, but for sinks.
+        """`[Q]` float64: how many tokens a head typically looks back, but for sinks.
 
-        A bucket counts as its middle.
+        The geometric mean of distances, as a little attention far away would rule any other; a
+        bucket counts as its middle, and 1 is added to all for the token itself.
         """
         mass = self.distance_mass[:, :-1]
-        nearest = 2.0 ** torch.arange(-1, mass.shape[1] - 1, dtype=torch.float64)
-        middle = 1.5 * nearest - 0.5
+        middle = 1.5 * 2.0 ** torch.arange(-1, mass.shape[1] - 1, dtype=torch.float64) - 0.5
         middle[0] = 0
-        return (mass * middle).sum(dim=1) / mass.sum(dim=1)
+        mean = (mass * (1 + middle).log()).sum(dim=1) / mass.sum(dim=1)
+        return mean.exp() - 1
 
     @property
     def joint_moment(self) -> Tensor:

@@ -6,7 +6,10 @@ states, and a linear read-out `out_proj` of them, which has a closed form (:func
 * :func:`seeded_mixer` inherits queries, keys and values and mimics the rest of the attention, after
   mmMamba (arXiv 2502.13145): y_t = Σ_{j<=t} e^{-λ(t-j)} (C_t·B_j) x_j with C, B and x seeded from
   q, k and v before RoPE, heads of a group repeated, is attention without its softmax whose reach
-  1/λ is that of the head.
+  1/λ is that of the head. Most of what attention gives depends on the token alone, though, and
+  copies of v, as few as KV heads, do not hold that. So every third head looks at the token itself
+  at first: its x are the directions of u that leave least of the output unexplained beside the
+  other heads (:meth:`HybridModel.seed_own_tokens`), and its B, zero, are to be learned.
 * :func:`random_mixer` and :class:`Pointwise` are controls. A mixer that is no better than the first
   inherited nothing; one that is no better than the second, a linear map of the token alone, does
   not mix tokens to any use.
@@ -37,10 +40,12 @@ STEP_ONE = math.log(math.e - 1)
 """Δ' with softplus(Δ') = 1: what a token writes is not scaled."""
 SKIP = 0.5
 """D at the start: most of what attention gives depends on the token itself."""
-SPREAD = 4.0
-"""Every other channel pair of heads looks this much nearer, or further, than was measured."""
-RIDGE = 1e-3
-"""Of the read-out, relative to the mean square of the features."""
+NEARER = (0.5, 0.125)
+"""Of the reach of attention, in turn from head to head: an exponential has no peak, but a tail."""
+THIRD = 3
+"""One head in so many looks at the token itself."""
+RIDGE = 1e-2
+"""Of the read-out, relative to the square of each feature: unusual texts make some of them huge."""
 
 Arm = Literal["mamba", "random", "pointwise"]
 
@@ -100,11 +105,20 @@ def seeded_mixer(attention: GroupedQueryAttention, reach: Tensor) -> Mixer:
     mixer.conv_weight[:, -1] = 1
     mixer.dt_bias.fill_(STEP_ONE)
     mixer.D.fill_(SKIP)
+    own = _own_token_heads(mixer.shape)
+    x, b = (mixer.in_proj.weight[start : start + inner] for start in (inner, 2 * inner))
+    x.unflatten(0, (layout.heads, -1))[own] = 0
+    b.unflatten(0, (layout.heads, -1))[own] = 0
+    mixer.in_proj.bias[inner : 3 * inner].unflatten(0, (2, layout.heads, -1))[:, own] = 0
+    mixer.D[own] = 1
     # Heads of a group read the same keys; looking back differently far they see more of the past.
-    turn = torch.arange(layout.heads, device=reach.device) % per_group
-    wider = SPREAD ** (turn - (per_group - 1) / 2).clamp(-1, 1)
-    mixer.A_log.copy_(-(reach * wider).clamp(min=0.5).log())
+    nearer = reach.new_tensor(NEARER).repeat(layout.heads)[: layout.heads]
+    mixer.A_log.copy_(-(reach * nearer).clamp(min=0.5).log())
     return mixer
+
+
+def _own_token_heads(shape: MixerShape) -> slice:
+    return slice(THIRD - 1, None, THIRD)
 
 
 @torch.no_grad()
@@ -223,6 +237,18 @@ class HybridModel(nn.Module):
         return states
 
     @torch.no_grad()
+    def seed_own_tokens(self, windows: Tensor, batch: int = 1) -> None:
+        """Chooses what the heads of seeded mixers that do not mix yet see of their token.
+
+        Args:
+            windows: Texts `[N, T]`.
+        """
+        sums = {index: _OwnToken(slot.replacement) for index, slot in self.slots.items()}
+        self._watched(windows, batch, {i: found.see for i, found in sums.items()})
+        for found in sums.values():
+            found.seed()
+
+    @torch.no_grad()
     def fit_outputs(self, windows: Tensor, batch: int = 1) -> dict[int, float]:
         """Solves the read-out of every replacement on texts `[N, T]`, in the original's states.
 
@@ -248,37 +274,88 @@ class HybridModel(nn.Module):
                 slot.watch = None
 
 
+class _Moments:
+    """Σ f fᵀ, Σ f oᵀ and Σ |o|² of inputs f (with a 1 for the intercept) and outputs o, float64."""
+
+    def __init__(self, width: int, out: nn.Linear) -> None:
+        zero = torch.zeros((), dtype=torch.float64, device=out.weight.device)
+        self.gram = zero.expand(width + 1, width + 1).clone()
+        self.cross = zero.expand(width + 1, out.out_features).clone()
+        self.square = zero.clone()
+
+    def add(self, inputs: Tensor, told: Tensor) -> None:
+        """Inputs `[B, T, F]`, outputs `[B, T, hidden]`."""
+        inputs, told = inputs.flatten(0, 1).float(), told.flatten(0, 1).float()
+        inputs = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
+        self.gram += (inputs.T @ inputs).double()
+        self.cross += (inputs.T @ told).double()
+        self.square += told.square().sum().double()
+
+    def ridged(self) -> Tensor:
+        """The first of them with a penalty on each input in proportion to its own square."""
+        penalty = (RIDGE * self.gram.diagonal()).clamp(min=1e-12)
+        penalty[-1] = 0
+        return self.gram + torch.diag(penalty)
+
+
 class _ReadOut:
-    """Σ f fᵀ and Σ f oᵀ of features f (with a 1 for the intercept) and outputs o, float64."""
+    """The closed form of `out_proj`."""
 
     def __init__(self, replacement: Replacement) -> None:
         self.replacement = replacement
-        out = replacement.out_proj
-        width = out.in_features + 1
-        zero = torch.zeros((), dtype=torch.float64, device=out.weight.device)
-        self.gram = zero.expand(width, width).clone()
-        self.cross = zero.expand(width, out.out_features).clone()
-        self.square = zero.clone()
+        self.moments = _Moments(replacement.out_proj.in_features, replacement.out_proj)
 
     def see(self, hidden: Tensor, told: Tensor) -> None:
-        features = self.replacement.features(hidden).flatten(0, 1).float()
-        features = torch.cat((features, features.new_ones(len(features), 1)), dim=1)
-        told = told.flatten(0, 1).float()
-        self.gram += (features.T @ features).double()
-        self.cross += (features.T @ told).double()
-        self.square += told.square().sum().double()
+        self.moments.add(self.replacement.features(hidden), told)
 
     def solve(self) -> float:
-        """argmin Σ |W f - o|² + RIDGE · Σ mean(f²) · |W|², put into `out_proj`."""
-        ridge = RIDGE * self.gram.diagonal()[:-1].mean()
-        penalty = torch.full_like(self.gram[0], 1.0) * ridge.clamp(min=1e-30)
-        penalty[-1] = 0
-        weight = torch.linalg.solve(self.gram + torch.diag(penalty), self.cross)
-        out = self.replacement.out_proj
+        """argmin Σ |W f - o|² + RIDGE · Σ_i Σ f_i² · |W_i|², put into place; the error left."""
+        moments, out = self.moments, self.replacement.out_proj
+        weight = torch.linalg.solve(moments.ridged(), moments.cross)
         out.weight.copy_(weight[:-1].T)
         out.bias.copy_(weight[-1])
-        fitted = (weight * (self.gram @ weight)).sum() - 2 * (weight * self.cross).sum()
-        return float(1 + fitted / self.square)
+        fitted = (weight * (moments.gram @ weight)).sum() - 2 * (weight * moments.cross).sum()
+        return float(1 + fitted / moments.square)
+
+
+class _OwnToken:
+    """A reduced-rank regression of what the mixing heads leave, on the hidden states.
+
+    With S the moment of u, and C that of u and the outputs, both beside what the features of the
+    mixing heads explain, S = L Lᵀ and L⁻¹ C = U Σ Vᵀ, the r directions of u from which most of the
+    outputs can be read are the first columns of L⁻ᵀ U.
+    """
+
+    def __init__(self, mixer: Mixer) -> None:
+        self.mixer = mixer
+        heads = torch.arange(mixer.shape.heads)
+        own = _own_token_heads(mixer.shape)
+        self.mixing = [h for h in heads.tolist() if h not in heads[own].tolist()]
+        width = len(self.mixing) * mixer.shape.head_dim + mixer.shape.hidden_size
+        self.moments = _Moments(width, mixer.out_proj)
+
+    def see(self, hidden: Tensor, told: Tensor) -> None:
+        features = self.mixer.features(hidden).unflatten(-1, (self.mixer.shape.heads, -1))
+        self.moments.add(torch.cat((features[..., self.mixing, :].flatten(-2), hidden), -1), told)
+
+    def seed(self) -> None:
+        """Puts the directions, scaled to a mean square of 1, into `in_proj`."""
+        shape, tokens = self.mixer.shape, self.moments.gram[-1, -1]
+        gram, cross = self.moments.ridged(), self.moments.cross
+        split = len(gram) - 1 - shape.hidden_size
+        rest = torch.arange(split, len(gram) - 1, device=gram.device)
+        known = torch.cat((torch.arange(split), torch.tensor([len(gram) - 1]))).to(gram.device)
+        explained = torch.linalg.solve(gram[known][:, known], gram[known][:, rest])
+        left = gram[rest][:, rest] - gram[rest][:, known] @ explained
+        lower = torch.linalg.cholesky(left)
+        goal = cross[rest] - explained.T @ cross[known]
+        goal = torch.linalg.solve_triangular(lower, goal, upper=False)
+        weight = self.mixer.in_proj.weight[shape.inner : 2 * shape.inner]
+        own = weight.unflatten(0, (shape.heads, -1))[_own_token_heads(shape)]
+        best = torch.linalg.svd(goal, full_matrices=False).U[:, : own.shape[0] * own.shape[1]]
+        directions = torch.linalg.solve_triangular(lower.T, best, upper=True)
+        square = (directions * (self.moments.gram[rest][:, rest] @ directions)).sum(dim=0) / tokens
+        own.copy_((directions / square.sqrt()).T.view(own.shape))
 
 
 class Alignment(Student):

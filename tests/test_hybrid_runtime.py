@@ -157,14 +157,14 @@ def test_requests_share_no_prefix_but_answer_alike(hybrid):
     prompt = IDS.tolist() * 2  # longer than a piece, so that it would have been shared
     alone = [row[0] for row in engine.generate([prompt], max_new_tokens=6, ignore_eos=True)]
     scheduler = Scheduler(engine, 10**8)
-    requests = [Request(prompt, 6, ignore_eos=True), Request(prompt + [5], 6, ignore_eos=True)]
+    requests = [Request(prompt, 6, ignore_eos=True), Request([*prompt, 5], 6, ignore_eos=True)]
     for request in requests:
         scheduler.add(request)
         while not scheduler.idle:
             scheduler.step()
     assert requests[0].tokens == alone
     assert requests[1].cached == 0
-    longer = engine.generate([prompt + [5]], max_new_tokens=6, ignore_eos=True)
+    longer = engine.generate([[*prompt, 5]], max_new_tokens=6, ignore_eos=True)
     assert requests[1].tokens == [row[0] for row in longer]
 
 

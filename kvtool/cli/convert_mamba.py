@@ -41,7 +41,7 @@ def convert_mamba(
     misplaced: list[str],
 ) -> None:
     """The options are those of ``kvtool convert``; `misplaced` are for other conversions."""
-    from kvtool.calibrate.layer_importance import ImportanceOptions, rank_layers
+    from kvtool.calibrate.layer_importance import ImportanceOptions, rank_layers, reaches
     from kvtool.checkpoint import Checkpoint
     from kvtool.cli.convert import add_plan, check_memory, finish, new_table
     from kvtool.convert import mamba
@@ -88,7 +88,8 @@ def convert_mamba(
         replaced = wanted.named
         if not replaced:
             ranking = ImportanceOptions(wanted.count, data=data, tokens=tokens, seed=seed)
-            ranked = rank_layers(checkpoint, ranking, device=device, report=report)
+            reach = reaches(checkpoint, ranking, report)
+            ranked = rank_layers(checkpoint, ranking, reach, device=device, report=report)
             replaced = tuple(sorted(score.layer for score in ranked[: wanted.count]))
         result = mamba.convert(
             checkpoint,

@@ -150,6 +150,8 @@ def rank_layers(
     del alone
     scores.sort(key=lambda score: score.left_out)
     count = layers // 2 if options.count is None else min(options.count, layers)
+    if count == 0:
+        return scores
     return _probe(checkpoint, options, reach, device, scores, judge, count, report)
 
 

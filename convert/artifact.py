@@ -63,7 +63,7 @@ def write(
     _write_json(folder / "config.json", {**config, "kvtool": summary})
     step = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     if options.to == "mamba":
-        step = {"to": "mamba", **step, "layers": ",".join(map(str, step["layers"]))}
+        step = {"to": "mamba", **step, "layers": "".join(f"{i}," for i in step["layers"])}
     steps = [{"uses": "convert", **step}]
     recipe = dump_recipe(checkpoint.source, steps, checkpoint.revision)
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")

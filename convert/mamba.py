@@ -57,7 +57,7 @@ AUTO = 512 * 1024
 """Tokens of `--heal auto`, and of no `--heal`."""
 WINDOW = 1024
 """Tokens of a text on the CPU: many small steps teach more than few large ones."""
-WINDOW_CUDA, BATCH_CUDA = 2048, 16
+WINDOW_CUDA, BATCH_CUDA = 2048, 8
 """On a GPU, and texts of a step there."""
 SOLVE = 16
 """Texts that read-outs are solved on."""
@@ -79,7 +79,6 @@ class MambaOptions:
         data: Text to learn from; `None` is Python's own documentation, and docstrings.
         tokens: Calibration tokens, for the reach of the heads.
         dtype: Of the mixers' tensors; `auto` keeps the source's.
-        batch, window: Texts of a step, and their tokens; None is what suits the device.
     """
 
     layers: tuple[int, ...]
@@ -91,8 +90,6 @@ class MambaOptions:
     seed: int = 0
     dtype: str = "auto"
     shard_size: str = "2GB"
-    batch: int | None = None
-    window: int | None = None
 
     to = "mamba"
     method = "distilled"
@@ -106,8 +103,7 @@ class MambaOptions:
     def sizes(self, checkpoint: Checkpoint, device: str) -> tuple[int, int]:
         """Texts of a step, and their tokens."""
         cuda = torch.device(device).type == "cuda"
-        window = self.window or (WINDOW_CUDA if cuda else WINDOW)
-        batch = self.batch or (BATCH_CUDA if cuda else 1)
+        batch, window = (BATCH_CUDA, WINDOW_CUDA) if cuda else (1, WINDOW)
         return batch, min(window, int(checkpoint.hf_config().max_position_embeddings))
 
 

@@ -47,6 +47,8 @@ THIRD = 3
 RIDGE = 1e-2
 """Of the read-out, relative to the square of each feature: unusual texts make some of them huge."""
 
+_NOTHING = 1e-12  # the square of an attention that gives nothing
+
 Arm = Literal["mamba", "random", "pointwise"]
 
 
@@ -293,7 +295,7 @@ class _Moments:
 
     def ridged(self) -> Tensor:
         """The first of them with a penalty on each input in proportion to its own square."""
-        penalty = (RIDGE * self.gram.diagonal()).clamp(min=1e-12)
+        penalty = (RIDGE * self.gram.diagonal()).clamp(min=_NOTHING)
         penalty[-1] = 0
         return self.gram + torch.diag(penalty)
 
@@ -315,7 +317,7 @@ class _ReadOut:
         out.weight.copy_(weight[:-1].T)
         out.bias.copy_(weight[-1])
         fitted = (weight * (moments.gram @ weight)).sum() - 2 * (weight * moments.cross).sum()
-        return float(1 + fitted / moments.square)
+        return float(1 + fitted / moments.square.clamp(min=_NOTHING))
 
 
 class _OwnToken:
@@ -390,7 +392,8 @@ class Alignment(Student):
         def compare(slot: Slot, hidden: Tensor, told: Tensor) -> None:
             with torch.enable_grad():
                 wrong = slot.replacement(hidden.detach()).float() - told.detach().float()
-                lost.append(wrong.square().sum() / told.float().square().sum())
+                square = told.float().square().sum()
+                lost.append(wrong.square().sum() / square.clamp(min=_NOTHING))
 
         for slot in hybrid.slots.values():
             slot.watch = lambda hidden, told, slot=slot: compare(slot, hidden, told)

@@ -148,6 +148,19 @@ class LayerStatistics:
     query_entropy: Tensor
 
     @property
+    def reach(self) -> Tensor:
+        """`[Q]` float64: how many tokens a head typically looks back, but for sinks.
+
+        The geometric mean of distances, as a little attention far away would rule any other; a
+        bucket counts as its middle, and 1 is added to all for the token itself.
+        """
+        mass = self.distance_mass[:, :-1]
+        middle = 1.5 * 2.0 ** torch.arange(-1, mass.shape[1] - 1, dtype=torch.float64) - 0.5
+        middle[0] = 0
+        mean = (mass * (1 + middle).log()).sum(dim=1) / mass.sum(dim=1)
+        return mean.exp() - 1
+
+    @property
     def joint_moment(self) -> Tensor:
         """`[2K, 2K]` float64, Σ over all positions, sinks too, of the products of [k̂ ; v]."""
         return self.joint.second + self.sink_joint.second

@@ -21,6 +21,7 @@ from kvtool.recipe import dump_recipe
 
 if TYPE_CHECKING:
     from kvtool.convert.conversion import ConversionResult
+    from kvtool.convert.mamba import MambaOptions
     from kvtool.convert.planning import ConvertOptions
 
 MANIFEST = "kvtool_manifest.json"
@@ -40,7 +41,7 @@ def write(
     folder: Path,
     checkpoint: Checkpoint,
     fingerprint: str,
-    options: ConvertOptions,
+    options: ConvertOptions | MambaOptions,
     corpus: Corpus,
     config: dict[str, Any],
     replaced: list[str],
@@ -61,6 +62,8 @@ def write(
     }
     _write_json(folder / "config.json", {**config, "kvtool": summary})
     step = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
+    if options.to == "mamba":
+        step = {"to": "mamba", **step, "layers": "".join(f"{i}," for i in step["layers"])}
     steps = [{"uses": "convert", **step}]
     recipe = dump_recipe(checkpoint.source, steps, checkpoint.revision)
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -88,6 +91,8 @@ def write(
         },
         "measured": {},
     }
+    if arms := getattr(result, "arms", None):
+        manifest |= {"arms": arms, "beaten": getattr(result, "beaten", {})}
     _write_json(folder / MANIFEST, manifest)
     _write_card(folder, manifest)
 
@@ -188,17 +193,44 @@ _MEASURED = {
 }
 
 
+_WORDS = {
+    "mla": (
+        "Multi-head latent attention",
+        "converted to MLA",
+        [("latent rank + shared RoPE key", "{rank} + {rope_dim}")],
+    ),
+    "gqa": (
+        "Grouped-query attention",
+        "with fewer KV heads",
+        [("KV heads per layer", "{kv_heads}")],
+    ),
+    "mamba": (
+        "Attention beside Mamba-2",
+        "a hybrid",
+        [
+            ("layers with Mamba-2", "{replaced_layers}"),
+            ("constant bytes of a sequence (states in float32)", "{constant_bytes}"),
+        ],
+    ),
+}
+_ARMS = {
+    "mamba": "this model",
+    "random": "control that inherits nothing",
+    "pointwise": "control that does not mix tokens",
+}
+
+
 def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
     """The model card, from the numbers of the manifest alone."""
     plan, measured, base = manifest["plan"], manifest["measured"], manifest["base"]["source"]
     to = plan.get("to", "mla")  # older manifests do not say
-    gqa = to == "gqa"
-    kind, title = "Multi-head latent", "converted to MLA"
-    if gqa:
-        kind, title = "Grouped-query", "with fewer KV heads"
+    kind, title, rows = _WORDS[to]
     load = (
         f"It is a stock checkpoint of the same class as `{base}`, with fewer KV heads."
-        if gqa
+        if to == "gqa"
+        else "It is a stock `granitemoehybrid` checkpoint: transformers loads it without custom "
+        "code; vLLM should be given `--mamba-ssm-cache-dtype float32`."
+        if to == "mamba"
         else "It is a stock `deepseek_v3` checkpoint: transformers loads it without custom code."
         if manifest["target"] == "transformers"
         else "It is a stock `deepseek_v3` checkpoint with the conventions of vLLM."
@@ -214,7 +246,7 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
         "",
         f"# {Path(base).name}, {title}",
         "",
-        f"{kind} attention, made from `{base}` by kvtool "
+        f"{kind}, made from `{base}` by kvtool "
         f"{manifest['versions']['kvtool']} with the method `{manifest['method']}`. {load}",
         "",
         "| | |",
@@ -222,10 +254,13 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
         f"| cache bytes per token before (bf16) | {plan['bytes_per_token_before']} |",
         f"| cache bytes per token after (bf16) | {plan['bytes_per_token_after']} "
         f"({plan['share']:.1%}) |",
-        f"| KV heads per layer | {plan['kv_heads']} |"
-        if gqa
-        else f"| latent rank + shared RoPE key | {plan['rank']} + {plan['rope_dim']} |",
+        *(f"| {label} | {form.format(**plan)} |" for label, form in rows),
     ]
+    for arm, about in manifest.get("arms", {}).items():
+        lines.append(
+            f"| {_ARMS[arm]}: KL on held-out text, perplexity ratio | {about['kl']:.3g}, "
+            f"{about['perplexity_ratio']:.4f} |"
+        )
     if (amount := manifest["options"].get("heal")) is not None:
         teacher = manifest["options"]["teacher"] or base
         lines.append(f"| healed, taught by {teacher} | {amount} |")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool import distill
@@ -30,6 +29,7 @@ from kvtool.calibrate.lessons import lessons
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert.fitting import ConvertedLayer, converted_stages
 from kvtool.distill import Amount, Student, Training, fast_bfloat16
+from kvtool.divergence import SLICE, divergence
 from kvtool.errors import UsageError
 from kvtool.latent import FactoredAttention, LatentFactors
 
@@ -41,7 +41,6 @@ AUTO = 16 * 1024
 """Tokens of `--heal auto`."""
 LEARNING_RATE = 5e-4
 """Relative: AdamW moves a parameter by this share of its root mean square per step."""
-_SLICE = 512  # positions whose logits are there at once
 
 
 class _Either(nn.Module):
@@ -125,9 +124,7 @@ class ConvertedStudent(Student):
             size = min(len(head.weight), len(self.model.lm_head.weight))  # some are padded
             states = self.hidden(ids, False)
             weights = (self.model.lm_head.weight[:size], head.weight[:size])
-            total: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
-                states.flatten(0, 1), told.flatten(0, 1), *weights
-            )
+            total = divergence(states.flatten(0, 1), told.flatten(0, 1), *weights)
         return total / ids.numel(), {}
 
     def converted(self) -> list[ConvertedLayer]:
@@ -139,37 +136,6 @@ def _states(model: Any, ids: Tensor) -> Tensor:
     model.to(ids.device)  # the student may have been moved
     states: Tensor = model.model(ids, use_cache=False).last_hidden_state
     return states
-
-
-class _Divergence(torch.autograd.Function):
-    """Σ over positions of KL(p ‖ q), with the gradient taken at once.
-
-    p and q are the softmax of teacher and student. With logits z of the student, dKL/dz = q - p, so
-    no logits are kept until the backward pass, nor computed again in it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, told: Tensor, head: Tensor, teacher_head: Tensor
-    ) -> Tensor:
-        """Final hidden states `[T, hidden]` of both, and their output heads `[V, hidden]`."""
-        total = torch.zeros((), device=states.device)
-        gradients = []
-        head, teacher_head = head.to(states.dtype), teacher_head.to(told.dtype)
-        for ours, theirs in zip(states.split(_SLICE), told.split(_SLICE), strict=True):
-            q = F.linear(ours, head).float().log_softmax(dim=-1)
-            p = F.linear(theirs, teacher_head).float().log_softmax(dim=-1)
-            probability = p.exp()
-            total += (probability * p.sub_(q)).sum()
-            gradients.append(q.exp_().sub_(probability).to(states.dtype) @ head)
-        ctx.save_for_backward(torch.cat(gradients))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """Scales what `forward` found."""
-        (states,) = ctx.saved_tensors
-        return states * gradient, None, None, None
 
 
 def _layer(stages: FactoredAttention | DenseAttention) -> ConvertedLayer:
@@ -245,7 +211,7 @@ def memory_bytes(config: Any, weights: int, trained: int) -> int:
     length = BATCH * min(WINDOW, int(config.max_position_embeddings))
     sizes = 8 * int(config.hidden_size) + 4 * int(config.intermediate_size)
     kept = 4 * sizes  # of a token, per layer
-    logits = 4 * 4 * min(_SLICE, length) * int(config.vocab_size)
+    logits = 4 * 4 * min(SLICE, length) * int(config.vocab_size)
     # Twice the original attention, and of the trained numbers also gradients, AdamW's moments, and
     # the factors that they started from, in float64.
     activations = length * kept * int(config.num_hidden_layers)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvtool.attention import apply_latent_eps
 from kvtool.checkpoint import Checkpoint, sha256_file
-from kvtool.convert import artifact
+from kvtool.convert import artifact, granite
 from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
 
@@ -134,19 +134,21 @@ def _check_untouched(
     report: VerifyReport, converted: Checkpoint, against: Checkpoint, manifest: dict[str, Any]
 ) -> None:
     """Everything but the attention projections must be the original's, to the byte."""
-    replaced = manifest["replaced"]
-    shared = {
-        name: name
+    replaced, plan = manifest["replaced"], manifest["plan"]
+    shared: dict[str, tuple[str, ...]] = {
+        name: (name,)
         for name in against.tensors
         if not any(f".self_attn.{part}." in name for part in replaced)
     }
-    if "lm_head.weight" in converted.tensors:
-        shared.setdefault("lm_head.weight", "model.embed_tokens.weight")  # untied for vLLM
+    if plan.get("to") == "mamba":
+        shared = granite.other_tensors(against.tensors, plan["replaced_layers"])
+    elif "lm_head.weight" in converted.tensors:
+        shared.setdefault("lm_head.weight", ("model.embed_tokens.weight",))  # untied for vLLM
     different = [
         name
-        for name, original in shared.items()
+        for name, parts in shared.items()
         if name not in converted.tensors
-        or not _same_bytes(converted.read(name), against.read(original))
+        or not _same_bytes(converted.read(name), granite.reader(against.read, parts)())
     ]
     detail = f"{len(shared)} tensors, byte for byte"
     if different:
@@ -236,7 +238,9 @@ def _check_runtime(
     kl = float(_kl(logits[half : len(ids)], steps).mean())
     report.add("decode", kl <= DECODE_KL, f"KL {kl:.1e} between decode and full forward")
     element = torch.finfo(engine.dtype).bits // 8
-    measured = int(cache.bytes_per_token() * 2 / element)
+    short = engine.new_cache(1, len(ids) - half)
+    growth = (cache.allocated_bytes - short.allocated_bytes) / half
+    measured = int(growth * 2 / element)
     plan, ranks = manifest["plan"], manifest["ranks"]
     planned = plan["bytes_per_token_after"]
     if ranks:  # some layers may need less than was planned

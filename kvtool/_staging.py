@@ -80,7 +80,9 @@ class Staging:
         # From here on nothing may be resumed from, but the folder must still be known as ours.
         self._key_file.write_text("complete")
         for file in self.scratch.iterdir():
-            if file != self._key_file:
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file != self._key_file:
                 file.unlink()
         for file in [*self.path.rglob("*"), self.path]:
             _fsync(file)

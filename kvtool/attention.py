@@ -8,6 +8,9 @@ Two layouts are recognised, by structure:
 * **MLA** (`deepseek_v3`): `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, and `q_proj` or
   `q_a_proj q_a_layernorm q_b_proj`. Its stages are those of `kvtool.latent`.
 
+Hybrid models (`granitemoehybrid`) have GQA in some layers and Mamba-2 in the others, whose stages
+are those of `kvtool.mamba`.
+
 Everything else is refused by name, with the reason.
 """
 
@@ -22,9 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.errors import UnsupportedModelError
+from kvtool.mamba import shape_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose attention is the plain GQA layout; each is checked by a test."""
+HYBRID = "granitemoehybrid"
+"""The model type that has attention in some layers and Mamba-2 in the others."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,16 @@ class AttentionLayout:
     """What one attention layer computes, without its weights.
 
     Attributes:
-        kind: `gqa` caches keys and values per KV head; `mla` one latent and one shared RoPE key.
+        kind: `gqa` caches keys and values per KV head; `mla` one latent and one shared RoPE key;
+            `mamba` a state of a fixed size.
         head_dim: Size of a query and key head (for `mla`: `nope_dim + rope_dim`).
         scaling: Factor on the scores before the softmax.
         sliding_window: Window in tokens, `None` if the layer sees everything.
         rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
+        constant_values: Numbers that a `mamba` layer keeps of a sequence of any length.
     """
 
-    kind: Literal["gqa", "mla"]
+    kind: Literal["gqa", "mla", "mamba"]
     hidden_size: int
     heads: int
     kv_heads: int
@@ -53,10 +61,13 @@ class AttentionLayout:
     rope_dim: int = 0
     nope_dim: int = 0
     value_dim: int = 0
+    constant_values: int = 0
 
     @property
     def cached_values(self) -> int:
         """Numbers kept per token by a runtime that stores what this layer really needs."""
+        if self.kind == "mamba":
+            return 0
         if self.kind == "mla":
             return self.rank + self.rope_dim
         return 2 * self.kv_heads * self.head_dim
@@ -152,6 +163,26 @@ def decoder_layers(model: nn.Module) -> list[Any]:
     return list(layers)
 
 
+def is_mixer(layer: Any) -> bool:
+    """Whether a decoder layer of a hybrid model has a Mamba-2 mixer in the place of attention."""
+    return layer.self_attn is None
+
+
+def _mixer_layout(config: Any) -> AttentionLayout:
+    shape = shape_of(config)
+    return AttentionLayout(
+        kind="mamba",
+        hidden_size=shape.hidden_size,
+        heads=shape.heads,
+        kv_heads=0,
+        head_dim=shape.head_dim,
+        scaling=1.0,
+        qkv_bias=bool(config.mamba_proj_bias),
+        output_bias=bool(config.mamba_proj_bias),
+        constant_values=shape.state_values + shape.conv_values,
+    )
+
+
 def describe(config: Any) -> list[AttentionLayout]:
     """Layout of every layer from a transformers config alone; no weights are made.
 
@@ -160,11 +191,13 @@ def describe(config: Any) -> list[AttentionLayout]:
     """
     from transformers import AutoModelForCausalLM
 
-    if config.model_type not in (*FAMILIES, "deepseek_v3"):
+    if config.model_type not in (*FAMILIES, "deepseek_v3", HYBRID):
         raise UnsupportedModelError(
             f"model type '{config.model_type}' is not supported",
-            hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 without experts",
+            hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 and {HYBRID} without experts",
         )
+    if config.model_type == HYBRID and config.num_local_experts:
+        raise UnsupportedModelError(f"{HYBRID} with mixture-of-experts layers is not supported")
     if config.model_type == "deepseek_v3" and config.first_k_dense_replace < (
         config.num_hidden_layers
     ):
@@ -172,7 +205,9 @@ def describe(config: Any) -> list[AttentionLayout]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return [
-        recognise(layer.self_attn, f"model.layers.{i}.self_attn")
+        _mixer_layout(config)
+        if is_mixer(layer)
+        else recognise(layer.self_attn, f"model.layers.{i}.self_attn")
         for i, layer in enumerate(decoder_layers(model))
     ]
 
@@ -222,6 +257,9 @@ def rope_of(config: Any) -> Rope:
     """
     from transformers import AutoModelForCausalLM
 
+    if config.model_type == HYBRID and config.position_embedding_type != "rope":
+        pairs = (config.hidden_size // config.num_attention_heads) // 2
+        return Rope(torch.zeros(pairs))  # no positions: nothing is turned
     parameters = config.rope_parameters
     kind = parameters.get("rope_type", "default")
     length_dependent = kind == "dynamic" or (
@@ -235,8 +273,9 @@ def rope_of(config: Any) -> Rope:
         model = AutoModelForCausalLM.from_config(config)
     module = type(model.model.rotary_emb)(config=config)
     rope = Rope(module.inv_freq.float(), float(module.attention_scaling))
-    if config.model_type != "deepseek_v3":
-        head_dim = recognise(decoder_layers(model)[0].self_attn, "self_attn").head_dim
+    attentions = [x.self_attn for x in decoder_layers(model) if not is_mixer(x)]
+    if config.model_type != "deepseek_v3" and attentions:
+        head_dim = recognise(attentions[0], "self_attn").head_dim
         if 2 * rope.inv_freq.numel() != head_dim:
             raise UnsupportedModelError("RoPE covers only a part of each head (partial rotary)")
     return rope

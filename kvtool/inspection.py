@@ -43,6 +43,8 @@ class LayerRun:
         layout = self.layout
         if layout.kind == "mla":
             text = f"MLA {layout.heads} heads, latent {layout.rank} + RoPE key {layout.rope_dim}"
+        elif layout.kind == "mamba":
+            text = f"Mamba-2 {layout.heads} heads x {layout.head_dim}"
         elif layout.kv_heads == layout.heads:
             text = f"MHA {layout.heads} heads x {layout.head_dim}"
         else:
@@ -101,6 +103,7 @@ class Inspection:
         """Cache of one sequence in bf16."""
         return sum(
             run.layers * run.bytes_per_token * min(tokens, run.layout.sliding_window or tokens)
+            + run.layers * _BF16 * run.layout.constant_values
             for run in self.runs
         )
 

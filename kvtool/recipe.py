@@ -56,7 +56,7 @@ class ConvertStep(_Strict):
     """``kvtool convert``; fields are its flags. ``output`` may be given when the recipe is run."""
 
     uses: Literal["convert"]
-    to: Literal["mla", "gqa"]
+    to: Literal["mla", "gqa", "mamba"]
     output: str | None = None
     method: Literal["aware", "transmla", "exact"] = "aware"
     target: Literal["transformers", "vllm", "kvtool"] = "transformers"
@@ -65,8 +65,10 @@ class ConvertStep(_Strict):
     rope_dim: int | None = None
     rank: int | None = None
     freqfold: TextOrNumber = "auto"
+    layers: TextOrNumber | None = None
     heal: TextOrNumber | None = None
     teacher: str | None = None
+    loss: Literal["forward-kl", "reverse-kl"] = "forward-kl"
     data: str | None = None
     tokens: int = 16384
     seed: int = 0

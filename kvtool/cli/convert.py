@@ -27,10 +27,11 @@ def convert(
     model: _options.Model,
     output: _options.Output,
     to: Annotated[
-        Literal["mla", "gqa"],
+        Literal["mla", "gqa", "mamba"],
         typer.Option(
             "--to",
-            help="The attention to convert to: a latent (mla), or fewer KV heads (gqa).",
+            help="The attention to convert to: a latent (mla), fewer KV heads (gqa), or in some "
+            "layers Mamba-2 (mamba).",
             rich_help_panel=_METHOD,
         ),
     ],
@@ -80,12 +81,20 @@ def convert(
             rich_help_panel=_METHOD,
         ),
     ] = "auto",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="With --to mamba: the layers to replace, such as 9,12,20; how many, such as 8; or "
+            "auto, as many as --kv-budget asks for.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     heal: Annotated[
         str | None,
         typer.Option(
             metavar="AMOUNT",
             help="Let the original teach the result: tokens such as 200k, a time such as 20min, or "
-            "auto.",
+            "auto. With --to mamba always, unless it is 0, and each of two controls as long.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -97,6 +106,13 @@ def convert(
             rich_help_panel=_METHOD,
         ),
     ] = None,
+    loss: Annotated[
+        Literal["forward-kl", "reverse-kl"],
+        typer.Option(
+            help="With --to mamba: what the result learns from predictions.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "forward-kl",
     data: _options.Data = None,
     tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
@@ -120,9 +136,34 @@ def convert(
     revision: _options.Revision = None,
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
-    """Convert MODEL to a latent cache (MLA) or to fewer KV heads, as a stock checkpoint."""
+    """Convert MODEL to a latent cache (MLA), fewer KV heads, or Mamba-2 in some layers.
+
+    The result is a stock checkpoint.
+    """
+    if to == "mamba":
+        from kvtool.cli.convert_mamba import convert_mamba
+
+        given = {
+            "--method": method != "aware",
+            "--target": target != "transformers",
+            "--kv-heads": kv_heads is not None,
+            "--rope-dim": rope_dim is not None,
+            "--rank": rank is not None,
+            "--freqfold": freqfold != "auto",
+        }
+        convert_mamba(
+            model, output, layers=layers, kv_budget=kv_budget, heal=heal, teacher=teacher,
+            loss=loss, data=data, tokens=tokens, seed=seed, dtype=dtype, device=device,
+            shard_size=shard_size, overwrite=overwrite, resume=resume, dry_run=dry_run,
+            verify=verify, json=json, quiet=quiet, offline=offline, revision=revision,
+            trust_remote_code=trust_remote_code,
+            misplaced=[flag for flag, there in given.items() if there],
+        )  # fmt: skip
+        return
+    if layers is not None or loss != "forward-kl":
+        raise UsageError(f"{'--loss' if layers is None else '--layers'} is for --to mamba")
     from kvtool.checkpoint import Checkpoint
-    from kvtool.convert import artifact, conversion, planning
+    from kvtool.convert import conversion, planning
     from kvtool.convert.heal import AUTO
     from kvtool.distill import Amount, processes
 
@@ -158,17 +199,17 @@ def convert(
     first = processes()[0] == 0
     if dry_run:
         plan = planning.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened)
-        _check_memory(plan, device, verify)
+        check_memory(plan, device, verify)
         if not first:
             return
-        table = _table(f"{model} to {to}: nothing written")
-        _add_plan(table, plan)
+        table = new_table(f"{model} to {to}: nothing written")
+        add_plan(table, plan)
         table.add_row("disk needed", decimal(plan["disk_bytes"]))
         table.add_row("memory to convert, about", decimal(plan["memory_bytes"]))
         _console.emit(plan, json, table)
         return
     if first:
-        _check_memory(
+        check_memory(
             planning.plan(checkpoint, options, output, overwrite=overwrite, teacher=opened),
             device,
             verify,
@@ -187,10 +228,30 @@ def convert(
     if result is None:  # another process of accelerate launch writes
         return
     summary = result.to_dict()
-    table = _table(f"{model} to {to}: {output}")
-    _add_plan(table, result.plan)
+    table = new_table(f"{model} to {to}: {output}")
+    add_plan(table, result.plan)
     table.add_row("seconds", f"{result.seconds:.1f}")
     table.add_row("peak memory", decimal(result.peak_memory_bytes))
+    finish(output, checkpoint, summary, table, verify=verify, json=json, quiet=quiet)
+
+
+def finish(
+    output: Path,
+    checkpoint: Checkpoint,
+    summary: dict[str, Any],
+    table: Table,
+    *,
+    verify: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Verifies what was written if asked to, and prints what is known of it.
+
+    Raises:
+        GateError: The verification failed.
+    """
+    from kvtool.convert import artifact
+
     checked: dict[str, Any] | None = None
     if verify:
         checked = summary["verify"] = _verify_in_fresh_process(output, checkpoint, quiet=quiet)
@@ -204,12 +265,13 @@ def convert(
     _console.emit(summary, json, table)
     if checked is not None and not checked["passed"]:
         raise GateError(
-            f"{output}: the converted checkpoint failed its verification against {model}",
+            f"{output}: the converted checkpoint failed its verification against "
+            f"{checkpoint.source}",
             hint="it is kept for inspection; do not use it",
         )
 
 
-def _check_memory(plan: dict[str, Any], device: str, verify: bool) -> None:
+def check_memory(plan: dict[str, Any], device: str, verify: bool) -> None:
     """Before the work, also of what comes last: verification holds a whole model in float32."""
     needs = [("converting", plan["memory_bytes"], "cpu", "a smaller --shard-size, fewer --tokens")]
     if verify:
@@ -224,19 +286,24 @@ def _check_memory(plan: dict[str, Any], device: str, verify: bool) -> None:
             )
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """For what is known of a conversion."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
 
 
-def _add_plan(table: Table, plan: dict[str, Any]) -> None:
+def add_plan(table: Table, plan: dict[str, Any]) -> None:
+    """Rows of what was planned."""
     before, after = plan["bytes_per_token_before"], plan["bytes_per_token_after"]
     if plan["to"] == "mla":
         table.add_row("method", f"{plan['method']} for {plan['target']}")
     table.add_row("cache bytes per token", f"{before} before, {after} after ({after / before:.1%})")
-    if plan["to"] == "gqa":
+    if plan["to"] == "mamba":
+        table.add_row("constant bytes", f"{plan['constant_bytes']} of a sequence")
+        table.add_row("layers replaced", ", ".join(map(str, plan["replaced_layers"])))
+    elif plan["to"] == "gqa":
         table.add_row("KV heads per layer", str(plan["kv_heads"]))
     else:
         latent = f"rank {plan['rank']} + {plan['rope_dim']} with positions"

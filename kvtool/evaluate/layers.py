@@ -178,8 +178,9 @@ class _Call:
 def _watched(attention: nn.Module) -> Iterator[_Call]:
     call = _Call(torch.empty(0), torch.empty(0))
 
-    def keep(_: nn.Module, args: Any, kwargs: dict[str, Any], result: tuple[Tensor, None]) -> None:
-        call.hidden, call.output = kwargs["hidden_states"], result[0]
+    def keep(_: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        call.hidden = kwargs["hidden_states"]
+        call.output = result if isinstance(result, Tensor) else result[0]
 
     handle = attention.register_forward_hook(keep, with_kwargs=True)
     try:

@@ -50,6 +50,9 @@ class Engine:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.eos_ids = _eos_ids(model, self.tokenizer)
+        # Granite has these; the other two of its factors are its layers' business.
+        self._embedding_multiplier = getattr(self.config, "embedding_multiplier", 1.0)
+        self._logits_scaling = getattr(self.config, "logits_scaling", 1.0)
         limits = [x.most_tokens for x in attentions if x.most_tokens is not None]
         self._most_tokens = min(limits, default=sys.maxsize)
         self._ropes: list[Rope] = []
@@ -67,7 +70,7 @@ class Engine:
         device: str = "cpu",
         plan: Plan | None = None,
     ) -> Engine:
-        """Loads a GQA, `deepseek_v3` or `kvtool_mla` checkpoint.
+        """Loads a GQA, `deepseek_v3`, `kvtool_mla` or `granitemoehybrid` checkpoint.
 
         Args:
             plan: What the layers of a GQA checkpoint keep; everything if not given.
@@ -274,11 +277,14 @@ class Engine:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[B, T, V]` fp32 of what the last layer gives, `[B, T, hidden]`."""
         logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
-        return logits.float()
+        logits = logits.float()
+        return logits if self._logits_scaling == 1 else logits / self._logits_scaling
 
     def run(self, step: Step, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` through the decoder layers to hidden states `[B, T, hidden]`."""
         hidden: Tensor = self.model.model.embed_tokens(ids)
+        if self._embedding_multiplier != 1:
+            hidden = hidden * self._embedding_multiplier
         for layer in decoder_layers(self.model):
             hidden = layer(hidden, past_key_values=step)
         return hidden

@@ -15,6 +15,7 @@ from kvtool.attention import (
     apply_latent_eps,
     decoder_layers,
     describe,
+    is_mixer,
     recognise,
     rope_of,
 )
@@ -23,6 +24,7 @@ from kvtool.codes import Code, Positions, load_code
 from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config, is_factor, read_factors
 from kvtool.latent import FactoredAttention, MultiheadLatentAttention
+from kvtool.mamba import Mixer
 from kvtool.plan import Plan
 from kvtool.runtime.coded import CodedAttention
 from kvtool.runtime.layers import (
@@ -32,6 +34,7 @@ from kvtool.runtime.layers import (
     LatentRuntimeAttention,
     RuntimeAttention,
 )
+from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.split import SplitAttention
 
 
@@ -51,8 +54,8 @@ def load_host(
     target = checkpoint.config.get("kvtool", {}).get("target")
     if dtype == torch.float16 and target in ("transformers", "vllm"):
         raise UnsupportedModelError(
-            f"{checkpoint.source} cannot run in float16: the scaling that makes its latent norm "
-            "linear underflows there",
+            f"{checkpoint.source} cannot run in float16: the scaling that makes its norms linear "
+            "underflows there",
             hint="use bfloat16 or float32",
         )
     layouts = describe(config)
@@ -83,6 +86,10 @@ def swap_attention(
     codes = _codes(plan, positions)
     swapped: list[RuntimeAttention] = []
     for i, layer in enumerate(decoder_layers(model)):
+        if is_mixer(layer):
+            layer.mamba = RuntimeMixer(Mixer.of(layer.mamba), i, inv_freq, rope.scale)
+            swapped.append(layer.mamba)
+            continue
         module, name = layer.self_attn, f"model.layers.{i}.self_attn"
         attention: RuntimeAttention
         if recognise(module, name).kind == "mla":
@@ -121,6 +128,12 @@ def _check_plan(
     plan: Plan, checkpoint: Checkpoint, layouts: Sequence[AttentionLayout], factored: bool
 ) -> None:
     """Refuses a plan that the model's attention cannot obey, or that was made for another."""
+    if any(layout.kind == "mamba" for layout in layouts):
+        raise UnsupportedModelError(
+            f"{checkpoint.source} cannot run with a plan: some of its layers keep a state and no "
+            "keys and values",
+            hint="use the plan with the model that this one was converted from",
+        )
     if factored or any(layout.kind == "mla" for layout in layouts):
         raise UnsupportedModelError(
             f"{checkpoint.source} cannot run with a plan: its heads share one latent, so none of "

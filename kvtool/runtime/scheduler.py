@@ -29,6 +29,7 @@ from kvtool.errors import ResourceError, UsageError
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.memory import RowMemory
+from kvtool.runtime.recurrent import keeps_states
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling
 from kvtool.runtime.stores import PAGE, whole_pages
 
@@ -147,7 +148,8 @@ class Scheduler:
         max_running: Requests decoded together at most.
         piece: Tokens of prompts per step, and where prompts are cut.
         share_prefixes: Keep whole pieces of prompts for requests that start alike. Plans drop
-            tokens by what comes later in a prompt, so their prefixes are not shared.
+            tokens by what comes later in a prompt, and the states of Mamba layers cannot go back to
+            one, so their prefixes are not shared.
 
     Attributes:
         waiting: Oldest first.
@@ -166,7 +168,8 @@ class Scheduler:
         engine.pack()
         self.engine, self.budget = engine, memory
         self.max_running, self.piece = max_running, piece
-        self.share_prefixes = share_prefixes and engine.plan is None
+        kept_whole = engine.plan is None and not keeps_states(engine.new_cache(1, 1).stores)
+        self.share_prefixes = share_prefixes and kept_whole
         self.memory = RowMemory(engine)
         if engine.paged:
             smallest = max(1, self.memory.holding(PAGE, PAGE))

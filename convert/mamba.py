@@ -1,0 +1,553 @@
+"""Attention layers to Mamba-2: a stock hybrid checkpoint, taught by the original, with controls.
+
+After Apriel-H1 (arXiv 2511.02651) and mmMamba (arXiv 2502.13145). Mixers inherit queries, keys and
+values, mimic how far each head looks back, and are taught (`teaching.py`); so are two controls, on
+the same text: mixers that inherit nothing, and linear maps that do not mix tokens. A result that is
+not clearly nearer to the original than both is no success.
+
+The whole model is in memory, twice while another teacher teaches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+
+from kvtool import __version__, distill
+from kvtool.attention import FAMILIES, AttentionLayout, describe, rope_of
+from kvtool.calibrate import statistics
+from kvtool.calibrate.lessons import lessons
+from kvtool.calibrate.statistics import StatisticsOptions
+from kvtool.calibrate.stream import LayerStream
+from kvtool.checkpoint import (
+    Checkpoint,
+    Staging,
+    check_disk,
+    check_output,
+    scratch_folder,
+    torch_dtype,
+    write_shards,
+)
+from kvtool.convert import artifact, granite
+from kvtool.convert.conversion import ConversionResult, peak_memory
+from kvtool.convert.fitting import save
+from kvtool.convert.heal import check_teacher
+from kvtool.convert.planning import PROBE, shard_bytes
+from kvtool.convert.teaching import ARMS, Lessons, Report, Steps, Teacher, beats
+from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
+from kvtool.distill import Amount
+from kvtool.errors import UnsupportedModelError, UsageError
+from kvtool.hybrid import Alignment, Arm, Distillation, Judged
+from kvtool.mamba import Mixer
+
+AUTO = 512 * 1024
+"""Tokens of `--heal auto`, and of no `--heal`."""
+WINDOW = 1024
+"""Tokens of a text on the CPU: many small steps teach more than few large ones."""
+WINDOW_CUDA, BATCH_CUDA = 2048, 8
+"""On a GPU, and texts of a step there."""
+SOLVE = 16
+"""Texts that read-outs are solved on."""
+JUDGE = 8
+"""Texts of `WINDOW` tokens that arms are judged by."""
+_BASE_MEMORY = 500_000_000
+
+
+@dataclass(frozen=True)
+class MambaOptions:
+    """Everything that determines the output besides the model.
+
+    Attributes:
+        layers: Whose attention is replaced.
+        heal: How long each arm is taught, see :meth:`kvtool.distill.Amount.parse`; `0` stops behind
+            the closed form.
+        teacher: Another model that teaches instead, with the same tokenizer.
+        loss: Of the last stage, the original's predictions first.
+        data: Text to learn from; `None` is Python's own documentation, and docstrings.
+        tokens: Calibration tokens, for the reach of the heads.
+        dtype: Of the mixers' tensors; `auto` keeps the source's.
+    """
+
+    layers: tuple[int, ...]
+    heal: str = "auto"
+    teacher: str | None = None
+    loss: Literal["forward-kl", "reverse-kl"] = "forward-kl"
+    data: str | None = None
+    tokens: int = 16384
+    seed: int = 0
+    dtype: str = "auto"
+    shard_size: str = "2GB"
+
+    to = "mamba"
+    method = "distilled"
+    target = "transformers"
+
+    @property
+    def amount(self) -> Amount | None:
+        """None behind the closed form."""
+        return None if self.heal == "0" else Amount.parse(self.heal, "--heal", AUTO)
+
+    def sizes(self, checkpoint: Checkpoint, device: str) -> tuple[int, int]:
+        """Texts of a step, and their tokens."""
+        cuda = torch.device(device).type == "cuda"
+        batch, window = (BATCH_CUDA, WINDOW_CUDA) if cuda else (1, WINDOW)
+        return batch, min(window, int(checkpoint.hf_config().max_position_embeddings))
+
+
+@dataclass(frozen=True)
+class MambaResult(ConversionResult):
+    """What a conversion did.
+
+    Attributes:
+        arms: By arm, `kl` and `perplexity_ratio` on held-out text, and by layer the `error` that
+            alignment left.
+        beaten: Whether the result is clearly nearer to the original than each control.
+    """
+
+    arms: dict[str, Any] = dataclasses.field(default_factory=dict)
+    beaten: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+
+def check(config: Any) -> list[str]:
+    """Reasons why a model cannot be converted; empty if it can."""
+    if config.model_type not in FAMILIES:
+        return [f"model type '{config.model_type}' is not one of {', '.join(FAMILIES)}"]
+    layouts = describe(config)
+    rope_of(config)
+    reasons = granite.check(config, layouts[0])
+    if len(set(layouts)) > 1:
+        reasons.append("its layers have different attention layouts")
+    limit = config.max_position_embeddings
+    window = min((x.sliding_window for x in layouts if x.sliding_window), default=limit)
+    if window < limit:
+        reasons.append(f"the stock hybrid class has no sliding window ({window} tokens)")
+    return reasons
+
+
+def require(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModelError with the first reason of :func:`check`."""
+    if reasons := check(checkpoint.hf_config()):
+        raise UnsupportedModelError(
+            f"cannot convert to a hybrid: {reasons[0]}",
+            hint="`kvtool inspect` lists what applies to this model",
+        )
+
+
+def plan(
+    checkpoint: Checkpoint,
+    options: MambaOptions,
+    output: Path | None = None,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    teacher: Checkpoint | None = None,
+) -> dict[str, Any]:
+    """Checks everything that can be checked before work starts, and says what it will cost.
+
+    Raises:
+        UnsupportedModelError: The class cannot express the model.
+        UsageError: A layer is not there, or none would keep its attention; the output is in the
+            way; the teacher has another tokenizer.
+        ResourceError: The disk is too small.
+    """
+    require(checkpoint)
+    config = checkpoint.hf_config()
+    stream = LayerStream(checkpoint)
+    layout, count = stream.layouts[0], len(stream)
+    _check_layers(options.layers, count)
+    dtype = save_dtype(checkpoint, options)
+    if teacher is not None:
+        if options.amount is None:
+            raise UsageError("--teacher teaches: with --heal 0 nobody does")
+        check_teacher(teacher, checkpoint)
+    shape = granite.mixer_shape(layout)
+    mixer = _mixer_values(layout)
+    weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+    taken = granite.other_tensors(checkpoint.tensors, options.layers)
+    kept = sum(checkpoint.tensors[name].nbytes for parts in taken.values() for name in parts)
+    output_bytes = kept + len(options.layers) * mixer * dtype.itemsize
+    trained = len(options.layers) * mixer
+    state = 0 if options.amount is None else 9 * 2 * 4 * trained  # three stages of three arms
+    disk_bytes = 2 * output_bytes + state + 4 * 3 * trained
+    if output is not None:
+        check_output(output, overwrite=overwrite, source=checkpoint.path)
+        check_disk(output, disk_bytes)
+    batch, window = options.sizes(checkpoint, device)
+    healing = None
+    memory = _BASE_MEMORY + 4 * weights + 4 * trained
+    if (amount := options.amount) is not None:
+        steps = amount and amount.tokens and amount.steps(batch * window * distill.processes()[1])
+        logits = 4 * 4 * 512 * int(config.vocab_size)
+        sizes = 8 * layout.hidden_size + 4 * int(config.intermediate_size)
+        activations = (
+            batch
+            * window
+            * 4
+            * (count * sizes + len(options.layers) * (4 * shape.projected + 8 * shape.inner))
+        )
+        memory += 12 * trained + activations + logits
+        if teacher is not None:
+            memory += sum(4 * math.prod(t.shape) for t in teacher.tensors.values())
+        healing = {
+            **dataclasses.asdict(amount),
+            "window": window,
+            "batch": batch,
+            "steps": steps,
+            "text": training_text(options.data).id,
+            "memory_bytes": memory,
+        }
+    before = 2 * count * layout.cached_values
+    after = 2 * (count - len(options.layers)) * layout.cached_values
+    constant = len(options.layers) * (4 * shape.state_values + 2 * shape.conv_values)
+    return {
+        "to": "mamba",
+        "method": options.method,
+        "target": options.target,
+        "layers": count,
+        "replaced_layers": list(options.layers),
+        "bytes_per_token_before": before,
+        "bytes_per_token_after": after,
+        "constant_bytes": constant,
+        "share": after / before,
+        "output_bytes": output_bytes,
+        "disk_bytes": disk_bytes,
+        "memory_bytes": max(memory, _BASE_MEMORY + statistics.memory_bytes(stream, options.tokens)),
+        "verify_memory_bytes": _BASE_MEMORY + 4 * (weights + trained),
+        "attention_dtype": str(dtype).removeprefix("torch."),
+        "healing": healing,
+        "norm": "neutral: transformers may take its mean over all channels or by group",
+        "vllm": "mamba_ssm_cache_dtype float32",
+    }
+
+
+def _check_layers(layers: tuple[int, ...], count: int) -> None:
+    if not layers:
+        raise UsageError("--layers names no layer to replace")
+    if (wrong := [i for i in layers if not 0 <= i < count]) or len(set(layers)) < len(layers):
+        what = f"{wrong[0]} is none of the {count} layers" if wrong else "names a layer twice"
+        raise UsageError(f"--layers: {what}")
+    if len(layers) == count:
+        raise UsageError(
+            f"--layers replaces all {count} layers, but transformers needs one with attention to "
+            "know how long a text is"
+        )
+
+
+def save_dtype(checkpoint: Checkpoint, options: MambaOptions) -> torch.dtype:
+    """Dtype of the mixers' matrices."""
+    own = torch_dtype(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].dtype)
+    dtype: torch.dtype = own if options.dtype == "auto" else getattr(torch, options.dtype)
+    if dtype == torch.float16:
+        raise UnsupportedModelError(
+            "the scaling that makes the mixer's norm linear underflows in float16",
+            hint="use --dtype bfloat16 or float32",
+        )
+    return dtype
+
+
+def _mixer_values(layout: AttentionLayout) -> int:
+    """Numbers in the tensors of one mixer."""
+    shape = granite.mixer_shape(layout)
+    return (
+        shape.projected * (shape.hidden_size + 1)
+        + shape.convolved * (shape.taps + 1)
+        + 3 * shape.heads
+        + shape.inner * (shape.hidden_size + 1)
+        + shape.hidden_size
+    )
+
+
+def convert(
+    checkpoint: Checkpoint,
+    output: Path,
+    options: MambaOptions,
+    *,
+    report: Report = lambda stage, done, total: None,
+    overwrite: bool = False,
+    resume: bool = True,
+    device: str = "cpu",
+    teacher: Checkpoint | None = None,
+) -> MambaResult | None:
+    """Converts the attention of some layers, and the controls beside it.
+
+    Under `accelerate launch` all processes train, and the first writes; the others get None.
+
+    Args:
+        output: The folder to make; it appears only when everything is in it.
+        device: Where the arms are taught.
+        teacher: What `options.teacher` names, opened.
+        resume: Go on where a killed run with the same model and options stopped.
+
+    Raises:
+        KvtoolError: See `plan`, and :func:`kvtool.distill.train`.
+    """
+    started = time.perf_counter()
+    first = distill.processes()[0] == 0
+    distill.wait_for_everyone()
+    if teacher is None and options.teacher is not None:
+        teacher = Checkpoint.open(options.teacher)
+    planned = plan(
+        checkpoint, options, output if first else None,
+        device=device, overwrite=overwrite, teacher=teacher,
+    )  # fmt: skip
+    fingerprint, staging = checkpoint.fingerprint(), None
+    corpus = calibration_text(options.data)
+    if first:
+        text = training_text(options.data).id
+        versions = [__version__, torch.__version__, transformers.__version__]
+        key = json.dumps([
+            *versions, fingerprint, text, teacher and teacher.fingerprint(),
+            options.sizes(checkpoint, device), dataclasses.asdict(options),
+        ])  # fmt: skip
+        staging = Staging(
+            output,
+            key=hashlib.sha256(key.encode()).hexdigest(),
+            overwrite=overwrite,
+            resume=resume,
+            source=checkpoint.path,
+        )
+        reaches(checkpoint, options, report)  # the others find the statistics there
+    distill.wait_for_everyone()
+    work = _Work(checkpoint, options, teacher, device, scratch_folder(output), report)
+    judged = {arm: work.arm(arm) for arm in ARMS}
+    if staging is None:
+        return None
+    report("writing", 0, 1)
+    tensors, infos = work.tensors()
+    write_shards(
+        staging.path,
+        tensors,
+        infos,
+        shard_size=shard_bytes(options.shard_size),
+        metadata={"kvtool_version": __version__},
+    )
+    report("writing", 1, 1)
+    work.write_probe(staging.path)
+    work.write_log(staging.path / artifact.HEALING)
+    checkpoint.copy_side_files(staging.path)
+    result = MambaResult(
+        output=output,
+        plan=planned,
+        ranks=[],
+        freqfold=None,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory(),
+        arms={arm: about for arm, (_, about) in judged.items()},
+        beaten={arm: beats(judged["mamba"][0], judged[arm][0]) for arm in ARMS[1:]},
+    )
+    dtype = str(save_dtype(checkpoint, options)).removeprefix("torch.")
+    config = granite.stock_config(
+        checkpoint.hf_config(), describe(checkpoint.hf_config())[0], options.layers, dtype
+    )
+    artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, [], result)
+    staging.commit()
+    return result
+
+
+def reaches(
+    checkpoint: Checkpoint,
+    options: MambaOptions,
+    report: Report = lambda stage, done, total: None,
+) -> dict[int, Tensor]:
+    """How far the heads of the layers look back, `[Q]` each, from the model's statistics."""
+    found = statistics.collect(
+        checkpoint,
+        StatisticsOptions(data=options.data, tokens=options.tokens, seed=options.seed),
+        report,
+    )
+    return {index: found.layer(index).reach for index in options.layers}
+
+
+def texts(checkpoint: Checkpoint, options: MambaOptions, window: int, learned: int) -> Lessons:
+    """What read-outs are solved on, so many texts to learn from, and what arms are judged by."""
+    tokenizer = checkpoint.tokenizer()
+    chat = 0.25 if can_chat(tokenizer) else 0.0
+    short = min(WINDOW, window)
+    return Lessons(
+        solve=calibration_text(options.data).windows(tokenizer, short, SOLVE, options.seed, chat),
+        learn=lessons(checkpoint, options.data, learned, window, options.seed)
+        if learned
+        else torch.empty(0, window, dtype=torch.long),
+        judge=evaluation_text(options.data).windows(tokenizer, short, JUDGE),
+    )
+
+
+class _Work:
+    """What is made in the scratch folder."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: MambaOptions,
+        teacher: Checkpoint | None,
+        device: str,
+        scratch: Path,
+        report: Report,
+    ) -> None:
+        self.checkpoint, self.options, self.scratch = checkpoint, options, scratch
+        self.report, self.device = report, device
+        self.steps: Steps | None = None
+        reach = reaches(checkpoint, options)
+        batch, window = options.sizes(checkpoint, device)
+        taught: Any = None
+        if teacher is not None:
+            taught = teacher.load_transformers(torch.float32, device).requires_grad_(False)
+        seconds = None if options.amount is None else options.amount.seconds
+        processes = distill.processes()[1]
+        if options.amount is not None:
+            steps = 3
+            if seconds is None:
+                steps = options.amount.steps(batch * window * processes)
+            self.steps = Steps.of(steps, batch)
+        if seconds is not None:
+            self.steps = Steps.of(self._steps_in(seconds, reach, taught, window), batch)
+        learned = 0 if self.steps is None else self.steps.total * batch * processes
+        self.teacher = Teacher(
+            checkpoint,
+            reach,
+            texts(checkpoint, options, window, learned),
+            self.steps,
+            loss=options.loss,
+            teacher=taught,
+            device=device,
+            seed=options.seed,
+            folder=scratch,
+            report=report,
+        )
+
+    def _steps_in(self, seconds: float, reach: dict[int, Tensor], taught: Any, window: int) -> int:
+        """How many steps a time is worth here, once: a resumed run keeps the number."""
+        noted, first = self.scratch / "steps", distill.processes()[0] == 0
+        assert self.steps is not None
+        if first and not noted.is_file():
+            batch = self.steps.batch
+            lesson = texts(self.checkpoint, self.options, window, batch)
+            trial = Teacher(
+                self.checkpoint, reach, lesson, None, teacher=taught, device=self.device
+            )
+            hybrid = trial.new("mamba")
+            students = (Alignment(hybrid, inherited=True), Distillation(hybrid, taught))
+            times = [
+                distill.step_seconds(student, lesson.learn, hybrid.device) for student in students
+            ]
+            shares = (0.4, 0.6)
+            one = sum(share * t for share, t in zip(shares, times, strict=True))
+            unfinished = self.scratch / "steps.unfinished"
+            unfinished.write_text(str(max(3, int(seconds / one))))
+            unfinished.replace(noted)
+        distill.wait_for_everyone()
+        return int(noted.read_text())
+
+    def arm(self, arm: Arm) -> tuple[Judged, dict[str, Any]]:
+        """Teaches an arm, unless that is done; how good it is, and what to tell of it."""
+        weights, about = self.scratch / f"{arm}.safetensors", self.scratch / f"{arm}.json"
+        if not about.is_file():
+            taught = self.teacher.teach(arm)
+            if distill.processes()[0] == 0:
+                self._save(taught.hybrid.slots, weights)
+                unfinished = about.with_suffix(".unfinished")
+                what = {"judged": dataclasses.asdict(taught.judged), "error": taught.error}
+                unfinished.write_text(json.dumps(what))
+                unfinished.replace(about)
+            distill.wait_for_everyone()
+        found = json.loads(about.read_text())
+        judged = Judged(**found["judged"])
+        told = {
+            "kl": judged.mean_kl,
+            "perplexity_ratio": judged.perplexity_ratio,
+            "error": found["error"],
+        }
+        return judged, told
+
+    def _save(self, slots: Mapping[int, Any], file: Path) -> None:
+        tensors = {
+            f"{index}.{name}": tensor.detach().cpu()
+            for index, slot in slots.items()
+            for name, tensor in slot.replacement.state_dict().items()
+        }
+        save(tensors, file, {})
+
+    def mixer(self, index: int) -> Mixer:
+        """The result of one layer."""
+        layout = describe(self.checkpoint.hf_config())[index]
+        with safe_open(self.scratch / "mamba.safetensors", "pt") as stored:
+            names = [n for n in stored.keys() if n.startswith(f"{index}.")]  # noqa: SIM118
+            state = {name.split(".", 1)[1]: stored.get_tensor(name) for name in names}
+        mixer = Mixer(granite.mixer_shape(layout), linear=True)
+        mixer.load_state_dict(state)
+        return mixer
+
+    def tensors(self) -> tuple[Mapping[str, Callable[[], Tensor]], Mapping[str, Any]]:
+        """How to get each tensor of the output, and its shape and dtype."""
+        made: dict[str, Callable[[], Tensor]] = {}
+        infos: dict[str, Any] = {}
+        source, layout = self.checkpoint.tensors, describe(self.checkpoint.hf_config())[0]
+        shapes = {name: info.shape for name, info in source.items()}
+        for name, parts in granite.other_tensors(source, self.options.layers).items():
+            made[name] = granite.reader(self.checkpoint.read, parts)
+            shape = granite.joined_shape(shapes, parts)
+            infos[name] = SimpleNamespace(shape=shape, dtype=source[parts[0]].dtype)
+        dtype = save_dtype(self.checkpoint, self.options)
+        eps = float(self.checkpoint.config["rms_norm_eps"])
+        for index in range(len(describe(self.checkpoint.hf_config()))):
+            prefix = f"model.layers.{index}."
+            if index not in self.options.layers:
+                if granite.zero_bias(layout):
+                    own = source[f"{prefix}self_attn.o_proj.weight"]
+                    name = f"{prefix}self_attn.o_proj.bias"
+                    zeros = torch.zeros(own.shape[0], dtype=torch_dtype(own.dtype))
+                    _add(made, infos, name, zeros)
+                continue
+            for name, tensor in granite.stock_mixer(self.mixer(index), eps).items():
+                kept = torch.float32 if name in granite.KEPT_FLOAT32 else dtype
+                _add(made, infos, f"{prefix}mamba.{name}", tensor.to(kept))
+        return made, infos
+
+    def write_probe(self, folder: Path) -> None:
+        """Leaves a text and its logits in the output, for `verify`."""
+        config = self.checkpoint.hf_config()
+        length = min(PROBE, int(config.max_position_embeddings))
+        tokenizer = self.checkpoint.tokenizer()
+        ids = evaluation_text(self.options.data).windows(tokenizer, length, 1)[0]
+        hybrid = self.teacher.new("mamba")
+        for index, slot in hybrid.slots.items():
+            slot.replacement.load_state_dict(self.mixer(index).state_dict())
+        positions = artifact.probe_positions(len(ids))
+        with torch.inference_mode():
+            states = hybrid.states(ids[None].to(hybrid.device))[0]
+            logits = (states[positions] @ hybrid.head.T).cpu()
+        artifact.write_probe(folder, ids, positions, logits)
+
+    def write_log(self, target: Path) -> None:
+        """The steps of all arms and stages, without the times: a resumed run ends the same."""
+        lines = []
+        for folder in sorted(self.scratch.glob("*-*/")):
+            arm, stage = folder.name.split("-")
+            for line in (folder / distill.LOG).read_text(encoding="utf-8").splitlines():
+                record = {k: v for k, v in json.loads(line).items() if k != "seconds"}
+                lines.append(json.dumps({"arm": arm, "stage": stage, **record}) + "\n")
+        if lines:
+            target.parent.mkdir(exist_ok=True)
+            target.write_text("".join(lines), encoding="utf-8")
+
+
+def _add(
+    made: dict[str, Callable[[], Tensor]], infos: dict[str, Any], name: str, tensor: Tensor
+) -> None:
+    from kvtool.checkpoint import dtype_name
+
+    made[name] = lambda: tensor
+    infos[name] = SimpleNamespace(shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from _code_tools import coded
+from _hybrid_tools import write_hybrid
 from _kernel_tools import DEVICE
 
 from kvtool.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ from kvtool.runtime.stores import PAGE
 
 pytest.importorskip("triton")
 
-KINDS = ["qwen3", "streaming", "streaming-sparse", "codes", "codes-narrow", "mla"]
+KINDS = ["qwen3", "streaming", "streaming-sparse", "codes", "codes-narrow", "mla", "hybrid"]
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
@@ -56,6 +57,10 @@ def engines(tiny, tmp_path_factory):
                 )
                 conversion.convert(checkpoint, output, options)
                 checkpoint = Checkpoint.open(str(output))
+            elif kind == "hybrid":
+                folder = tmp_path_factory.mktemp("hybrid") / "model"
+                write_hybrid(tiny("llama"), folder, [0, 2])
+                checkpoint = Checkpoint.open(str(folder))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv(VARIABLE, "reference")
                 contiguous = Engine.load(checkpoint, plan=plan, device=DEVICE)

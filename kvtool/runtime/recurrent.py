@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvtool.mamba import Mixer, Past, Projected
 from kvtool.runtime.layers import RuntimeAttention, Step
+from kvtool.runtime.pages import Pages, Place, enlarge
 from kvtool.runtime.stores import Store
 
 
@@ -67,6 +68,36 @@ class StateStore(Store):
         return y
 
 
+class PagedStates(StateStore):
+    """The same for the rows of a paged memory, which take no pages here."""
+
+    def __init__(self, mixer: Mixer, pages: Pages) -> None:
+        super().__init__(mixer, pages.rows)
+        self.pages = pages
+
+    @property
+    def page_bytes(self) -> int:
+        """States have no pages."""
+        return 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a state."""
+        return sum(plane[0].nbytes for plane in self.planes.values())
+
+    def grow(self) -> None:
+        """Takes as many rows as there are now."""
+        enlarge(self.planes, self.pages.rows)
+
+    def step(self, new: Projected, at: Place) -> Tensor:
+        """Takes up a new token per row and returns y `[B, 1, H, P]`."""
+        past = Past(*(plane[at.rows] for plane in self.planes.values()))
+        y = self.mixer.step(new, past)
+        for plane, values in zip(self.planes.values(), past, strict=True):
+            plane[at.rows] = values
+        return y
+
+
 class RuntimeMixer(RuntimeAttention):
     """A Mamba-2 mixer over a store of states.
 
@@ -82,10 +113,14 @@ class RuntimeMixer(RuntimeAttention):
     def new_store(self, rows: int, capacity: int) -> StateStore:
         return StateStore(self.stages, rows)
 
+    def new_paged_store(self, pages: Pages) -> PagedStates:
+        return PagedStates(self.stages, pages)
+
     def attention(self, hidden: Tensor, step: Step, store: Any) -> Tensor:
         stages = self.stages
         z, new = stages.project(hidden)
-        output: Tensor = stages.out_proj(stages.gate(store.add(new, step), z))
+        y = store.add(new, step) if step.place is None else store.step(new, step.place)
+        output: Tensor = stages.out_proj(stages.gate(y, z))
         return output
 
     def forward(  # type: ignore[override]

@@ -44,8 +44,9 @@ FIRST = 0.35
 EVALUATIONS = 5
 """How often the model is judged during a stage, at most."""
 
-_ALIGNMENT = Training(1, 1e-3, warmup=0.05, cooldown=0.7, floor=0.05, clip=1.0)
-_DISTILLATION = Training(1, 5e-4, warmup=0.05, cooldown=0.7, floor=0.05, clip=1.0)
+# Rates are relative, see `kvtool.hybrid`.
+_ALIGNMENT = Training(1, 1e-2, warmup=0.1, cooldown=0.7, floor=0.05, clip=1.0)
+_DISTILLATION = Training(1, 3e-3, warmup=0.1, cooldown=0.7, floor=0.05, clip=1.0)
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""

@@ -142,7 +142,7 @@ def teach(args: argparse.Namespace) -> None:
         logs = args.states / str(count)
         teacher = Teacher(
             checkpoint, chosen, lessons, steps, loss=args.loss, device=device, report=report,
-            folder=logs,
+            rate=args.rate, folder=logs,
         )  # fmt: skip
         arms: Sequence[Arm] = ARMS if count in args.controls else ARMS[:1]
         about: dict[str, Any] = {
@@ -291,6 +291,7 @@ def main() -> None:
     two.add_argument("--seconds", type=float, default=90, help="of teaching, per arm; 0 for none")
     two.add_argument("--batch", type=int, default=8, help="texts of a step")
     two.add_argument("--loss", default="forward-kl", choices=["forward-kl", "reverse-kl"])
+    two.add_argument("--rate", type=float, default=1.0, help="multiplies all learning rates")
     two.add_argument("--passkeys", action=argparse.BooleanOptionalAction, default=True)
     two.add_argument("--lengths", type=_numbers, default=list(PASSKEY_LENGTHS), help="of pass-keys")
     two.add_argument("--states", type=Path, help="folder of states, to go on from if killed")

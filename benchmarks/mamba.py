@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,13 +23,23 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvtool import distill
 from kvtool.calibrate.layer_importance import ImportanceOptions, rank_layers
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert.teaching import ALIGNED, ARMS, Lessons, Steps, Taught, Teacher, beats
+from kvtool.convert.teaching import (
+    ALIGNED,
+    ARMS,
+    EVALUATION,
+    Lessons,
+    Steps,
+    Taught,
+    Teacher,
+    beats,
+)
 from kvtool.corpus import evaluation_text
 from kvtool.distill import Amount
 from kvtool.evaluate import retrieval
@@ -66,8 +77,13 @@ def prepare(args: argparse.Namespace) -> None:
     judged = evaluation_text(None).windows(tokenizer, JUDGED, JUDGE)
     ids = {"learn": learn, "solve": solve, "judge": judged}
     narrow = {name: x.to(torch.int32).to(torch.uint16) for name, x in ids.items()}
-    save_file({**narrow, "reach": reach}, args.output, {"fingerprint": checkpoint.fingerprint()})
+    save_file({**narrow, "reach": reach}, args.output, {"spoken": json.dumps(_spoken(tokenizer))})
     say(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+def _spoken(tokenizer: Any) -> list[int]:
+    """Token ids by which a tokenizer is known: other versions build others from one file."""
+    return list(tokenizer("The capital of France is 1,234 km away.\n\n").input_ids)
 
 
 class Results:
@@ -89,6 +105,11 @@ def teach(args: argparse.Namespace) -> None:
     """Ranks, teaches and judges."""
     device = args.device
     checkpoint = Checkpoint.open(args.model)
+    tokenizer = checkpoint.tokenizer()
+    with safe_open(args.lessons, "pt") as file:
+        spoken = json.loads(file.metadata()["spoken"])
+    if _spoken(tokenizer) != spoken:
+        sys.exit(f"the tokenizer of {args.model} is not the one that {args.lessons} was made with")
     stored = load_file(args.lessons)
     reach = dict(enumerate(stored["reach"]))
     texts = {name: stored[name].to(torch.int32).long() for name in ("learn", "solve", "judge")}
@@ -109,7 +130,6 @@ def teach(args: argparse.Namespace) -> None:
         ranked = [score.layer for score in scores]
         results.add("importance", [asdict(score) for score in scores])
     say("layers, the least important first:", ranked)
-    tokenizer = checkpoint.tokenizer()
     cases = retrieval.passkey_cases(tokenizer, evaluation_text(None).documents, args.lengths)
     steps: Steps | None = None
     for count in args.layers:
@@ -119,9 +139,10 @@ def teach(args: argparse.Namespace) -> None:
             steps = measured(checkpoint, chosen, texts, args, device)
         learned = 0 if steps is None else steps.total * batch
         lessons = Lessons(texts["solve"], texts["learn"][:learned], texts["judge"])
+        logs = args.states / str(count)
         teacher = Teacher(
             checkpoint, chosen, lessons, steps, loss=args.loss, device=device, report=report,
-            folder=args.output / f"states-{count}" if args.keep_states else None,
+            rate=args.rate, folder=logs,
         )  # fmt: skip
         arms: Sequence[Arm] = ARMS if count in args.controls else ARMS[:1]
         about: dict[str, Any] = {
@@ -135,7 +156,7 @@ def teach(args: argparse.Namespace) -> None:
             taught = teacher.teach(arm)
             seconds = time.perf_counter() - started
             judged[arm] = taught.judged
-            about[arm] = {**told(taught), "seconds": seconds}
+            about[arm] = {**told(taught), "seconds": seconds, "course": course(logs, arm)}
             results.add(f"replaced {count}", about)
             say(
                 f"{count} layers, {arm}: KL {taught.judged.mean_kl:.4f}, perplexity "
@@ -201,6 +222,24 @@ def told(taught: Taught) -> dict[str, Any]:
     }
 
 
+def course(logs: Path, arm: Arm) -> dict[str, Any]:
+    """By stage the mean loss of each tenth, and what was judged on the way."""
+    found: dict[str, Any] = {}
+    for stage in ("mimic", "align", "distil"):
+        folder = logs / f"{arm}-{stage}"
+        if not folder.is_dir():
+            continue
+        lines = (folder / distill.LOG).read_text(encoding="utf-8").splitlines()
+        loss = [json.loads(line)["loss"] for line in lines]
+        size = max(1, len(loss) // 10)
+        tenths = [loss[i : i + size] for i in range(0, len(loss), size)]
+        found[stage] = {"loss": [sum(part) / len(part) for part in tenths]}
+        if (judged := folder / EVALUATION).is_file():
+            rows = judged.read_text(encoding="utf-8").splitlines()
+            found[stage]["judged"] = [json.loads(row) for row in rows]
+    return found
+
+
 @torch.no_grad()
 def passkeys(
     hybrid: HybridModel,
@@ -252,16 +291,20 @@ def main() -> None:
     two.add_argument("--seconds", type=float, default=90, help="of teaching, per arm; 0 for none")
     two.add_argument("--batch", type=int, default=8, help="texts of a step")
     two.add_argument("--loss", default="forward-kl", choices=["forward-kl", "reverse-kl"])
+    two.add_argument("--rate", type=float, default=1.0, help="multiplies all learning rates")
     two.add_argument("--passkeys", action=argparse.BooleanOptionalAction, default=True)
     two.add_argument("--lengths", type=_numbers, default=list(PASSKEY_LENGTHS), help="of pass-keys")
-    two.add_argument("--keep-states", action="store_true", help="to go on from, if killed")
+    two.add_argument("--states", type=Path, help="folder of states, to go on from if killed")
     two.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     two.add_argument("-o", "--output", type=Path, required=True)
     two.set_defaults(run=teach)
     args = parser.parse_args()
     if getattr(args, "layers", None) and args.controls is None:
         args.controls = args.layers
-    args.run(args)
+    with tempfile.TemporaryDirectory() as folder:
+        if getattr(args, "states", folder) is None:
+            args.states = Path(folder)
+        args.run(args)
 
 
 def _numbers(text: str) -> list[int]:

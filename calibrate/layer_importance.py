@@ -223,7 +223,7 @@ def _align(
     distill.train(
         Alignment(hybrid, inherited=True),
         learn.split(batch).__getitem__,
-        Training(options.steps, 1e-3, warmup=0.1, cooldown=0.7, floor=0.05, clip=1.0),
+        Training(options.steps, 3e-3, warmup=0.2, cooldown=0.7, floor=0.05, clip=1.0),
         None,
         report=lambda _, done, total: report("aligning", done, total),
     )

@@ -3,9 +3,9 @@
 Layers that keep their attention are the source's, to the bit: names change, and the two halves of
 the MLP's input lie in one matrix. A *linear* mixer (see `kvtool.mamba`) is written into the stock
 one, which puts SiLU on x and an RMSNorm on the output, by making x tiny: with taps 2εw and norm
-weight √ε_norm / ε,
+weights γ √ε_norm / ε,
 
-    SiLU(2εx) = εx (1 + εx + ...),   RMSNorm(εg) √ε_norm / ε = g / √(1 + ε² mean(g²) / ε_norm),
+    SiLU(2εx) = εx (1 + εx + ...),   γ √ε_norm / ε · RMSNorm(εg) = γg / √(1 + ε² mean(g²) / ε_norm),
 
 and both are linear to `float32` at ε = 2^-40 for all x and g that occur. It then does not matter
 over which channels the norm takes its mean, on which engines differ: transformers 5.17 takes all of
@@ -84,7 +84,6 @@ def stock_mixer(mixer: Mixer, norm_eps: float) -> dict[str, Tensor]:
     shape, own = mixer.shape, {n: p.detach().float() for n, p in mixer.named_parameters()}
     scale = torch.ones(shape.convolved, device=own["D"].device)
     scale[: shape.inner] = 2 * EPSILON
-    weight = norm_eps**0.5 / EPSILON
     return {
         "in_proj.weight": own["in_proj.weight"],
         "in_proj.bias": own["in_proj.bias"],
@@ -93,7 +92,7 @@ def stock_mixer(mixer: Mixer, norm_eps: float) -> dict[str, Tensor]:
         "dt_bias": own["dt_bias"],
         "A_log": own["A_log"],
         "D": own["D"],
-        "norm.weight": torch.full((shape.inner,), weight, device=scale.device),
+        "norm.weight": own["norm_weight"] * (norm_eps**0.5 / EPSILON),
         "out_proj.weight": own["out_proj.weight"],
         "out_proj.bias": own["out_proj.bias"],
     }

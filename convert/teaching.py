@@ -44,8 +44,9 @@ FIRST = 0.35
 EVALUATIONS = 5
 """How often the model is judged during a stage, at most."""
 
-_ALIGNMENT = Training(1, 1e-3, warmup=0.05, cooldown=0.7, floor=0.05, clip=1.0)
-_DISTILLATION = Training(1, 5e-4, warmup=0.05, cooldown=0.7, floor=0.05, clip=1.0)
+# Rates are relative, see `kvtool.hybrid`.
+_ALIGNMENT = Training(1, 3e-3, warmup=0.2, cooldown=0.6, floor=0.02, clip=1.0)
+_DISTILLATION = Training(1, 1.5e-3, warmup=0.15, cooldown=0.6, floor=0.02, clip=1.0)
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps in all)."""
@@ -107,6 +108,7 @@ class Teacher:
         reach: By layer `[Q]`, see :func:`kvtool.hybrid.seeded_mixer`.
         steps: None stops behind the closed form.
         teacher: Another model than the original, for distillation.
+        rate: Multiplies all learning rates.
         folder: Where states are kept that a killed run goes on from; None keeps none.
     """
 
@@ -121,12 +123,13 @@ class Teacher:
         teacher: Any | None = None,
         device: str = "cpu",
         seed: int = 0,
+        rate: float = 1.0,
         folder: Path | None = None,
         report: Report = lambda stage, done, total: None,
     ) -> None:
         self.checkpoint, self.reach, self.lessons, self.steps = checkpoint, reach, lessons, steps
         self.loss, self.teacher, self.device, self.seed = loss, teacher, device, seed
-        self.folder, self.report = folder, report
+        self.rate, self.folder, self.report = rate, folder, report
 
     def new(self, arm: Arm) -> HybridModel:
         """The hybrid before anything is solved or learned."""
@@ -170,7 +173,12 @@ class Teacher:
         self, arm: Arm, stage: str, student: Student, texts: Sequence[Tensor], training: Training
     ) -> None:
         every = max(1, -(-training.steps // EVALUATIONS))
-        training = replace(training, save_every=every, seed=self.seed)
+        training = replace(
+            training,
+            learning_rate=self.rate * training.learning_rate,
+            save_every=every,
+            seed=self.seed,
+        )
         folder = None if self.folder is None else self.folder / f"{arm}-{stage}"
 
         def judged(done: int) -> bool:

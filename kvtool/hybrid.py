@@ -47,6 +47,10 @@ THIRD = 3
 RIDGE = 1e-2
 """Of the read-out, relative to the square of each feature: unusual texts make some of them huge."""
 
+VECTORS = 0.3
+"""Learning rate of biases, taps, decays, skips and norms, relative to that of matrices."""
+SMALLEST = 0.05
+"""Size that a matrix has at least in that measure."""
 _NOTHING = 1e-12  # the square of an attention that gives nothing
 
 Arm = Literal["mamba", "random", "pointwise"]
@@ -107,6 +111,7 @@ def seeded_mixer(attention: GroupedQueryAttention, reach: Tensor) -> Mixer:
     mixer.conv_weight[:, -1] = 1
     mixer.dt_bias.fill_(STEP_ONE)
     mixer.D.fill_(SKIP)
+    mixer.norm_weight.fill_(1)
     own = _own_token_heads(mixer.shape)
     x, b = (mixer.in_proj.weight[start : start + inner] for start in (inner, 2 * inner))
     x.unflatten(0, (layout.heads, -1))[own] = 0
@@ -142,7 +147,8 @@ def random_mixer(attention: GroupedQueryAttention, generator: torch.Generator) -
     step = torch.exp(torch.rand(shape.heads, generator=generator) * math.log(100.0)) * 1e-3
     mixer.dt_bias.copy_(torch.log(torch.expm1(step)))
     mixer.A_log.copy_(torch.log(1 + 15 * torch.rand(shape.heads, generator=generator)))
-    mixer.D.fill_(1.0)
+    mixer.D.fill_(1)
+    mixer.norm_weight.fill_(1)
     return mixer
 
 
@@ -311,10 +317,18 @@ class _ReadOut:
         self.moments.add(self.replacement.features(hidden), told)
 
     def solve(self) -> float:
-        """argmin Σ |W f - o|² + RIDGE · Σ_i Σ f_i² · |W_i|², put into place; the error left."""
+        """argmin Σ |W f - o|² + RIDGE · Σ_i Σ f_i² · |W_i|², put into place; the error left.
+
+        The features of a mixer are scaled to a mean square of 1 on the way: some were a hundred
+        times others, and no learning rate suits the read-out of both.
+        """
         moments, out = self.moments, self.replacement.out_proj
         weight = torch.linalg.solve(moments.ridged(), moments.cross)
-        out.weight.copy_(weight[:-1].T)
+        size = torch.ones_like(weight[:-1, 0])
+        if isinstance(self.replacement, Mixer):
+            size = (moments.gram.diagonal()[:-1] / moments.gram[-1, -1]).sqrt().clamp(min=1e-6)
+            self.replacement.norm_weight.div_(size)
+        out.weight.copy_(weight[:-1].T * size)
         out.bias.copy_(weight[-1])
         fitted = (weight * (moments.gram @ weight)).sum() - 2 * (weight * moments.cross).sum()
         return float(1 + fitted / moments.square.clamp(min=_NOTHING))
@@ -406,7 +420,7 @@ class Alignment(Student):
         return torch.stack(lost).mean(), {}
 
     def rates(self) -> Mapping[str, float]:
-        """Faster for what is small and starts from nothing: taps, decays and skips."""
+        """Every parameter in its own measure."""
         return _rates(self)
 
 
@@ -462,8 +476,14 @@ def _half_precision(device: torch.device) -> torch.autocast:
 
 
 def _rates(student: Student) -> dict[str, float]:
-    small = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "in_proj.bias")
-    return {n: 3.0 for n, p in student.named_parameters() if p.requires_grad and n.endswith(small)}
+    """Matrices move in the measure of their size, vectors in that of 1, by less."""
+    trained = {n: p.detach() for n, p in student.named_parameters() if p.requires_grad}
+    return {
+        n: VECTORS
+        if p.dim() == 1 or n.endswith("conv_weight")
+        else max(float(p.square().mean().sqrt()), SMALLEST)
+        for n, p in trained.items()
+    }
 
 
 def _hold_inherited(mixer: Mixer) -> list[Any]:

@@ -10,7 +10,7 @@ z, then x, B, C and Δ. With u a token's normed hidden state,
 and the norm is over the channels of a group of heads.
 
 A mixer that training made (:mod:`kvtool.convert.mamba`) is *linear*: its x goes past the SiLU, and
-there is no norm. It can be written in the stock form all the same, see
+its norm has weights, but divides by nothing. It can be written in the stock form all the same, see
 :func:`kvtool.convert.granite.stock_mixer`.
 """
 
@@ -100,16 +100,14 @@ class Mixer(nn.Module):
     """The stages of a mixer.
 
     Args:
-        linear: x goes past the SiLU, and there is no norm.
+        linear: x goes past the SiLU, and the norm divides by nothing.
 
     Attributes:
-        norm_weight: `[H·P]`; None in a linear mixer.
+        norm_weight: `[H·P]`.
         groups_normed: Into how many groups the norm takes the channels apart.
         eps: Of the norm.
         limits: Least and greatest Δ.
     """
-
-    norm_weight: Tensor | None
 
     def __init__(self, shape: MixerShape, *, linear: bool = False) -> None:
         super().__init__()
@@ -120,7 +118,7 @@ class Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(shape.heads))
         self.A_log = nn.Parameter(torch.zeros(shape.heads))
         self.D = nn.Parameter(torch.zeros(shape.heads))
-        self.norm_weight = None if linear else nn.Parameter(torch.ones(shape.inner))
+        self.norm_weight = nn.Parameter(torch.ones(shape.inner))
         self.out_proj = nn.Linear(shape.inner, shape.hidden_size)
         self.groups_normed, self.eps = shape.groups, 1e-5
         self.limits = (0.0, float("inf"))
@@ -176,14 +174,14 @@ class Mixer(nn.Module):
         return self._skip(y[:, None], x)
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
-        """What goes into `out_proj`, `[B, T, H·P]`: gated and, unless linear, normed."""
+        """What goes into `out_proj`, `[B, T, H·P]`: gated, normed and weighted."""
         gated = y.flatten(2).float() * F.silu(z.float())
-        if self.norm_weight is None:
-            return gated.to(y.dtype)
-        parts = gated.unflatten(-1, (self.groups_normed, -1))
-        parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
-        normed: Tensor = self.norm_weight * parts.flatten(-2).to(y.dtype)
-        return normed
+        if not self.linear:
+            parts = gated.unflatten(-1, (self.groups_normed, -1))
+            parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
+            gated = parts.flatten(-2)
+        weighted: Tensor = self.norm_weight * gated.to(y.dtype)
+        return weighted
 
     def features(self, hidden: Tensor) -> Tensor:
         """Of whole texts `[B, T, hidden]`, what goes into `out_proj`."""

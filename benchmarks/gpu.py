@@ -684,9 +684,9 @@ def main() -> None:
         short = [(1, 4096), (64, 4096), (1, 32768), (8, 32768), (64, 32768), (8, 131072)]
         groups = [
             decode_cases(device, grouped, sizes),
-            latent_cases(device, latents, short),
             split_cases(device, 8, 32768),
             code_cases(device, 8, 32768),
+            latent_cases(device, latents, short),
             small_cases(device),
             state_cases(device, 4, 8192),
             streaming_cases(device, 32768),

@@ -82,8 +82,7 @@ def _cut(
         lengths + row * stride_row + head * stride_head, mask=slot < rows * heads, other=0
     )
     tiles = tl.maximum(tl.cdiv(tokens, BLOCK_N) - first_tile, 0)
-    # Where there are many rows, the last of them should not wait for a whole one.
-    shared = tl.maximum(items - rows * heads, 3 * rows * heads)
+    shared = tl.maximum(items - rows * heads, (items + 1) // 2)
     size = tl.maximum(tl.cdiv(tl.sum(tiles), shared), LEAST)
     counts = tl.cdiv(tiles, size)
     return tokens, tiles, counts, tl.cumsum(counts)
@@ -266,7 +265,7 @@ class Cut:
         self.out, self.lengths, self.config = out, lengths, config
         self.rows, self.heads, self.group = rows, heads, query_heads // heads
         self.first, self.items = first, config.items * processors(out.device)
-        self.most_items = max(self.items, 4 * rows * heads)
+        self.most_items = max(self.items, (self.items + 1) // 2 + rows * heads)
         self.parts = out.new_empty((self.most_items, self.group, width), dtype=torch.float32)
         self.part_lse = out.new_empty((self.most_items, self.group), dtype=torch.float32)
         self.lse = out.new_empty((rows, query_heads), dtype=torch.float32)

@@ -21,8 +21,12 @@ def rebuild_decode_attention(
     first: int = 0,
     mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`kvtool.kernels.rebuild_attention.reference.rebuild_decode_attention`."""
+    """See :func:`kvtool.kernels.rebuild_attention.reference.rebuild_decode_attention`.
+
+    Triton runs where it was seen to be right on a GPU: with Triton 3.6 a rank of 200 was not.
+    """
     run = reference.rebuild_decode_attention
-    if use_triton(q):
+    rank = codes.shape[-1]
+    if use_triton(q) and (rank <= 128 or rank % 64 == 0):
         from kvtool.kernels.rebuild_attention.triton import rebuild_decode_attention as run
     return run(q, codes, decoder, values, cos, sin, lengths, scaling, table, first, mean)

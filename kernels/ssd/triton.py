@@ -191,7 +191,6 @@ def ssd_chunked(
     x, b, c = (_lying_together(part) for part in (x, b, c))
     (batch, tokens, heads, p), (groups, n) = x.shape, b.shape[2:]
     chunks = triton.cdiv(tokens, _CHUNK)
-    # Smaller tiles would do for small states, but in bfloat16 Triton 3.6 computes them wrongly.
     block_p = block_n = 64
     # A wide tile of outputs, so that the products of c and b are taken once.
     wide_p = min(64 if x.element_size() == 4 else 128, max(16, triton.next_power_of_2(p)))

@@ -61,8 +61,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=300, help="of load, by 64 clients")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
+    dtype = getattr(torch, options.dtype) if options.only == "decode" else torch.float32
     result: dict[str, Any] = {
-        "environment": environment(torch.device("cpu"), torch.float32),
+        "environment": environment(torch.device("cpu"), dtype),
         "settings": {k: v for k, v in vars(options).items() if k not in ("output", "only")},
     }
     checkpoint = Checkpoint.open(options.model)

@@ -56,12 +56,14 @@ def main() -> None:
     parser.add_argument("--vllm", help="the Python of an environment with vLLM, for decode")
     parser.add_argument("--latent", help="an MLA conversion of the model, for decode")
     parser.add_argument("--dtype", default="bfloat16", help="of decode")
+    parser.add_argument("--processor", help="for ours in decode; vLLM takes the first by itself")
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 4096], help="of decode")
     parser.add_argument("--seconds", type=int, default=300, help="of load, by 64 clients")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
+    dtype = getattr(torch, options.dtype) if options.only == "decode" else torch.float32
     result: dict[str, Any] = {
-        "environment": environment(torch.device("cpu"), torch.float32),
+        "environment": environment(torch.device("cpu"), dtype),
         "settings": {k: v for k, v in vars(options).items() if k not in ("output", "only")},
     }
     checkpoint = Checkpoint.open(options.model)
@@ -195,7 +197,8 @@ def decode(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, dic
     takes processors away, tokens per second of processor time are the better comparison.
     """
     folder, dtype = str(checkpoint.path), ["--dtype", options.dtype]
-    ours = [sys.executable, "-m", "kvtool", "serve-local"]
+    bound = ["taskset", "-c", options.processor] if options.processor else []
+    ours = [*bound, sys.executable, "-m", "kvtool", "serve-local"]
     servers = {"kvtool": [*ours, folder, *dtype]}
     for plan in options.plan:
         servers[f"kvtool, {Path(plan).stem}"] = [*ours, folder, *dtype, "--plan", plan]

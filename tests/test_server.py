@@ -393,6 +393,23 @@ def test_errors_have_openais_shape_and_the_right_status(server, path, body, stat
         assert error["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (CHAT, {"messages": HELLO, "stop": list("abcde")}, "stop: List should have at most 4"),
+        (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tool_choice: a call cannot be f"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.type: Input should be 'text'",
+        ),
+        ("/v1/embeddings", {"input": "a"}, "Not Found: POST /v1/embeddings"),
+    ],
+)
+def test_errors_say_what_is_wrong_in_one_sentence(server, path, body, message):
+    assert server.post(path, body).json()["error"]["message"].startswith(message)
+
+
 def test_both_numbers_are_said_when_the_context_is_too_short(server):
     with pytest.raises(openai.BadRequestError, match=r"1 prompt tokens and 600 .*512"):
         server.client().completions.create(model="tiny", prompt=[5], max_tokens=600)
@@ -404,6 +421,10 @@ def test_a_body_that_is_no_json_is_refused(server):
         response = httpx.post(f"{server.url}{CHAT}", content=content, headers=headers)
         assert response.status_code == 400, content[:5]
         assert response.json()["error"]["type"] == "invalid_request_error"
+    broken = httpx.post(f"{server.url}{CHAT}", content=b'{"a": }', headers=headers)
+    assert broken.json()["error"]["message"] == (
+        "the body is no JSON: Expecting value (character 6)"
+    )
 
 
 def test_the_key_opens_everything_and_health_needs_none(engine):

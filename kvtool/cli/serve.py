@@ -129,11 +129,12 @@ def serve_local(
             f"--kv-memory {kv_memory} does not hold a single token, which takes {needed:,} bytes"
         )
     _warm_up(scheduler)
+    native = native_bytes_per_token(engine, checkpoint)
     worker = Worker(
         scheduler,
         model=served_model_name or model,
         max_waiting=max_waiting,
-        native_bytes_per_token=native_bytes_per_token(engine, checkpoint),
+        native_bytes_per_token=native,
         weight_bytes=weights,
         metric_prefixes=("kvtool",) if metrics_compat == "none" else ("kvtool", "vllm"),
     )
@@ -146,6 +147,11 @@ def serve_local(
         address, bound = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         err.print(f"http://{shown}:{bound} serves {service.name}: {service.description}")
+        each = scheduler.memory.bytes_per_token
+        err.print(
+            f"{kv_memory} of caches hold about {memory / each:,.0f} tokens of {each:,.0f} bytes "
+            f"(uncompressed {native:,.0f})"
+        )
         if api_key is None and not _is_local(address):
             err.print("warning: other machines can reach it, and no --api-key is asked for")
     _run(create_app(service, api_key=api_key, max_body=body), listener, drain)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from kvtool.plan import Plan
 from kvtool.runtime.layers import RuntimeAttention, Step, step_of
 from kvtool.runtime.pages import PagedHeads, Pages, Place, enlarge
 from kvtool.runtime.selection import Selector, keep, selector
-from kvtool.runtime.stores import DenseStore, Store, whole_pages
+from kvtool.runtime.stores import DenseStore, Store, whole_pages, with_spare_rows
 
 
 class NewTokens(NamedTuple):
@@ -69,6 +69,10 @@ class FullHeads(DenseStore):
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
         self.write(step.row, step.starts, {"keys": new.k, "values": new.v})
         return self.attend(new.q, step.row, step.lengths, self.scaling, None)
+
+    @staticmethod
+    def add_together(stores: Sequence[FullHeads], new: NewTokens, step: Step) -> Tensor:
+        return _decode_together(stores, new, step.starts, step.lengths)
 
 
 class DroppingHeads(Store):
@@ -143,6 +147,12 @@ class StreamingHeads(DroppingHeads):
         )
         self.keep_last(step.row, start, new.k[0], new.v[0])
         return streaming_attention(new.q, keys, values, self.sink, self.window, self.scaling, start)
+
+    @staticmethod
+    def add_together(stores: Sequence[StreamingHeads], new: NewTokens, step: Step) -> Tensor:
+        ring = stores[0]
+        slots = [ring.slot(start) for start in step.starts]
+        return _decode_together(stores, new, slots, [min(n, ring.capacity) for n in step.lengths])
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
         self.keep_last(row, 0, keys, values)
@@ -294,6 +304,23 @@ def _attend_segments(
     return context.flatten(0, 1)[:, None]
 
 
+def _decode_together(
+    stores: Sequence[FullHeads | StreamingHeads],
+    new: NewTokens,
+    slots: Sequence[int],
+    filled: Sequence[int],
+) -> Tensor:
+    """One token of each of several rows, written into its slot; reads the filled ones."""
+    scaling, contexts = stores[0].scaling, []
+    rows = zip(stores, slots, filled, new.q.split(1), new.k.split(1), new.v.split(1), strict=False)
+    for store, slot, n, q, k, v in rows:
+        keys, values = store.planes["keys"], store.planes["values"]
+        keys.narrow(2, slot, 1).copy_(k)
+        values.narrow(2, slot, 1).copy_(v)
+        contexts.append(decode_attention(q[:, :, 0], keys, values, [n], scaling))
+    return with_spare_rows(contexts, len(new.q))[:, :, None]
+
+
 class SplitStore(Store):
     """The three kinds of heads of one layer, in the order in which they lie."""
 
@@ -342,6 +369,16 @@ class SplitStore(Store):
             )
             if count
         ]
+        return torch.cat(contexts, dim=1)
+
+    @staticmethod
+    def add_together(stores: Sequence[SplitStore], new: NewTokens, step: Step) -> Tensor:
+        counts = stores[0].counts
+        contexts = []
+        for part, (count, heads) in enumerate(zip(counts, new.split(counts), strict=True)):
+            if count:
+                parts: list[Any] = [store.parts[part] for store in stores]
+                contexts.append(parts[0].add_together(parts, heads, step))
         return torch.cat(contexts, dim=1)
 
 

@@ -83,6 +83,19 @@ class Store:
     def restore(self, row: int, saved: list[Tensor]) -> None:
         """Puts back what :meth:`snapshot` copied."""
 
+    @staticmethod
+    def add_together(stores: Sequence[Any], new: Any, step: Any) -> Tensor:
+        """One new token for each of several stores of one row, `[B, ...]` in each field of `new`.
+
+        Returns:
+            What they read, `[B, Q, 1, D]`; zeros for rows of `new` that have no store.
+        """
+        parts = []
+        for b, (store, start, n) in enumerate(zip(stores, step.starts, step.lengths, strict=True)):
+            one = type(new)(*(x[b : b + 1] for x in new))
+            parts.append(store.add(one, replace(step, starts=[start], lengths=[n])))
+        return with_spare_rows(parts, len(new[0]))
+
     def write(self, row: int | None, starts: Sequence[int], states: dict[str, Tensor]) -> None:
         """Writes new tokens behind the old ones.
 
@@ -190,19 +203,16 @@ class Rows(Store):
             store.attend(q[b : b + 1], None, [n], *options)
             for b, (store, n) in enumerate(zip(self.stores, lengths, strict=True))
         ]
-        return self._with_spare_rows(parts, len(q))
+        return with_spare_rows(parts, len(q))
 
     def add(self, new: Any, step: Any) -> Tensor:
         """Stores one new token per row, `[B, ...]` in each field; returns what they read."""
-        parts = []
-        for b, (store, start, n) in enumerate(
-            zip(self.stores, step.starts, step.lengths, strict=True)
-        ):
-            one = type(new)(*(x[b : b + 1] for x in new))
-            parts.append(store.add(one, replace(step, starts=[start], lengths=[n])))
-        return self._with_spare_rows(parts, len(new[0]))
+        read: Tensor = self.stores[0].add_together(self.stores, new, step)
+        return read
 
-    def _with_spare_rows(self, parts: list[Tensor], rows: int) -> Tensor:
-        if rows > len(parts):
-            parts.append(parts[0].new_zeros((rows - len(parts), *parts[0].shape[1:])))
-        return torch.cat(parts)
+
+def with_spare_rows(parts: list[Tensor], rows: int) -> Tensor:
+    """One row behind the other, and zeros up to so many."""
+    if rows > len(parts):
+        parts.append(parts[0].new_zeros((rows - len(parts), *parts[0].shape[1:])))
+    return torch.cat(parts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from kvtool.errors import KvtoolError
 
+_TYPE_NAME = re.compile(r"(str|int|list\[.*|constrained-.*|function-.*)$")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "overloaded_error"}
 
 
@@ -65,16 +67,15 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"][1:] if not str(part).startswith("function-")]
-        param = ".".join(where) or None
-        message = f"{param}: {first['msg']}" if param else str(first["msg"])
+        message, param = _what_is_wrong(error.errors())
         return JSONResponse(error_body(400, message, param), 400)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        param = getattr(error, "param", None)
-        body = error_body(error.status_code, str(error.detail), param)
+        message = str(error.detail)
+        if not isinstance(error, ApiError):  # the framework's own words
+            message = f"{message}: {request.method} {request.url.path}"
+        body = error_body(error.status_code, message, getattr(error, "param", None))
         return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(KvtoolError)
@@ -84,3 +85,19 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(error_body(500, f"{type(error).__name__}: {error}"), 500)
+
+
+def _what_is_wrong(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """One sentence about a body that was refused, and the field it is about.
+
+    A field of several types is refused once for each. What is said of the type that was meant is
+    about more than the type, or about something inside.
+    """
+    chosen = max(errors, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+    if chosen["type"] == "json_invalid":
+        reason = chosen["ctx"]["error"]
+        return f"the body is no JSON: {reason} (character {chosen['loc'][-1]})", None
+    where = [str(part) for part in chosen["loc"][1:] if not _TYPE_NAME.match(str(part))]
+    param = ".".join(where) or None
+    message = str(chosen["msg"]).removeprefix("Value error, ")
+    return (f"{param}: {message}" if param else message), param

@@ -219,7 +219,7 @@ class LatentRuntimeAttention(RuntimeAttention):
                 self._absorbed(q[:, 0], cos, sin, lambda q: store.step(q, new, place))
             )
         store.write(step.row, step.starts, {"latents": states})
-        if hidden.shape[1] == 1 and isinstance(store, LatentStore):
+        if hidden.shape[1] == 1 and not isinstance(store, PagedLatents):
             attend = partial(store.attend, row=step.row, lengths=step.lengths)
             return stages.output(self._absorbed(q[:, 0], cos, sin, attend))
         latents = store.gather("latents", step.row or 0, 0, step.lengths[0])

@@ -12,7 +12,7 @@ from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.latent_attention import latent_decode_attention
 from kvtool.kernels.linear import linear
 from kvtool.runtime import Engine, Sampling
-from kvtool.runtime.layers import DecodeLinear, LatentRuntimeAttention, Step
+from kvtool.runtime.layers import DecodeLinear, LatentRuntimeAttention
 
 STOCK = [*FAMILIES, "windowed"]
 LATENT = ["llama", "mistral", "qwen2", "qwen3", "llama-kvtool", "exact"]
@@ -133,8 +133,7 @@ def test_absorbed_decode_equals_expanded_attention(latent, name, lengths):
         c, k_pe = latents[b : b + 1, :n].split([stages.rank, stages.rope_dim], dim=-1)
         row = slice(b, b + 1)
         expected.append(stages.attend_expanded(q[row], c, k_pe, cos[row], sin[row]))
-    step = Step([store], None, [n - 1 for n in lengths], lengths)
-    got = attention._absorbed(q[:, 0], store, step, cos, sin)
+    got = attention._absorbed(q[:, 0], cos, sin, lambda q: store.attend(q, None, lengths))
     torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 

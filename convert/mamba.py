@@ -229,7 +229,7 @@ def plan(
         "attention_dtype": str(dtype).removeprefix("torch."),
         "healing": healing,
         "norm": "neutral: transformers may take its mean over all channels or by group",
-        "vllm": "mamba_ssm_cache_dtype float32",
+        "vllm": "mamba_ssm_cache_dtype float32; on a CPU, no prefix caching (seen with 0.32)",
     }
 
 

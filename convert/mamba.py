@@ -140,10 +140,7 @@ def check(config: Any) -> list[str]:
 def require(checkpoint: Checkpoint) -> None:
     """Raises UnsupportedModelError with the first reason of :func:`check`."""
     if reasons := check(checkpoint.hf_config()):
-        raise UnsupportedModelError(
-            f"cannot convert to a hybrid: {reasons[0]}",
-            hint="`kvtool inspect` lists what applies to this model",
-        )
+        raise UnsupportedModelError(f"cannot convert to a hybrid: {reasons[0]}")
 
 
 def plan(

@@ -140,10 +140,7 @@ def check(config: Any) -> list[str]:
 def require(checkpoint: Checkpoint) -> None:
     """Raises UnsupportedModelError with the first reason of :func:`check`."""
     if reasons := check(checkpoint.hf_config()):
-        raise UnsupportedModelError(
-            f"cannot convert to a hybrid: {reasons[0]}",
-            hint="`kvtool inspect` lists what applies to this model",
-        )
+        raise UnsupportedModelError(f"cannot convert to a hybrid: {reasons[0]}")
 
 
 def plan(
@@ -229,7 +226,7 @@ def plan(
         "attention_dtype": str(dtype).removeprefix("torch."),
         "healing": healing,
         "norm": "neutral: transformers may take its mean over all channels or by group",
-        "vllm": "mamba_ssm_cache_dtype float32",
+        "vllm": "mamba_ssm_cache_dtype float32; on a CPU, no prefix caching (seen with 0.32)",
     }
 
 

@@ -33,8 +33,8 @@ fi
 smollm2=$("$python" -c 'from kvtool.checkpoint import Checkpoint; print(Checkpoint.open("smollm2").path)')
 cp "$smollm2"/tokenizer* "$work/mqa/"
 
-convert() { # model, output, options
-  "$kvtool" convert "$1" --to mla -o "$work/$2" --overwrite --quiet "${@:3}" > "$work/$2.txt"
+convert() { # model, output, what to, options
+  "$kvtool" convert "$1" --to "$3" -o "$work/$2" --overwrite --quiet "${@:4}" > "$work/$2.txt"
 }
 tokens() { # python, engine, model
   "$1" "$here/greedy.py" "$2" "$3" 2> "$work/last.log" | sed -n 's/^RESULT //p'
@@ -45,7 +45,7 @@ same() { # label, expected, got
     echo "DIFFERENT           $1"; failed=1; fi
 }
 
-convert "$work/mqa" mqa-exact --method exact --target vllm
+convert "$work/mqa" mqa-exact mla --method exact --target vllm
 original=$(tokens "$python" transformers "$work/mqa")
 same "exact, one KV head: vLLM against the original in transformers" \
   "$original" "$(tokens "$vllm" vllm "$work/mqa-exact")"
@@ -53,9 +53,13 @@ same "exact, one KV head: vLLM against the original in transformers" \
 for model in "$work/mqa" smollm2; do
   name=$(basename "$model")-transmla
   # The two targets differ in the latent norm alone, whose epsilon each engine chooses for itself.
-  convert "$model" "$name" --method transmla --kv-budget 75% --rope-dim 32 --freqfold 4 --target transformers
-  convert "$model" "$name-vllm" --method transmla --kv-budget 75% --rope-dim 32 --freqfold 4 --target vllm
+  convert "$model" "$name" mla --method transmla --kv-budget 75% --rope-dim 32 --freqfold 4 --target transformers
+  convert "$model" "$name-vllm" mla --method transmla --kv-budget 75% --rope-dim 32 --freqfold 4 --target vllm
   same "transmla, $model at 75 %: vLLM against transformers" \
     "$(tokens "$python" transformers "$work/$name")" "$(tokens "$vllm" vllm "$work/$name-vllm")"
 done
+
+convert smollm2 smollm2-mamba mamba --layers 5,25 --heal 0
+same "mamba, smollm2 with 2 layers replaced: vLLM against transformers" \
+  "$(tokens "$python" transformers "$work/smollm2-mamba")" "$(tokens "$vllm" vllm "$work/smollm2-mamba")"
 exit $failed

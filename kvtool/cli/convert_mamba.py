@@ -154,7 +154,7 @@ class _Layers:
             raise UsageError(
                 f"--layers {text} is impossible: the model has {total} layers, and one has to keep "
                 "its attention",
-                hint=f"for layer {text} alone, write --layers {text},",
+                hint=None if self.count else "for layer 0 alone, write --layers 0,",
             )
 
     def _within(self, checkpoint: Checkpoint, budget: str | None, total: int) -> int:

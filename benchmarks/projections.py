@@ -38,6 +38,7 @@ from kvtool.runtime import Engine
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.coded import Tokens
 from kvtool.runtime.layers import Step
+from kvtool.runtime.split import SplitStore
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
 PREFILL, CONTINUATION, WINDOWS = 1536, 256, 6
@@ -69,8 +70,15 @@ def filled(engine: Engine, prompt: KVCache, room: int) -> KVCache:
     cache = engine.new_cache(1, length + room)
     at = torch.arange(length)
     cos, sin = engine.tables(at[None])[0]
-    for dense, store in zip(prompt.stores, cache.stores, strict=True):
+    for dense, store, attention in zip(prompt.stores, cache.stores, engine.attentions, strict=True):
         k, v = (dense.planes[name][:, :, :length] for name in ("keys", "values"))
+        if isinstance(store, SplitStore):
+            heads = range(k.shape[1])
+            rings = [head for head in heads if attention.layer.streaming[head]]
+            store.full.end_prompt(0, k[0, attention.full], v[0, attention.full])
+            if store.streaming:
+                store.streaming.keep_last(0, 0, k[0, rings], v[0, rings])
+            continue
         tokens = Tokens(k, rotate(k, cos[:, None], -sin[:, None]), v, k, k, at[None])
         store.codes.collect(store.layer, tokens, Step(cache.stores, 0, [0], [length], length))
         store.exact.keep_last(0, 0, k[0], v[0])
@@ -81,15 +89,17 @@ def filled(engine: Engine, prompt: KVCache, room: int) -> KVCache:
 class Cases:
     """What every plan is measured on, read once."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.engine = Engine.load(checkpoint)
+    def __init__(
+        self, checkpoint: Checkpoint, prefill: int = PREFILL, windows: int = WINDOWS
+    ) -> None:
+        self.engine, self.prefill = Engine.load(checkpoint), prefill
         corpus, tokenizer = evaluation_text(), checkpoint.tokenizer()
-        length = PREFILL + CONTINUATION
+        length = prefill + CONTINUATION
         self.windows = []
-        for ids in corpus.windows(tokenizer, length + 1, WINDOWS):
-            prompt = read(self.engine, ids[:PREFILL])
+        for ids in corpus.windows(tokenizer, length + 1, windows):
+            prompt = read(self.engine, ids[:prefill])
             cache = self.copy(prompt, CONTINUATION)
-            logits = self.engine.extend(cache, ids[PREFILL:-1], all_logits=True)
+            logits = self.engine.extend(cache, ids[prefill:-1], all_logits=True)
             self.windows.append((prompt, ids, logits.log_softmax(-1), cache.allocated_bytes))
         self.keys = [
             (case, read(self.engine, torch.tensor(case.context)))
@@ -110,8 +120,8 @@ class Cases:
         kls, ratios, shares = [], [], []
         for prompt, ids, expected, native in self.windows:
             cache = filled(engine, prompt, CONTINUATION)
-            said = engine.extend(cache, ids[PREFILL:-1], all_logits=True).log_softmax(-1)
-            targets = ids[PREFILL + 1 :, None]
+            said = engine.extend(cache, ids[self.prefill : -1], all_logits=True).log_softmax(-1)
+            targets = ids[self.prefill + 1 :, None]
             kls.append(kl_sum(expected, said) / len(said))
             ratios.append(float((expected.gather(1, targets) - said.gather(1, targets)).mean()))
             shares.append(cache.allocated_bytes / native)

@@ -12,6 +12,7 @@ no bound may lie beyond the grid.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -220,6 +221,53 @@ def uncomp(entropy: Tensor, total: int, low: Bound, high: Bound) -> Tensor:
     upper = entropy.argsort(dim=-1, descending=True, stable=True)[:, : entropy.shape[1] // 2]
     weight = torch.ones_like(entropy).scatter(1, upper, 2.0)
     return round_exactly(weight * total / weight.sum(), total, low, high, priority=entropy)
+
+
+def choose(
+    costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int
+) -> list[int]:
+    """One option per unit, so that Σ losses is small and Σ costs at most the budget.
+
+    Along the lower convex hull of each unit's options, the steps that save most per cost are taken
+    first: optimal for the hulls, and for the options themselves but for the last step. A larger
+    budget never takes a step back.
+
+    Args:
+        costs, losses: Of each unit's options, in any order.
+
+    Returns:
+        The index of each unit's option.
+
+    Raises:
+        UsageError: The cheapest options of all exceed the budget.
+    """
+    chosen, left, steps = [], budget, []
+    for unit, (cost, loss) in enumerate(zip(costs, losses, strict=True)):
+        at = min(range(len(cost)), key=lambda i: (cost[i], loss[i]))
+        chosen.append(at)
+        left -= cost[at]
+        while True:
+            ahead = [
+                ((loss[at] - loss[i]) / (cost[i] - cost[at]), cost[i], i)
+                for i in range(len(cost))
+                if cost[i] > cost[at] and loss[i] < loss[at]
+            ]
+            if not ahead:
+                break
+            gain, _, after = max(ahead)
+            steps.append((-gain, unit, after, cost[after] - cost[at]))
+            at = after
+    if left < 0:
+        raise UsageError(
+            f"a budget of {budget} bytes is too small: the least that can be stored is "
+            f"{budget - left}"
+        )
+    for _, unit, after, more in sorted(steps):
+        if more > left:
+            break
+        chosen[unit] = after
+        left -= more
+    return chosen
 
 
 def _bounds(shape: tuple[int, ...], total: int, low: Bound, high: Bound) -> tuple[Tensor, Tensor]:

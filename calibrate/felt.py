@@ -14,7 +14,7 @@ stands for count: sinks and the window are exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,8 +137,8 @@ def feel(
         first = 0
         for index, count in enumerate(groups):
             own = slice(first, first + count)
-            y = _joined(model, seen[own], offset, kind, model.rope.scale**-2)[tokens]
-            g = _joined(model, drawn[own], offset, kind, 1.0)[tokens]
+            y = joined(model, seen[own], offset, kind, model.rope.scale**-2)[tokens]
+            g = joined(model, drawn[own], offset, kind, 1.0)[tokens]
             found = _sums(y, g, end)
             if index == len(sums):
                 sums.append(found)
@@ -153,7 +153,35 @@ def feel(
     return sums
 
 
-def _joined(
+def far_reads(
+    model: TailModel,
+    windows: Tensor,
+    offsets: Sequence[int],
+    ring: tuple[int, int],
+    seed: int,
+) -> Iterator[tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]], int]]:
+    """Window by window what all layers keep, and what its predictions feel of it.
+
+    Args:
+        windows, offsets, ring, seed: See :func:`feel`.
+
+    Yields:
+        Rotated keys and values by layer, `[1, H, S, D]`; the gradients of far reads of them, summed
+        over predictions; and how many predictions.
+
+    Raises:
+        CalibrationError: See :func:`feel`.
+    """
+    end = min(END, windows.shape[1] // 2)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for ids, offset in zip(windows, offsets, strict=True):
+        seen, drawn = _backward(model, ids, offset, end, ring, generator)
+        if not all(bool(x.isfinite().all()) for pair in drawn for x in pair):
+            raise CalibrationError("the model's gradients are not all finite numbers")
+        yield seen, drawn, end
+
+
+def joined(
     model: TailModel,
     layers: Sequence[tuple[Tensor, Tensor]],
     offset: int,

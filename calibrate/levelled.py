@@ -32,9 +32,18 @@ def levelled(fitted: Fitted, second: Tensor, power: float = POWER) -> Fitted:
         second: `[W, W]` float64, second moment of what it codes about its own mean.
     """
     encode = fitted.projection.encode.double()
-    squares = _positive(((encode @ second) * encode).sum(dim=1))
+    return levelled_rows(fitted, ((encode @ second) * encode).sum(dim=1), power)
+
+
+def levelled_rows(fitted: Fitted, squares: Tensor, power: float = POWER) -> Fitted:
+    """The same code.
+
+    Args:
+        squares: `[R]` float64, mean square of each of its rows.
+    """
+    encode = fitted.projection.encode.double()
     worth = _positive(fitted.spectrum.double())
-    scale = ((worth / worth.max()) ** power / squares).sqrt()
+    scale = ((worth / worth.max()) ** power / _positive(squares)).sqrt()
     decode = fitted.projection.decode.double() / scale
     own = fitted.projection.mean.double()
     return Fitted(Projection(encode * scale[:, None], decode, own), fitted.spectrum)

@@ -435,16 +435,26 @@ def _single(fitted: Fitted) -> Any:
 def _windows(
     checkpoint: Checkpoint, options: ProjectionOptions, more: int
 ) -> tuple[Tensor, list[int]]:
-    """Windows `[N + more, S]` of calibration text, and the positions at which they begin."""
+    return text_windows(checkpoint, options.data, options.tokens, options.seed, more)
+
+
+def text_windows(
+    checkpoint: Checkpoint, data: str | None, tokens: int, seed: int, more: int = 0
+) -> tuple[Tensor, list[int]]:
+    """Windows `[N + more, S]` of calibration text, and the positions at which they begin.
+
+    Raises:
+        UsageError: The tokens are less than a window.
+    """
     limit = int(checkpoint.hf_config().max_position_embeddings)
     length = min(WINDOW, limit)
-    count = options.tokens // length
+    count = tokens // length
     if count < 1:
-        raise UsageError(f"--tokens {options.tokens} is less than one window of {length}")
-    tokenizer, corpus = checkpoint.tokenizer(), calibration_text(options.data)
+        raise UsageError(f"--tokens {tokens} is less than one window of {length}")
+    tokenizer, corpus = checkpoint.tokenizer(), calibration_text(data)
     chat = StatisticsOptions.chat if can_chat(tokenizer) else 0.0
-    ids = corpus.windows(tokenizer, length, count + more, options.seed, chat)
-    generator = torch.Generator().manual_seed(options.seed)
+    ids = corpus.windows(tokenizer, length, count + more, seed, chat)
+    generator = torch.Generator().manual_seed(seed)
     last = max(length, min(CONTEXT, limit)) - length
     return ids, torch.randint(0, last + 1, (len(ids),), generator=generator).tolist()
 

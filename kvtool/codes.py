@@ -63,7 +63,7 @@ class CodePlan:
                 "window holds at least the current token"
             )
         if self.bits not in (None, *BITS):
-            raise PlanError(f"a code has numbers of 2, 4 or 8 bits, not of {self.bits}")
+            raise PlanError(f"a code has numbers of 2, 3, 4 or 8 bits, not of {self.bits}")
         if self.group < 1:
             raise PlanError(f"a scale for groups of {self.group} numbers is none")
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from kvtool import __version__, plan_file
 from kvtool.attention import describe
+from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Allocation, CodePlan, code_shapes, fit_codes
 from kvtool.errors import PlanError, UnsupportedModelError
@@ -45,6 +48,7 @@ class LayerPlan:
         sink, window: In tokens; the window counts the current one. Both 0 where no head streams.
         budget: Tokens of the prompt that each KV head keeps after it, chosen by the plan's policy;
             `None` for a head that keeps everything, and for a streaming one.
+        bits: How the heads that keep everything pack it; None for the dtype of the model.
 
     Raises:
         PlanError: The numbers are out of range or do not belong together.
@@ -54,8 +58,12 @@ class LayerPlan:
     sink: int = 0
     window: int = 0
     budget: tuple[int | None, ...] | None = None
+    bits: Bits | None = None
 
     def __post_init__(self) -> None:
+        order = None if self.bits is None else self.bits.order
+        if order is not None and len(order) != len(self.streaming):
+            raise PlanError(f"{len(order)} orders of channels for {len(self.streaming)} heads")
         if not any(self.streaming):
             object.__setattr__(self, "sink", 0)
             object.__setattr__(self, "window", 0)
@@ -78,8 +86,14 @@ class LayerPlan:
 
     @property
     def plain(self) -> bool:
-        """Whether every head keeps everything."""
-        return self.budget is None and not any(self.streaming)
+        """Whether every head keeps everything as it is."""
+        return self.budget is None and self.bits is None and not any(self.streaming)
+
+    @property
+    def full_heads(self) -> list[int]:
+        """The heads that keep everything."""
+        pairs = enumerate(zip(self.streaming, self.budgets, strict=True))
+        return [head for head, (streams, budget) in pairs if not streams and budget is None]
 
     @property
     def budgets(self) -> tuple[int | None, ...]:
@@ -95,6 +109,22 @@ class LayerPlan:
             else:
                 kept += prompt if budget is None else min(prompt, budget)
         return kept
+
+    def cache_bytes(self, prompt: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that the layer takes after a prompt, see :meth:`Plan.cache_bytes`."""
+        exact, packed = self.tokens(prompt), 0
+        if self.bits is not None:
+            exact -= len(self.full_heads) * prompt
+            packed = len(self.full_heads) * self.bits.cache_bytes(prompt, head_dim, itemsize)
+        return 2 * itemsize * head_dim * exact + packed
+
+    def token_bytes(self, head_dim: int, itemsize: int) -> Fraction:
+        """Bytes that every further token costs the layer: streaming heads overwrite."""
+        exact, packed = self.streaming.count(False), Fraction(0)
+        if self.bits is not None:
+            exact -= len(self.full_heads)
+            packed = len(self.full_heads) * self.bits.token_bytes(head_dim)
+        return 2 * itemsize * head_dim * exact + packed
 
 
 @dataclass(frozen=True)
@@ -219,6 +249,11 @@ class Plan:
         if len(self.layers) != base.layers:
             raise PlanError(f"{len(self.layers)} layers are planned, of a model with {base.layers}")
         for index, layer in enumerate(self.layers):
+            for order in () if layer.bits is None else layer.bits.order or ():
+                if len(order) != base.head_dim:
+                    raise PlanError(
+                        f"layer {index} orders {len(order)} channels of {base.head_dim}"
+                    )
             if len(layer.streaming) != base.kv_heads:
                 raise PlanError(
                     f"layer {index} plans {len(layer.streaming)} KV heads of {base.kv_heads}"
@@ -319,12 +354,14 @@ class Plan:
         `2 b D` per token; a full head keeps N tokens, a streaming one `sink + window` (its ring is
         allocated whole, also for a short prompt), and one with a budget `min(N, budget)`. A code
         takes its width per token, and `sink + window` exact tokens of every head of its layers. If
-        its numbers have bits, b is of the exact tokens alone: see :meth:`CodePlan.part_bytes`.
+        its numbers have bits, b is of the exact tokens alone: see :meth:`CodePlan.part_bytes`, and
+        :meth:`Bits.cache_bytes` for full heads with bits.
         """
         if self.codes:
             channels = self.base.channels
             return sum(code.cache_bytes(tokens, channels, itemsize) for code in self.codes)
-        return 2 * itemsize * self.base.head_dim * sum(x.tokens(tokens) for x in self.layers)
+        size = self.base.head_dim
+        return sum(layer.cache_bytes(tokens, size, itemsize) for layer in self.layers)
 
     def native_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the cache of one sequence without a plan."""
@@ -334,8 +371,8 @@ class Plan:
         """Bytes that every further token costs: streaming heads overwrite, all others append."""
         if self.codes:
             return sum(code.token_bytes(itemsize) for code in self.codes)
-        appending = sum(layer.streaming.count(False) for layer in self.layers)
-        return 2 * itemsize * self.base.head_dim * appending
+        size = self.base.head_dim
+        return math.ceil(sum(layer.token_bytes(size, itemsize) for layer in self.layers))
 
     @property
     def rings(self) -> tuple[LayerPlan | CodePlan, ...]:
@@ -369,8 +406,10 @@ class Plan:
         streaming = torch.zeros(heads, dtype=torch.bool)
         streaming[self.scores.flatten().argsort(stable=True)[:count]] = True
         layers = tuple(
-            LayerPlan(tuple(row), sink, window)
-            for row in streaming.view(self.scores.shape).tolist()
+            LayerPlan(tuple(row), sink, window, bits=layer.bits)
+            for row, layer in zip(
+                streaming.view(self.scores.shape).tolist(), self.layers, strict=True
+            )
         )
         return replace(self, layers=layers)
 
@@ -408,6 +447,11 @@ class Plan:
         heads, per_token = self.base.all_heads, 2 * itemsize * self.base.head_dim
         saved = per_token * (context - sink - window)  # by each head that streams
         native = self.native_bytes(context, itemsize)
+        if any(layer.bits is not None for layer in self.layers):
+            raise PlanError(
+                "the bits of the plan were chosen for the heads that are full now",
+                hint="Slice the plan of the heads, and calibrate the bits again with --plan.",
+            )
         for count in range(heads + 1):
             if native - count * saved <= budget_bytes:
                 return self.stream_heads(count, sink, window)
@@ -445,6 +489,11 @@ class Plan:
             )
         if self.codes or other.codes:
             raise PlanError("a plan with codes cannot be composed with another one yet")
+        if any(layer.bits is not None for layer in (*self.layers, *other.layers)):
+            raise PlanError(
+                "few bits come last, and are chosen for the heads that keep everything",
+                hint="Compose the other plans, and give the result to calibrate quantization.",
+            )
         if other.streaming_heads and self.streaming_heads:
             raise PlanError("both plans choose heads that stream")
         if self.policy is not None and other.policy is not None:
@@ -520,7 +569,8 @@ def _layer(layer: LayerEntry) -> LayerPlan:
         raise PlanError("its streaming heads differ in sink or window; they share one ring")
     sink, window = next(iter(rings), (0, 0))
     streaming = tuple(isinstance(head, plan_file.Streaming) for head in layer.heads)
-    return LayerPlan(streaming, sink, window, layer.budget)
+    bits = None if layer.bits is None else Bits(**layer.bits.model_dump())
+    return LayerPlan(streaming, sink, window, layer.budget, bits)
 
 
 def _document(plan: Plan) -> dict[str, Any]:
@@ -528,7 +578,7 @@ def _document(plan: Plan) -> dict[str, Any]:
         ring = {"kind": "streaming", "sink": layer.sink, "window": layer.window}
         return [ring if streams else {"kind": "full"} for streams in layer.streaming]
 
-    document = {
+    document: dict[str, Any] = {
         "format_version": 1,  # older ones read what they know
         "base": asdict(plan.base),
         "prefill": plan.prefill,
@@ -538,8 +588,13 @@ def _document(plan: Plan) -> dict[str, Any]:
     }
     if plan.codes:
         codes = [asdict(code) for code in plan.codes]
-        document["format_version"] = plan_file.FORMAT_VERSION
+        document["format_version"] = plan_file.CODES_VERSION
         document |= {"codes": codes, "allocation": plan.allocation}
+    if any(layer.bits is not None for layer in plan.layers):
+        document["format_version"] = plan_file.FORMAT_VERSION
+        for entry, layer in zip(document["layers"], plan.layers, strict=True):
+            if layer.bits is not None:
+                entry["bits"] = asdict(layer.bits)
     return document
 
 

@@ -17,11 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvtool._tensors import first_line, open_safetensors
+from kvtool.bits import Axis, Turned
 from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 
-FORMAT_VERSION = 3
-"""3 knows codes; files of version 1 are read, and written where there are no codes."""
+FORMAT_VERSION, CODES_VERSION = 4, 3
+"""4 knows bits of heads, and 3 codes; where there are neither, files of version 1 are written."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
@@ -53,11 +54,28 @@ class Streaming(_Strict):
     window: _Count
 
 
+class BitsEntry(_Strict):
+    """How full heads pack what they keep."""
+
+    keys: _Count
+    values: _Count
+    group: _Count
+    axis: Axis
+    kind: CodeKind
+    hadamard: Turned
+    order: tuple[tuple[_Count, ...], ...] | None
+    key_clip: float
+    value_clip: float
+    sink: _Count
+    window: _Count
+
+
 class LayerEntry(_Strict):
     """One layer."""
 
     heads: tuple[Annotated[Full | Streaming, Field(discriminator="kind")], ...]
     budget: tuple[_Count | None, ...] | None
+    bits: BitsEntry | None = None
 
 
 class CodeEntry(_Strict):

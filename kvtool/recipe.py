@@ -156,6 +156,24 @@ class ProjectionsStep(_Strict):
     seed: Natural = 0
 
 
+class QuantizationStep(_Strict):
+    """``kvtool calibrate quantization`` of the plan that a step before it made, if there is one."""
+
+    uses: Literal["calibrate quantization"]
+    output: str | None = None
+    bits: TextOrNumber = "4"
+    method: Literal["aware", "kivi", "rotatekv"] = "aware"
+    kv_budget: TextOrNumber | None = None
+    context: Positive | None = None
+    group: Positive = 64
+    read: Literal["absorbed", "rebuilt"] | None = None
+    sink: Natural | None = None
+    window: Positive | None = None
+    data: str | None = None
+    tokens: Positive = 16384
+    seed: Natural = 0
+
+
 class EvaluateStep(_Strict):
     """``kvtool evaluate`` of the last plan or conversion against the recipe's model.
 
@@ -182,10 +200,10 @@ class EvaluateStep(_Strict):
     seed: int = 0
 
 
-_PLANS = ("retrieval-heads", "budgets", "projections")
+_PLANS = ("retrieval-heads", "budgets", "projections", "quantization")
 _STEPS = (
     *(ConvertStep, VerifyStep, StatisticsStep, HeadsStep, BudgetsStep, ProjectionsStep),
-    EvaluateStep,
+    *(QuantizationStep, EvaluateStep),
 )
 Step = Annotated[
     ConvertStep
@@ -194,6 +212,7 @@ Step = Annotated[
     | HeadsStep
     | BudgetsStep
     | ProjectionsStep
+    | QuantizationStep
     | EvaluateStep,
     Field(discriminator="uses"),
 ]

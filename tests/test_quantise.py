@@ -39,7 +39,8 @@ def test_shapes_are_what_the_sizes_say(bits, width, group):
     assert (packed.dtype, scales.dtype) == (torch.uint8, torch.float16)
     assert packed.shape == (2, 3, packed_bytes(width, bits))
     assert scales.shape == (2, 3, groups_of(width, group), 2)
-    assert packed_bytes(width, bits) == -(-width * bits // 8)
+    planes = (2, 1) if bits == 3 else (bits,)
+    assert packed_bytes(width, bits) == sum(-(-width * plane // 8) for plane in planes)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -54,7 +55,7 @@ def test_every_code_comes_back(bits, width):
     torch.testing.assert_close(read(x, bits, group), x, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_packing_is_planar_low_bits_first(bits):
     top, fields = 2**bits - 1, 8 // bits
     codes = torch.arange(8 * fields).remainder(top + 1)
@@ -63,6 +64,28 @@ def test_packing_is_planar_low_bits_first(bits):
     assert scales.tolist() == [[1.0, 0.0]]
     expected = [sum(int(codes[c + 8 * f]) << (bits * f) for f in range(fields)) for c in range(8)]
     assert packed.tolist() == expected
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_clipped_range_has_a_smaller_step_and_stores_its_ends(bits):
+    x = random(50, 32)
+    codes, scales = quantise(x, bits, 32, 0.5)
+    read = dequantise(codes, scales, 32, bits, 32)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    cut = (high - low) / 4
+    inside = x.clamp(low + cut, high - cut)
+    step = scales[..., 0].float()
+    torch.testing.assert_close(step, (high - low) / 2 / (2**bits - 1), rtol=0.01, atol=0)
+    assert ((read - inside).abs() <= step * 0.51 + 2e-3).all()
+    torch.testing.assert_close(fake_quantise(x, bits, 32, 0.5), read)
+
+
+def test_three_bits_are_a_plane_of_two_and_one_of_the_third():
+    codes = torch.tensor([7.0, 0, 1, 2, 3, 4, 5, 6])
+    packed, _ = quantise(codes, 3, 8)
+    low, third = codes.int() & 3, codes.int() >> 2
+    two = [sum(int(low[c + 2 * f]) << (2 * f) for f in range(4)) for c in range(2)]
+    assert packed.tolist() == [*two, sum(int(bit) << c for c, bit in enumerate(third))]
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvtool.checkpoint import sha256_file
 from kvtool.cli import calibrate as calibrate_command
 from kvtool.cli import calibrate_projections as projections_command
+from kvtool.cli import calibrate_quantization as quantization_command
 from kvtool.cli import calibrate_statistics as statistics_command
 from kvtool.cli import convert as convert_command
 from kvtool.cli import evaluate as evaluate_command
@@ -25,6 +26,7 @@ from kvtool.recipe import (
     EvaluateStep,
     HeadsStep,
     ProjectionsStep,
+    QuantizationStep,
     Recipe,
     StatisticsStep,
     VerifyStep,
@@ -50,6 +52,7 @@ COMMANDS = {
     HeadsStep: calibrate_command.retrieval_heads,
     BudgetsStep: calibrate_command.budgets,
     ProjectionsStep: projections_command.projections,
+    QuantizationStep: quantization_command.quantization,
     ConvertStep: convert_command.convert,
     VerifyStep: verify_command.verify,
     EvaluateStep: evaluate_command.evaluate,

@@ -48,6 +48,25 @@ def test_the_heads_recipe_measures_plans_and_evaluates(
     assert report["divergence"]["cache_bytes"] == plan.cache_bytes(192 + 256, 4)
 
 
+def test_bits_are_given_to_the_heads_of_the_step_before(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"""\
+kvtool: 1
+model: {tiny("llama")}
+steps:
+  - {{uses: calibrate retrieval-heads, method: entropy, window: 8, output: {tmp_path}/heads.plan}}
+  - {{uses: calibrate quantization, bits: 3, group: 16, window: 8, tokens: 1024,
+     output: {tmp_path}/bits.plan}}
+"""
+    (tmp_path / "bits.yaml").write_text(text)
+    assert run_command(["run", str(tmp_path / "bits.yaml"), "--json"]) == 0
+    heads, bits = objects(capsys.readouterr().out)
+    assert bits["methods"] == ["entropy", "aware"]
+    assert bits["streaming_heads"] == heads["streaming_heads"] > 0
+    assert bits["bytes"] < heads["bytes"]
+
+
 def test_the_ci_job_passes_on_a_real_model(smollm2: Checkpoint, tmp_path: Path) -> None:
     wrapper = tmp_path / "kvtool"
     wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -m kvtool "$@"\n')

@@ -7,6 +7,7 @@ from kvtool.kernels.quantise.reference import (
     groups_of,
     packed_bytes,
     quantise,
+    unpack,
 )
 
-__all__ = ["BITS", "dequantise", "fake_quantise", "groups_of", "packed_bytes", "quantise"]
+__all__ = ["BITS", "dequantise", "fake_quantise", "groups_of", "packed_bytes", "quantise", "unpack"]

@@ -74,8 +74,8 @@ def projections(
     bits: Annotated[
         int | None,
         typer.Option(
-            help="Store each number of a code as an integer of 2, 4 or 8 bits, with a scale for 32 "
-            "of them. The codes of cskv are tuned for it, at the size that is asked for.",
+            help="Store each number of a code as an integer of 2, 3, 4 or 8 bits, with a scale for "
+            "32 of them. The codes of cskv are tuned for it, at the size that is asked for.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -119,7 +119,7 @@ def projections(
     if bits is not None and (amount is not None or method == "matryoshka"):
         raise UsageError("--train and --bits do not go together: trained codes are not rounded")
     if bits not in (None, *BITS):
-        raise UsageError(f"--bits {bits} is not possible: a code has numbers of 2, 4 or 8 bits")
+        raise UsageError(f"--bits {bits} is not possible: a code has numbers of 2, 3, 4 or 8 bits")
     check_plan_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code

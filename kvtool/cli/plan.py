@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,6 +158,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
                 "sink": layer.sink,
                 "window": layer.window,
                 "budget": layer.budget,
+                "bits": None if layer.bits is None else asdict(replace(layer.bits, order=None)),
             }
             for layer in plan.layers
         ],
@@ -186,6 +187,26 @@ def _describe_heads(table: Table, result: dict[str, Any]) -> None:
         table.add_row("token budgets", f"{len(budgets)} KV heads, {spread}")
 
 
+def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
+    """Rows for what the heads that keep everything are packed as."""
+    packed = [layer["bits"] for layer in layers]
+    one = next((bits for bits in packed if bits is not None), None)
+    if one is None:
+        return
+    for part in ("keys", "values"):
+        each = ["-" if bits is None else str(bits[part]) for bits in packed]
+        table.add_row(f"bits of {part}", " ".join(each) if len(set(each)) > 1 else each[0])
+    scale = "a channel" if one["axis"] == "channel" else "a token"
+    table.add_row("  stored", f"a scale and a minimum (4 bytes) for {one['group']} of {scale}")
+    read = "after RoPE, read as stored"
+    if one["kind"] == "unrotated":
+        read = "before RoPE, rebuilt when read"
+    table.add_row("  keys", read)
+    table.add_row(
+        "  exact", f"the first {one['sink']} and at least the last {one['window']} tokens"
+    )
+
+
 def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:
     """Rows for codes of one kind and ring, which those of a calibration are."""
     one = codes[0]
@@ -199,7 +220,9 @@ def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:
         spread = f"{min(widths)} to {max(widths)}" if len(set(widths)) > 1 else f"{widths[0]}"
         table.add_row(f"  {part}", f"{spread} numbers per token")
     if one["bits"] is not None:
-        each = f"{one['bits']} bits each, a scale and a minimum (4 bytes) for {one['group']}"
+        own = [str(x["bits"]) for x in codes]
+        each = f"{' '.join(own) if len(set(own)) > 1 else own[0]} bits each"
+        each += f", a scale and a minimum (4 bytes) for {one['group']}"
         table.add_row("  stored", each)
     table.add_row("  exact", f"the first {one['sink']} and last {one['window']} tokens")
 
@@ -221,6 +244,7 @@ def _facts(result: dict[str, Any]) -> Table:
         _describe_codes(table, codes)
     else:
         _describe_heads(table, result)
+        _describe_bits(table, result["layers"])
     native = result["native_bytes_per_token"]
     per_token = f"{result['bytes_per_token']:,} bytes per further token (native {native:,})"
     table.add_row("cache, bf16", per_token)

@@ -40,6 +40,7 @@ def run(
     """Run the steps of RECIPE. With --json every step prints one object."""
     from kvtool.cli import calibrate
     from kvtool.cli.calibrate_projections import projections
+    from kvtool.cli.calibrate_quantization import quantization
     from kvtool.cli.calibrate_statistics import statistics
     from kvtool.cli.convert import convert
     from kvtool.cli.evaluate import check_output, evaluate
@@ -50,12 +51,13 @@ def run(
         EvaluateStep,
         HeadsStep,
         ProjectionsStep,
+        QuantizationStep,
         StatisticsStep,
         load_recipe,
     )
 
     loaded = load_recipe(recipe)
-    makers = (ConvertStep, HeadsStep, BudgetsStep, ProjectionsStep)
+    makers = (ConvertStep, HeadsStep, BudgetsStep, ProjectionsStep, QuantizationStep)
     outputs = _outputs(recipe, [s.output for s in loaded.steps if isinstance(s, makers)], output)
     for step in loaded.steps:
         for file in (step.output or ()) if isinstance(step, EvaluateStep) else ():
@@ -87,6 +89,11 @@ def run(
         elif isinstance(step, ProjectionsStep):
             plan = outputs.pop(0)
             projections(loaded.model, plan, **options, **writing, dry_run=dry_run)
+        elif isinstance(step, QuantizationStep):
+            if dry_run:
+                plan = None  # what it would compose with was not written
+            options["plan"], plan = plan, outputs.pop(0)
+            quantization(loaded.model, plan, **options, **writing, dry_run=dry_run)
         elif dry_run:
             continue
         elif isinstance(step, EvaluateStep):

@@ -158,9 +158,11 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
         slope = (after - before) / (large - small)
         constant = max(after - slope * large, 0.0)
         sizes.append(CacheSize(slope, slope / item * BFLOAT16_BYTES, constant))
-    if plan is not None and plan.codes:
-        # Integers of few bits take the same in any dtype.
-        packed = [code.bits is not None for code in plan.codes for _ in range(code.layers)]
+    if plan is not None:
+        # Integers of few bits take the same in any dtype; rings do not grow.
+        packed = [layer.bits is not None for layer in plan.layers]
+        if plan.codes:
+            packed = [code.bits is not None for code in plan.codes for _ in range(code.layers)]
         sizes = [
             replace(size, bytes_per_token_bf16=size.bytes_per_token) if own else size
             for size, own in zip(sizes, packed, strict=True)
@@ -175,12 +177,11 @@ def _store_bytes(engine: Engine, capacity: int) -> list[int]:
 def _planned_size(layer: LayerPlan, head_dim: int, engine: Engine) -> CacheSize:
     """What a layer with token budgets takes behind a prompt as long as the model's context."""
     context, item = engine.max_context, engine.dtype.itemsize
-    per_head = 2 * item * head_dim
-    kept = layer.tokens(context)
-    growth = kept - layer.tokens(context - 1)
-    per_token = per_head * layer.streaming.count(False)
-    constant = per_head * (kept - growth * context)
-    return CacheSize(per_token, per_token / item * BFLOAT16_BYTES, constant)
+    step = 1 if layer.bits is None else layer.bits.group
+    kept, before = (layer.cache_bytes(n, head_dim, item) for n in (context, context - step))
+    constant = kept - (kept - before) // step * context
+    ours, bf16 = (float(layer.token_bytes(head_dim, size)) for size in (item, BFLOAT16_BYTES))
+    return CacheSize(ours, bf16, constant)
 
 
 def fit_window(

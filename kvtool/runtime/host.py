@@ -34,6 +34,7 @@ from kvtool.runtime.layers import (
     LatentRuntimeAttention,
     RuntimeAttention,
 )
+from kvtool.runtime.packed import PackedAttention
 from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.split import SplitAttention
 
@@ -84,6 +85,7 @@ def swap_attention(
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     positions = Positions(Rope(inv_freq, rope.scale), like)
     codes = _codes(plan, positions)
+    exact = Positions(positions.rope, like.float())  # few bits magnify what is rounded before
     swapped: list[RuntimeAttention] = []
     for i, layer in enumerate(decoder_layers(model)):
         if is_mixer(layer):
@@ -106,6 +108,8 @@ def swap_attention(
                 attention = CodedAttention(grouped, i, inv_freq, rope.scale, *codes[i], dense)
             elif plan is None or plan.layers[i].plain:
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
+            elif plan.layers[i].bits is not None:
+                attention = PackedAttention(grouped, i, plan, exact)
             else:
                 attention = SplitAttention(grouped, i, inv_freq, rope.scale, plan)
         layer.self_attn = attention
@@ -148,10 +152,15 @@ def _check_plan(
                 f"layer {i} keeps the first {ring.sink} and last {ring.window} tokens, more than "
                 f"the {positions} positions of {checkpoint.source}"
             )
+        if kept.bits is not None and kept.bits.sink + kept.bits.ring > positions:
+            raise PlanError(
+                f"layer {i} has exact room for {kept.bits.sink + kept.bits.ring} tokens, more than "
+                f"the {positions} positions of {checkpoint.source}"
+            )
         if layout.sliding_window is not None and (plan.codes or not kept.plain):
             raise UnsupportedModelError(
                 f"layer {i} of {checkpoint.source} has a sliding window of {layout.sliding_window} "
-                "tokens, so its heads cannot stream, have a token budget or a code",
+                "tokens, so its heads cannot stream, have a token budget, few bits or a code",
                 hint="plan all heads of such layers as full",
             )
 

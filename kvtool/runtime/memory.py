@@ -18,9 +18,15 @@ class RowMemory:
     """
 
     def __init__(self, engine: Engine) -> None:
-        small, large = (engine.new_cache(1, n).allocated_bytes for n in (PAGE, 2 * PAGE))
+        # Packed heads pack nothing of the first tokens, so the slope is taken behind them.
+        planned = [] if engine.plan is None else engine.plan.layers
+        exact = [x.bits.sink + x.bits.window for x in planned if x.bits is not None]
+        far = whole_pages(max(exact, default=PAGE))
+        self.least, small, large = (
+            engine.new_cache(1, n).allocated_bytes for n in (PAGE, far, far + PAGE)
+        )
         self.page_bytes = large - small
-        self.constant = small - self.page_bytes
+        self.constant = small - far // PAGE * self.page_bytes
         self.head_bytes = 0  # of keys and values of one token
         self.dropping = 0  # heads that hold a whole prompt while it is read
         self.budgets: list[int] = []
@@ -36,6 +42,7 @@ class RowMemory:
             self.rings += [layer.sink + layer.window] * sum(layer.streaming)
             if self.dense:
                 self.dropping += plan.base.kv_heads if plan.codes else sum(layer.streaming)
+                self.dropping += 0 if layer.bits is None else len(layer.full_heads)
         self.dropping += len(self.budgets)
 
     @property
@@ -70,7 +77,7 @@ class RowMemory:
         return dropped / self.heads
 
     def _planes(self, tokens: int) -> int:
-        return self.constant + self.page_bytes * (whole_pages(tokens) // PAGE)
+        return max(self.least, self.constant + self.page_bytes * (whole_pages(tokens) // PAGE))
 
 
 def give_back() -> None:

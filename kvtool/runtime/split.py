@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from kvtool.runtime.layers import RuntimeAttention, Step, step_of
 from kvtool.runtime.pages import PagedHeads, Pages, Place, enlarge
 from kvtool.runtime.selection import Selector, keep, selector
 from kvtool.runtime.stores import DenseStore, Store, whole_pages, with_spare_rows
+
+if TYPE_CHECKING:
+    from kvtool.runtime.packed import PackedHeads
 
 
 class NewTokens(NamedTuple):
@@ -326,7 +329,7 @@ class SplitStore(Store):
 
     def __init__(
         self,
-        full: FullHeads | PagedHeads,
+        full: FullHeads | PackedHeads | PagedHeads,
         streaming: StreamingHeads | None,
         budgeted: BudgetedHeads | None = None,
     ) -> None:
@@ -354,11 +357,13 @@ class SplitStore(Store):
         return all(part.can_crop(row, stored, length) for part in self.parts)
 
     def snapshot(self, row: int) -> list[Tensor]:
-        return self.streaming.snapshot(row) if self.streaming else []
+        return [saved for part in self.parts for saved in part.snapshot(row)]
 
     def restore(self, row: int, saved: list[Tensor]) -> None:
+        own = 2 if self.streaming else 0  # the planes of the ring, behind those of full heads
+        self.full.restore(row, saved[: len(saved) - own])
         if self.streaming:
-            self.streaming.restore(row, saved)
+            self.streaming.restore(row, saved[-own:])
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
@@ -458,14 +463,14 @@ class SplitAttention(RuntimeAttention):
         heads = range(stages.layout.kv_heads)
         streaming = [head for head in heads if self.layer.streaming[head]]
         budgeted = [head for head in heads if self.layer.budgets[head] is not None]
-        full = [head for head in heads if head not in streaming and head not in budgeted]
+        full = self.layer.full_heads
         stages.reorder_kv_heads(full + streaming + budgeted)
-        self.counts = len(full), len(streaming)
+        self.full, self.counts = full, (len(full), len(streaming))
         self.budgets = [n for n in self.layer.budgets if n is not None]
 
     def new_store(self, rows: int, capacity: int) -> SplitStore:
         layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
-        (full, streaming), size, scaling = self.counts, layout.head_dim, layout.scaling
+        streaming, size, scaling = self.counts[1], layout.head_dim, layout.scaling
         ring = tails = None
         if streaming:
             ring = StreamingHeads(
@@ -474,7 +479,12 @@ class SplitAttention(RuntimeAttention):
             )  # fmt: skip
         if self.budgets:
             tails = BudgetedHeads(rows, self.budgets, size, like, scaling, self._new_selector)
-        return SplitStore(FullHeads(rows, full, capacity, size, like, scaling), ring, tails)
+        return SplitStore(self.new_full_heads(rows, capacity), ring, tails)
+
+    def new_full_heads(self, rows: int, capacity: int) -> FullHeads | PackedHeads:
+        """Empty planes of those heads that keep every token."""
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        return FullHeads(rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling)
 
     def new_paged_store(self, pages: Pages) -> PagedSplit | None:
         if self.budgets:

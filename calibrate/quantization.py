@@ -1,0 +1,433 @@
+"""Plans that store keys and values as integers of few bits: which layer gets how many.
+
+* **kivi** (arXiv 2402.02750): keys with a scale per channel, values with one per token, the same
+  bits in every layer.
+* **rotatekv** (IJCAI 2025): keys and values with scales per token, behind a Hadamard transform of
+  each head and with the channels of keys in the order of their means, so that those that share a
+  scale are alike. The order lies within a head, where the paper's goes over several.
+* **aware**: kivi's axes; bits of keys and of values layer by layer, how far their ranges are
+  clipped, and whether values are transformed, by the harm that predictions feel.
+
+With g the gradient of a prediction by what a token has left in the cache (`felt.py`), and e the
+error with which that is read, an option of a layer does the harm ½ Σ_tokens (gᵀ e)² nats per
+prediction. So all options of all layers are compared after one backward pass per window.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kvtool.bits import Bits, Turned, read_keys, read_values, turn
+from kvtool.calibrate.allocate import choose
+from kvtool.calibrate.felt import far_reads, joined
+from kvtool.calibrate.levelled import levelled_rows
+from kvtool.calibrate.past import tables
+from kvtool.calibrate.projections import Read, Report, text_windows
+from kvtool.calibrate.statistics import WINDOW, StatisticsOptions, collect
+from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
+from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.tail import Behind, TailModel
+from kvtool.checkpoint import Checkpoint
+from kvtool.codes import CodePlan, Fitted, Part, Projection
+from kvtool.corpus import calibration_text
+from kvtool.errors import UsageError
+from kvtool.kernels.quantise import BITS, fake_quantise
+from kvtool.plan import Base, Plan, check_can_drop, provenance_of
+
+Method = Literal["aware", "kivi", "rotatekv"]
+METHODS: tuple[Method, ...] = get_args(Method)
+CLIPS = {2: (1.0, 0.85, 0.7), 3: (1.0, 0.85)}
+"""Shares of a range to choose from: few codes are better spent on where most numbers are, if
+predictions do not feel the others."""
+AUTO = "auto"
+"""As many bits as a budget allows."""
+
+
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """Everything that determines the bits besides the model and the plan of its heads.
+
+    Attributes:
+        bits: Of keys and of values; of `aware` their mean, as bytes. None if a budget says it.
+        group: See :class:`~kvtool.bits.Bits`.
+        read: Whether keys are stored after RoPE and read as they are, or before it and rebuilt.
+        context: Tokens of the sequence that a budget is for.
+        sink, window: Tokens that are kept exactly.
+    """
+
+    method: Method = "aware"
+    bits: tuple[int, int] | None = (4, 4)
+    group: int = 64
+    read: Read = "absorbed"
+    context: int = 4096
+    sink: int = 4
+    window: int = 64
+    data: str | None = None
+    tokens: int = 16384
+    seed: int = 0
+
+
+def parse_bits(text: str) -> tuple[int, int] | None:
+    """Bits of keys and values from `4`, `K4V2` or `auto`.
+
+    Raises:
+        UsageError: It is none of them.
+    """
+    if text == AUTO:
+        return None
+    found = re.fullmatch(r"(\d)|[kK](\d)[vV](\d)", text)
+    if found:
+        both, keys, values = found.groups()
+        pair = int(keys or both), int(values or both)
+        if all(bits in BITS for bits in pair):
+            return pair
+    raise UsageError(
+        f"--bits {text} is not possible: it is 2, 3, 4 or 8, keys and values apart such as K4V2, "
+        f"or {AUTO}"
+    )
+
+
+def calibrate_quantization(
+    checkpoint: Checkpoint,
+    options: QuantizationOptions,
+    plan: Plan,
+    budget_bytes: int | None,
+    itemsize: int,
+    *,
+    report: Report = lambda stage, done, total: None,
+) -> Plan:
+    """The plan with bits for all heads that it keeps everything of.
+
+    Args:
+        plan: Which heads those are.
+        budget_bytes: Of a sequence of `context` tokens, where `options` have no bits.
+        itemsize: Bytes per exact number that the budget is stated for.
+
+    Raises:
+        UnsupportedModelError: Layers have a sliding window.
+        UsageError: The budget is too small, the text too short, or all heads drop tokens.
+    """
+    check_can_drop(checkpoint)
+    plan_ahead(plan, options, budget_bytes, itemsize)
+    first = uniform(options)
+    corpus, tokens = None, 0
+    found: dict[str, Any] = {}
+    asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
+    if plan.codes:
+        return _codes(checkpoint, options, plan, budget_bytes, itemsize, asked, report)
+    if options.method == "kivi":
+        bits = [first] * len(plan.layers)
+    elif options.method == "rotatekv":
+        wanted = StatisticsOptions(
+            data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
+        )
+        statistics = collect(checkpoint, wanted, report=report)
+        corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
+        bits = []
+        for index in range(len(plan.layers)):
+            sums = statistics.layer(index)
+            means = sums.joint if first.kind == "unrotated" else sums.rotated_keys
+            heads = means.mean[: plan.base.channels].float().unflatten(0, (plan.base.kv_heads, -1))
+            order = turn(heads).argsort(dim=-1, stable=True)
+            bits.append(replace(first, order=tuple(map(tuple, order.tolist()))))
+    else:
+        windows, offsets = text_windows(checkpoint, options.data, options.tokens, options.seed)
+        offered = options_of(first)
+        harm = harms(checkpoint, plan, offered, windows, offsets, options, report)
+        bits, found = shared(plan, options, harm, budget_bytes, itemsize)
+        corpus, tokens = calibration_text(options.data).id, windows.numel()
+    return packed(plan, bits, provenance_of(options.method, asked, corpus, tokens, **found))
+
+
+def uniform(options: QuantizationOptions) -> Bits:
+    """Every layer of a method alike, at 4 bits if the options have none."""
+    keys, values = options.bits or (4, 4)
+    turned: Turned = "both" if options.method == "rotatekv" else "none"
+    return Bits(
+        keys,
+        values,
+        options.group,
+        "token" if options.method == "rotatekv" else "channel",
+        "unrotated" if options.read == "rebuilt" else "rotated",
+        turned,
+        sink=options.sink,
+        window=options.window,
+    )
+
+
+def plan_ahead(
+    plan: Plan, options: QuantizationOptions, budget_bytes: int | None, itemsize: int
+) -> int:
+    """Bytes that a sequence of `context` tokens will take at most; nothing is measured for it.
+
+    Raises:
+        UsageError: There is nothing to pack, or it is packed already; or the budget is too small.
+        PlanError: The options are out of range.
+    """
+    already = any(layer.bits is not None for layer in plan.layers)
+    if already or any(code.bits is not None for code in plan.codes):
+        raise UsageError("the plan of --plan has bits already", hint="Give the one it was made of.")
+    first = uniform(options)
+    if plan.codes:
+        if options.method != "aware":
+            raise UsageError(
+                f"--method {options.method} is for keys and values, and the plan of --plan stores "
+                "codes instead",
+                hint="--method aware",
+            )
+        if options.bits is not None and first.keys != first.values:
+            raise UsageError("the numbers of a code have the same bits, of keys and of values")
+        least = replace(plan, codes=_at(plan.codes, min(BITS)))
+        alike = replace(plan, codes=_at(plan.codes, first.keys))
+    else:
+        if not any(layer.full_heads for layer in plan.layers):
+            raise UsageError(
+                "in the plan of --plan no head keeps everything, so none can be packed"
+            )
+        fewest = replace(first, keys=min(BITS), values=min(BITS))
+        least, alike = (packed(plan, [x] * len(plan.layers), {}) for x in (fewest, first))
+    if budget_bytes is None:
+        return alike.cache_bytes(options.context, itemsize)
+    needed = least.cache_bytes(options.context, itemsize)
+    if needed > budget_bytes:
+        raise UsageError(
+            f"a budget of {budget_bytes} bytes at {options.context} tokens is too small: with "
+            f"{min(BITS)} bits everywhere, the cache takes {needed}"
+        )
+    return budget_bytes
+
+
+def options_of(first: Bits) -> list[Bits]:
+    """What a layer may be given: keys and values of any bits, clipped or not, values transformed or
+    not.
+    """
+    turns: tuple[Turned, ...] = ("none", "values")
+    return [
+        replace(first, keys=n, values=n, key_clip=clip, value_clip=clip, hadamard=turned)
+        for n in BITS
+        for clip in CLIPS.get(n, (1.0,))
+        for turned in turns
+    ]
+
+
+def harms(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    offered: Sequence[Bits],
+    windows: Tensor,
+    offsets: Sequence[int],
+    options: QuantizationOptions,
+    report: Report,
+) -> Tensor:
+    """Nats per prediction that each option does to keys and to values, `[L, 2, options]`.
+
+    Only of the heads that the plan keeps everything of.
+    """
+    model = TailModel(LayerStream(checkpoint))
+    ring = (options.sink, options.window)
+    first = offered[0]
+    sums = torch.zeros(len(plan.layers), 2, len(offered), dtype=torch.float64)
+    predictions = 0
+    report("measuring", 0, len(windows))
+    reads = far_reads(model, windows, offsets, ring, options.seed)
+    for done, (seen, felt, count) in enumerate(reads):
+        predictions += count
+        blocks = (windows.shape[1] - first.sink) // first.group
+        own = slice(first.sink, first.sink + blocks * first.group)
+        place = Behind([], [], windows[done], offset=offsets[done])
+        cos, sin = (x[own] for x in tables(model, place, windows.shape[1]))
+        for index, layer in enumerate(plan.layers):
+            full = layer.full_heads
+            (k, v), (to_keys, to_values) = (
+                [x[0, full, own] for x in pair] for pair in (seen[index], felt[index])
+            )
+            errors: dict[tuple[int, float], float] = {}  # of keys: other options do not touch them
+            for at, bits in enumerate(offered if full else ()):
+                own_bits = bits.keys, bits.key_clip
+                if own_bits not in errors:
+                    read = read_keys(k, bits, None, cos, sin, model.rope.scale)
+                    errors[own_bits] = _felt(read - k, to_keys)
+                sums[index, 0, at] += errors[own_bits]
+                sums[index, 1, at] += _felt(read_values(v, bits) - v, to_values)
+        report("measuring", done + 1, len(windows))
+    return sums / predictions
+
+
+def _felt(error: Tensor, gradient: Tensor) -> float:
+    """½ Σ_tokens (gᵀ e)², of `[H, tokens, D]`."""
+    moved = (error * gradient).sum(dim=(0, 2)).double()
+    return float((moved * moved).sum()) / 2
+
+
+def shared(
+    plan: Plan,
+    options: QuantizationOptions,
+    harm: Tensor,
+    budget_bytes: int | None,
+    itemsize: int,
+) -> tuple[list[Bits], dict[str, Any]]:
+    """Bits of all layers that do least harm within the budget.
+
+    Args:
+        harm: `[L, 2, options]`, see :func:`harms`.
+
+    Returns:
+        Them, and by layer the harm of its keys and values, in nats.
+    """
+    size, offered = plan.base.head_dim, options_of(uniform(options))
+    costs, losses = [], []
+    for layer, own in zip(plan.layers, harm.tolist(), strict=True):
+        for part, loss in enumerate(own):
+            each = [x.value_bytes(size) if part else x.key_bytes(size) for x in offered]
+            costs.append([len(layer.full_heads) * n for n in each])
+            losses.append(loss)
+    allowed = _allowed(plan, options, budget_bytes, itemsize)
+    chosen = choose(costs, losses, allowed)
+    bits = [
+        replace(offered[values], keys=offered[keys].keys, key_clip=offered[keys].key_clip)
+        for keys, values in zip(chosen[::2], chosen[1::2], strict=True)
+    ]
+    felt = [loss[at] for loss, at in zip(losses, chosen, strict=True)]
+    return bits, {"harm": {"keys": felt[::2], "values": felt[1::2]}}
+
+
+def _allowed(
+    plan: Plan, options: QuantizationOptions, budget_bytes: int | None, itemsize: int
+) -> int:
+    """Bytes that a block of tokens may take in all layers together."""
+    first = uniform(options)
+    alike = sum(
+        len(layer.full_heads) * first.block_bytes(plan.base.head_dim) for layer in plan.layers
+    )
+    if budget_bytes is None:
+        return alike
+    blocks = first.blocks(options.context)
+    taken = packed(plan, [first] * len(plan.layers), {}).cache_bytes(options.context, itemsize)
+    return alike + (budget_bytes - taken) // max(1, blocks)
+
+
+def packed(plan: Plan, bits: Sequence[Bits], provenance: dict[str, Any]) -> Plan:
+    """The plan with these bits for the heads of each layer that keep everything."""
+    layers = [
+        replace(layer, bits=own if layer.full_heads else None)
+        for layer, own in zip(plan.layers, bits, strict=True)
+    ]
+    return replace(plan, layers=tuple(layers), provenance=(*plan.provenance, provenance))
+
+
+# ----------------------------------------------------------------------------------- of codes
+
+
+def _at(codes: Sequence[CodePlan], bits: int) -> tuple[CodePlan, ...]:
+    return tuple(replace(code, bits=bits) for code in codes)
+
+
+def _codes(
+    checkpoint: Checkpoint,
+    options: QuantizationOptions,
+    plan: Plan,
+    budget_bytes: int | None,
+    itemsize: int,
+    asked: dict[str, Any],
+    report: Report,
+) -> Plan:
+    """The plan with its codes levelled, and bits for each of them by the harm that they do.
+
+    A code is measured with its rows at the widths of the plan. What a code leaves out is lost
+    already, so the harm of bits is that of rounding alone.
+    """
+    windows, offsets = text_windows(checkpoint, options.data, options.tokens, options.seed)
+    model = TailModel(LayerStream(checkpoint))
+    ring = plan.codes[0].sink, plan.codes[0].window
+    fitted = [_fitted(plan, index) for index in range(len(plan.codes))]
+    levels: list[dict[Part, Fitted]] = []
+    harm = torch.zeros(len(plan.codes), len(BITS), dtype=torch.float64)
+    predictions = 0
+    report("measuring", 0, len(windows))
+    reads = far_reads(model, windows, offsets, ring, options.seed)
+    for done, (seen, felt, count) in enumerate(reads):
+        predictions += count
+        first = 0
+        for index, code in enumerate(plan.codes):
+            own = slice(first, first + code.layers)
+            first += code.layers
+            scale = model.rope.scale**-2
+            y, g = (
+                joined(model, x[own], offsets[done], code.kind, by)[ring[0] :]
+                for x, by in ((seen, scale), (felt, 1.0))
+            )
+            places = torch.arange(y.shape[1]).chunk(len(code.parts))
+            if not done:  # the first window says how large the rows are
+                levels.append(
+                    {
+                        part: _levelled(one, y[:, at])
+                        for (part, one), at in zip(fitted[index].items(), places, strict=True)
+                    }
+                )
+            coded = []
+            for part, width, place in zip(code.parts, code.widths, places, strict=True):
+                used = levels[index][part].projection.cut(width).to(y)
+                z = (y[:, place] - used.mean) @ used.encode.T
+                coded.append((z, g[:, place] @ used.decode))
+            for at, bits in enumerate(BITS):
+                moved = torch.zeros(len(y), dtype=torch.float64, device=y.device)
+                for z, gradient in coded:
+                    error = fake_quantise(z, bits, code.group) - z
+                    moved += (error * gradient).sum(dim=1).double()
+                harm[index, at] += float((moved * moved).sum()) / 2
+        report("measuring", done + 1, len(windows))
+    harm /= predictions
+    costs = [
+        [replace(code, bits=bits).token_bytes(itemsize) for bits in BITS] for code in plan.codes
+    ]
+    if budget_bytes is None:
+        allowed = sum(x.token_bytes(itemsize) for x in _at(plan.codes, uniform(options).keys))
+    else:
+        exact = replace(plan, codes=_at(plan.codes, BITS[0])).cache_bytes(0, itemsize)
+        allowed = (budget_bytes - exact) // options.context
+    chosen = choose(costs, harm.tolist(), allowed)
+    codes = tuple(replace(code, bits=BITS[at]) for code, at in zip(plan.codes, chosen, strict=True))
+    tensors: dict[str, Tensor] = {}
+    for index, parts in enumerate(levels):
+        for part, one in parts.items():
+            tensors |= one.tensors(index, part)
+    felt_by = [float(x[at]) for x, at in zip(harm, chosen, strict=True)]
+    provenance = provenance_of(
+        options.method, asked, calibration_text(options.data).id, windows.numel(), harm=felt_by
+    )
+    return replace(plan, codes=codes, tensors=tensors, provenance=(*plan.provenance, provenance))
+
+
+def _fitted(plan: Plan, index: int) -> dict[Part, Fitted]:
+    """The code with this index, with all rows that the plan has."""
+    found: dict[Part, Fitted] = {}
+    for part in plan.codes[index].parts:
+        name = f"codes.{index}.{part}"
+        parts = (plan.tensors[f"{name}.{x}"] for x in ("encode", "decode", "mean"))
+        found[part] = Fitted(Projection(*parts), plan.tensors[f"{name}.spectrum"])
+    return found
+
+
+def _levelled(fitted: Fitted, y: Tensor) -> Fitted:
+    """By the tokens `[T, W]` that it codes."""
+    own = fitted.projection.to(y)
+    z = (y - own.mean) @ own.encode.T
+    return levelled_rows(fitted, z.double().square().mean(dim=0).cpu())
+
+
+def memory_bytes(checkpoint: Checkpoint, base: Base, options: QuantizationOptions) -> int:
+    """About what a calibration holds at once, besides Python and its libraries."""
+    if options.method == "kivi":
+        return 0
+    if options.method == "rotatekv":
+        return memory_of_statistics(LayerStream(checkpoint), options.tokens)
+    weights = 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    length = min(WINDOW, int(checkpoint.hf_config().max_position_embeddings))
+    return weights + 4 * 4 * 2 * base.layers * base.channels * length

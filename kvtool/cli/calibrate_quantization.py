@@ -1,0 +1,153 @@
+"""``kvtool calibrate quantization``: plan how many bits keys and values of each layer have."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Literal
+
+import typer
+
+from kvtool.cli import _console, _options
+from kvtool.cli.plan import emit_plan, planned_facts
+from kvtool.errors import UsageError
+
+_METHOD = "Method"
+_BF16 = 2
+
+
+def quantization(
+    model: _options.Model,
+    output: _options.Output,
+    bits: Annotated[
+        str,
+        typer.Option(
+            help="Of a number: 2, 3, 4 or 8, keys and values apart such as K4V2, or auto for what "
+            "--kv-budget allows. Of aware it is their mean: the bytes are those of such bits.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "4",
+    method: Annotated[
+        Literal["aware", "kivi", "rotatekv"],
+        typer.Option(
+            help="aware: bits by what predictions feel of each layer's keys and values. kivi: the "
+            "same everywhere, keys with a scale per channel. rotatekv: scales per token, behind a "
+            "Hadamard transform and a reordering of channels.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "aware",
+    plan: _options.PlanFile = None,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-budget",
+            help="Of --bits auto: size of the cache at --context, a share of the native one (20%) "
+            "or bytes (300MB); exact tokens included.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    context: _options.BudgetContext = None,
+    group: Annotated[
+        int,
+        typer.Option(
+            help="Numbers that share a scale and a minimum (4 bytes): 16, 32 or 64.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = 64,
+    read: Annotated[
+        Literal["absorbed", "rebuilt"] | None,
+        typer.Option(
+            help="Keys are stored after RoPE and read as they are (absorbed, the default of aware "
+            "and kivi), or before it, and rebuilt and rotated at every step: less is lost "
+            "(rebuilt, the default of rotatekv).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    sink: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="First tokens that are kept exactly: 4, of kivi 0.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Last tokens that are kept exactly, at least: 64, of kivi 128.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    data: _options.Data = None,
+    tokens: _options.Tokens = 16384,
+    seed: _options.Seed = 0,
+    overwrite: _options.Overwrite = False,
+    dry_run: _options.DryRun = False,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+    offline: _options.Offline = False,
+    revision: _options.Revision = None,
+    trust_remote_code: _options.TrustRemoteCode = False,
+) -> None:
+    """Plan integers of few bits for keys and values of MODEL, or for the codes of a plan."""
+    from kvtool.calibrate import quantization as method_of
+    from kvtool.checkpoint import Checkpoint
+    from kvtool.plan import LayerPlan, Plan, base_of, check_can_drop
+    from kvtool.plan_file import check_plan_output
+    from kvtool.sizes import parse_budget
+
+    asked = method_of.parse_bits(bits)
+    if (asked is None) != (kv_budget is not None):
+        raise UsageError("--bits auto and --kv-budget come together: the one asks the other")
+    if asked is None and method != "aware":
+        raise UsageError(
+            f"--bits auto is for --method aware, {method} has the same bits everywhere"
+        )
+    check_plan_output(output, overwrite=overwrite)
+    checkpoint = Checkpoint.open(
+        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+    )
+    context = _options.context_of(checkpoint, context)
+    base = base_of(checkpoint)
+    check_can_drop(checkpoint)
+    heads = _options.read_plan(plan, checkpoint)
+    if heads is None:
+        heads = Plan(base, (LayerPlan((False,) * base.kv_heads),) * base.layers)
+    kivi = method == "kivi"
+    options = method_of.QuantizationOptions(
+        method,
+        asked,
+        group,
+        read or ("rebuilt" if method == "rotatekv" else "absorbed"),
+        context,
+        (0 if kivi else 4) if sink is None else sink,
+        (128 if kivi else 64) if window is None else window,
+        data,
+        tokens,
+        seed,
+    )
+    native = base.native_bytes(context, _BF16)
+    budget = None if kv_budget is None else parse_budget(kv_budget, native)
+    planned = method_of.plan_ahead(heads, options, budget, _BF16)
+    if dry_run:
+        facts = {
+            "plan": str(output),
+            "model": checkpoint.source,
+            "method": method,
+            "bits": bits,
+            "context": context,
+            "bytes_at_most": planned,
+            "native_bytes": native,
+            "memory_bytes": method_of.memory_bytes(checkpoint, base, options),
+            "dry_run": True,
+        }
+        _console.emit(facts, json, planned_facts("nothing written", facts))
+        return
+    with _console.progress(quiet) as report:
+        started = time.perf_counter()
+        made = method_of.calibrate_quantization(
+            checkpoint, options, heads, budget, _BF16, report=report
+        )
+        seconds = time.perf_counter() - started
+    made.write(output, overwrite=overwrite)
+    emit_plan(made, output, context, json, {"seconds": seconds})

@@ -1,0 +1,352 @@
+"""Packed heads: what fake quantisation computes, the same however tokens arrive, planned bytes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from _convert_tools import YARN, one_thread, random_ids
+from torch import Tensor
+
+from kvtool.attention import rotate
+from kvtool.bits import Bits
+from kvtool.checkpoint import Checkpoint
+from kvtool.errors import PlanError, UnsupportedModelError
+from kvtool.evaluate.protocol import cache_size
+from kvtool.kernels.hadamard import hadamard
+from kvtool.kernels.packed_attention import channel_scores, token_scores, value_sums
+from kvtool.kernels.quantise import BITS, dequantise, quantise
+from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.runtime import Engine
+from kvtool.runtime.memory import RowMemory
+from kvtool.runtime.packed import PackedHeads
+
+one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
+
+LENGTH = 96
+SMALL = {"group": 16, "sink": 3, "window": 5}
+WAYS = {
+    "kivi": {},
+    "before RoPE": {"kind": "unrotated"},
+    "per token": {"axis": "token", "hadamard": "both"},
+    "rotatekv": {"axis": "token", "kind": "unrotated", "hadamard": "both", "order": True},
+    "values turned": {"hadamard": "values", "order": True},
+}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def llama(tiny):
+    return Checkpoint.open(str(tiny("llama")))
+
+
+def packed(checkpoint, way="kivi", keys=4, values=4, prefill="dense", streaming=None, **options):
+    base = base_of(checkpoint)
+    options = {**SMALL, **WAYS[way], **options}
+    if options.pop("order", False):
+        generator = torch.Generator().manual_seed(0)
+        options["order"] = tuple(
+            tuple(torch.randperm(base.head_dim, generator=generator).tolist())
+            for _ in range(base.kv_heads)
+        )
+    bits = Bits(keys, values, **options)
+    heads = streaming or ((False,) * base.kv_heads,) * base.layers
+    layers = tuple(LayerPlan(tuple(x), 3, 8, bits=bits) for x in heads)
+    return Plan(base, layers, prefill)
+
+
+def logits(engine, ids, *pieces):
+    """Of all tokens, fed in pieces: the first is the prompt; at last one by one."""
+    cache = engine.new_cache(1, len(ids))
+    found, start = [], 0
+    for size in pieces:
+        found.append(engine.extend(cache, ids[start : start + size], all_logits=True))
+        start += size
+    found += [engine.decode(cache, token[None]) for token in ids[start:]]
+    return torch.cat(found)
+
+
+def assert_same(found, expected):
+    """But for a number on the edge between two codes, which other sums may round to the other."""
+    apart = (found - expected).abs()
+    assert apart.median() < 1e-4
+    assert apart.mean() < 5e-3
+
+
+# ------------------------------------------------------------------------------- operations
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", [16, 64])
+def test_folded_scales_read_what_was_dequantised(bits, group):
+    """Also with one channel that is a thousand times the others, and a constant group."""
+    heads, blocks, width = 2, 20, 24
+    x = random(heads, blocks, group, width)
+    x[..., 3] *= 1000
+    x[:, 1] = 0.5
+    q = random(heads, 3, width, seed=1)
+    codes, scales = quantise(x.mT, bits, group)
+    keys = dequantise(codes, scales, group, bits, group).mT.flatten(1, 2)
+    found = channel_scores(q, codes, scales[..., 0, :], bits, group)
+    torch.testing.assert_close(found, q @ keys.mT, rtol=1e-4, atol=1e-2)
+
+    codes, scales = quantise(x.flatten(1, 2), bits, group)
+    rows = dequantise(codes, scales, width, bits, group)
+    found = token_scores(q, codes, scales, bits, group)
+    torch.testing.assert_close(found, q @ rows.mT, rtol=1e-4, atol=1e-2)
+    weights = torch.softmax(random(heads, 3, blocks * group, seed=2), dim=-1)
+    found = value_sums(weights, codes, scales, width, bits, group)
+    torch.testing.assert_close(found, weights @ rows, rtol=1e-4, atol=1e-3)
+
+
+# --------------------------------------------------------------------------------- the store
+
+
+def reference(checkpoint, plan: Plan, ids: Tensor) -> Tensor:
+    """Logits where each query sees fake-quantised blocks and exact tokens, written out."""
+    engine = Engine.load(checkpoint)
+    bits = plan.layers[0].bits
+    order = None if bits.order is None else torch.tensor(bits.order)[:, None]
+
+    for attention in engine.attentions:
+
+        def attend(hidden, step, store, attention=attention):
+            stages = attention.stages
+            cos, sin = step.tables[attention.table]
+            q, k, v = stages.project(hidden)
+            q, k = stages.normalise(q, k)
+            turned, rotated = stages.rotate(q, k, cos[:, None], sin[:, None])
+            x = k[0] * attention.scale if bits.kind == "unrotated" else rotated[0]
+            x = hadamard(x) if bits.hadamard == "both" else x
+            values = v[0] if bits.hadamard == "none" else hadamard(v[0])
+            x = x if order is None else x.gather(-1, order.expand(x.shape))
+            x, values = x.clone(), values.clone()
+            for block in range(bits.blocks(len(ids))):
+                first = bits.sink + block * bits.group
+                own = slice(first, first + bits.group)
+                for y, width, axis in (
+                    (x, bits.keys, bits.axis), (values, bits.values, "token"),
+                ):  # fmt: skip
+                    z = y[:, own].mT if axis == "channel" else y[:, own]
+                    z = dequantise(*quantise(z, width, bits.group), z.shape[-1], width, bits.group)
+                    y[:, own] = z.mT if axis == "channel" else z
+            if order is not None:
+                x = torch.empty_like(x).scatter_(-1, order.expand(x.shape), x)
+            x = hadamard(x) if bits.hadamard == "both" else x
+            values = values if bits.hadamard == "none" else hadamard(values)
+            if bits.kind == "unrotated":
+                x = rotate(x / attention.scale, cos[0], sin[0])
+            at = torch.arange(len(ids))
+            ends = torch.tensor([bits.sink + bits.blocks(p + 1) * bits.group for p in at])
+            far = (at >= bits.sink) & (at < ends[:, None])
+            group = q.shape[1] // k.shape[1]
+            exact, stored = (y.repeat_interleave(group, 0) for y in (rotated[0], x))
+            scores = torch.where(far, turned[0] @ stored.mT, turned[0] @ exact.mT)
+            scores = (scores * stages.layout.scaling).masked_fill(at > at[:, None], -torch.inf)
+            weights = scores.softmax(-1)
+            exact, stored = (y.repeat_interleave(group, 0) for y in (v[0], values))
+            context = (weights * far) @ stored + (weights * ~far) @ exact
+            return stages.output(context[None])
+
+        attention.attention = attend
+    return logits(engine, ids, len(ids))
+
+
+@ways
+@pytest.mark.parametrize("bits", [(2, 2), (4, 3), (8, 4)])
+def test_it_reads_what_fake_quantisation_gives(llama, way, bits, poison):
+    ids = random_ids(LENGTH)
+    plan = packed(llama, way, *bits, prefill="streamed")
+    expected = reference(llama, plan, ids)
+    engine = Engine.load(llama, plan=plan)
+    found = logits(engine, ids, 1)
+    assert_same(found, expected)
+    dense = logits(Engine.load(llama), ids, len(ids))
+    assert (found - dense).abs().max() > 3e-3  # the packing is seen
+
+
+@pytest.mark.parametrize("way", ["before RoPE", "rotatekv"])
+def test_a_factor_on_the_rotation_comes_off_again(tiny, way):
+    checkpoint = Checkpoint.open(str(tiny("llama", rope_parameters=YARN)))
+    ids = random_ids(64)
+    plan = packed(checkpoint, way, 8, 8, prefill="streamed")
+    found = logits(Engine.load(checkpoint, plan=plan), ids, 1)
+    dense = logits(Engine.load(checkpoint), ids, len(ids))
+    assert (found - dense).abs().mean() < 0.05  # 0.3 with 4 bits
+
+
+@ways
+def test_the_same_however_tokens_arrive(llama, way, poison):
+    ids = random_ids(LENGTH)
+    for prefill in ("streamed", "dense"):
+        engine = Engine.load(llama, plan=packed(llama, way, 3, 2, prefill=prefill))
+        expected = logits(engine, ids, 30)
+        for pieces in ((30, 1, 40), (30, 66), (30, 2, 33, 31)):
+            assert_same(logits(engine, ids, *pieces)[30:], expected[30:])
+    # A prompt is read exactly where it is read densely.
+    dense = logits(Engine.load(llama), ids, len(ids))
+    torch.testing.assert_close(logits(engine, ids, LENGTH), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_may_come_in_pieces_and_rows_decode_together(llama):
+    engine = Engine.load(llama, plan=packed(llama, keys=2, values=2))
+    ids = random_ids(LENGTH)
+    expected = logits(engine, ids, 70)[70:]
+    caches = [engine.new_cache(1, 64) for _ in range(2)]
+    for cache in caches:
+        for piece in ids[:70].split(30):
+            engine.extend(cache, piece, prompt=70)
+    found = [engine.decode_rows(caches, [int(token)] * 2) for token in ids[70:]]
+    for row in range(2):
+        assert_same(torch.stack([x[row] for x in found]), expected)
+
+
+def test_rows_of_different_lengths_do_not_disturb_each_other(llama, poison):
+    engine = Engine.load(llama, plan=packed(llama))
+    texts = [random_ids(n) for n in (70, 30)]
+    cache = engine.new_cache(2, 70)
+    for row, ids in enumerate(texts):
+        engine.extend(cache, ids[:-20], row)
+    for step in range(20):
+        found = engine.decode(cache, torch.stack([ids[step - 20] for ids in texts]))
+    for row, ids in enumerate(texts):
+        alone = logits(engine, ids, len(ids) - 20)[-1]
+        assert_same(found[row], alone)
+
+
+@pytest.mark.parametrize("stored", range(60, 96, 7))
+def test_a_row_goes_back_where_it_can_and_starts_over_where_not(llama, stored, poison):
+    engine = Engine.load(llama, plan=packed(llama, keys=2, values=2, prefill="streamed"))
+    ids = random_ids(LENGTH)
+    expected = logits(engine, ids, 1)
+    went = 0
+    for back in range(1, 30):
+        cache = engine.new_cache(1, LENGTH)
+        engine.extend(cache, ids[:stored])
+        cache.crop(0, stored - back)
+        if start := cache.lengths[0]:
+            went += 1
+            found = engine.extend(cache, ids[start:], all_logits=True)
+            assert_same(found, expected[start:])
+    assert went >= 1  # the last token is always let go of
+
+
+def test_a_snapshot_is_where_it_was(llama):
+    streaming = ([True, False],) * 3
+    engine = Engine.load(llama, plan=packed(llama, streaming=streaming))
+    ids = random_ids(LENGTH)
+    cache = engine.new_cache(1, LENGTH)
+    engine.extend(cache, ids[:40])
+    saved = cache.snapshot(0)
+    expected = [engine.decode(cache, token[None]) for token in ids[40:80]]
+    cache.restore(0, saved)
+    engine.extend(cache, random_ids(30))
+    cache.restore(0, saved)
+    found = [engine.decode(cache, token[None]) for token in ids[40:80]]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@ways
+def test_measured_bytes_are_the_planned_ones(llama, way):
+    """Also beside heads that stream and heads with a token budget, and as the cache grows."""
+    for bits in ((2, 3), (4, 8)):
+        streaming = ([True, False], [False, False], [True, True])
+        plan = packed(llama, way, *bits, streaming=streaming)
+        engine = Engine.load(llama, plan=plan)
+        for tokens in (1, 8, 9, 23, 24, 25, 64, 300):
+            cache = engine.new_cache(1, tokens)
+            assert cache.allocated_bytes == plan.cache_bytes(tokens, 4)
+        cache.reserve([301])
+        assert cache.allocated_bytes == plan.cache_bytes(cache.capacity, 4)
+        slope = plan.cache_bytes(1600, 2) - plan.cache_bytes(1440, 2)
+        assert slope == 160 * plan.bytes_per_token(2)
+        assert cache_size(engine).bytes_per_token_bf16 == plan.bytes_per_token(2)
+
+
+def test_true_bits_count_scales_and_minima():
+    """Of 4 bits in groups of 64: 4.5 bits, keys and values alike; exact tokens beside them."""
+    bits = Bits(4, 4, 64)
+    assert 8 * bits.token_bytes(64) == 2 * 64 * 4.5
+    assert 8 * Bits(2, 2, 32).token_bytes(64) == 2 * 64 * 3
+    assert 8 * Bits(3, 2, 64, "token").token_bytes(128) == 128 * (3.5 + 2.5)
+    assert bits.cache_bytes(4 + 64 + 63, 64, 2) == 2 * 2 * 64 * (4 + 64 + 64)
+    assert bits.blocks(4 + 64 + 64) == 1
+
+
+@pytest.mark.parametrize("prefill", ["dense", "streamed"])
+def test_the_memory_of_a_row_is_known_before(llama, prefill):
+    plan = packed(llama, prefill=prefill, streaming=([True, False], [False] * 2, [False] * 2))
+    engine = Engine.load(llama, plan=plan)
+    memory = RowMemory(engine)
+    for tokens in (64, 128, 640):
+        assert memory.holding(tokens, tokens) == engine.new_cache(1, tokens).allocated_bytes
+    assert (memory.reading(128) > memory.holding(128, 128)) == (prefill == "dense")
+
+
+def test_budgets_drop_tokens_of_other_heads(llama):
+    """Heads with a token budget keep them exactly, beside packed heads."""
+    plan = packed(llama, keys=8, values=8)
+    layers = tuple(replace(x, budget=(20, None)) for x in plan.layers)
+    both = replace(plan, layers=layers, policy="snapkv")
+    alone = replace(both, layers=tuple(replace(x, bits=None) for x in layers))
+    ids = random_ids(LENGTH)
+    found, expected = (logits(Engine.load(llama, plan=x), ids, 60, 20) for x in (both, alone))
+    assert (found - expected).abs().mean() < 0.05
+    cache = Engine.load(llama, plan=both).new_cache(1, 60)
+    assert isinstance(cache.stores[0].full, PackedHeads)
+
+
+# ---------------------------------------------------------------------------------- the plan
+
+
+def test_a_plan_comes_back_from_its_file(llama, tmp_path):
+    for way in WAYS:
+        plan = packed(llama, way, 3, 2, key_clip=0.85)
+        plan.write(tmp_path / "a.plan", overwrite=True)
+        assert Plan.read(tmp_path / "a.plan").layers == plan.layers
+
+
+def test_plans_without_bits_are_read_by_older_versions(llama, tmp_path):
+    plan = packed(llama)
+    plan = replace(plan, layers=tuple(replace(x, bits=None) for x in plan.layers))
+    plan.write(tmp_path / "a.plan")
+    assert b'"format_version":1' in (tmp_path / "a.plan").read_bytes()[:4096].replace(b"\\", b"")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"keys": 5}, "keys have numbers of 2, 3, 4 or 8 bits, not of 5"),
+        ({"values": 1}, "values have numbers of 2, 3, 4 or 8 bits, not of 1"),
+        ({"group": 128}, "by 16, 32 or 64, not by 128"),
+        ({"window": 0}, "the window holds at least the current token"),
+        ({"sink": -1}, "-1 exact sinks"),
+        ({"key_clip": 0.0}, "a share of a range above 0, up to 1"),
+        ({"value_clip": 1.5}, "a share of a range above 0, up to 1"),
+        ({"order": ((0, 0),)}, "names each of them once"),
+    ],
+)
+def test_impossible_numbers_are_refused(wrong, message):
+    with pytest.raises(PlanError, match=message):
+        Bits(**{"keys": 4, "values": 4, **wrong})
+
+
+def test_plans_that_do_not_fit_are_refused(llama, tiny, tmp_path):
+    plan = packed(llama)
+    wide = Bits(4, 4, window=600)
+    long = replace(plan, layers=tuple(replace(x, bits=wide) for x in plan.layers))
+    with pytest.raises(PlanError, match="exact room for 668 tokens, more than"):
+        Engine.load(llama, plan=long)
+    with pytest.raises(PlanError, match="1 orders of channels for 2 heads"):
+        LayerPlan((False, False), bits=Bits(4, 4, order=((0, 1),)))
+    layers = (replace(plan.layers[0], bits=Bits(4, 4, order=((0, 1), (1, 0)))), *plan.layers[1:])
+    with pytest.raises(PlanError, match="orders 2 channels of"):
+        replace(plan, layers=layers)
+    with pytest.raises(PlanError, match="few bits come last"):
+        plan.compose(plan)
+    sliding = Checkpoint.open(str(tiny("mistral", sliding_window=16)))
+    with pytest.raises(UnsupportedModelError, match="few bits"):
+        Engine.load(sliding, plan=packed(sliding))

@@ -1,0 +1,298 @@
+"""`kvtool calibrate quantization`: bits by harm, in the bytes asked for, of heads and of codes."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from _convert_tools import YARN, one_thread, random_ids
+
+from kvtool.bits import Bits, read_keys, read_values, turn
+from kvtool.calibrate.allocate import choose
+from kvtool.calibrate.felt import END
+from kvtool.calibrate.projections import (
+    ProjectionOptions,
+    calibrate_projections,
+    text_windows,
+)
+from kvtool.calibrate.quantization import (
+    QuantizationOptions,
+    calibrate_quantization,
+    harms,
+    options_of,
+    parse_bits,
+    uniform,
+)
+from kvtool.calibrate.statistics import StatisticsOptions, collect
+from kvtool.checkpoint import Checkpoint
+from kvtool.cli import run_command
+from kvtool.codes import Positions
+from kvtool.errors import UsageError
+from kvtool.evaluate.protocol import kl_sum
+from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.runtime import Engine
+from kvtool.runtime.packed import PackedHeads
+
+one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
+
+SMALL = {"group": 16, "sink": 2, "window": 6, "context": 400, "tokens": 1024}
+WORDS = [f"--{name}={value}" for name, value in SMALL.items()] + ["-q"]
+
+
+@pytest.fixture(scope="module")
+def llama(tiny):
+    return Checkpoint.open(str(tiny("llama")))
+
+
+def dense(checkpoint) -> Plan:
+    base = base_of(checkpoint)
+    return Plan(base, (LayerPlan((False,) * base.kv_heads),) * base.layers)
+
+
+def calibrated(checkpoint, plan=None, budget=None, **options) -> Plan:
+    asked = QuantizationOptions(**{**SMALL, **options})
+    return calibrate_quantization(checkpoint, asked, plan or dense(checkpoint), budget, 2)
+
+
+# --------------------------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize("kind", ["rotated", "unrotated"])
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("hadamard", ["none", "values", "both"])
+def test_calibration_reads_what_the_store_reads(tiny, kind, axis, hadamard):
+    engine = Engine.load(Checkpoint.open(str(tiny("llama", rope_parameters=YARN))))
+    rope, heads, size, count = engine._ropes[0], 2, 16, 5
+    order = torch.stack([torch.randperm(size) for _ in range(heads)])
+    bits = Bits(3, 2, 16, axis, kind, hadamard, None, 0.9, 0.7, sink=2, window=6)
+    positions = Positions(rope, torch.empty(0))
+    store = PackedHeads(
+        1, heads, 100, size, torch.empty(0), 1.0, bits, order, positions, dense_prompt=True
+    )
+    generator = torch.Generator().manual_seed(0)
+    k, v, q = torch.randn(3, heads, 16 * count, size, generator=generator)
+    store._pack(0, 0, k, v)
+    cos, sin = positions.tables(2, 2 + 16 * count)
+    keys, values = read_keys(k, bits, order, cos, sin, rope.scale), read_values(v, bits)
+    torch.testing.assert_close(
+        store._scores(q[:, :4], 0, count), q[:, :4] @ keys.mT, rtol=1e-4, atol=1e-4
+    )
+    weights = torch.softmax(store._scores(q[:, :4], 0, count), dim=-1)
+    nothing = torch.empty(heads, 0, size)
+    found = store._attend(q[:, :4], nothing, nothing, 0, count)
+    torch.testing.assert_close(found, weights @ values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_choice_is_the_best_of_all_where_its_bytes_are_on_the_hull(seed):
+    """Against all combinations; and a larger budget never takes a step back."""
+    generator = torch.Generator().manual_seed(seed)
+    costs = [[2, 3, 5, 9]] * 3
+    losses = [(-torch.rand(4, generator=generator)).cumsum(0).tolist() for _ in range(3)]
+    least = [0.0] * 3
+    for budget in range(6, 28):
+        chosen = choose(costs, losses, budget)
+        spent = sum(cost[i] for cost, i in zip(costs, chosen, strict=True))
+        lost = sum(loss[i] for loss, i in zip(losses, chosen, strict=True))
+        assert spent <= budget
+        best = min(
+            sum(loss[i] for loss, i in zip(losses, way, strict=True))
+            for way in itertools.product(range(4), repeat=3)
+            if sum(cost[i] for cost, i in zip(costs, way, strict=True)) <= spent
+        )
+        assert lost == pytest.approx(best)
+        now = [cost[i] for cost, i in zip(costs, chosen, strict=True)]
+        assert all(a >= b for a, b in zip(now, least, strict=True))
+        least = now
+    with pytest.raises(UsageError, match="the least that can be stored is 6"):
+        choose(costs, losses, 5)
+
+
+def test_bits_as_users_write_them():
+    assert [parse_bits(x) for x in ("4", "K4V2", "k8v3", "auto")] == [(4, 4), (4, 2), (8, 3), None]
+    for wrong in ("5", "K4", "V2K4", "16", "", "K4V1", "fp8"):
+        with pytest.raises(UsageError, match="is not possible"):
+            parse_bits(wrong)
+
+
+# -------------------------------------------------------------------------------- the methods
+
+
+def measured(checkpoint, plan: Plan, windows) -> float:
+    """Mean KL behind the ends of windows, through the cache."""
+    found = []
+    for ids in windows:
+        said = []
+        for engine in (Engine.load(checkpoint), Engine.load(checkpoint, plan=plan)):
+            cache = engine.new_cache(1, len(ids))
+            engine.extend(cache, ids[:-END])
+            said.append(engine.extend(cache, ids[-END:], all_logits=True).log_softmax(-1))
+        found.append(kl_sum(*said) / END)
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("read", ["absorbed", "rebuilt"])
+def test_the_harm_is_what_the_model_loses(llama, read):
+    """Of 8 bits, whose errors are small, within a half; and fewer bits do more."""
+    options = QuantizationOptions(**SMALL, bits=(8, 8), read=read)
+    windows, _ = text_windows(llama, None, 1024, 0)
+    offsets = [0] * len(windows)
+    offered = options_of(uniform(options))
+    harm = harms(llama, dense(llama), offered, windows, offsets, options, lambda *_: None)
+    at = next(i for i, x in enumerate(offered) if x.keys == 8 and x.hadamard == "none")
+    plan = dense(llama)
+    plan = replace(plan, layers=tuple(replace(x, bits=offered[at]) for x in plan.layers))
+    lost = measured(llama, plan, windows)
+    assert 0.5 * lost < float(harm[..., at].sum()) < 1.5 * lost
+    plain = [i for i, x in enumerate(offered) if x.hadamard == "none" and x.key_clip == 1]
+    widths = [float(harm[..., i].sum()) for i in plain]
+    assert all(more > 2 * less for more, less in itertools.pairwise(widths))
+
+
+def test_aware_spends_the_bytes_of_equal_bits_where_they_do_least_harm(llama):
+    alike = calibrated(llama, method="kivi", bits=(3, 3))
+    plan = calibrated(llama, bits=(3, 3))
+    assert plan.cache_bytes(400, 2) <= alike.cache_bytes(400, 2)
+    assert len({(x.bits.keys, x.bits.values) for x in plan.layers}) > 1
+    assert [len(x) for x in plan.provenance[0]["harm"].values()] == [3, 3]
+    windows, _ = text_windows(llama, None, 1024, 0)
+    assert measured(llama, plan, windows) < measured(llama, alike, windows)
+
+
+def test_two_bits_are_clipped_where_that_does_less_harm(llama):
+    options = QuantizationOptions(**SMALL, bits=(2, 2))
+    windows, offsets = text_windows(llama, None, 1024, 0)
+    offered = options_of(uniform(options))
+    asked = (llama, dense(llama), offered, windows, offsets, options, lambda *_: None)
+    harm = harms(*asked)
+    two = [i for i, x in enumerate(offered) if x.keys == 2]
+    plan = calibrated(llama, bits=(2, 2))
+    for layer, (keys, values) in zip(plan.layers, harm, strict=True):
+        best = [offered[min(two, key=lambda i: float(part[i]))] for part in (keys, values)]
+        assert layer.bits.key_clip == best[0].key_clip
+        assert (layer.bits.value_clip, layer.bits.hadamard) == (
+            best[1].value_clip, best[1].hadamard,
+        )  # fmt: skip
+    assert min(layer.bits.value_clip for layer in plan.layers) < 1
+
+
+def test_a_budget_is_met(llama):
+    native = dense(llama).native_bytes(400, 2)
+    last = 0
+    for share in (0.40, 0.45, 0.55):
+        plan = calibrated(llama, budget=int(share * native), bits=None)
+        size = plan.cache_bytes(400, 2)
+        assert last < size <= share * native
+        assert size > share * native - 0.05 * native
+        last = size
+
+
+@pytest.mark.parametrize("read", ["absorbed", "rebuilt"])
+def test_rotatekv_orders_the_turned_channels_by_their_means(llama, read):
+    plan = calibrated(llama, method="rotatekv", read=read)
+    statistics = collect(llama, StatisticsOptions(tokens=1024, sinks=2))
+    for index, layer in enumerate(plan.layers):
+        sums = statistics.layer(index)
+        mean = (sums.joint if read == "rebuilt" else sums.rotated_keys).mean[:32].float()
+        turned = turn(mean.unflatten(0, (2, -1)))
+        ordered = turned.gather(1, torch.tensor(layer.bits.order))
+        assert (ordered.diff(dim=1) >= 0).all()
+        assert (layer.bits.axis, layer.bits.hadamard) == ("token", "both")
+
+
+def test_heads_that_stream_stay_as_they_are(llama):
+    streaming = ((True, False), (False, False), (True, True))
+    heads = replace(dense(llama), layers=tuple(LayerPlan(x, 2, 8) for x in streaming))
+    heads = replace(heads, provenance=({"method": "ablation"},))
+    plan = calibrated(llama, heads)
+    assert [x.streaming for x in plan.layers] == list(streaming)
+    assert [x.bits is not None for x in plan.layers] == [True, True, False]
+    assert [x["method"] for x in plan.provenance] == ["ablation", "aware"]
+    engine = Engine.load(llama, plan=plan)
+    assert engine.new_cache(1, 400).allocated_bytes == plan.cache_bytes(400, 4)
+    assert plan.cache_bytes(400, 2) < heads.cache_bytes(400, 2)
+
+
+def test_codes_get_bits_and_read_as_before_without_them(llama):
+    made = ProjectionOptions(read="rebuilt", together=2, sink=2, window=6, context=400, tokens=1024)
+    native = dense(llama).native_bytes(400, 2)
+    codes = calibrate_projections(llama, made, int(0.5 * native), 2)
+    plan = calibrated(llama, codes, bits=(4, 4))
+    assert [x["method"] for x in plan.provenance] == ["aware", "aware"]
+    alike = replace(codes, codes=tuple(replace(x, bits=4) for x in codes.codes))
+    assert plan.cache_bytes(400, 2) <= alike.cache_bytes(400, 2)
+    engine = Engine.load(llama, plan=plan)
+    assert engine.new_cache(1, 400).allocated_bytes == plan.cache_bytes(400, 4)
+    exact = replace(plan, codes=tuple(replace(x, bits=None) for x in plan.codes))
+    ids = random_ids(60)
+    found = [
+        Engine.load(llama, plan=x).extend(Engine.load(llama, plan=x).new_cache(1, 60), ids)
+        for x in (codes, exact)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    small = calibrated(llama, codes, budget=int(0.3 * native), bits=None)
+    assert small.cache_bytes(400, 2) <= 0.3 * native
+    with pytest.raises(UsageError, match="has bits already"):
+        calibrated(llama, plan)
+
+
+# ------------------------------------------------------------------------------- the command
+
+
+def quantize(model, output, *words):
+    return run_command(["calibrate", "quantization", model, "-o", str(output), *WORDS, *words])
+
+
+def test_the_command_writes_a_plan_that_runs(llama, tmp_path, capsys):
+    path = tmp_path / "p"
+    for words in (["--bits", "3"], ["--bits", "K4V2", "--method", "kivi", "--overwrite"]):
+        assert quantize(llama.source, path, *words, "--json") == 0
+        said = json.loads(capsys.readouterr().out)
+        plan = Plan.read(path)
+        assert said["bytes"] == plan.cache_bytes(400, 2)
+        assert said["layers"][0]["bits"]["values"] == plan.layers[0].bits.values
+    assert run_command(["plan", "show", str(path), "--context", "400"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "bits of keys 4 bits of values 2" in shown
+    assert "exact the first 2 and at least the last 6 tokens" in shown
+    command = ["generate", llama.source, "some text " * 30, "--plan", str(path)]
+    assert run_command([*command, "--max-new-tokens", "4", "--json", "-q"]) == 0
+
+
+def test_a_dry_run_knows_the_bytes(llama, tmp_path, capsys):
+    assert quantize(llama.source, tmp_path / "p", "--bits", "3", "--dry-run", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "p").exists()
+    assert quantize(llama.source, tmp_path / "p", "--bits", "3") == 0
+    assert Plan.read(tmp_path / "p").cache_bytes(400, 2) <= said["bytes_at_most"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--bits", "5"], 2, "--bits 5 is not possible"),
+        (["--bits", "auto"], 2, "come together"),
+        (["--kv-budget", "20%"], 2, "come together"),
+        (["--bits", "auto", "--kv-budget", "1%"], 2, "with 2 bits everywhere, the cache takes"),
+        (["--bits", "auto", "--kv-budget", "50%", "--method", "kivi"], 2, "for --method aware"),
+        (["--group", "48"], 3, "share a scale by 16, 32 or 64, not by 48"),
+        (["--tokens", "3"], 2, "less than one window"),
+        (["--plan", "nowhere"], 3, "no such file"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(llama, tmp_path, capsys, words, code, message):
+    assert quantize(llama.source, tmp_path / "p", *words) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "p").exists()
+
+
+def test_plans_that_leave_nothing_to_pack_are_refused(llama, tmp_path, capsys):
+    base = base_of(llama)
+    streams = LayerPlan((True,) * base.kv_heads, 2, 8)
+    Plan(base, (streams,) * base.layers).write(tmp_path / "heads")
+    assert quantize(llama.source, tmp_path / "p", "--plan", str(tmp_path / "heads")) == 2
+    assert "no head keeps everything" in capsys.readouterr().err
+    calibrated(llama, method="kivi").write(tmp_path / "bits")
+    assert quantize(llama.source, tmp_path / "p", "--plan", str(tmp_path / "bits")) == 2
+    assert "has bits already" in capsys.readouterr().err

@@ -12,6 +12,7 @@ __all__ = [
     "gdc_wait",
     "has_dependent_launch",
     "load_columns",
+    "lying_together",
     "precision",
     "processors",
     "store_columns",
@@ -72,6 +73,11 @@ def tiles_of(width: int) -> tuple[int, int]:
 def has_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel can be launched while the one before it ends."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def lying_together(x: torch.Tensor) -> torch.Tensor:
+    """As it is, where the numbers of the last axis are neighbours; on a CPU they may not be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def processors(device: torch.device) -> int:

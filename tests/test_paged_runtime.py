@@ -14,6 +14,7 @@ from kvtool.convert import conversion, planning
 from kvtool.kernels.dispatch import VARIABLE
 from kvtool.plan import LayerPlan, Plan, base_of
 from kvtool.runtime import Engine
+from kvtool.runtime.graphs import PagedMemory
 from kvtool.runtime.layers import FusedNorm
 from kvtool.runtime.scheduler import Request, Scheduler
 from kvtool.runtime.stores import PAGE
@@ -139,6 +140,62 @@ def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
         scheduler.forget_prefixes()
         assert scheduler.used == 0
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(("kind", "room"), [("llama", 6), ("streaming", 8)])
+def test_shared_pages_stay_within_the_budget_and_all_return(engines, monkeypatch, kind, room):
+    """Also when requests are preempted, or cancelled in the middle of a prompt."""
+    _, paged = engines(kind)
+    monkeypatch.setenv(VARIABLE, "triton")
+    page, row = (getattr(PagedMemory(paged, 0, 0), name) for name in ("page_bytes", "row_bytes"))
+    scheduler = Scheduler(paged, room * page + 4 * row, max_running=3)
+    memory = paged.memory
+    pages, rows = memory.pages.count, memory.pages.rows
+    assert pages * page + rows * row <= room * page + 4 * row
+    requests = [Request(tokens(n, seed=n).tolist(), 5, ignore_eos=True) for n in (124, 126, 150)]
+    for request in requests:
+        scheduler.add(request)
+    scheduler.step()
+    scheduler.cancel(requests[0])
+    while not scheduler.idle:
+        scheduler.step()
+    assert kind != "llama" or scheduler.counters.preemptions
+    assert all(len(request.tokens) == 5 for request in requests[1:])
+    scheduler.forget_prefixes()
+    assert (memory.pages.count, memory.pages.rows) == (pages, rows)
+    assert len(memory.pages._free_pages) == pages - 1
+    assert len(memory.pages._free_rows) == rows - 1
+    stores = [x for store in memory.stores for x in (store, getattr(store, "streaming", None))]
+    assert all(getattr(store, "prompt", None) is None for store in stores)
+    paged.memory = None
+
+
+def test_caches_of_several_memories_are_not_mixed(engines, monkeypatch):
+    _, paged = engines("llama")
+    monkeypatch.setenv(VARIABLE, "triton")
+    caches = [paged.new_cache(1, 9) for _ in range(2)]
+    for cache in caches:
+        paged.extend(cache, tokens(5))
+    with pytest.raises(ValueError, match="share one memory"):
+        paged.decode_rows(caches, [5, 6])
+
+
+def test_a_row_that_begins_by_decoding_remembers_nothing(engines, monkeypatch):
+    contiguous, paged = engines("hybrid")
+    found = []
+    for engine in (contiguous, paged):
+        monkeypatch.setenv(VARIABLE, "triton" if engine is paged else "reference")
+        cache = engine.new_cache(1, 40)
+        engine.extend(cache, tokens(30))
+        cache.crop(0, 0)
+        found.append(engine.decode(cache, tokens(1)))
+    torch.testing.assert_close(found[1], found[0], atol=2e-3, rtol=1e-3)
+
+
+def test_a_cache_may_be_larger_than_the_context(engines, monkeypatch):
+    _, paged = engines("llama")
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert paged.new_cache(1, 2 * paged.max_context).capacity == 2 * paged.max_context
 
 
 def test_an_engine_whose_layers_have_no_pages_is_not_paged(tiny, monkeypatch):

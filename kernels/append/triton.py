@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.append.reference import Encoder
-from kvtool.kernels.tiles import dot, precision
+from kvtool.kernels.tiles import dot, lying_together, precision
 
 _CODES = 16  # numbers of a code per program
 
@@ -31,6 +31,8 @@ def append(
     code_rotated: bool = True,
 ) -> Tensor | None:
     """See `reference.py`."""
+    k, v = lying_together(k), lying_together(v)
+    q = None if q is None else lying_together(q)
     batch, heads, width = k.shape
     queries = 0 if q is None else q.shape[1]
     rotated = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)

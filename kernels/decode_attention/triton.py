@@ -23,6 +23,7 @@ from kvtool.kernels.tiles import (
     gdc_wait,
     has_dependent_launch,
     load_columns,
+    lying_together,
     precision,
     processors,
     store_columns,
@@ -310,6 +311,7 @@ def paged_decode_attention(
     Args:
         config: See :func:`config_for`, which gives it where it is not given.
     """
+    q = lying_together(q)
     query_heads, k_width = q.shape[1:]
     heads, page = keys.shape[1:3]
     in_keys = isinstance(values, int)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.tiles import dot, precision, processors
+from kvtool.kernels.tiles import dot, lying_together, precision, processors
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _CHUNK = 64  # Q
@@ -188,7 +188,7 @@ def ssd_chunked(
     Args:
         segments: Into which the text is cut; by the device if not given.
     """
-    x, b, c = (_lying_together(part) for part in (x, b, c))
+    x, b, c = (lying_together(part) for part in (x, b, c))
     (batch, tokens, heads, p), (groups, n) = x.shape, b.shape[2:]
     chunks = triton.cdiv(tokens, _CHUNK)
     block_p = block_n = 64
@@ -205,7 +205,7 @@ def ssd_chunked(
     finals = torch.empty((batch, heads, segments, p, n), dtype=torch.float32, device=x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if state is not None:
-        state = _lying_together(state)
+        state = lying_together(state)
     cut = (tokens, heads, heads // groups, chunks, segments, segment_chunks)
     shape = {"P": p, "N": n, "Q": _CHUNK, "BLOCK_N": block_n, "PRECISION": precision(x.dtype)}
     _states[(tiles, segments, batch * heads)](
@@ -254,7 +254,7 @@ def _step(
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
     """See `reference.py`; the last axis of `state` lies together."""
-    x, b, c = (_lying_together(part) for part in (x, b, c))
+    x, b, c = (lying_together(part) for part in (x, b, c))
     (batch, heads, p), (groups, n) = x.shape, b.shape[1:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block_n = triton.next_power_of_2(n)
@@ -316,7 +316,7 @@ def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.py`; added up in fp32, without gradients."""
-    x = _lying_together(x)
+    x = lying_together(x)
     (batch, tokens, channels), taps = x.shape, weight.shape[1]
     if state is None:
         state = torch.zeros((batch, channels, taps - 1), dtype=x.dtype, device=x.device)
@@ -329,8 +329,3 @@ def causal_conv(
         BLOCK_K=triton.next_power_of_2(max(1, taps - 1)), num_warps=4,
     )  # fmt: skip
     return y, after
-
-
-def _lying_together(part: Tensor) -> Tensor:
-    """As it is, where the numbers of the last axis are neighbours."""
-    return part if part.stride(-1) == 1 else part.contiguous()

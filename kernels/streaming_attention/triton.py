@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.tiles import dot, load_columns, precision, store_columns, tiles_of
+from kvtool.kernels.tiles import (
+    dot,
+    load_columns,
+    lying_together,
+    precision,
+    store_columns,
+    tiles_of,
+)
 
 
 @triton.jit
@@ -85,7 +92,8 @@ def _attend(
 def streaming_attention(
     q: Tensor, k: Tensor, v: Tensor, sink: int, window: int, scaling: float, start: int = 0
 ) -> Tensor:
-    """See `reference.py`; without gradients. Channels lie together."""
+    """See `reference.py`; without gradients."""
+    q, k, v = (lying_together(x) for x in (q, k, v))
     batch, heads, tokens, width = q.shape
     # By tokens, as the output projection reads it.
     out = torch.empty((batch, tokens, heads, width), dtype=q.dtype, device=q.device).transpose(1, 2)

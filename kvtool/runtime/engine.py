@@ -182,7 +182,9 @@ class Engine:
         for cache, n in zip(caches, lengths, strict=True):
             cache.reserve([n])
         if isinstance(caches[0], PagedCache):
-            memory = caches[0].memory  # of all of them
+            memory = caches[0].memory
+            if any(getattr(cache, "memory", None) is not memory for cache in caches):
+                raise ValueError("caches that are decoded together share one memory")
             rows = [cache.place_of(0) for cache in caches]
             logits = memory.decode(rows, starts, torch.tensor(ids))
             for cache, n in zip(caches, lengths, strict=True):
@@ -205,8 +207,12 @@ class Engine:
 
         Only for a paged engine.
         """
+        self.memory = None  # before another takes its place
         probe = PagedMemory(self, 0, 0)
-        pages = max(0, nbytes - rows * probe.row_bytes) // max(1, probe.page_bytes)
+        pages = most = rows * whole_pages(self.max_context) // PAGE
+        if probe.page_bytes:
+            pages = min(most, (nbytes - (rows + 1) * probe.row_bytes) // probe.page_bytes - 1)
+        pages = max(0, pages)
         self.memory = PagedMemory(self, rows, pages)
         return self.memory
 

@@ -52,6 +52,7 @@ class PagedMemory:
         """Bytes that a row takes besides its pages, in all layers."""
         return sum(store.row_bytes for store in self.stores)
 
+    @torch.inference_mode()
     def new_cache(self, rows: int, capacity: int) -> PagedCache:
         """An empty cache for some rows, with room for `capacity` tokens each."""
         taken = [self._take_row() for _ in range(rows)]
@@ -66,8 +67,18 @@ class PagedMemory:
             for padded in (1 << n for n in range((rows - 1).bit_length() + 1)):
                 self._recorded[padded] = _Recorded(self, padded)
 
+    def give_row(self, row: int) -> None:
+        """Returns a row, its pages, and what is held of a prompt that it has not read."""
+        self.pages.give_row(row)
+        for store in self.stores:
+            store.forget(row)
+
+    @torch.inference_mode()
     def resize(self, row: int, tokens: int) -> None:
         """Gives a row pages for so many tokens."""
+        if -(-tokens // PAGE) > self.pages.table.shape[1]:
+            self._recorded.clear()
+            self.pages.widen(-(-tokens // PAGE))
         while missing := self.pages.resize(row, tokens):
             self._grow(0, max(missing, self.pages.count // 2))
 
@@ -124,8 +135,7 @@ class PagedCache(KVCache):
     def __init__(self, memory: PagedMemory, rows: list[int]) -> None:
         super().__init__(memory.stores, len(rows))
         self.memory, self.rows = memory, rows
-        for row in rows:
-            weakref.finalize(self, memory.pages.give_row, row)
+        self._returns = [weakref.finalize(self, memory.give_row, row) for row in rows]
 
     @property
     def capacity(self) -> int:
@@ -142,6 +152,10 @@ class PagedCache(KVCache):
     def place_of(self, row: int) -> int:
         return self.rows[row]
 
+    def release(self) -> None:
+        for give in self._returns:
+            give()
+
     def reserve(self, lengths: Sequence[int]) -> None:
         for row, length in zip(self.rows, lengths, strict=True):
             if length > len(self.memory.pages.owned[row]) * PAGE:
@@ -154,6 +168,7 @@ class PagedCache(KVCache):
     @torch.inference_mode()
     def copy_prefix(self, source: KVCache, length: int) -> None:
         assert isinstance(source, PagedCache)
+        assert source.memory is self.memory
         owned, count = self.memory.pages.owned, -(-length // PAGE)
         new, old = (owned[cache.rows[0]][:count] for cache in (self, source))
         for store in self.stores:

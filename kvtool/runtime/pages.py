@@ -80,6 +80,12 @@ class Pages:
             owned += new
         return 0
 
+    def widen(self, most: int) -> None:
+        """Makes room for so many pages per row."""
+        wider = self.table.new_zeros((self.rows, most))
+        wider[:, : self.table.shape[1]] = self.table
+        self.table = wider
+
     def grow(self, rows: int, pages: int) -> None:
         """Makes room for as many more."""
         self._free_pages += range(self.count + pages - 1, self.count - 1, -1)
@@ -232,6 +238,9 @@ class Paged(Protocol):
     def grow(self) -> None:
         """Takes as many pages and rows as there are now."""
 
+    def forget(self, row: int) -> None:
+        """Told that a row is given up."""
+
 
 class PagedLatents(PagedStore):
     """The latents of an MLA layer, each with its rotated shared key."""
@@ -254,6 +263,8 @@ class PagedLatents(PagedStore):
 def enlarge(planes: dict[str, Tensor], count: int) -> None:
     """Puts larger planes in the place of some, with the same in front."""
     for name, plane in planes.items():
+        if len(plane) == count:
+            continue
         larger = plane.new_empty((count, *plane.shape[1:]))
         larger[: len(plane)] = plane
         planes[name] = larger

@@ -92,6 +92,8 @@ class PagedStates(StateStore):
     def step(self, new: Projected, at: Place) -> Tensor:
         """Takes up a new token per row and returns y `[B, 1, H, P]`."""
         past = Past(*(plane[at.rows] for plane in self.planes.values()))
+        for values in past:  # of a row that begins here
+            values.masked_fill_((at.positions == 0).view(-1, *[1] * (values.dim() - 1)), 0)
         y = self.mixer.step(new, past)
         for plane, values in zip(self.planes.values(), past, strict=True):
             plane[at.rows] = values

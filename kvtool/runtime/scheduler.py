@@ -173,8 +173,13 @@ class Scheduler:
         self.memory = RowMemory(engine)
         if engine.paged:
             smallest = max(1, self.memory.holding(PAGE, PAGE))
-            rows = max(1, min(max_running, memory // smallest))
-            engine.open_memory(memory, rows).record(rows)
+            most = memory // smallest
+            rows = max(1, min(4 * max_running if self.share_prefixes else max_running, most))
+            pool = engine.open_memory(memory, rows)
+            pool.record(min(rows, max_running))
+            # What rows take besides pages is there from the start, also of the spare one.
+            self.budget -= (rows + 1) * pool.row_bytes + pool.page_bytes
+            self.memory.constant = 0
         self.waiting: deque[Request] = deque()
         self.counters = Counters()
         self._reading: _Row | None = None
@@ -265,13 +270,15 @@ class Scheduler:
             self.waiting.remove(request)
         elif (row := self._row_of(request)) is not None:
             self._drop(row)
+            row.cache.release()
 
     def finish(self, request: Request) -> None:
         """Ends a running request; the head of its prompt may be kept."""
         row = self._row_of(request)
         if row is not None:
             self._drop(row)
-            self._keep_prefix(row)
+            if not self._keep_prefix(row):
+                row.cache.release()
 
     def forget_prefixes(self) -> None:
         """Returns the memory of everything kept for later."""
@@ -417,6 +424,7 @@ class Scheduler:
         """Sends the newest request back to the head of the queue."""
         row = self._rows()[-1]
         self._drop(row)
+        row.cache.release()
         self.waiting.appendleft(row.request)
         self.counters.preemptions += 1
 
@@ -453,19 +461,20 @@ class Scheduler:
             self._prefixes.remove(source)
             self._prefixes.append(source)
 
-    def _keep_prefix(self, row: _Row) -> None:
+    def _keep_prefix(self, row: _Row) -> bool:
         """Keeps the whole pieces of a prompt, unless a longer one is there already."""
         prompt = list(row.request.prompt)
         length = len(prompt) // self.piece * self.piece
         if not self.share_prefixes or not length or row.length < length:
-            return
+            return False
         ids = prompt[:length]
         if any(other.ids[:length] == ids for other in self._prefixes):
-            return
+            return False
         self._prefixes = [p for p in self._prefixes if p.ids != ids[: len(p.ids)]]
         row.cache.crop(0, length)
         row.cache.resize(whole_pages(length))
         self._prefixes.append(_Prefix(ids, row.cache, self.memory.holding(length, length)))
+        return True
 
 
 def _score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:

@@ -83,6 +83,7 @@ class DroppingHeads(Store):
 
     scaling: float
     prompt: DenseStore | None = None
+    prompt_row: int | None = None
 
     @property
     def allocated_bytes(self) -> int:
@@ -94,6 +95,7 @@ class DroppingHeads(Store):
         assert step.prompt is not None
         if step.starts[0] == 0:
             self.prompt = DenseStore(1, new.k.shape[1], step.prompt, new.k.shape[-1], new.k)
+            self.prompt_row = step.row
         assert self.prompt is not None
         self.prompt.write(0, step.starts, {"keys": new.k, "values": new.v})
         context = self.prompt.attend(new.q, 0, step.lengths, self.scaling, None)
@@ -101,6 +103,10 @@ class DroppingHeads(Store):
             planes, self.prompt = self.prompt.planes, None
             self.end_prompt(step.row, planes["keys"][0], planes["values"][0])
         return context
+
+    def forget(self, row: int) -> None:
+        if self.prompt_row == row:
+            self.prompt = None
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
         """Keeps what is worth keeping of a whole prompt `[H, n, D]`."""
@@ -355,6 +361,10 @@ class SplitStore(Store):
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return all(part.can_crop(row, stored, length) for part in self.parts)
+
+    def forget(self, row: int) -> None:
+        for part in self.parts:
+            part.forget(row)
 
     def snapshot(self, row: int) -> list[Tensor]:
         return [saved for part in self.parts for saved in part.snapshot(row)]

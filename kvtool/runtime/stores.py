@@ -76,6 +76,9 @@ class Store:
     def join(self, before: Store) -> None:
         """Told which store the layer in front of this one has, in the same cache."""
 
+    def forget(self, row: int) -> None:
+        """Told that a row is given up, perhaps in the middle of its prompt."""
+
     def snapshot(self, row: int) -> list[Tensor]:
         """Copies of what later tokens of the row overwrite."""
         return []

@@ -203,7 +203,7 @@ def test_a_dry_run_says_what_it_costs(tiny, tmp_path, capsys):
 
 def test_smollm2_loses_little_in_two_layers_before_any_teaching(smollm2):
     found = statistics.collect(smollm2, StatisticsOptions(tokens=512, window=512))
-    reach = {index: found.layer(index).reach for index in (7, 25)}
+    reach = {index: found.layer(index).reach for index in (13, 24)}
     tokenizer = smollm2.tokenizer()
     lessons = teaching.Lessons(
         solve=calibration_text(None).windows(tokenizer, 512, 4, 0, 0.0),
@@ -211,4 +211,4 @@ def test_smollm2_loses_little_in_two_layers_before_any_teaching(smollm2):
         judge=evaluation_text(None).windows(tokenizer, 512, 1),
     )
     teacher = teaching.Teacher(smollm2, reach, lessons, None)
-    assert teacher.teach("mamba").judged.mean_kl < 0.3
+    assert teacher.teach("mamba").judged.mean_kl < 0.15  # with nothing in their place it is 0.41

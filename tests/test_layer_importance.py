@@ -16,6 +16,16 @@ from kvtool.cli import run_command
 REACH = [torch.full((4,), 8.0)] * 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Few texts of 256 tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_importance, "WINDOW", 256)
+        patch.setattr(layer_importance, "SOLVE", 4)
+        patch.setattr(layer_importance, "TEXTS", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Four layers, of which the attention of layer 2 gives nothing."""
@@ -52,8 +62,7 @@ def test_probes_stand_on_what_was_chosen_before(ranked):
     assert ranked[3].left_out > ranked[1].left_out
 
 
-def test_without_probes_layers_are_in_the_order_of_leaving_them_out(model, monkeypatch, capsys):
-    monkeypatch.setattr(layer_importance, "TEXTS", 1)
+def test_without_probes_layers_are_in_the_order_of_leaving_them_out(model, capsys):
     arguments = ["calibrate", "layer-importance", str(model), "--count", "0", "--json", "--quiet"]
     assert run_command(arguments) == 0
     found = json.loads(capsys.readouterr().out)

@@ -7,11 +7,14 @@ import torch
 from _convert_tools import weights
 from conftest import make_model
 
+from kvtool.calibrate import statistics
+from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.convert import mamba, teaching
 from kvtool.convert.mamba import MambaOptions, convert
 from kvtool.convert.verify import verify
+from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.hybrid import Judged
 
@@ -30,7 +33,7 @@ def short():
 def done(tiny, tmp_path_factory):
     """Source, output and result of a short conversion of layer 1."""
     output = tmp_path_factory.mktemp("mamba") / "out"
-    options = MambaOptions((1,), heal="3k", **SMALL)
+    options = MambaOptions((1,), heal="1k", **SMALL)
     return tiny("llama"), output, convert(Checkpoint.open(str(tiny("llama"))), output, options)
 
 
@@ -64,7 +67,7 @@ def test_all_arms_are_taught_on_the_same_text_and_told(done):
     lines = [json.loads(x) for x in (output / "kvtool" / "healing.jsonl").read_text().splitlines()]
     for arm in result.arms:
         stages = {x["stage"]: x["step"] for x in lines if x["arm"] == arm}  # the last step of each
-        assert stages == {"mimic": 3, "align": 6, "distil": 14}
+        assert stages == {"mimic": 1, "align": 2, "distil": 4}
     manifest = json.loads((output / "kvtool_manifest.json").read_text())
     assert manifest["arms"]["mamba"]["kl"] == result.arms["mamba"]["kl"]
     assert manifest["plan"]["replaced_layers"] == [1]
@@ -81,10 +84,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(done, tmp_path, mon
             if (stage, finished) == stop_at:
                 raise KeyboardInterrupt
 
-        options = MambaOptions((1,), heal="3k", **SMALL)
+        options = MambaOptions((1,), heal="1k", **SMALL)
         return convert(Checkpoint.open(str(source)), again, options, report=report)
 
-    for stop_at in (("mamba: distil", 6), ("random: align", 3)):
+    for stop_at in (("mamba: distil", 3), ("random: align", 1)):
         with pytest.raises(KeyboardInterrupt):
             run(stop_at)
         assert not again.exists()
@@ -198,10 +201,14 @@ def test_a_dry_run_says_what_it_costs(tiny, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_smollm2_loses_little_in_two_layers_before_any_teaching(smollm2, tmp_path, monkeypatch):
-    monkeypatch.setattr(mamba, "SOLVE", 4)
-    monkeypatch.setattr(mamba, "WINDOW", 512)
-    monkeypatch.setattr(mamba, "JUDGE", 2)
-    options = MambaOptions((7, 25), heal="0", tokens=2048)
-    result = convert(smollm2, tmp_path / "out", options)
-    assert result.arms["mamba"]["kl"] < 0.3
+def test_smollm2_loses_little_in_two_layers_before_any_teaching(smollm2):
+    found = statistics.collect(smollm2, StatisticsOptions(tokens=512, window=512))
+    reach = {index: found.layer(index).reach for index in (13, 24)}
+    tokenizer = smollm2.tokenizer()
+    lessons = teaching.Lessons(
+        solve=calibration_text(None).windows(tokenizer, 512, 4, 0, 0.0),
+        learn=torch.empty(0, 512, dtype=torch.long),
+        judge=evaluation_text(None).windows(tokenizer, 512, 1),
+    )
+    teacher = teaching.Teacher(smollm2, reach, lessons, None)
+    assert teacher.teach("mamba").judged.mean_kl < 0.15  # with nothing in their place it is 0.41

@@ -59,7 +59,8 @@ for model in "$work/mqa" smollm2; do
     "$(tokens "$python" transformers "$work/$name")" "$(tokens "$vllm" vllm "$work/$name-vllm")"
 done
 
-convert smollm2 smollm2-mamba mamba --layers 5,25 --heal 0
+# Without teaching it need not beat the controls (exit code 6): the file is what counts here.
+convert smollm2 smollm2-mamba mamba --layers 5,25 --heal 0 || [ $? = 6 ]
 same "mamba, smollm2 with 2 layers replaced: vLLM against transformers" \
   "$(tokens "$python" transformers "$work/smollm2-mamba")" "$(tokens "$vllm" vllm "$work/smollm2-mamba")"
 exit $failed

@@ -4,9 +4,10 @@
     TRITON_INTERPRET=1 python -m benchmarks.gpu --out FILE --tiny     # does it all work?
 
 Every kernel is checked against its contract in plain torch first, on the inputs that are timed; one
-that fails gets no speed. Times are medians over replays of a CUDA graph of several calls, whose
-inputs together are larger than the L2 cache. Bandwidth is that of the bytes that must be read
-and written, beside a copy of 2 GiB measured in the same process. The file is written row by row.
+that fails gets no speed; of attention, the first row is checked. Times are medians over replays of
+a CUDA graph of several calls on up to four inputs: a few megabytes stay in the L2 cache. Bandwidth
+is that of the bytes that must be read and written, beside a copy of 2 GiB measured in the same
+process. The file is written row by row.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ BFLOAT16 = torch.bfloat16
 TOLERANCE = 1.5e-2
 """Of the root mean square of an error over that of what was expected, in bfloat16."""
 ROTATED_BYTES = 3e8
-"""What the inputs that a graph goes through take together at least."""
+"""What the inputs that a graph goes through take together, as far as four of them do."""
 
 
 @dataclass

@@ -5,7 +5,7 @@ import os
 from torch import Tensor
 
 VARIABLE = "KVTOOL_KERNELS"
-"""Environment variable that forces one: `reference` or `triton`."""
+"""Environment variable that forces one: `reference`, or `triton` where there is such a kernel."""
 
 
 def use_triton(tensor: Tensor) -> bool:

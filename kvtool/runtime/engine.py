@@ -173,8 +173,8 @@ class Engine:
     def decode_rows(self, caches: Sequence[KVCache], ids: Sequence[int]) -> Tensor:
         """One token for each of several caches of one row; returns the logits `[B, V]` after it.
 
-        Linear layers see all rows together, attention each by itself. With packed weights and in
-        float32, the logits of a row do not depend on the others.
+        Linear layers see all rows together, attention each by itself. From contiguous stores, with
+        packed weights and in float32, the logits of a row do not depend on the others.
         """
         starts = [cache.lengths[0] for cache in caches]
         lengths = [n + 1 for n in starts]

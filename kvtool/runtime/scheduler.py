@@ -9,9 +9,9 @@ When a request cannot grow, prefixes kept for later go first, and then the newes
 again with the tokens it has drawn. Its prompt is read again and these tokens are fed one by one, as
 they were the first time, so it goes on from the same bits.
 
-With packed weights in float32, nothing that is computed for a request depends on the others:
-linear layers add up every row alike, attention runs row by row, and prompts are cut into pieces at
-fixed positions, of which only whole ones are ever shared.
+From contiguous stores, with packed weights in float32, nothing that is computed for a request
+depends on the others: linear layers add up every row alike, attention runs row by row, and prompts
+are cut into pieces at fixed positions, of which only whole ones are ever shared.
 """
 
 from __future__ import annotations

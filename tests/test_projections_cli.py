@@ -100,7 +100,11 @@ def test_a_dry_run_predicts_the_plan(
         (("--method", "cskv", "--read", "rebuilt"), 2, "--read is for --method aware"),
         (("--method", "palu", "--layers-together", "2"), 2, "for aware and xkv"),
         (("--tokens", "100"), 2, "tokens"),
-        (("--window", "300", "--dry-run"), 2, "leave too little of them to be coded"),
+        (
+            ("--window", "300", "--kv-budget", "95%", "--context", "500", "--dry-run"),
+            2,
+            "leave too little of them to be coded",
+        ),
     ],
 )
 def test_a_wrong_request_is_one_sentence(

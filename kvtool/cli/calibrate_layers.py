@@ -26,7 +26,7 @@ def layer_importance(
             rich_help_panel=_METHOD,
         ),
     ] = None,
-    batch: Annotated[
+    at_once: Annotated[
         int,
         typer.Option(
             min=1,
@@ -58,7 +58,7 @@ def layer_importance(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
     device = _options.resolve_device(device)
-    options = ImportanceOptions(count, batch, steps, data, tokens, seed)
+    options = ImportanceOptions(count, at_once, steps, data, tokens, seed)
     with _console.progress(quiet) as report:
         started = time.perf_counter()
         reach = [] if count == 0 else reaches(checkpoint, options, report)

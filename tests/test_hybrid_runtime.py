@@ -168,6 +168,14 @@ def test_requests_share_no_prefix_but_answer_alike(hybrid):
     assert requests[1].tokens == [row[0] for row in longer]
 
 
+def test_a_state_gives_no_prefix_away(hybrid):
+    engine = Engine.load(Checkpoint.open(str(hybrid)))
+    source, target = (engine.new_cache(1, len(IDS)) for _ in range(2))
+    engine.extend(source, IDS)
+    with pytest.raises(NotImplementedError, match="a state has no prefix"):
+        target.copy_prefix(source, len(IDS) // 2)
+
+
 def test_plans_and_experts_are_refused(hybrid, tiny, tmp_path):
     write_hybrid(tiny("llama"), tmp_path, [0], num_local_experts=4, num_experts_per_tok=2)
     with pytest.raises(UnsupportedModelError, match="mixture-of-experts"):

@@ -67,6 +67,7 @@ def engines(tiny, tmp_path_factory):
                 contiguous = Engine.load(checkpoint, plan=plan, device=DEVICE)
                 patch.setenv(VARIABLE, "triton")
                 made[kind] = contiguous, Engine.load(checkpoint, plan=plan, device=DEVICE)
+        made[kind][1].memory = None  # which another test may have opened
         return made[kind]
 
     return get
@@ -105,22 +106,19 @@ def test_rows_and_pages_return_with_the_cache(engines, monkeypatch):
     _, paged = engines("streaming")
     monkeypatch.setenv(VARIABLE, "triton")
     paged.open_memory(2**20, rows=2)
-    try:
-        memory = paged.memory
-        pages, rows = len(memory.pages._free_pages), len(memory.pages._free_rows)
-        cache = paged.new_cache(1, 3 * PAGE)
-        assert cache.allocated_bytes == 3 * memory.page_bytes + memory.row_bytes
-        assert (len(memory.pages._free_pages), len(memory.pages._free_rows)) == (
-            pages - 3,
-            rows - 1,
-        )
-        cache.resize(PAGE)
-        assert len(memory.pages._free_pages) == pages - 1
-        del cache
-        gc.collect()
-        assert (len(memory.pages._free_pages), len(memory.pages._free_rows)) == (pages, rows)
-    finally:
-        paged.memory = None
+    memory = paged.memory
+    pages, rows = len(memory.pages._free_pages), len(memory.pages._free_rows)
+    cache = paged.new_cache(1, 3 * PAGE)
+    assert cache.allocated_bytes == 3 * memory.page_bytes + memory.row_bytes
+    assert (len(memory.pages._free_pages), len(memory.pages._free_rows)) == (
+        pages - 3,
+        rows - 1,
+    )
+    cache.resize(PAGE)
+    assert len(memory.pages._free_pages) == pages - 1
+    del cache
+    gc.collect()
+    assert (len(memory.pages._free_pages), len(memory.pages._free_rows)) == (pages, rows)
 
 
 @pytest.mark.parametrize("kind", ["llama", "streaming"])
@@ -167,7 +165,6 @@ def test_shared_pages_stay_within_the_budget_and_all_return(engines, monkeypatch
     assert len(memory.pages._free_rows) == rows - 1
     stores = [x for store in memory.stores for x in (store, getattr(store, "streaming", None))]
     assert all(getattr(store, "prompt", None) is None for store in stores)
-    paged.memory = None
 
 
 def test_caches_of_several_memories_are_not_mixed(engines, monkeypatch):

@@ -96,6 +96,25 @@ def _pick(x, slot, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def find_item(
+    item, lengths, stride_row, stride_head, rows, heads, first_tile, items,
+    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Whether there is an item of that number; its row, its head, its length, its tiles."""
+    tokens, tiles, counts, ends = _cut(
+        lengths, stride_row, stride_head, rows, heads, first_tile, items, BLOCK_N, LEAST, SLOTS
+    )
+    slot = tl.sum((ends <= item).to(tl.int32))
+    count = _pick(counts, slot, SLOTS)
+    own = item - (_pick(ends, slot, SLOTS) - count)
+    size = tl.cdiv(_pick(tiles, slot, SLOTS), tl.maximum(count, 1))
+    length = _pick(tokens, slot, SLOTS)
+    begin = first_tile + own * size
+    end = tl.minimum(begin + size, tl.cdiv(length, BLOCK_N))
+    return item < tl.sum(counts), slot // heads, (slot % heads).to(tl.int64), length, begin, end
+
+
+@triton.jit
 def _attend(
     q, keys, values, bias, table, lengths, out, lse,
     stride_qb, stride_qh,
@@ -112,20 +131,12 @@ def _attend(
     item = tl.program_id(1)
     if PDL:  # the merge may start to wait
         gdc_launch_dependents()
-    first_tile = first // BLOCK_N
-    tokens, tiles, counts, ends = _cut(
-        lengths, stride_row, stride_head, rows, heads, first_tile, items, BLOCK_N, LEAST, SLOTS
-    )
-    if item >= tl.sum(counts):
+    there, row, head, length, begin, end = find_item(
+        item, lengths, stride_row, stride_head, rows, heads, first // BLOCK_N, items,
+        BLOCK_N, LEAST, SLOTS,
+    )  # fmt: skip
+    if not there:
         return
-    slot = tl.sum((ends <= item).to(tl.int32))
-    count = _pick(counts, slot, SLOTS)
-    own = item - (_pick(ends, slot, SLOTS) - count)
-    size = tl.cdiv(_pick(tiles, slot, SLOTS), count)
-    row, head = slot // heads, (slot % heads).to(tl.int64)
-    length = _pick(tokens, slot, SLOTS)
-    begin = first_tile + own * size
-    end = tl.minimum(begin + size, tl.cdiv(length, BLOCK_N))
 
     member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
     is_member = member < group

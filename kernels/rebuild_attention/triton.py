@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode_attention.triton import Config, Cut, _cut, _pick
+from kvtool.kernels.decode_attention.triton import Config, Cut, find_item
 from kvtool.kernels.tiles import (
     dot,
     gdc_launch_dependents,
@@ -55,20 +55,12 @@ def _attend(
     item = tl.program_id(1)
     if PDL:  # the merge may start to wait
         gdc_launch_dependents()
-    first_tile = first // BLOCK_N
-    tokens, tiles, counts, ends = _cut(
-        lengths, stride_row, stride_head, rows, heads, first_tile, items, BLOCK_N, LEAST, SLOTS
-    )
-    if item >= tl.sum(counts):
+    there, row, head, length, begin, end = find_item(
+        item, lengths, stride_row, stride_head, rows, heads, first // BLOCK_N, items,
+        BLOCK_N, LEAST, SLOTS,
+    )  # fmt: skip
+    if not there:
         return
-    slot = tl.sum((ends <= item).to(tl.int32))
-    count = _pick(counts, slot, SLOTS)
-    own = item - (_pick(ends, slot, SLOTS) - count)
-    size = tl.cdiv(_pick(tiles, slot, SLOTS), count)
-    row, head = slot // heads, (slot % heads).to(tl.int64)
-    length = _pick(tokens, slot, SLOTS)
-    begin = first_tile + own * size
-    end = tl.minimum(begin + size, tl.cdiv(length, BLOCK_N))
 
     member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
     is_member = member < group

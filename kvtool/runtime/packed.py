@@ -25,7 +25,7 @@ from kvtool.plan import Plan
 from kvtool.runtime.layers import Step
 from kvtool.runtime.pages import Pages
 from kvtool.runtime.split import DroppingHeads, NewTokens, SplitAttention, StreamingHeads
-from kvtool.runtime.stores import Store, whole_pages
+from kvtool.runtime.stores import whole_pages
 
 _ROWS = 256  # queries whose scores are written out at once
 _BLOCKS = 16  # whose keys are rebuilt at once
@@ -83,9 +83,6 @@ class PackedHeads(DroppingHeads):
             kept = min(blocks, plane.shape[2])
             other[:, :, :kept] = plane[:, :, :kept]
             self.planes[name] = other
-
-    def copy_prefix(self, source: Store, length: int) -> None:
-        raise NotImplementedError("exact tokens of a shorter row are gone")  # pragma: no cover
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return stored - self.bits.ring <= self._first_exact(length)

@@ -11,6 +11,7 @@ from _kernel_tools import DEVICE
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import conversion, planning
+from kvtool.errors import UsageError
 from kvtool.kernels.dispatch import VARIABLE
 from kvtool.plan import LayerPlan, Plan, base_of
 from kvtool.runtime import Engine
@@ -193,6 +194,17 @@ def test_a_cache_may_be_larger_than_the_context(engines, monkeypatch):
     _, paged = engines("llama")
     monkeypatch.setenv(VARIABLE, "triton")
     assert paged.new_cache(1, 2 * paged.max_context).capacity == 2 * paged.max_context
+
+
+@pytest.mark.parametrize(
+    ("kernels", "interpret", "said"),
+    [("cuda", "1", "can be reference or triton"), ("triton", "0", "needs TRITON_INTERPRET=1")],
+)
+def test_kernels_that_cannot_run_are_refused(tiny, monkeypatch, kernels, interpret, said):
+    monkeypatch.setenv(VARIABLE, kernels)
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(UsageError, match=said):
+        Engine.load(Checkpoint.open(str(tiny("llama"))))
 
 
 def test_an_engine_whose_layers_have_no_pages_is_not_paged(tiny, monkeypatch):

@@ -296,7 +296,11 @@ class Engine:
         return hidden
 
     def _has_paged_stores(self) -> bool:
-        if not use_triton(torch.empty(0, device=self.device)):
+        try:
+            triton = use_triton(torch.empty(0, device=self.device))
+        except ValueError as error:  # of an environment variable
+            raise UsageError(str(error)) from error
+        if not triton:
             return False
         pages = Pages(0, 0, 1, self.device)
         return all(attention.new_paged_store(pages) is not None for attention in self.attentions)

@@ -517,16 +517,16 @@ def test_requests_wait_for_memory_and_all_are_answered(engine):
 
 
 def test_an_idle_server_gives_memory_back_once(engine, monkeypatch):
-    given: list[float] = []
+    by: list[threading.Thread] = []  # other servers of this process are idle too
     monkeypatch.setattr(worker_module, "_IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(worker_module, "give_back", lambda: given.append(time.monotonic()))
+    monkeypatch.setattr(worker_module, "give_back", lambda: by.append(threading.current_thread()))
     with serving(engine) as server:
-        wait_until(lambda: given)
+        wait_until(lambda: server.worker in by)
         for count in (2, 3):
             assert server.post(TEXT, {"prompt": "x", "max_tokens": 2}).status_code == 200
-            wait_until(lambda count=count: len(given) == count)
+            wait_until(lambda count=count: by.count(server.worker) == count)
             time.sleep(0.2)
-            assert len(given) == count
+            assert by.count(server.worker) == count
 
 
 def test_freed_memory_goes_back_to_the_system():

@@ -135,6 +135,7 @@ class Worker(threading.Thread):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._queued = 0  # submitted and not ended; touched by the event loop alone
         self._stopping = False
+        self._worked = True  # since memory was last given back; loading the model is work too
         self._recent: deque[tuple[float, Counters]] = deque()  # of the last seconds, oldest first
         self._state = self._look()
         self.metrics = Metrics(self, model, metric_prefixes)
@@ -201,6 +202,7 @@ class Worker(threading.Thread):
             try:
                 self._obey()
                 if not self.scheduler.idle:
+                    self._worked = True
                     self._deliver(self.scheduler.step())
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
@@ -213,10 +215,10 @@ class Worker(threading.Thread):
         """Does what was asked for; waits for it if there is nothing else to do."""
         if self.scheduler.idle and not self._stopping:
             try:
-                self._commands.get(timeout=_IDLE_SECONDS)()
+                self._commands.get(timeout=_IDLE_SECONDS if self._worked else None)()
             except queue.Empty:
                 give_back()
-                self._commands.get()()
+                self._worked = False
         while not self._commands.empty():
             self._commands.get()()
 

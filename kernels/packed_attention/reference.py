@@ -10,19 +10,69 @@ and with values that share them within groups of channels of a token,
     Σ_t p_t v̂_tc = Σ_t (p_t s_t) code_tc + p · m.
 
 So queries and probabilities are scaled, of which there are few, and the codes are multiplied as
-they are. They are converted to float a tile of tokens at a time; no number of the past is ever
-rebuilt.
+they are: a field of every byte after the other, as float, a tile of tokens at a time. No number of
+the past is ever rebuilt, and no field put beside its neighbours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from kvtool.kernels.quantise import unpack
+from kvtool.kernels.quantise import packed_bytes
 
-TILE = 2048
+TILE = 4096
 """Tokens whose codes are converted together: they stay in the cache of the processor."""
+
+
+def fields(
+    packed: Tensor, width: int, bits: int, group: int
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """The codes of `width` channels as numbers, in pieces which sum up to them.
+
+    Args:
+        packed: `[..., ·]` uint8.
+        group: Channels that share a scale.
+
+    Yields:
+        Channels, in which group they are, and numbers `[..., channels]` fp32 to be added there. A
+        piece is one field of all bytes, or what of it lies in one group. Codes of 3 bits are two
+        such numbers, of either plane.
+    """
+    planes = [(packed, bits, 0)]
+    if bits == 3:
+        low = packed_bytes(width, 2)
+        planes = [(packed[..., :low], 2, 0), (packed[..., low:], 1, 2)]
+    for plane, each, worth in planes:
+        size = plane.shape[-1]
+        for index in range(8 // each):
+            start, end = index * size, min(width, (index + 1) * size)
+            numbers = _field(plane, index, each).float()
+            if worth:
+                numbers *= 2**worth
+            while start < end:
+                j = start // group
+                last = min(end, (j + 1) * group)
+                yield (
+                    slice(start, last),
+                    j,
+                    numbers[..., start - index * size :][..., : last - start],
+                )
+                start = last
+
+
+def _field(plane: Tensor, index: int, bits: int) -> Tensor:
+    """The bits of every byte, counted from the lowest, uint8."""
+    if bits == 8:
+        return plane
+    mask = 2**bits - 1
+    places = (plane.shape[-1], plane.storage_offset(), *plane.stride()[:-1])
+    if all(n % 4 == 0 for n in places):  # four bytes at once: torch shifts single ones slowly
+        plane, mask = plane.view(torch.int32), mask * 0x01010101
+    field = (plane >> (bits * index)).bitwise_and_(mask) if index else plane & mask
+    return field.view(torch.uint8)
 
 
 def channel_scores(q: Tensor, codes: Tensor, scales: Tensor, bits: int, tokens: int) -> Tensor:
@@ -40,9 +90,10 @@ def channel_scores(q: Tensor, codes: Tensor, scales: Tensor, bits: int, tokens: 
     parts = []
     for some, own in zip(codes.split(at_once, 1), scales.split(at_once, 1), strict=True):
         s, m = own.float().unbind(dim=-1)  # [H, blocks, D]
-        numbers = unpack(some, tokens, bits).float()  # [H, blocks, D, N]
-        scores = torch.matmul(q[:, None] * s[:, :, None], numbers)
-        scores += torch.matmul(m, q.mT)[..., None]  # [H, blocks, n, 1]
+        scaled = q[:, None] * s[:, :, None]
+        scores = torch.matmul(m, q.mT)[..., None].repeat(1, 1, 1, tokens)  # [H, blocks, n, N]
+        for at, _, numbers in fields(some, tokens, bits, tokens):
+            scores[..., at] += torch.matmul(scaled, numbers)
         parts.append(scores.transpose(1, 2).flatten(2))
     return torch.cat(parts, dim=-1)
 
@@ -61,12 +112,10 @@ def token_scores(q: Tensor, codes: Tensor, scales: Tensor, bits: int, group: int
     parts = []
     for some, own in zip(codes.split(TILE, 1), scales.split(TILE, 1), strict=True):
         s, m = own.float().unbind(dim=-1)  # [H, S, groups]
-        numbers = unpack(some, q.shape[-1], bits).float()  # [H, S, D]
-        scores = q.new_zeros((*q.shape[:2], some.shape[1]))
-        for j, piece in enumerate(q.split(group, dim=-1)):
-            channels = slice(j * group, j * group + piece.shape[-1])
-            scores += torch.matmul(piece, numbers[..., channels].mT) * s[:, None, :, j]
-            scores += piece.sum(dim=-1, keepdim=True) * m[:, None, :, j]
+        sums = torch.stack([piece.sum(dim=-1) for piece in q.split(group, dim=-1)], dim=-1)
+        scores = torch.matmul(sums, m.mT)
+        for at, j, numbers in fields(some, q.shape[-1], bits, group):
+            scores += torch.matmul(q[..., at], numbers.mT) * s[:, None, :, j]
         parts.append(scores)
     return torch.cat(parts, dim=-1)
 
@@ -88,9 +137,9 @@ def value_sums(
     tiles = (weights.split(TILE, 2), codes.split(TILE, 1), scales.split(TILE, 1))
     for p, some, own in zip(*tiles, strict=True):
         s, m = own.float().unbind(dim=-1)  # [H, S, groups]
-        numbers = unpack(some, width, bits).float()  # [H, S, D]
-        for j, piece in enumerate(sums.split(group, dim=-1)):
-            channels = slice(j * group, j * group + piece.shape[-1])
-            piece += torch.matmul(p * s[:, None, :, j], numbers[..., channels])
-            piece += torch.matmul(p, m[..., j, None])
+        scaled = [p * s[:, None, :, j] for j in range(s.shape[-1])]
+        shifts = torch.matmul(p, m)
+        sums += shifts.repeat_interleave(group, dim=-1)[..., :width]
+        for at, j, numbers in fields(some, width, bits, group):
+            sums[..., at] += torch.matmul(scaled[j], numbers)
     return sums

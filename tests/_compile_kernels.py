@@ -19,6 +19,9 @@ from kvtool.kernels.append import Encoder
 from kvtool.kernels.append.triton import append
 from kvtool.kernels.decode_attention.triton import paged_decode_attention
 from kvtool.kernels.hadamard.triton import hadamard
+from kvtool.kernels.packed_attention import Blocks, Ring
+from kvtool.kernels.packed_attention.triton import pack_blocks, packed_attention
+from kvtool.kernels.quantise import packed_bytes
 from kvtool.kernels.rebuild_attention.triton import rebuild_decode_attention
 from kvtool.kernels.ssd.triton import causal_conv, ssd_chunked, ssd_step
 from kvtool.kernels.streaming_attention.triton import streaming_attention
@@ -56,6 +59,19 @@ def pages(width: int, heads: int = H) -> Tensor:
     return half(4, heads, PAGE, width)
 
 
+def packed_step(width: int, keys: int, values: int) -> None:
+    lengths, table = torch.ones(2, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
+    ring = Ring(half(3, H, 132, width), half(3, H, 132, width), lengths.long(), 4, 64)
+    lines = {"keys": (width, packed_bytes(64, keys)), "values": (64, packed_bytes(width, values))}
+    codes = {n: torch.empty(4, H, 1, *x, dtype=torch.uint8) for n, x in lines.items()}
+    scales = [torch.empty(4, H, 1, n, g, 2).half() for n, g in ((width, 1), (64, width // 64))]
+    blocks = Blocks(
+        codes["keys"], scales[0], codes["values"], scales[1], table, keys, values
+    )  # fmt: skip
+    pack_blocks(ring, blocks, lengths)
+    packed_attention(half(2, Q, width), ring, blocks, lengths, 0.1)
+
+
 def main() -> None:
     driver.set_active(Hopper())
     JITFunction.__getitem__ = compile_only
@@ -69,6 +85,8 @@ def main() -> None:
     append(k, k, cos, cos, pages(D), pages(D), slots, q, key_code=codes[0], value_code=codes[1])
     paged_decode_attention(q, pages(D), pages(D), lengths, 0.1, table)
     paged_decode_attention(half(2, 128, 576), pages(576, 1), 512, lengths, 0.1, table)
+    for width, keys, values in ((D, 4, 4), (D, 3, 2), (64, 4, 2), (64, 8, 3)):
+        packed_step(width, keys, values)
     for rank, heads in ((64, H), (512, 1)):
         coded = pages(rank, heads)
         rebuild_decode_attention(

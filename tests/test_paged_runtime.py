@@ -9,6 +9,7 @@ from _code_tools import coded
 from _hybrid_tools import write_hybrid
 from _kernel_tools import DEVICE
 
+from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import conversion, planning
 from kvtool.errors import UsageError
@@ -22,7 +23,10 @@ from kvtool.runtime.stores import PAGE
 
 pytest.importorskip("triton")
 
-KINDS = ["qwen3", "streaming", "streaming-sparse", "codes", "codes-narrow", "mla", "hybrid"]
+KINDS = [
+    "qwen3", "streaming", "streaming-sparse", "packed", "packed-sparse", "codes", "codes-narrow",
+    "mla", "hybrid",
+]  # fmt: skip
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
@@ -45,6 +49,14 @@ def engines(tiny, tmp_path_factory):
                     base_of(checkpoint),
                     tuple(LayerPlan(streams, 3, 9) for streams in layers),
                     prefill=prefill,
+                )
+            elif kind.startswith("packed"):
+                bits = Bits(4, 2, 64, window=5), Bits(8, 3, 64, hadamard="values", window=6), None
+                layers = [((False, True), bits[0]), ((False, False), bits[1]), ((True,) * 2, None)]
+                plan = Plan(
+                    base_of(checkpoint),
+                    tuple(LayerPlan(streams, 3, 9, bits=own) for streams, own in layers),
+                    prefill="sparse" if kind.endswith("sparse") else "dense",
                 )
             elif kind.startswith("codes"):
                 plan = coded(checkpoint, share=0.5 if kind.endswith("narrow") else 1.0)
@@ -79,11 +91,11 @@ def test_rows_decode_as_in_contiguous_memory(engines, monkeypatch, kind):
     contiguous, paged = engines(kind)
     assert paged.paged
     assert not contiguous.paged
-    prompts = [tokens(n, seed=n) for n in (70, 5)]
+    prompts = [tokens(n, seed=n) for n in (136, 5)]  # the next two tokens fill blocks
     found = []
     for engine in (contiguous, paged):
         monkeypatch.setenv(VARIABLE, "triton" if engine is paged else "reference")
-        cache = engine.new_cache(2, 70)
+        cache = engine.new_cache(2, 136)
         logits = [torch.stack([engine.extend(cache, ids, row) for row, ids in enumerate(prompts)])]
         logits += [engine.decode(cache, tokens(2, seed=step)) for step in range(2)]
         found.append(torch.stack(logits))
@@ -122,14 +134,14 @@ def test_rows_and_pages_return_with_the_cache(engines, monkeypatch):
     assert (len(memory.pages._free_pages), len(memory.pages._free_rows)) == (pages, rows)
 
 
-@pytest.mark.parametrize("kind", ["llama", "streaming"])
+@pytest.mark.parametrize("kind", ["llama", "streaming", "packed"])
 def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
     contiguous, paged = engines(kind)
     prompts = [tokens(n, seed=n).tolist() for n in (150, 20, 3)]
     answers = []
     for engine in (contiguous, paged):
         monkeypatch.setenv(VARIABLE, "triton" if engine is paged else "reference")
-        scheduler = Scheduler(engine, 2**20)
+        scheduler = Scheduler(engine, 2**22)
         requests = [Request(prompt, 3, ignore_eos=True) for prompt in prompts]
         for request in [*requests, Request(prompts[0], 3, ignore_eos=True)]:
             scheduler.add(request)

@@ -12,6 +12,7 @@ past is rebuilt. Keys that are stored before it are rebuilt and rotated a tile a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,13 +20,30 @@ from torch import Tensor
 from kvtool.attention import GroupedQueryAttention, rotate
 from kvtool.bits import Bits, from_stored, to_stored, turn
 from kvtool.codes import Positions
-from kvtool.kernels.packed_attention import channel_scores, token_scores, value_sums
+from kvtool.kernels.append import append
+from kvtool.kernels.packed_attention import (
+    Blocks,
+    Ring,
+    channel_scores,
+    fits,
+    pack_blocks,
+    packed_attention,
+    token_scores,
+    value_sums,
+)
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
 from kvtool.plan import Plan
 from kvtool.runtime.layers import Step
-from kvtool.runtime.pages import Pages
-from kvtool.runtime.split import DroppingHeads, NewTokens, SplitAttention, StreamingHeads
-from kvtool.runtime.stores import whole_pages
+from kvtool.runtime.pages import Pages, Place, enlarge
+from kvtool.runtime.split import (
+    DroppingHeads,
+    NewTokens,
+    PagedRings,
+    PagedSplit,
+    SplitAttention,
+    StreamingHeads,
+)
+from kvtool.runtime.stores import PAGE, whole_pages
 
 _ROWS = 256  # queries whose scores are written out at once
 _BLOCKS = 16  # whose keys are rebuilt at once
@@ -46,9 +64,7 @@ class PackedHeads(DroppingHeads):
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
         bits: Bits, order: Tensor | None, positions: Positions, dense_prompt: bool,
     ) -> None:  # fmt: skip
-        self.exact = StreamingHeads(
-            rows, heads, bits.sink, bits.ring, head_dim, like, scaling, dense_prompt=False
-        )
+        self.exact = self.new_exact(rows, heads, head_dim, like, scaling, bits)
         self.bits, self.scaling, self.dense_prompt = bits, scaling, dense_prompt
         self.head_dim, self.order, self.positions = head_dim, order, positions
         self.tokens = capacity
@@ -64,6 +80,14 @@ class PackedHeads(DroppingHeads):
             codes = like.new_empty((*shape, packed_bytes(numbers, width)), dtype=torch.uint8)
             scales = like.new_empty((*shape, groups, 2), dtype=torch.float16)
             self.planes |= {part: codes, f"{part} scales": scales}
+
+    def new_exact(
+        self, rows: int, heads: int, head_dim: int, like: Tensor, scaling: float, bits: Bits
+    ) -> StreamingHeads:
+        """An empty ring."""
+        return StreamingHeads(
+            rows, heads, bits.sink, bits.ring, head_dim, like, scaling, dense_prompt=False
+        )
 
     @property
     def allocated_bytes(self) -> int:
@@ -242,13 +266,112 @@ class PackedHeads(DroppingHeads):
             ("values", values.unflatten(1, (count, -1)), bits.values, bits.value_clip),
         ):
             own = slice(first, first + count)
-            codes, scales = quantise(x, width, bits.group, clip)
-            self.planes[part][row, :, own] = codes
-            self.planes[f"{part} scales"][row, :, own] = scales
+            for name, packed in zip(
+                (part, f"{part} scales"), quantise(x, width, bits.group, clip), strict=True
+            ):
+                self._write_blocks(name, row, own, packed)
 
     def _blocks(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
         """Codes `[H, blocks, ...]` and their scales."""
-        return [self.planes[name][row, :, first:end] for name in (part, f"{part} scales")]
+        return [self._read_blocks(name, row, first, end) for name in (part, f"{part} scales")]
+
+    def _read_blocks(self, name: str, row: int, first: int, end: int) -> Tensor:
+        return self.planes[name][row, :, first:end]
+
+    def _write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
+        self.planes[name][row, :, own] = packed
+
+
+class PagedPacked(PackedHeads):
+    """The ring per row, and planes `[pages, H, blocks of a page, ...]`.
+
+    Values behind a Hadamard transform lie so in the ring as well: one softmax then sums up both,
+    and its result is turned back.
+    """
+
+    exact: PagedRings
+
+    def __init__(
+        self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float, bits: Bits,
+        positions: Positions, dense_prompt: bool,
+    ) -> None:  # fmt: skip
+        self.pages, self.turned = pages, bits.hadamard == "values"
+        super().__init__(
+            pages.count, heads, bits.sink + bits.window + PAGE, head_dim, like, scaling,
+            replace(bits, hadamard="none"), None, positions, dense_prompt,
+        )  # fmt: skip
+
+    def new_exact(
+        self, rows: int, heads: int, head_dim: int, like: Tensor, scaling: float, bits: Bits
+    ) -> PagedRings:
+        ring = PagedRings(
+            self.pages.rows, heads, bits.sink, bits.ring, head_dim, like, scaling,
+            dense_prompt=False,
+        )  # fmt: skip
+        ring.pages = self.pages
+        return ring
+
+    @staticmethod
+    def possible(bits: Bits, head_dim: int) -> bool:
+        """Whether a kernel reads such blocks."""
+        read_as_stored = bits.kind == "rotated" and bits.axis == "channel"
+        plain = bits.hadamard != "both" and bits.order is None
+        return read_as_stored and plain and fits(head_dim, bits.keys, bits.values, bits.group)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a page's blocks."""
+        return sum(plane[0].nbytes for plane in self.planes.values())
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a ring."""
+        return self.exact.row_bytes
+
+    @property
+    def capacity(self) -> int:
+        return (self.pages.count - 1) * PAGE
+
+    def grow(self) -> None:
+        """Takes as many pages and rows as there are now."""
+        enlarge(self.planes, self.pages.count)
+        self.exact.grow()
+
+    def add(self, new: NewTokens, step: Step) -> Tensor:
+        if not self.turned:
+            return super().add(new, step)
+        return turn(super().add(new._replace(v=turn(new.v)), step))
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
+        """See :meth:`PagedHeads.step`."""
+        bits, planes = self.bits, self.planes
+        keys, values = self.exact.planes["keys"], self.exact.planes["values"]
+        _, slots, _ = at.ring(bits.sink, bits.ring)
+        asked = append(k, turn(v) if self.turned else v, cos, sin, keys, values, slots, q)
+        assert asked is not None
+        ring = Ring(keys, values, at.rows, bits.sink, bits.window)
+        blocks = Blocks(
+            planes["keys"], planes["keys scales"], planes["values"], planes["values scales"],
+            at.table, bits.keys, bits.values, bits.key_clip, bits.value_clip,
+        )  # fmt: skip
+        pack_blocks(ring, blocks, at.lengths)
+        context = packed_attention(asked, ring, blocks, at.lengths, self.scaling)
+        return turn(context) if self.turned else context
+
+    def _at(self, row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Pages in which blocks of a row lie, and where there."""
+        table = self.pages.table[row]
+        block = torch.arange(first, end, device=table.device)
+        each = PAGE // self.bits.group
+        return table[block // each].long(), block % each
+
+    def _read_blocks(self, name: str, row: int, first: int, end: int) -> Tensor:
+        page, within = self._at(row, first, end)
+        return self.planes[name].movedim(1, 2)[page, within].movedim(0, 1)
+
+    def _write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
+        page, within = self._at(row, own.start, own.stop)
+        self.planes[name].movedim(1, 2)[page, within] = packed.movedim(0, 1)
 
 
 class PackedAttention(SplitAttention):
@@ -274,5 +397,12 @@ class PackedAttention(SplitAttention):
             self.order, self.positions, dense_prompt=self.prefill == "dense",
         )  # fmt: skip
 
-    def new_paged_store(self, pages: Pages) -> None:
-        """None: packed planes are not in shared pages."""
+    def new_paged_store(self, pages: Pages) -> PagedSplit | None:
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        if self.budgets or not PagedPacked.possible(self.bits, layout.head_dim):
+            return None
+        full = PagedPacked(
+            pages, self.counts[0], layout.head_dim, like, layout.scaling, self.bits,
+            self.positions, dense_prompt=self.prefill == "dense",
+        )  # fmt: skip
+        return PagedSplit(full, self.new_paged_rings(pages))

@@ -33,7 +33,7 @@ from kvtool.runtime.selection import Selector, keep, selector
 from kvtool.runtime.stores import DenseStore, Store, whole_pages, with_spare_rows
 
 if TYPE_CHECKING:
-    from kvtool.runtime.packed import PackedHeads
+    from kvtool.runtime.packed import PackedHeads, PagedPacked
 
 
 class NewTokens(NamedTuple):
@@ -426,9 +426,9 @@ class PagedRings(StreamingHeads):
 
 
 class PagedSplit(SplitStore):
-    """Full heads in pages, streaming heads in rings."""
+    """Full heads in pages, packed or not, and streaming heads in rings."""
 
-    full: PagedHeads
+    full: PagedHeads | PagedPacked
     streaming: PagedRings | None
 
     @property
@@ -438,8 +438,8 @@ class PagedSplit(SplitStore):
 
     @property
     def row_bytes(self) -> int:
-        """Of the streaming heads."""
-        return self.streaming.row_bytes if self.streaming else 0
+        """Of the streaming heads, and of what packed heads keep exactly."""
+        return self.full.row_bytes + (self.streaming.row_bytes if self.streaming else 0)
 
     def grow(self) -> None:
         """Takes as many pages and rows as there are now."""
@@ -499,16 +499,21 @@ class SplitAttention(RuntimeAttention):
     def new_paged_store(self, pages: Pages) -> PagedSplit | None:
         if self.budgets:
             return None
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        full = PagedHeads(pages, self.counts[0], layout.head_dim, like, layout.scaling)
+        return PagedSplit(full, self.new_paged_rings(pages))
+
+    def new_paged_rings(self, pages: Pages) -> PagedRings | None:
+        """Of the streaming heads, where there are any."""
         layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
-        (full, streaming), size, scaling = self.counts, layout.head_dim, layout.scaling
-        rings = None
-        if streaming:
-            rings = PagedRings(
-                pages.rows, streaming, layer.sink, layer.window, size, like, scaling,
-                dense_prompt=self.prefill == "dense",
-            )  # fmt: skip
-            rings.pages = pages
-        return PagedSplit(PagedHeads(pages, full, size, like, scaling), rings)
+        if not self.counts[1]:
+            return None
+        rings = PagedRings(
+            pages.rows, self.counts[1], layer.sink, layer.window, layout.head_dim, like,
+            layout.scaling, dense_prompt=self.prefill == "dense",
+        )  # fmt: skip
+        rings.pages = pages
+        return rings
 
     def attention(self, hidden: Tensor, step: Step, store: SplitStore) -> Tensor:
         stages = self.stages

@@ -1,0 +1,153 @@
+"""Packed heads in shared pages, in plain torch: the contract of what a decode step does with them.
+
+A row keeps its first `sink` tokens and its last ones exactly, in a ring; all between them lie in
+blocks of N tokens, packed in the row's pages. Token t >= sink has the offset o = t - sink: in the
+ring it lies at sink + o mod (window + N), and its block is number o // N, of which a page of 64
+tokens holds 64 / N. A row of n tokens has max(0, n - sink - window) // N blocks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtool.kernels.quantise import dequantise, quantise
+
+PAGE = 64
+"""Tokens of a page."""
+
+
+class Ring(NamedTuple):
+    """Exact tokens.
+
+    Attributes:
+        keys, values: `[R, H, sink + window + N, D]`; keys after RoPE.
+        rows: `[B]`, which of the R rings is a row's.
+        sink, window: Tokens that stay exact: the first, and at least so many of the last.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    sink: int
+    window: int
+
+
+class Blocks(NamedTuple):
+    """Packed tokens (`kernels/quantise`): keys with scales per channel, values with one per token.
+
+    Attributes:
+        keys: `[P, H, 64 / N, D, ·]` uint8, a block's N tokens of a channel packed side by side.
+        key_scales: `[P, H, 64 / N, D, 1, 2]` fp16.
+        values: `[P, H, 64 / N, N, ·]` uint8, the D channels of a token packed side by side.
+        value_scales: `[P, H, 64 / N, N, groups, 2]` fp16, for each N channels.
+        table: `[B, pages]` int32, in which pages a row's tokens lie.
+        key_bits, value_bits: Of a number.
+        key_clip, value_clip: Share of a range that codes are spread over.
+    """
+
+    keys: Tensor
+    key_scales: Tensor
+    values: Tensor
+    value_scales: Tensor
+    table: Tensor
+    key_bits: int
+    value_bits: int
+    key_clip: float = 1.0
+    value_clip: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.values.shape[3]
+
+    def at(self, row: int, block: int) -> tuple[int, int]:
+        """In which page a block lies, and where there."""
+        each = PAGE // self.size
+        return int(self.table[row, block // each]), block % each
+
+
+def pieces_of(width: int, bits: int, group: int) -> int:
+    """Into how many pieces a kernel cuts `width` numbers of a line: each in one field of the bytes,
+    and in one group.
+    """
+    fields = 4 if bits == 3 else 8 // bits
+    return max(fields, -(-width // group))
+
+
+def fits(width: int, key_bits: int, value_bits: int, size: int) -> bool:
+    """Whether there is a kernel for heads of this size and blocks of N = `size` tokens."""
+    if width % 8 or size // pieces_of(size, key_bits, size) < 16:
+        return False
+    pieces = pieces_of(width, value_bits, size)
+    piece, fields = width // pieces, 4 if value_bits == 3 else 8 // value_bits
+    whole = width % pieces == 0 and (width // fields) % piece == 0
+    return whole and pieces in (1, 2, 4) and (pieces == 1 or size >= width or size % piece == 0)
+
+
+def packed_blocks(length: int, ring: Ring, size: int) -> int:
+    """Blocks of a row with so many tokens."""
+    return max(0, length - ring.sink - ring.window) // size
+
+
+def pack_blocks(ring: Ring, blocks: Blocks, lengths: Tensor) -> None:
+    """Packs a block of every row whose newest token has made one more complete.
+
+    Args:
+        lengths: `[B]` int32, tokens with the newest one, which lies in the ring.
+    """
+    size = blocks.size
+    for b, length in enumerate(lengths.tolist()):
+        done = packed_blocks(length, ring, size)
+        if done == packed_blocks(length - 1, ring, size):
+            continue
+        slots = _slots(ring, range(ring.sink + (done - 1) * size, ring.sink + done * size), size)
+        row = int(ring.rows[b])
+        page, within = blocks.at(b, done - 1)
+        keys, values = (x[row][:, slots].float() for x in (ring.keys, ring.values))  # [H, N, D]
+        codes, scales = quantise(keys.mT, blocks.key_bits, size, blocks.key_clip)
+        blocks.keys[page, :, within], blocks.key_scales[page, :, within] = codes, scales
+        codes, scales = quantise(values, blocks.value_bits, size, blocks.value_clip)
+        blocks.values[page, :, within], blocks.value_scales[page, :, within] = codes, scales
+
+
+def packed_attention(
+    q: Tensor, ring: Ring, blocks: Blocks, lengths: Tensor, scaling: float
+) -> Tensor:
+    """One query per row over everything it keeps: one softmax over exact and packed tokens.
+
+    Args:
+        q: `[B, Q, D]` after RoPE; query heads lie by KV head.
+        lengths: `[B]` int32.
+
+    Returns:
+        `[B, Q, D]`; zeros of rows without a token.
+    """
+    heads, width, size = ring.keys.shape[1], q.shape[-1], blocks.size
+    out = torch.zeros_like(q)
+    for b, length in enumerate(lengths.tolist()):
+        done = packed_blocks(length, ring, size)
+        exact = [*range(min(ring.sink, length)), *range(ring.sink + done * size, length)]
+        slots, row = _slots(ring, exact, size), int(ring.rows[b])
+        keys = [ring.keys[row][:, slots].float()]
+        values = [ring.values[row][:, slots].float()]
+        for block in range(done):
+            page, within = blocks.at(b, block)
+            codes, scales = blocks.keys[page, :, within], blocks.key_scales[page, :, within]
+            keys.append(dequantise(codes, scales, size, blocks.key_bits, size).mT)
+            codes, scales = blocks.values[page, :, within], blocks.value_scales[page, :, within]
+            values.append(dequantise(codes, scales, width, blocks.value_bits, size))
+        k, v = torch.cat(keys, dim=1), torch.cat(values, dim=1)  # [H, n, D]
+        if length:
+            grouped = q[b].float().unflatten(0, (heads, -1)) * scaling
+            weights = torch.softmax(torch.matmul(grouped, k.mT), dim=-1)
+            out[b] = torch.matmul(weights, v).flatten(0, 1).to(q.dtype)
+    return out
+
+
+def _slots(ring: Ring, positions: range | list[int], size: int) -> list[int]:
+    """Where tokens lie in the ring."""
+    room = ring.window + size
+    return [p if p < ring.sink else ring.sink + (p - ring.sink) % room for p in positions]

@@ -1,0 +1,422 @@
+"""The decode step over packed heads, see `paged.py`: work is cut and merged as in
+`kernels/decode_attention/triton.py`, with tiles of two kinds.
+
+The first tiles of a row cover its ring, each other one a block. Scales are folded: those of a
+block's keys into the query, those of its values into the probabilities, so codes go from their
+bytes into the dot products, less half of the largest, which is put to the minimum: what is rounded
+with a scale is then not taken off again. One field of all bytes of a tile is a run of tokens (keys)
+or of channels (values), so nothing is interleaved or put together: keys give scores in as many
+pieces as a byte has fields, and values are summed in as many.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvtool.kernels.decode_attention.triton import Config, Cut, find_item
+from kvtool.kernels.packed_attention.paged import PAGE, Blocks, Ring, pieces_of
+from kvtool.kernels.tiles import (
+    dot,
+    gdc_launch_dependents,
+    load_columns,
+    lying_together,
+    precision,
+    store_columns,
+)
+
+_LARGEST = tl.constexpr(65504.0)  # of fp16
+_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 · 2^23: added and taken off, it rounds half to even
+
+
+@triton.jit
+def _codes(
+    plane, lines, there, PIECE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Codes of a piece of SIZE numbers of each line, about 0; fp32 `[N, COLUMNS]`.
+
+    Args:
+        lines: `[N]`, where the bytes of each line begin; there: `[N]`, which there are.
+        PIECE: Which one. It lies in one field of the bytes.
+        COLUMNS: A power of two that holds SIZE.
+        WIDTH: Numbers of a line.
+    """
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    BYTES: tl.constexpr = WIDTH * LOW // 8
+    FIRST: tl.constexpr = (PIECE * SIZE) % BYTES
+    SHIFT: tl.constexpr = LOW * ((PIECE * SIZE) // BYTES)
+    at = tl.arange(0, COLUMNS)
+    inside = there[:, None] & (at < SIZE)[None, :]
+    words = tl.load(plane + lines[:, None] + (FIRST + at)[None, :], mask=inside, other=0)
+    codes = (words >> SHIFT) & ((1 << LOW) - 1)
+    if BITS == 3:  # the third bits lie behind, in fields half as wide
+        HIGH: tl.constexpr = WIDTH // 8
+        own = PIECE * SIZE + at
+        byte = (BYTES + own % HIGH)[None, :]
+        words = tl.load(plane + lines[:, None] + byte, mask=inside, other=0)
+        codes |= ((words >> (own // HIGH).to(tl.uint8)[None, :]) & 1) << 2
+    return codes.to(tl.float32) - ((1 << BITS) - 1) / 2
+
+
+@triton.jit
+def _softmax(scores, top, mass):
+    """Weights of further scores `[M, n]`, what older sums shrink by, and the new top and mass."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
+    weights = tl.exp2(scores - safe_top[:, None])
+    shrink = tl.exp2(top - safe_top)
+    return weights, shrink, new_top, mass * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def _add_near(
+    total, shrink, weights, values, at, inside, PIECE: tl.constexpr, SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds a piece of the channels of exact values, which begin at `at [n]`."""
+    columns = PIECE * SIZE + tl.arange(0, COLUMNS)
+    v = load_columns(values, at, columns, inside, (PIECE + 1) * SIZE, SIZE == COLUMNS)
+    return dot(weights.to(v.dtype), v, total * shrink[:, None], PRECISION)
+
+
+@triton.jit
+def _add_far(
+    total, shrink, weights, values, scales, tokens, PIECE: tl.constexpr, SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, LINE: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds a piece of the channels of packed values: of a block, those of `tokens [n]`."""
+    GROUPS: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
+    at = scales + (tokens * GROUPS + PIECE * SIZE // GROUP) * 2
+    s = tl.load(at).to(tl.float32)
+    m = tl.load(at + 1).to(tl.float32) + s * (((1 << BITS) - 1) / 2)
+    codes = _codes(values, tokens * LINE, tokens >= 0, PIECE, SIZE, COLUMNS, WIDTH, BITS)
+    total = total * shrink[:, None] + tl.sum(weights * m[None, :], 1)[:, None]
+    return dot((weights * s[None, :]).to(DTYPE), codes.to(DTYPE), total, PRECISION)
+
+
+@triton.jit
+def _attend(
+    q, keys, values, key_codes, key_scales, value_codes, value_scales,
+    rings, table, lengths, tokens_cut, out, lse,
+    stride_qb, stride_qh, stride_kr, stride_kh, stride_kt, stride_vr, stride_vh, stride_vt,
+    stride_table, stride_cut, stride_cut_head, rows, heads, group, items, scale,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr,
+    NEAR: tl.constexpr, EACH: tl.constexpr,
+    KEY_BITS: tl.constexpr, KEY_LINE: tl.constexpr, KEY_PIECES: tl.constexpr,
+    VALUE_BITS: tl.constexpr, VALUE_LINE: tl.constexpr, PIECES: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(1)
+    if PDL:  # the merge may start to wait
+        gdc_launch_dependents()
+    there, row, head, _, begin, end = find_item(
+        item, tokens_cut, stride_cut, stride_cut_head, rows, heads, 0, items, BLOCK_N, LEAST, SLOTS
+    )
+    if not there:
+        return
+
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    SIZE: tl.constexpr = WIDTH // PIECES
+    ROOM: tl.constexpr = WINDOW + BLOCK_N
+    member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
+    is_member = member < group
+    channel = tl.arange(0, PADDED)
+    is_channel = channel < WIDTH
+    q_at = row.to(tl.int64) * stride_qb + (head * group + member) * stride_qh
+    asked = load_columns(q, q_at, channel, is_member, WIDTH, PADDED == WIDTH)
+    scaled = asked.to(tl.float32) * scale
+
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    sum0 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    if PIECES > 1:
+        sum1 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    if PIECES > 2:
+        sum2 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+        sum3 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+
+    length = tl.load(lengths + row)
+    newest = length - 1 - SINK
+    done = tl.maximum(length - SINK - WINDOW, 0) // BLOCK_N
+    ring = tl.load(rings + row).to(tl.int64)
+    for tile in range(begin, tl.minimum(end, NEAR)):
+        slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        offset = slot - SINK
+        latest = newest - (newest - offset + ROOM) % ROOM  # that lies there; negative for none
+        kept = (offset >= 0) & (offset < ROOM) & (latest >= done * BLOCK_N)
+        inside = kept | ((slot < SINK) & (slot < length))
+        k_at = ring * stride_kr + head * stride_kh + slot.to(tl.int64) * stride_kt
+        k = load_columns(keys, k_at, channel, inside, WIDTH, PADDED == WIDTH)
+        scores = dot(asked, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        scores = tl.where(inside[None, :], scores * scale, -float("inf"))
+        weights, shrink, top, mass = _softmax(scores, top, mass)
+        at = ring * stride_vr + head * stride_vh + slot.to(tl.int64) * stride_vt
+        sum0 = _add_near(sum0, shrink, weights, values, at, inside, 0, SIZE, COLUMNS, PRECISION)
+        if PIECES > 1:
+            sum1 = _add_near(sum1, shrink, weights, values, at, inside, 1, SIZE, COLUMNS, PRECISION)
+        if PIECES > 2:
+            sum2 = _add_near(sum2, shrink, weights, values, at, inside, 2, SIZE, COLUMNS, PRECISION)
+            sum3 = _add_near(sum3, shrink, weights, values, at, inside, 3, SIZE, COLUMNS, PRECISION)
+
+    RUN: tl.constexpr = BLOCK_N // KEY_PIECES
+    for tile in range(tl.maximum(begin, NEAR), end):
+        block = tile - NEAR
+        page = tl.load(table + row * stride_table + block // EACH).to(tl.int64)
+        own = (page * heads + head) * EACH + block % EACH
+        at = key_scales + own * (WIDTH * 2) + channel * 2
+        s = tl.load(at, mask=is_channel, other=0.0).to(tl.float32)
+        m = tl.load(at + 1, mask=is_channel, other=0.0).to(tl.float32)
+        m += s * (((1 << KEY_BITS) - 1) / 2)
+        folded = (scaled * s[None, :]).to(DTYPE)
+        shift = tl.sum(scaled * m[None, :], 1)
+        k_own = key_codes + own * (WIDTH * KEY_LINE)
+        v_own = value_codes + own * (BLOCK_N * VALUE_LINE)
+        GROUPS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+        s_own = value_scales + own * (BLOCK_N * GROUPS * 2)
+        for piece in tl.static_range(KEY_PIECES):
+            codes = _codes(
+                k_own, channel * KEY_LINE, is_channel, piece, RUN, RUN, BLOCK_N, KEY_BITS
+            )
+            scores = dot(
+                folded, codes.to(DTYPE), tl.zeros((BLOCK_M, RUN), tl.float32), PRECISION
+            )  # fmt: skip
+            weights, shrink, top, mass = _softmax(scores + shift[:, None], top, mass)
+            tokens = piece * RUN + tl.arange(0, RUN)
+            sum0 = _add_far(
+                sum0, shrink, weights, v_own, s_own, tokens, 0, SIZE, COLUMNS, WIDTH, VALUE_LINE,
+                BLOCK_N, VALUE_BITS, DTYPE, PRECISION,
+            )  # fmt: skip
+            if PIECES > 1:
+                sum1 = _add_far(
+                    sum1, shrink, weights, v_own, s_own, tokens, 1, SIZE, COLUMNS, WIDTH,
+                    VALUE_LINE, BLOCK_N, VALUE_BITS, DTYPE, PRECISION,
+                )  # fmt: skip
+            if PIECES > 2:
+                sum2 = _add_far(
+                    sum2, shrink, weights, v_own, s_own, tokens, 2, SIZE, COLUMNS, WIDTH,
+                    VALUE_LINE, BLOCK_N, VALUE_BITS, DTYPE, PRECISION,
+                )  # fmt: skip
+                sum3 = _add_far(
+                    sum3, shrink, weights, v_own, s_own, tokens, 3, SIZE, COLUMNS, WIDTH,
+                    VALUE_LINE, BLOCK_N, VALUE_BITS, DTYPE, PRECISION,
+                )  # fmt: skip
+
+    safe_mass = tl.where(mass == 0.0, 1.0, mass)
+    part = item.to(tl.int64) * group + member
+    tl.store(lse + part, top + tl.log2(safe_mass), mask=is_member)
+    at = part * WIDTH
+    column = tl.arange(0, COLUMNS)
+    store_columns(out, at, column, is_member, SIZE, sum0 / safe_mass[:, None])
+    if PIECES > 1:
+        store_columns(out, at, SIZE + column, is_member, 2 * SIZE, sum1 / safe_mass[:, None])
+    if PIECES > 2:
+        store_columns(out, at, 2 * SIZE + column, is_member, 3 * SIZE, sum2 / safe_mass[:, None])
+        store_columns(out, at, 3 * SIZE + column, is_member, 4 * SIZE, sum3 / safe_mass[:, None])
+
+
+def packed_attention(
+    q: Tensor, ring: Ring, blocks: Blocks, lengths: Tensor, scaling: float
+) -> Tensor:
+    """See :func:`kvtool.kernels.packed_attention.paged.packed_attention`."""
+    q = lying_together(q)
+    width, (heads, room), size = q.shape[-1], ring.keys.shape[1:3], blocks.size
+    near = triton.cdiv(room, size)
+    done = (lengths - (ring.sink + ring.window)).clamp(min=0) // size
+    tiles = torch.where(lengths > 0, (done + near) * size, 0).int()
+    pieces = pieces_of(width, blocks.value_bits, size)
+    config = Config(block_n=size, least=2, items=4, warps=4, stages=3)
+    cut = Cut(torch.empty_like(q), tiles, heads, 0, config)
+    _attend[cut.grid](
+        q, ring.keys, ring.values, *_planes(blocks), ring.rows, blocks.table, lengths, tiles,
+        cut.parts, cut.part_lse, *q.stride()[:2], *ring.keys.stride()[:3],
+        *ring.values.stride()[:3], blocks.table.stride(0), *cut.strides,
+        cut.rows, heads, cut.group, cut.items, scaling * math.log2(math.e),
+        WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)), SINK=ring.sink,
+        WINDOW=ring.window, NEAR=near, EACH=PAGE // size,
+        KEY_BITS=blocks.key_bits, KEY_LINE=blocks.keys.shape[-1],
+        KEY_PIECES=pieces_of(size, blocks.key_bits, size),
+        VALUE_BITS=blocks.value_bits, VALUE_LINE=blocks.values.shape[-1], PIECES=pieces,
+        COLUMNS=max(16, triton.next_power_of_2(width // pieces)), PRECISION=precision(q.dtype),
+        BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages, **cut.constants,
+    )  # fmt: skip
+    return cut.merge()[0]
+
+
+# ----------------------------------------------------------------------------------- packing
+
+
+@triton.jit
+def _to_half(x, DOWN: tl.constexpr):
+    """To fp16, never up or never down."""
+    near = x.to(tl.float16)
+    back = near.to(tl.float32)
+    bits = near.to(tl.int16, bitcast=True).to(tl.int32)
+    # The next number lies a step further from zero, or closer to it.
+    if DOWN:
+        beyond = back > x
+        step = tl.where(back > 0, bits - 1, tl.where(back < 0, bits + 1, -32767))
+    else:
+        beyond = back < x
+        step = tl.where(back > 0, bits + 1, tl.where(back < 0, bits - 1, 1))
+    return tl.where(beyond, step, bits).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _range(x, inside, AXIS: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr):
+    """Scale and minimum of the numbers along an axis, fp16; NaN where one of them is."""
+    is_number = inside & (x == x)
+    low = tl.min(tl.where(is_number, x, _LARGEST), AXIS)
+    high = tl.max(tl.where(is_number, x, -_LARGEST), AXIS)
+    cut = (1 - CLIP) / 2 * (high - low)
+    minimum = _to_half(low + cut, True)
+    scale = _to_half(tl.div_rn(high - cut - minimum.to(tl.float32), TOP), False)
+    broken = tl.max((inside & (x != x)).to(tl.int32), AXIS) > 0
+    return tl.where(broken, float("nan"), scale), tl.where(broken, float("nan"), minimum)
+
+
+@triton.jit
+def _code(x, scale, minimum, TOP: tl.constexpr):
+    """round((x - m) / s) between 0 and TOP; 0 for NaN."""
+    s, m = scale.to(tl.float32), minimum.to(tl.float32)
+    code = tl.div_rn(x - m, tl.where(s == 0.0, 1.0, s))
+    code = tl.minimum(tl.maximum(code, 0.0), TOP)
+    code = (code + _TO_INTEGER) - _TO_INTEGER
+    return tl.where(code == code, code, 0.0).to(tl.int32)
+
+
+@triton.jit
+def _numbers(x, at, inside):
+    """Numbers as far as fp16 holds them."""
+    found = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    held = tl.minimum(tl.maximum(found, -_LARGEST), _LARGEST)
+    return tl.where(found == found, held, found)
+
+
+@triton.jit
+def _pack_keys(
+    keys, stride, lines, scale, minimum, first, channel, is_channel,
+    BIT: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, SINK: tl.constexpr,
+    ROOM: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Writes the BITS bits from BIT on of the codes of a block, a line `[SIZE]` per channel."""
+    BYTES: tl.constexpr = SIZE * BITS // 8
+    byte = tl.arange(0, BYTES)
+    inside = is_channel[None, :] & (byte >= 0)[:, None]
+    words = tl.zeros((BYTES, channel.shape[0]), tl.int32)
+    for field in tl.static_range(8 // BITS):
+        slot = (SINK + (first + field * BYTES + byte) % ROOM).to(tl.int64)
+        x = _numbers(keys, slot[:, None] * stride + channel[None, :], inside)
+        code = _code(x, scale[None, :], minimum[None, :], TOP)
+        words |= ((code >> BIT) & ((1 << BITS) - 1)) << (BITS * field)
+    tl.store(lines[None, :] + byte[:, None], words.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _pack_values(
+    values, lines, scales, BIT: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The same with a line `[WIDTH]` per token, which begins at `values [SIZE]`."""
+    BYTES: tl.constexpr = WIDTH * BITS // 8
+    byte = tl.arange(0, PADDED * BITS // 8)
+    inside = tl.broadcast_to((byte < BYTES)[None, :], (lines.shape[0], PADDED * BITS // 8))
+    words = tl.zeros((lines.shape[0], PADDED * BITS // 8), tl.int32)
+    for field in tl.static_range(8 // BITS):
+        column = field * BYTES + byte
+        x = _numbers(values[:, None], column[None, :], inside)
+        at = scales[:, None] + (column // GROUP)[None, :] * 2
+        scale = tl.load(at, mask=inside, other=0.0)
+        minimum = tl.load(at + 1, mask=inside, other=0.0)
+        code = _code(x, scale, minimum, TOP)
+        words |= ((code >> BIT) & ((1 << BITS) - 1)) << (BITS * field)
+    tl.store(lines[:, None] + byte[None, :], words.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _pack(
+    keys, values, key_codes, key_scales, value_codes, value_scales, rings, table, lengths,
+    stride_kr, stride_kh, stride_kt, stride_vr, stride_vh, stride_vt, stride_table,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr,
+    SIZE: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
+    KEY_BITS: tl.constexpr, KEY_LINE: tl.constexpr, KEY_CLIP: tl.constexpr,
+    VALUE_BITS: tl.constexpr, VALUE_LINE: tl.constexpr, VALUE_CLIP: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    gone = tl.load(lengths + row) - SINK - WINDOW
+    if (gone < SIZE) | (gone % SIZE != 0):
+        return
+    block = gone // SIZE - 1
+    page = tl.load(table + row * stride_table + block // EACH).to(tl.int64)
+    own = (page * tl.num_programs(1) + head) * EACH + block % EACH
+    ring = tl.load(rings + row).to(tl.int64)
+    first = block * SIZE
+    ROOM: tl.constexpr = WINDOW + SIZE
+    k_base = keys + ring * stride_kr + head * stride_kh
+    v_base = values + ring * stride_vr + head * stride_vh
+    token = tl.arange(0, SIZE)
+    slot = (SINK + (first + token) % ROOM).to(tl.int64)
+
+    channel = tl.arange(0, PADDED)
+    is_channel = channel < WIDTH
+    K_TOP: tl.constexpr = (1 << KEY_BITS) - 1
+    inside = is_channel[None, :] & (token >= 0)[:, None]
+    k = _numbers(k_base, slot[:, None] * stride_kt + channel[None, :], inside)
+    scale, minimum = _range(k, inside, 0, KEY_CLIP, K_TOP)
+    at = key_scales + (own * WIDTH + channel) * 2
+    tl.store(at, scale, mask=is_channel)
+    tl.store(at + 1, minimum, mask=is_channel)
+    line = key_codes + (own * WIDTH + channel) * KEY_LINE
+    LOW: tl.constexpr = 2 if KEY_BITS == 3 else KEY_BITS
+    _pack_keys(
+        k_base, stride_kt, line, scale, minimum, first, channel, is_channel, 0, LOW, K_TOP, SINK,
+        ROOM, SIZE,
+    )  # fmt: skip
+    if KEY_BITS == 3:
+        _pack_keys(
+            k_base, stride_kt, line + SIZE * LOW // 8, scale, minimum, first, channel, is_channel,
+            LOW, 1, K_TOP, SINK, ROOM, SIZE,
+        )  # fmt: skip
+
+    V_TOP: tl.constexpr = (1 << VALUE_BITS) - 1
+    GROUPS: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
+    at = value_scales + (own * SIZE + token) * (GROUPS * 2)
+    for j in tl.static_range(GROUPS):
+        column = j * GROUP + tl.arange(0, GROUP)
+        inside = (column < WIDTH)[None, :] & (token >= 0)[:, None]
+        v = _numbers(v_base, slot[:, None] * stride_vt + column[None, :], inside)
+        scale, minimum = _range(v, inside, 1, VALUE_CLIP, V_TOP)
+        tl.store(at + j * 2, scale)
+        tl.store(at + j * 2 + 1, minimum)
+    tl.debug_barrier()  # other threads read these scales
+    line = value_codes + (own * SIZE + token) * VALUE_LINE
+    V_LOW: tl.constexpr = 2 if VALUE_BITS == 3 else VALUE_BITS
+    _pack_values(v_base + slot * stride_vt, line, at, 0, V_LOW, V_TOP, WIDTH, PADDED, GROUP)
+    if VALUE_BITS == 3:
+        line += WIDTH * V_LOW // 8
+        _pack_values(v_base + slot * stride_vt, line, at, V_LOW, 1, V_TOP, WIDTH, PADDED, GROUP)
+
+
+def pack_blocks(ring: Ring, blocks: Blocks, lengths: Tensor) -> None:
+    """See :func:`kvtool.kernels.packed_attention.paged.pack_blocks`."""
+    heads, _, width = ring.keys.shape[1:]
+    size = blocks.size
+    _pack[(len(lengths), heads)](
+        ring.keys, ring.values, *_planes(blocks), ring.rows, blocks.table, lengths,
+        *ring.keys.stride()[:3], *ring.values.stride()[:3], blocks.table.stride(0),
+        WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)), SINK=ring.sink,
+        WINDOW=ring.window, SIZE=size, EACH=PAGE // size, GROUP=size,
+        KEY_BITS=blocks.key_bits, KEY_LINE=blocks.keys.shape[-1], KEY_CLIP=blocks.key_clip,
+        VALUE_BITS=blocks.value_bits, VALUE_LINE=blocks.values.shape[-1],
+        VALUE_CLIP=blocks.value_clip, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _planes(blocks: Blocks) -> tuple[Tensor, ...]:
+    planes = (blocks.keys, blocks.key_scales, blocks.values, blocks.value_scales)
+    assert all(plane.is_contiguous() for plane in planes)
+    return planes

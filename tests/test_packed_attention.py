@@ -1,0 +1,139 @@
+"""A decode step over packed heads in shared pages: Triton against plain torch."""
+
+import pytest
+import torch
+from _kernel_tools import DEVICE, DTYPES, TOLERANCE, rms_ratio
+
+from kvtool.kernels.packed_attention import Blocks, Ring, fits, paged
+from kvtool.kernels.packed_attention.paged import PAGE
+from kvtool.kernels.quantise import groups_of, packed_bytes
+
+pytest.importorskip("triton")
+
+kernel = pytest.importorskip("kvtool.kernels.packed_attention.triton")
+
+LENGTHS = (0, 1, 7, 100, 217)
+
+
+def memory(
+    keys: int, values: int, *, size: int = 64, width: int = 64, heads: int = 2, sink: int = 4,
+    window: int = 20, lengths: tuple[int, ...] = LENGTHS, dtype: torch.dtype = torch.float32,
+    clips: tuple[float, float] = (1.0, 1.0),
+) -> tuple[Ring, Blocks, torch.Tensor]:  # fmt: skip
+    """Rings full of numbers, NaN where nobody wrote, and blocks of everything that is due."""
+    rows, each = len(lengths), PAGE // size
+    pages = rows * (-(-max(lengths) // PAGE) + 1)
+    table = (torch.randperm(pages) + 1).view(rows, -1).int().to(DEVICE)
+    shape = (pages + 1, heads, each)
+    groups = groups_of(width, size)
+
+    def scales(*more: int) -> torch.Tensor:
+        return torch.full((*shape, *more, 2), torch.nan, dtype=torch.float16, device=DEVICE)
+
+    def codes(*more: int) -> torch.Tensor:
+        return torch.randint(0, 256, (*shape, *more), dtype=torch.uint8).to(DEVICE)
+
+    blocks = Blocks(
+        codes(width, packed_bytes(size, keys)), scales(width, 1),
+        codes(size, packed_bytes(width, values)), scales(size, groups),
+        table, keys, values, *clips,
+    )  # fmt: skip
+    empty = torch.full((rows + 2, heads, sink + window + size, width), torch.nan, device=DEVICE)
+    ring = Ring(
+        empty.to(dtype),
+        empty.to(dtype, copy=True),
+        torch.randperm(rows + 2)[:rows].to(DEVICE),
+        sink,
+        window,
+    )
+    for length in range(1, max(lengths) + 1):
+        for b, n in enumerate(lengths):
+            if length <= n:
+                at = length - 1
+                slot = at if at < sink else sink + (at - sink) % (window + size)
+                for plane in (ring.keys, ring.values):
+                    new = torch.randn(heads, width) * (5 if at % 50 == 3 else 1)
+                    plane[ring.rows[b], :, slot] = new.to(DEVICE, dtype)
+        due = torch.tensor([min(length, n) if length <= n else 0 for n in lengths])
+        paged.pack_blocks(ring, blocks, due.int().to(DEVICE))
+    return ring, blocks, torch.tensor(lengths).int().to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [(4, 4), (2, 2), (3, 3), (8, 8), (4, 2), (2, 8)])
+def test_attention_is_that_over_what_was_stored(bits, dtype):
+    ring, blocks, lengths = memory(*bits, dtype=dtype)
+    q = torch.randn(len(lengths), 6, 64).to(DEVICE, dtype)
+    expected = paged.packed_attention(q, ring, blocks, lengths, 0.125)
+    found = kernel.packed_attention(q, ring, blocks, lengths, 0.125)
+    assert found.dtype == dtype
+    # Queries are rounded once more than in other kernels, with their scales.
+    assert rms_ratio(found, expected) < 1.5 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "bits"),
+    [(128, 64, (4, 2)), (128, 64, (8, 8)), (32, 32, (4, 4)), (256, 64, (4, 4)), (64, 16, (8, 8)),
+     (48, 64, (2, 3))],
+)  # fmt: skip
+def test_head_and_block_sizes(width, size, bits):
+    assert fits(width, *bits, size)
+    ring, blocks, lengths = memory(*bits, width=width, size=size, lengths=(90, 200))
+    q = torch.randn(2, 2, width, device=DEVICE)
+    expected = paged.packed_attention(q, ring, blocks, lengths, 0.1)
+    assert rms_ratio(kernel.packed_attention(q, ring, blocks, lengths, 0.1), expected) < 1e-5
+
+
+def test_sizes_without_a_kernel():
+    assert not fits(80, 8, 4, 64)  # a piece of the channels would have two scales
+    assert not fits(64, 2, 4, 32)  # too few tokens in a field
+    assert not fits(20, 4, 4, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("bits", [(4, 4), (2, 3), (3, 2), (8, 8)])
+def test_blocks_are_packed_as_by_plain_torch(bits, width, dtype):
+    clips = (0.85, 0.7) if bits[0] == 3 else (1.0, 1.0)
+    due = (88, 20 + 4 + 3 * 64, 87, 5)  # the first two rows have just made one complete
+    ring, blocks, lengths = memory(
+        *bits, width=width, lengths=due, clips=clips, dtype=dtype, heads=1
+    )
+    planes = ("keys", "key_scales", "values", "value_scales")
+    copies = {name: getattr(blocks, name).clone() for name in planes}
+    for name in planes:
+        plane = getattr(blocks, name)
+        for b, block in ((0, 0), (1, 2)):
+            page, within = blocks.at(b, block)
+            plane[page, :, within] = 0 if plane.dtype == torch.uint8 else torch.nan
+    kernel.pack_blocks(ring, blocks, lengths)
+    for name in planes:
+        assert torch.equal(getattr(blocks, name).view(torch.uint8), copies[name].view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_not_a_number_reaches_the_reader():
+    ring, blocks, lengths = memory(4, 4, lengths=(88,), heads=1)
+    ring.values[ring.rows[0], 0, 10, 5] = torch.nan
+    ring.keys[ring.rows[0], 0, 12, 7] = torch.nan
+    kernel.pack_blocks(ring, blocks, lengths)
+    page, within = blocks.at(0, 0)
+    assert blocks.value_scales[page, 0, within, 6].isnan().all()
+    broken = blocks.key_scales[page, 0, within].isnan().any(dim=-1)  # [D, 1]
+    assert broken[:, 0].nonzero().tolist() == [[7]]
+    q = torch.ones(1, 2, 64, device=DEVICE)
+    assert kernel.packed_attention(q, ring, blocks, lengths, 0.125).isnan().any()
+
+
+@pytest.mark.parametrize("items", [1, 3, 50])
+def test_how_work_is_cut_does_not_matter(monkeypatch, items):
+    ring, blocks, lengths = memory(4, 4)
+    q = torch.randn(len(lengths), 4, 64, device=DEVICE)
+    expected = paged.packed_attention(q, ring, blocks, lengths, 0.125)
+    monkeypatch.setattr(
+        kernel, "Config", lambda **given: type(CONFIG)(**{**given, "items": items, "least": 1})
+    )
+    assert rms_ratio(kernel.packed_attention(q, ring, blocks, lengths, 0.125), expected) < 1e-5
+
+
+CONFIG = kernel.Config(64, 2, 4, 4, 3)

@@ -13,16 +13,13 @@ process. The file is written row by row.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +30,7 @@ from torch import Tensor
 
 os.environ.setdefault("KVTOOL_KERNELS", "triton")
 
+from benchmarks.gpu_end_to_end import end_to_end
 from kvtool.attention import Rope
 from kvtool.evaluate.throughput import environment
 from kvtool.kernels.append import append
@@ -40,6 +38,9 @@ from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.decode_attention import reference as decode_reference
 from kvtool.kernels.hadamard import hadamard
 from kvtool.kernels.latent_attention import paged_latent_attention
+from kvtool.kernels.packed_attention import Blocks, Ring, pack_blocks, packed_attention
+from kvtool.kernels.packed_attention import paged as paged_packed
+from kvtool.kernels.quantise import quantise
 from kvtool.kernels.rebuild_attention import rebuild_decode_attention
 from kvtool.kernels.rebuild_attention import reference as rebuild_reference
 from kvtool.kernels.ssd import reference as ssd_reference
@@ -417,6 +418,50 @@ def streaming_cases(device: torch.device, tokens: int) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def packed_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
+    """The same with keys and values of few bits; and packing a block of each row."""
+    queries, heads, width, size, sink, window = 32, 8, 128, PAGE, 4, 64
+    pages, scaling = batch * -(-tokens // PAGE), width**-0.5
+    table = torch.randperm(pages, device=device).view(batch, -1).int()
+    # So that the newest token of every row makes a block complete.
+    blocks_of_a_row = (tokens - sink - window) // size
+    lengths = torch.full((batch,), sink + window + size * blocks_of_a_row, device=device).int()
+    q = normal(device, batch, queries, width)
+    ring = Ring(
+        *(normal(device, batch, heads, sink + window + size, width) for _ in range(2)),
+        torch.arange(batch, device=device), sink, window,
+    )  # fmt: skip
+    for keys, values in ((4, 4), (4, 2), (3, 3), (2, 2)):
+        planes = []
+        for lines, numbers, bits in ((width, size, keys), (size, width, values)):
+            x = normal(device, pages, heads, 1, lines, numbers)
+            planes += quantise(x, bits, size)
+        blocks = Blocks(*planes, table, keys, values)
+
+        def error(blocks: Blocks = blocks) -> float:
+            found = packed_attention(q, ring, blocks, lengths, scaling)
+            own = table[0].long()
+            first = blocks._replace(
+                **{name: getattr(blocks, name)[own] for name in Blocks._fields[:4]},
+                table=torch.arange(len(own), device=device)[None],
+            )
+            exact = paged_packed.packed_attention(q[:1].float(), ring, first, lengths[:1], scaling)
+            return rms_ratio(found[:1], exact)
+
+        each = sum(plane[0].nbytes for plane in planes)
+        nbytes = batch * blocks_of_a_row * each + 4 * batch * heads * (sink + window) * width
+        yield Case(
+            "packed_attention", f"Llama-3-8B, K{keys}V{values}", batch, tokens, nbytes,
+            4 * batch * tokens * queries * width,
+            [lambda x=blocks: packed_attention(q, ring, x, lengths, scaling)], error,
+        )  # fmt: skip
+    yield Case(
+        "pack_blocks", "Llama-3-8B, K2V2", batch, tokens,
+        batch * (4 * heads * size * width + each), 0,
+        [lambda: pack_blocks(ring, blocks, lengths)], None,
+    )  # fmt: skip
+
+
 # --------------------------------------------------------------------------- everything else
 
 
@@ -508,127 +553,6 @@ def small_cases(device: torch.device) -> Iterator[Case]:
 # ------------------------------------------------------------------------------- end to end
 
 
-def end_to_end(bench: Bench, layers: int, batch: int, tokens: int, shrink: int = 1) -> None:
-    """Decode tokens/s of the shape of Llama-3-8B with random weights, behind random caches."""
-    from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
-
-    from kvtool.attention import decoder_layers, rope_of
-    from kvtool.codes import CodePlan, code_shapes
-    from kvtool.plan import Base, LayerPlan, Plan
-    from kvtool.runtime import Engine
-    from kvtool.runtime.host import swap_attention
-
-    config = LlamaConfig(
-        hidden_size=4096 // shrink, intermediate_size=14336 // shrink, num_hidden_layers=layers,
-        num_attention_heads=32 // shrink, num_key_value_heads=8 // min(shrink, 4), head_dim=128,
-        vocab_size=128256 // shrink, max_position_embeddings=tokens + 1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, dtype="bfloat16",
-    )  # fmt: skip
-    with bench.device:
-        model = AutoModelForCausalLM.from_config(config, dtype=BFLOAT16).eval()
-    heads, width = config.num_key_value_heads, config.head_dim
-    originals = [layer.self_attn for layer in decoder_layers(model)]
-    shape = f"Llama-3-8B, {layers} layers"
-
-    def add(name: str, seconds: float, cache_bytes: int | None) -> None:
-        bench.add(
-            {
-                "kernel": "end to end", "shape": f"{shape}, {name}", "batch": batch,
-                "tokens": tokens, "seconds": seconds, "tokens_per_second": batch / seconds,
-                "cache_bytes": cache_bytes,
-            }
-        )  # fmt: skip
-
-    base = Base("random", "", "", layers, heads, width)
-    plain = LayerPlan((False,) * heads)
-    half = CodePlan("rotated", 1, (heads * width // 2,) * 2)
-    tensors: dict[str, Tensor] = {}
-    for i in range(layers):
-        for name, size in code_shapes(i, half, base.channels, half.widths).items():
-            tensors[name] = (
-                torch.randn(size) * size[-1] ** -0.5
-                if len(size) > 1
-                else (torch.zeros(size) if name.endswith("mean") else torch.ones(size))
-            )
-    streams = tuple(head % 2 == 1 for head in range(heads))
-    plans = {
-        "dense": None,
-        "codes of half the width": Plan(
-            base, (plain,) * layers, codes=(half,) * layers, allocation="even", tensors=tensors
-        ),
-        "half of the heads stream": Plan(base, (LayerPlan(streams, 4, 256),) * layers),
-    }
-    for name, plan in plans.items():
-        if bench.late(20):
-            return
-        for layer, module in zip(decoder_layers(model), originals, strict=True):
-            layer.self_attn = module
-        attentions = swap_attention(model, rope_of(config), plan)
-        checkpoint: Any = SimpleNamespace(tokenizer=lambda: SimpleNamespace(eos_token_id=0))
-        engine = Engine(checkpoint, model, attentions, plan)
-        add(name, *_decode_seconds(engine, batch, tokens))
-        del engine, attentions
-        gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-    if bench.late(40):
-        return
-    for layer, module in zip(decoder_layers(model), originals, strict=True):
-        layer.self_attn = module
-    past = DynamicCache(config=config)
-    for i in range(layers):
-        past.update(*(normal(bench.device, batch, heads, tokens, width) for _ in range(2)), i)
-    prompt = torch.ones(batch, tokens + 1, dtype=torch.long, device=bench.device)
-    stamps: list[float] = []
-
-    class Stamps:
-        def put(self, _: Tensor) -> None:
-            _wait(bench.device)
-            stamps.append(time.perf_counter())
-
-        def end(self) -> None:
-            """Nothing is left to say."""
-
-    with torch.inference_mode():
-        model.generate(
-            prompt, past_key_values=past, max_new_tokens=8, min_new_tokens=8, do_sample=False,
-            streamer=_PerStep(Stamps()), attention_mask=torch.ones_like(prompt),
-        )  # fmt: skip
-    between = [after - before for before, after in pairwise(stamps[2:])]
-    add("transformers generate", median(between), 2 * 2 * layers * batch * heads * width * tokens)
-
-
-def _decode_seconds(engine: Any, batch: int, tokens: int) -> tuple[float, int]:
-    """Median time of a decode step behind caches of random numbers, and the bytes of these."""
-    cache = engine.new_cache(batch, tokens + 64)
-    for store in cache.stores:
-        for part in (store, *(getattr(store, x, None) for x in ("full", "streaming", "exact"))):
-            for plane in (getattr(part, "planes", None) or {}).values():
-                plane.normal_()
-    cache.lengths = [tokens] * batch
-    ids = torch.ones(batch, dtype=torch.long)
-    found = []
-    for _ in range(19):
-        _wait(engine.device)
-        started = time.perf_counter()
-        engine.decode(cache, ids)
-        _wait(engine.device)
-        found.append(time.perf_counter() - started)
-    return median(found[3:]), cache.allocated_bytes
-
-
-class _PerStep:
-    """Lets `generate` report every step of a batch, which its own streamers refuse."""
-
-    def __init__(self, stamps: Any) -> None:
-        self.put, self.end = stamps.put, stamps.end
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def show(bench: Bench) -> None:
     """One table of everything."""
     table = Table(title=f"{bench.header['device']}, copy {bench.copy / 1e12:.2f} TB/s")
@@ -676,6 +600,7 @@ def main() -> None:
             latent_cases(device, {"SmolLM2-135M": (9, 160, 32)}, [(2, 100)]),
             split_cases(device, 1, 100),
             code_cases(device, 1, 100),
+            packed_cases(device, 1, 200),
             small_cases(device),
             state_cases(device, 1, 100),
             streaming_cases(device, 100),
@@ -687,6 +612,7 @@ def main() -> None:
             decode_cases(device, grouped, sizes),
             split_cases(device, 8, 32768),
             code_cases(device, 8, 32768),
+            packed_cases(device, 8, 32768),
             latent_cases(device, latents, short),
             small_cases(device),
             state_cases(device, 4, 8192),

@@ -219,7 +219,8 @@ def _align(
     if not options.steps:
         return
     batch = 8 if hybrid.device.type == "cuda" else 1
-    learn = lessons(checkpoint, options.data, options.steps * batch, window, options.seed)
+    count = options.steps * batch * distill.processes()[1]
+    learn = lessons(checkpoint, options.data, count, window, options.seed)
     distill.train(
         Alignment(hybrid, inherited=True),
         learn.split(batch).__getitem__,

@@ -1,6 +1,10 @@
 """`convert --to mamba`: a stock hybrid that says what was meant, beside its controls."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -172,6 +176,36 @@ def test_a_wrong_request_is_refused_before_the_work(tiny, tmp_path, capsys, argu
     assert run_command([*base, *arguments]) == code
     assert words in " ".join(capsys.readouterr().err.split())
     assert not output.exists()
+
+
+def test_two_processes_teach_one_model(tiny, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = ["--layers", "1", "--heal", "2k", "--tokens", "1024", "--no-verify", "--quiet"]
+    command = [sys.executable, "-m", "kvtool", "convert", str(tiny("llama")), "--to", "mamba"]
+    both = [
+        subprocess.Popen(
+            [*command, *arguments, "-o", str(tmp_path / "out"), "--json"],
+            env=os.environ
+            | {
+                "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank,
+            },
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=300) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    # So little teaching may lose to a control, which is exit code 6.
+    assert {process.returncode for process in both} <= {0, 6}, said
+    assert len(json.loads(said[0][0])["plan"]["replaced_layers"]) == 1
+    assert not said[1][0]  # the first process alone speaks
+    assert Checkpoint.open(str(tmp_path / "out")).hf_config().layer_types.count("mamba") == 1
 
 
 @pytest.mark.parametrize(

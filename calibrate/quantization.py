@@ -12,6 +12,8 @@
 * **mikv** (arXiv 2402.18096): two tiers of tokens with scales per token. What an outlier channel of
   keys does to the others is evened out between keys and queries: with the balancer
   b_c = √(max|q_c| / max|k_c|), b ∘ k is stored and q / b reads it.
+* **gear** (arXiv 2403.05527): kivi's codes, and of what they leave out of a block of keys or values
+  an approximation of rank r.
 * **aware**: kivi's axes; bits of keys and of values layer by layer, how far their ranges are
   clipped, and whether values are transformed, by the harm that predictions feel.
 
@@ -48,10 +50,12 @@ from kvtool.errors import UsageError
 from kvtool.kernels.quantise import BITS, fake_quantise
 from kvtool.plan import Base, Plan, check_can_drop, provenance_of
 
-Method = Literal["aware", "kivi", "rotatekv", "zipcache", "mikv"]
+Method = Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear"]
 METHODS: tuple[Method, ...] = get_args(Method)
 SALIENT: dict[Method, float] = {"zipcache": 0.6, "mikv": 0.5}
 """Of methods with two tiers of tokens, the share of the upper one."""
+RANK = 2
+"""Of gear, as GEAR's code has for blocks that come while it decodes."""
 CLIPS = {2: (1.0, 0.85, 0.7), 3: (1.0, 0.85)}
 """Shares of a range to choose from: few codes are better spent on where most numbers are, if
 predictions do not feel the others."""
@@ -69,6 +73,7 @@ class QuantizationOptions:
         rest: Of a method with two tiers of tokens, the bits of the lower one, 2 if not given.
         salient: Tokens of a block of `group` that are in the upper one; :data:`SALIENT` if not
             given.
+        rank: Of gear; :data:`RANK` if not given.
         read: Whether keys are stored after RoPE and read as they are, or before it and rebuilt.
         context: Tokens of the sequence that a budget is for.
         sink, window: Tokens that are kept exactly.
@@ -86,6 +91,7 @@ class QuantizationOptions:
     seed: int = 0
     rest: tuple[int, int] | None = None
     salient: int | None = None
+    rank: int | None = None
 
 
 def parse_tiers(text: str) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
@@ -150,7 +156,7 @@ def calibrate_quantization(
     asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
     if plan.codes:
         return _codes(checkpoint, options, plan, budget_bytes, itemsize, asked, report)
-    if options.method == "kivi":
+    if options.method in ("kivi", "gear"):
         bits = [first] * len(plan.layers)
     elif options.method != "aware":
         wanted = StatisticsOptions(
@@ -190,6 +196,7 @@ def uniform(options: QuantizationOptions) -> Bits:
         sink=options.sink,
         window=options.window,
         rest=rest,
+        rank=(RANK if options.rank is None else options.rank) if options.method == "gear" else 0,
     )
 
 
@@ -240,6 +247,8 @@ def plan_ahead(
             f"--method {options.method} has the same bits for all tokens",
             hint=f"--method {' or '.join(SALIENT)}",
         )
+    if options.rank is not None and options.method != "gear":
+        raise UsageError(f"--method {options.method} has no factors", hint="--method gear")
     first = uniform(options)
     if plan.codes:
         if options.method != "aware":
@@ -490,7 +499,7 @@ def _levelled(fitted: Fitted, y: Tensor) -> Fitted:
 
 def memory_bytes(checkpoint: Checkpoint, base: Base, options: QuantizationOptions) -> int:
     """About what a calibration holds at once, besides Python and its libraries."""
-    if options.method == "kivi":
+    if options.method in ("kivi", "gear"):
         return 0
     if options.method != "aware":
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)

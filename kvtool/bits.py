@@ -64,6 +64,8 @@ class Bits:
             to a KV head; None if all are.
         key_balance, value_balance: What keys and values are divided by when they are packed, and
             multiplied by when they are read: large channels do not coarsen the codes of small ones.
+        rank: r, of two factors per block and head, `[N, r]` and `[D, r]` in fp16, that hold what
+            codes left out of its keys; and of two of its values.
 
     Raises:
         PlanError: The numbers are out of range.
@@ -83,6 +85,7 @@ class Bits:
     rest: Tier | None = None
     key_balance: Factors | None = None
     value_balance: Factors | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
         for tier in self.tiers:
@@ -98,6 +101,10 @@ class Bits:
             )
         if self.rest is not None and self.kind == "unrotated":
             raise PlanError("tokens of two tiers lie out of order, so their keys cannot be rotated")
+        if not 0 <= self.rank <= self.group:
+            raise PlanError(f"a block of {self.group} tokens has no factors of rank {self.rank}")
+        if self.rank and self.rest is not None:
+            raise PlanError("blocks with factors of what codes left out have one tier of tokens")
         for row in (*(self.key_balance or ()), *(self.value_balance or ())):
             if not all(0 < x < math.inf for x in row):
                 raise PlanError("what channels are divided by is above 0 and finite")
@@ -144,12 +151,15 @@ class Bits:
     def key_bytes(self, head_dim: int) -> int:
         """The same of the keys alone."""
         if self.axis == "token":
-            return sum(self._per_token(head_dim, x.tokens, x.keys) for x in self.tiers)
-        return sum(head_dim * (packed_bytes(x.tokens, x.keys) + 4) for x in self.tiers)
+            codes = sum(self._per_token(head_dim, x.tokens, x.keys) for x in self.tiers)
+        else:
+            codes = sum(head_dim * (packed_bytes(x.tokens, x.keys) + 4) for x in self.tiers)
+        return codes + self._factors(head_dim)
 
     def value_bytes(self, head_dim: int) -> int:
         """The same of the values alone."""
-        return sum(self._per_token(head_dim, x.tokens, x.values) for x in self.tiers)
+        codes = sum(self._per_token(head_dim, x.tokens, x.values) for x in self.tiers)
+        return codes + self._factors(head_dim)
 
     def cache_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
         """Of one head of a sequence; the room for exact tokens counts whole even if unfilled.
@@ -166,6 +176,9 @@ class Bits:
 
     def _per_token(self, head_dim: int, tokens: int, bits: int) -> int:
         return tokens * (packed_bytes(head_dim, bits) + 4 * groups_of(head_dim, self.group))
+
+    def _factors(self, head_dim: int) -> int:
+        return 2 * self.rank * (self.group + head_dim)
 
 
 def turn(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
 
-_NEWER = ("rest", "key_balance", "value_balance")  # of bits, since version 5 of the file
+_NEWER = ("rest", "key_balance", "value_balance", "rank")  # of bits, since version 5 of the file
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
@@ -250,6 +250,11 @@ class Plan:
         if len(self.layers) != base.layers:
             raise PlanError(f"{len(self.layers)} layers are planned, of a model with {base.layers}")
         for index, layer in enumerate(self.layers):
+            if layer.bits is not None and layer.bits.rank > base.head_dim:
+                raise PlanError(
+                    f"layer {index} has factors of rank {layer.bits.rank} for {base.head_dim} "
+                    "channels"
+                )
             for what, rows in _by_head(layer.bits):
                 for row in rows:
                     if len(row) != base.head_dim:
@@ -614,7 +619,7 @@ def _document(plan: Plan) -> dict[str, Any]:
             if layer.bits is not None:
                 entry["bits"] = asdict(layer.bits)
                 newer = {name: entry["bits"].pop(name) for name in _NEWER}
-                if used := {name: x for name, x in newer.items() if x is not None}:
+                if used := {name: x for name, x in newer.items() if x}:
                     document["format_version"] = plan_file.FORMAT_VERSION
                     entry["bits"] |= used
     return document

@@ -162,8 +162,9 @@ class QuantizationStep(_Strict):
     uses: Literal["calibrate quantization"]
     output: str | None = None
     bits: TextOrNumber | None = None
-    method: Literal["aware", "kivi", "rotatekv", "zipcache", "mikv"] = "aware"
+    method: Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear"] = "aware"
     salient: TextOrNumber | None = None
+    rank: Positive | None = None
     kv_budget: TextOrNumber | None = None
     context: Positive | None = None
     group: Positive | None = None

@@ -14,6 +14,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.evaluate.protocol import cache_size
 from kvtool.kernels.hadamard import hadamard
+from kvtool.kernels.low_rank import low_rank
 from kvtool.kernels.packed_attention import channel_scores, token_scores, value_sums
 from kvtool.kernels.quantise import BITS, dequantise, quantise
 from kvtool.plan import LayerPlan, Plan, base_of
@@ -33,6 +34,8 @@ WAYS = {
     "values turned": {"hadamard": "values", "order": True},
     "two tiers": {"rest": 6},
     "two tiers per token": {"axis": "token", "rest": 8, "balanced": True},
+    "gear": {"rank": 2},
+    "gear per token": {"axis": "token", "kind": "unrotated", "rank": 1},
     "balanced": {"kind": "unrotated", "hadamard": "values", "balanced": True},
 }
 ways = pytest.mark.parametrize("way", WAYS)
@@ -175,7 +178,13 @@ def reference(checkpoint, plan: Plan, ids: Tensor) -> Tensor:
                         ):  # fmt: skip
                             z = y[head, at_].mT if axis == "channel" else y[head, at_]
                             group_ = bits.group
+                            left = z.clone()
                             z = dequantise(*quantise(z, width, group_), z.shape[-1], width, group_)
+                            left -= z
+                            if bits.rank:
+                                thin = low_rank(left.mT if axis == "channel" else left, bits.rank)
+                                found = thin[0].float() @ thin[1].float().mT
+                                z += found.mT if axis == "channel" else found
                             y[head, at_] = z.mT if axis == "channel" else z
             values = values * balance[1]
             values = values if bits.hadamard == "none" else hadamard(values)
@@ -370,6 +379,10 @@ def test_true_bits_count_scales_and_minima():
     assert 8 * Bits(3, 2, 64, "token").token_bytes(128) == 128 * (3.5 + 2.5)
     assert bits.cache_bytes(4 + 64 + 63, 64, 2) == 2 * 2 * 64 * (4 + 64 + 64)
     assert bits.blocks(4 + 64 + 64) == 1
+    assert 8 * Bits(2, 2, 64, rank=2).token_bytes(64) == 2 * 64 * (2.5 + 1)
+    tiers = Bits(4, 4, 128, rest=Tier(64, 2, 2))
+    assert 8 * tiers.token_bytes(64) == 2 * 64 * 3.5
+    assert tiers.cache_bytes(0, 64, 2) == 2 * 2 * 64 * (4 + 64 + 128) + 4 * 128
 
 
 @pytest.mark.parametrize("prefill", ["dense", "streamed"])
@@ -403,7 +416,7 @@ def test_a_plan_comes_back_from_its_file(llama, tmp_path):
         plan = packed(llama, way, 3, 2, key_clip=0.85)
         plan.write(tmp_path / "a.plan", overwrite=True)
         assert Plan.read(tmp_path / "a.plan").layers == plan.layers
-        newer = bool({"rest", "balanced"} & WAYS[way].keys())
+        newer = bool({"rest", "balanced", "rank"} & WAYS[way].keys())
         head = (tmp_path / "a.plan").read_bytes()[:200000].replace(b"\\", b"")
         assert (b'"format_version":5' in head, b'"format_version":4' in head) == (newer, not newer)
         assert (b'"rest"' in head) == ("rest" in WAYS[way])
@@ -431,6 +444,9 @@ def test_plans_without_bits_are_read_by_older_versions(llama, tmp_path):
         ({"rest": Tier(64, 2, 2)}, "64 tokens of a block of 64 have fewer bits"),
         ({"rest": Tier(0, 2, 2)}, "0 tokens of a block of 64 have fewer bits"),
         ({"rest": Tier(9, 2, 2), "kind": "unrotated"}, "lie out of order"),
+        ({"rank": -1}, "a block of 64 tokens has no factors of rank -1"),
+        ({"rank": 65}, "a block of 64 tokens has no factors of rank 65"),
+        ({"rank": 1, "rest": Tier(9, 2, 2)}, "have one tier of tokens"),
         ({"key_balance": ((1.0, 0.0),)}, "above 0 and finite"),
         ({"value_balance": ((math.nan,),)}, "above 0 and finite"),
     ],
@@ -455,6 +471,9 @@ def test_plans_that_do_not_fit_are_refused(llama, tiny, tmp_path):
         layers = (replace(plan.layers[0], bits=Bits(4, 4, **wrong)), *plan.layers[1:])
         with pytest.raises(PlanError, match=f"has {what} of 2 channels of"):
             replace(plan, layers=layers)
+    layers = (replace(plan.layers[0], bits=Bits(4, 4, rank=20)), *plan.layers[1:])
+    with pytest.raises(PlanError, match="layer 0 has factors of rank 20 for 16 channels"):
+        replace(plan, layers=layers)
     with pytest.raises(PlanError, match="few bits come last"):
         plan.compose(plan)
     sliding = Checkpoint.open(str(tiny("mistral", sliding_window=16)))

@@ -225,6 +225,19 @@ def test_zipcache_and_mikv_divide_channels_by_what_the_text_showed(llama):
     assert calibrated(llama, method="mikv", salient=3).layers[0].bits.rest == Tier(13, 2, 2)
 
 
+def test_gear_holds_what_the_codes_leave_out(llama):
+    """At the rank of a block nearly all of it; and each rank more brings the model nearer."""
+    windows, _ = text_windows(llama, None, 1024, 0)
+    lost = [
+        measured(llama, calibrated(llama, method="gear", bits=(2, 2), rank=rank), windows[:2])
+        for rank in (1, 4, 16)
+    ]
+    assert lost[0] > 1.5 * lost[1] > 100 * lost[2]
+    assert calibrated(llama, method="gear").layers[0].bits == Bits(
+        4, 4, 16, sink=2, window=6, rank=2
+    )
+
+
 def test_a_balance_saves_the_codes_of_small_channels(llama):
     """Keys with a channel 100 times the others, that queries hardly ask for."""
     generator = torch.Generator().manual_seed(0)
@@ -310,11 +323,14 @@ def test_the_command_writes_a_plan_that_runs(llama, tmp_path, capsys):
     ("words", "methods", "shown"),
     [
         (["zipcache"], "zipcache", "bits of keys 4/2 bits of values 4/2 tiers 9 of 16 tokens"),
+        (["gear", "--bits", "2", "--rank", "3"], "gear",
+         "bits of keys 2 bits of values 2 stored a scale and a minimum (4 bytes) for 16 of a "
+         "channel factors of rank 3, of what the codes leave out"),
         (["mikv", "--bits", "K8V4/4", "--salient", "25%"], "mikv",
          "bits of keys 8/4 bits of values 4/4 tiers 4 of 16 tokens"),
     ],
 )  # fmt: skip
-def test_plans_with_two_tiers_are_shown_and_run(llama, tmp_path, capsys, words, methods, shown):
+def test_plans_of_other_methods_are_shown_and_run(llama, tmp_path, capsys, words, methods, shown):
     path = tmp_path / "p"
     assert quantize(llama.source, path, "--method", *words, "--dry-run", "--json") == 0
     planned = json.loads(capsys.readouterr().out)["bytes_at_most"]
@@ -348,6 +364,8 @@ def test_a_dry_run_knows_the_bytes(llama, tmp_path, capsys):
         (["--bits", "auto", "--kv-budget", "50%", "--method", "kivi"], 2, "for --method aware"),
         (["--bits", "4/2"], 2, "the same bits for all tokens"),
         (["--method", "kivi", "--salient", "50%"], 2, "the same bits for all tokens"),
+        (["--method", "kivi", "--rank", "2"], 2, "--method kivi has no factors"),
+        (["--method", "gear", "--rank", "20"], 3, "no factors of rank 20"),
         (["--bits", "4/2/2", "--method", "mikv"], 2, "two tiers have bits such as 4/2"),
         (["--salient", "100%", "--method", "mikv"], 3, "must be some and not all"),
         (["--read", "rebuilt", "--method", "zipcache"], 3, "lie out of order"),

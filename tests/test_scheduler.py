@@ -22,7 +22,16 @@ from kvtool.runtime.scheduler import Request, Scheduler
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
-PLANS = ("split", "streamed", "budgeted", "coded", "shared codes", "packed codes", "two tiers")
+PLANS = (
+    "split",
+    "streamed",
+    "budgeted",
+    "coded",
+    "shared codes",
+    "packed codes",
+    "two tiers",
+    "gear",
+)
 KINDS = ("dense", "windowed", *PLANS, "mla", "kvtool-mla")
 PIECE = 16
 GIGABYTE = 2**30
@@ -59,6 +68,8 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
             return Engine.load(checkpoint, plan=plan)
         if kind == "packed codes":
             return Engine.load(checkpoint, plan=packed(checkpoint, "rotated", 4, share=0.5))
+        if kind == "gear":
+            return Engine.load(checkpoint, plan=few_bits(checkpoint, kind, streaming=MIXED))
         if kind.startswith("two tiers"):
             prefill = "streamed" if kind.endswith("streamed") else "dense"
             plan = few_bits(checkpoint, "two tiers", prefill=prefill, streaming=MIXED)

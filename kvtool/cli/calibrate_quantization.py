@@ -29,13 +29,14 @@ def quantization(
         ),
     ] = None,
     method: Annotated[
-        Literal["aware", "kivi", "rotatekv", "zipcache", "mikv"],
+        Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear"],
         typer.Option(
             help="aware: bits by what predictions feel of each layer's keys and values. kivi: the "
             "same everywhere, keys with a scale per channel. rotatekv: scales per token, behind a "
             "Hadamard transform and a reordering of channels. zipcache: as kivi, with more bits "
             "for tokens that get more attention. mikv: the same with scales per token, and keys "
-            "balanced against queries.",
+            "balanced against queries. gear: as kivi, and what the codes leave out in thin "
+            "factors.",
             rich_help_panel=_METHOD,
         ),
     ] = "aware",
@@ -44,6 +45,14 @@ def quantization(
         typer.Option(
             help="Share of tokens with more bits, by the attention they get: 60% of zipcache, 50% "
             "of mikv.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of gear: rank of the factors of each block's keys, and of its values (2).",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -143,6 +152,7 @@ def quantization(
         seed,
         rest,
         None if salient is None else parse_share(salient, group),
+        rank,
     )
     native = base.native_bytes(context, _BF16)
     budget = None if kv_budget is None else parse_budget(kv_budget, native)

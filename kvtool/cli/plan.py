@@ -207,6 +207,8 @@ def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
         table.add_row("  tiers", f"{upper}, by the attention that they get")
     scale = "a channel" if one["axis"] == "channel" else "a token"
     table.add_row("  stored", f"a scale and a minimum (4 bytes) for {one['group']} of {scale}")
+    if rank := one["rank"]:
+        table.add_row("  factors", f"of rank {rank}, of what the codes leave out")
     read = "after RoPE, read as stored"
     if one["kind"] == "unrotated":
         read = "before RoPE, rebuilt when read"

@@ -80,6 +80,8 @@ class Plans:
                 )
             for read in ("absorbed", "rebuilt"):
                 yield f"aware {bits}, {read}", lambda b=bits, r=read: self.aware(b, r)
+        for bits in ("4", "3", "2"):
+            yield f"gear {bits}", lambda b=bits: self.alike(b, method="gear", window=16)
         for bits in ("4/2", "K4V4/K4V2"):
             for method in ("zipcache", "mikv"):
                 yield f"{method} {bits}", lambda b=bits, m=method: self.tiers(b, m)

@@ -9,7 +9,8 @@
   quantiser for values: each channel is divided by c = √max|v_c| before a token's numbers share a
   scale. The maximum is that of a calibration text, where the paper's is that of the text at hand:
   it takes no bytes, and brings about two thirds of what factors for each block bring.
-* **mikv** (arXiv 2402.18096): two tiers of tokens with scales per token. What an outlier channel of
+* **mikv** (arXiv 2402.18096): two tiers of tokens with scales per token, ranked as for zipcache,
+  where the paper asks a policy that would evict the lower one. What an outlier channel of
   keys does to the others is evened out between keys and queries: with the balancer
   b_c = √(max|q_c| / max|k_c|), b ∘ k is stored and q / b reads it.
 * **gear** (arXiv 2403.05527): kivi's codes, and of what they leave out of a block of keys or values
@@ -215,8 +216,8 @@ def separated(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
 
 
 def balanced(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
-    """MiKV: keys divided by 1 / b_c = √(max|k_c| / max|q_c|), with the largest q_c of
-    all query heads that read a KV head.
+    """MiKV: keys divided by 1 / b_c = √(max|k_c| / max|q_c|), with the largest q_c of all query
+    heads that read a KV head.
     """
     keys = statistics.rotated_keys.peak.unflatten(0, (base.kv_heads, -1))
     queries = statistics.rotated_queries.peak.unflatten(0, (base.kv_heads, -1)).amax(dim=1)

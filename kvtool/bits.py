@@ -64,7 +64,7 @@ class Bits:
             to a KV head; None if all are.
         key_balance, value_balance: What keys and values are divided by when they are packed, and
             multiplied by when they are read: large channels do not coarsen the codes of small ones.
-        rank: r, of two factors per block and head, `[N, r]` and `[D, r]` in fp16, that hold what
+        rank: r, of two factors per block and head, `[r, N]` and `[r, D]` in fp16, that hold what
             codes left out of its keys; and of two of its values.
 
     Raises:

@@ -12,7 +12,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def product(u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return u.float() @ w.float().mT
+    return u.float().mT @ w.float()
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(64, 64), (16, 80), (64, 24)])
@@ -20,8 +20,8 @@ def product(u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def test_what_has_the_rank_comes_back(tokens, width, rank):
     x = random(2, 5, tokens, rank) @ random(2, 5, rank, width, seed=1)
     u, w = low_rank(x, rank)
-    assert u.shape == (2, 5, tokens, rank)
-    assert w.shape == (2, 5, width, rank)
+    assert u.shape == (2, 5, rank, tokens)
+    assert w.shape == (2, 5, rank, width)
     torch.testing.assert_close(product(u, w), x, rtol=2e-3, atol=1e-2)
 
 

@@ -183,7 +183,7 @@ def reference(checkpoint, plan: Plan, ids: Tensor) -> Tensor:
                             left -= z
                             if bits.rank:
                                 thin = low_rank(left.mT if axis == "channel" else left, bits.rank)
-                                found = thin[0].float() @ thin[1].float().mT
+                                found = thin[0].float().mT @ thin[1].float()
                                 z += found.mT if axis == "channel" else found
                             y[head, at_] = z.mT if axis == "channel" else z
             values = values * balance[1]

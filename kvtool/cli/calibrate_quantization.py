@@ -78,9 +78,9 @@ def quantization(
     read: Annotated[
         Literal["absorbed", "rebuilt"] | None,
         typer.Option(
-            help="Keys are stored after RoPE and read as they are (absorbed, the default of aware "
-            "and kivi), or before it, and rebuilt and rotated at every step: less is lost "
-            "(rebuilt, the default of rotatekv).",
+            help="Keys are stored after RoPE and read as they are (absorbed), or before it, and "
+            "rebuilt and rotated at every step: less is lost (rebuilt, the default of rotatekv; "
+            "not for two tiers).",
             rich_help_panel=_METHOD,
         ),
     ] = None,

@@ -90,7 +90,7 @@ class PackedHeads(DroppingHeads):
         if bits.rank:
             for part in ("keys", "values"):
                 for factor, lines in zip(_FACTORS, (bits.group, head_dim), strict=True):
-                    thin = (rows, heads, bits.blocks(capacity), lines, bits.rank)
+                    thin = (rows, heads, bits.blocks(capacity), bits.rank, lines)
                     self.planes[part + factor] = like.new_empty(thin, dtype=torch.float16)
 
     @property
@@ -208,7 +208,11 @@ class PackedHeads(DroppingHeads):
             keys, values = (
                 torch.cat((x[:, :sink], x[:, sink + size :]), dim=1) for x in (keys, values)
             )
-        self.exact.keep_last(row, start, k, v)
+        if k.shape[1] == 1:
+            slot = self.exact.slot(start)
+            self.exact.write(row, [slot], {"keys": k[None], "values": v[None]})
+        else:
+            self.exact.keep_last(row, start, k, v)
         context, weights = self._attend(q, keys, values, row, done)
         first, stop = self._first_probe(done), self.bits.packed_at(done)
         if self.bits.rest and start + q.shape[1] > first:
@@ -251,8 +255,9 @@ class PackedHeads(DroppingHeads):
         grouped = (q.float() * self.scaling).unflatten(0, (heads, -1))  # [H, g, T, D]
         flat = grouped.flatten(1, 2)
         scores = torch.matmul(flat, keys.float().mT).unflatten(1, grouped.shape[1:3])
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-        scores = scores.masked_fill(future.triu(exact - q.shape[1] + 1), -torch.inf)
+        if q.shape[1] > 1:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+            scores = scores.masked_fill(future.triu(exact - q.shape[1] + 1), -torch.inf)
         if blocks:
             far = self._scores(flat, row, blocks).unflatten(1, grouped.shape[1:3])
             scores = torch.cat((scores, far), dim=-1)
@@ -306,7 +311,7 @@ class PackedHeads(DroppingHeads):
         keys = stored.mT if per_channel else stored
         if bits.rank:
             tokens, channels = self._thin("keys", row, first, end)
-            keys = keys + tokens.float() @ channels.float().mT
+            keys = keys + tokens.float().mT @ channels.float()
         keys = keys.flatten(1, 2)
         if self.key_balance is not None:
             keys = keys * self.key_balance
@@ -373,7 +378,7 @@ class PackedHeads(DroppingHeads):
         return [part.sort(dim=-1).values for part in parts]
 
     def _thin(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
-        """The factors of what codes left out of blocks, `[H, blocks, N or D, r]`."""
+        """The factors of what codes left out of blocks, `[H, blocks, r, N or D]`."""
         return [self.planes[part + factor][row, :, first:end] for factor in _FACTORS]
 
     def _blocks(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:

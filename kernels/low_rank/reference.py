@@ -47,7 +47,7 @@ def low_rank_scores(q: Tensor, u: Tensor, w: Tensor) -> Tensor:
     """
     thin = torch.matmul(q, w.float().flatten(1, 2).mT).unflatten(-1, w.shape[1:3])
     tokens = u.float()
-    scores = thin.new_zeros((*thin.shape[:3], u.shape[-1]))  # [H, n, blocks, N]
+    scores: Tensor = thin.new_zeros((*thin.shape[:3], u.shape[-1]))  # [H, n, blocks, N]
     for i in range(u.shape[2]):  # products of r numbers are too small for a matrix product
         scores.addcmul_(thin[..., i, None], tokens[:, None, :, i])
     return scores.flatten(2)

@@ -64,10 +64,16 @@ def read(engine: Engine, ids: Tensor) -> KVCache:
     return cache
 
 
-def filled(engine: Engine, prompt: KVCache, room: int) -> KVCache:
-    """What the engine's stores hold behind a prompt that a dense cache has read."""
+def filled(engine: Engine, ids: Tensor, prompt: KVCache, room: int) -> KVCache:
+    """What the engine's stores hold behind a prompt that a dense cache has read.
+
+    Stores that rank tokens by the attention of queries read it themselves.
+    """
     length = prompt.lengths[0]
     cache = engine.new_cache(1, length + room)
+    if engine.plan is not None and any(x.bits and x.bits.rest for x in engine.plan.layers):
+        engine.extend(cache, ids)
+        return cache
     at = torch.arange(length)
     cos, sin = engine.tables(at[None])[0]
     for dense, store, attention in zip(prompt.stores, cache.stores, engine.attentions, strict=True):
@@ -119,7 +125,7 @@ class Cases:
         """Means over the windows with standard errors, recall, and bytes as allocated."""
         kls, ratios, shares = [], [], []
         for prompt, ids, expected, native in self.windows:
-            cache = filled(engine, prompt, CONTINUATION)
+            cache = filled(engine, ids[: self.prefill], prompt, CONTINUATION)
             said = engine.extend(cache, ids[self.prefill : -1], all_logits=True).log_softmax(-1)
             targets = ids[self.prefill + 1 :, None]
             kls.append(kl_sum(expected, said) / len(said))
@@ -128,7 +134,8 @@ class Cases:
         recall: dict[str, list[int]] = {}
         for case, prompt in self.keys:
             for question in case.questions:
-                cache = filled(engine, prompt, len(question.ids) + ANSWER_TOKENS)
+                room = len(question.ids) + ANSWER_TOKENS
+                cache = filled(engine, torch.tensor(case.context), prompt, room)
                 text = engine.tokenizer.decode(answer(engine, cache, question.ids))
                 right, all_ = recall.setdefault(str(case.length), [0, 0])
                 recall[str(case.length)] = [right + is_exact(text, question.answer), all_ + 1]

@@ -40,6 +40,7 @@ from kvtool.calibrate.quantization import (
     options_of,
     packed,
     parse_bits,
+    parse_tiers,
     shared,
     uniform,
 )
@@ -79,6 +80,11 @@ class Plans:
                 )
             for read in ("absorbed", "rebuilt"):
                 yield f"aware {bits}, {read}", lambda b=bits, r=read: self.aware(b, r)
+        for bits in ("4", "3", "2"):
+            yield f"gear {bits}", lambda b=bits: self.alike(b, method="gear", window=16)
+        for bits in ("4/2", "K4V4/K4V2"):
+            for method in ("zipcache", "mikv"):
+                yield f"{method} {bits}", lambda b=bits, m=method: self.tiers(b, m)
         for share in (28, 19):
             for read in ("absorbed", "rebuilt"):
                 yield f"aware {share} %, {read}", lambda s=share, r=read: self.aware(s, r)
@@ -101,6 +107,12 @@ class Plans:
     def alike(self, bits: str, **options: Any) -> Plan:
         """The methods with the same bits everywhere."""
         asked = QuantizationOptions(bits=parse_bits(bits), tokens=self.tokens, **options)
+        return calibrate_quantization(self.checkpoint, asked, self.dense, None, 2)
+
+    def tiers(self, bits: str, method: Any) -> Plan:
+        """The methods with two tiers of tokens, of which 128 are ranked together."""
+        upper, lower = parse_tiers(bits)
+        asked = QuantizationOptions(method, upper, 128, rest=lower, window=16, tokens=self.tokens)
         return calibrate_quantization(self.checkpoint, asked, self.dense, None, 2)
 
     def aware(self, size: str | float, read: Any, heads: bool = False) -> Plan:
@@ -199,8 +211,11 @@ def quantized_bytes(store: Any) -> int:
 
 def milliseconds(engine: Engine, cases: Cases) -> float:
     """Of a decode step behind a prompt of the first window, the median."""
-    prompt, steps = cases.windows[0][0], []
-    store = cases.copy(prompt, STEPS) if engine.plan is None else filled(engine, prompt, STEPS)
+    (prompt, ids, *_), steps = cases.windows[0], []
+    if engine.plan is None:
+        store = cases.copy(prompt, STEPS)
+    else:
+        store = filled(engine, ids[:PREFILL], prompt, STEPS)
     for _ in range(STEPS):
         started = time.perf_counter()
         engine.decode(store, torch.tensor([5]))
@@ -223,7 +238,7 @@ def speeds(checkpoint: Checkpoint) -> dict[str, float]:
             alike = packed(plan, [Bits(bits, bits, kind=kind, window=16)] * layers, {})
             engine = Engine.load(checkpoint, plan=alike)
             name = f"packed, {bits} bits, keys {'after' if kind == 'rotated' else 'before'} RoPE"
-            caches[name] = engine, filled(engine, prompt, STEPS)
+            caches[name] = engine, filled(engine, ids, prompt, STEPS)
     for name, (engine, store) in caches.items():
         steps[name] = lambda e=engine, c=store: e.decode(c, token)
     rival = Opponent(checkpoint, 4)

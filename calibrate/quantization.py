@@ -5,6 +5,16 @@
 * **rotatekv** (IJCAI 2025): keys and values with scales per token, behind a Hadamard transform of
   each head and with the channels of keys in the order of their means, so that those that share a
   scale are alike. The order lies within a head, where the paper's goes over several.
+* **zipcache** (arXiv 2405.14256): kivi's axes in two tiers of tokens, and the channel-separable
+  quantiser for values: each channel is divided by c = √max|v_c| before a token's numbers share a
+  scale. The maximum is that of a calibration text, where the paper's is that of the text at hand:
+  it takes no bytes, and brings about two thirds of what factors for each block bring.
+* **mikv** (arXiv 2402.18096): two tiers of tokens with scales per token, ranked as for zipcache,
+  where the paper asks a policy that would evict the lower one. What an outlier channel of
+  keys does to the others is evened out between keys and queries: with the balancer
+  b_c = √(max|q_c| / max|k_c|), b ∘ k is stored and q / b reads it.
+* **gear** (arXiv 2403.05527): kivi's codes, and of what they leave out of a block of keys or values
+  an approximation of rank r.
 * **aware**: kivi's axes; bits of keys and of values layer by layer, how far their ranges are
   clipped, and whether values are transformed, by the harm that predictions feel.
 
@@ -24,13 +34,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from kvtool.bits import Bits, Turned, read_keys, read_values, turn
+from kvtool.bits import Bits, Factors, Tier, Turned, read_keys, read_values, turn
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.felt import far_reads, joined
 from kvtool.calibrate.levelled import levelled_rows
 from kvtool.calibrate.past import tables
 from kvtool.calibrate.projections import Read, Report, text_windows
-from kvtool.calibrate.statistics import WINDOW, StatisticsOptions, collect
+from kvtool.calibrate.statistics import WINDOW, LayerStatistics, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import Behind, TailModel
@@ -41,8 +51,12 @@ from kvtool.errors import UsageError
 from kvtool.kernels.quantise import BITS, fake_quantise
 from kvtool.plan import Base, Plan, check_can_drop, provenance_of
 
-Method = Literal["aware", "kivi", "rotatekv"]
+Method = Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear"]
 METHODS: tuple[Method, ...] = get_args(Method)
+SALIENT: dict[Method, float] = {"zipcache": 0.6, "mikv": 0.5}
+"""Of methods with two tiers of tokens, the share of the upper one."""
+RANK = 2
+"""Of gear, as GEAR's code has for blocks that come while it decodes."""
 CLIPS = {2: (1.0, 0.85, 0.7), 3: (1.0, 0.85)}
 """Shares of a range to choose from: few codes are better spent on where most numbers are, if
 predictions do not feel the others."""
@@ -57,6 +71,10 @@ class QuantizationOptions:
     Attributes:
         bits: Of keys and of values; of `aware` their mean, as bytes. None if a budget says it.
         group: See :class:`~kvtool.bits.Bits`.
+        rest: Of a method with two tiers of tokens, the bits of the lower one, 2 if not given.
+        salient: Tokens of a block of `group` that are in the upper one; :data:`SALIENT` if not
+            given.
+        rank: Of gear; :data:`RANK` if not given.
         read: Whether keys are stored after RoPE and read as they are, or before it and rebuilt.
         context: Tokens of the sequence that a budget is for.
         sink, window: Tokens that are kept exactly.
@@ -72,6 +90,23 @@ class QuantizationOptions:
     data: str | None = None
     tokens: int = 16384
     seed: int = 0
+    rest: tuple[int, int] | None = None
+    salient: int | None = None
+    rank: int | None = None
+
+
+def parse_tiers(text: str) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """Bits from what :func:`parse_bits` reads, or from two of them such as `4/2`: those of the
+    tokens with most attention, and of the others.
+
+    Raises:
+        UsageError: It is none of them.
+    """
+    upper, *lower = text.split("/")
+    found = [parse_bits(x) for x in (upper, *lower)]
+    if len(found) > 2 or (lower and None in found):
+        raise UsageError(f"--bits {text} is not possible: two tiers have bits such as 4/2")
+    return found[0], found[1] if lower else None
 
 
 def parse_bits(text: str) -> tuple[int, int] | None:
@@ -122,21 +157,17 @@ def calibrate_quantization(
     asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
     if plan.codes:
         return _codes(checkpoint, options, plan, budget_bytes, itemsize, asked, report)
-    if options.method == "kivi":
+    if options.method in ("kivi", "gear"):
         bits = [first] * len(plan.layers)
-    elif options.method == "rotatekv":
+    elif options.method != "aware":
         wanted = StatisticsOptions(
             data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
         )
         statistics = collect(checkpoint, wanted, report=report)
         corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
-        bits = []
-        for index in range(len(plan.layers)):
-            sums = statistics.layer(index)
-            means = sums.joint if first.kind == "unrotated" else sums.rotated_keys
-            heads = means.mean[: plan.base.channels].float().unflatten(0, (plan.base.kv_heads, -1))
-            order = turn(heads).argsort(dim=-1, stable=True)
-            bits.append(replace(first, order=tuple(map(tuple, order.tolist()))))
+        fitted = {"rotatekv": ordered, "zipcache": separated, "mikv": balanced}[options.method]
+        layers = range(len(plan.layers))
+        bits = [fitted(first, statistics.layer(index), plan.base) for index in layers]
     else:
         windows, offsets = text_windows(checkpoint, options.data, options.tokens, options.seed)
         offered = options_of(first)
@@ -150,16 +181,53 @@ def uniform(options: QuantizationOptions) -> Bits:
     """Every layer of a method alike, at 4 bits if the options have none."""
     keys, values = options.bits or (4, 4)
     turned: Turned = "both" if options.method == "rotatekv" else "none"
+    rest = None
+    if options.method in SALIENT:
+        salient = options.salient
+        if salient is None:
+            salient = int(SALIENT[options.method] * options.group)
+        rest = Tier(options.group - salient, *(options.rest or (2, 2)))
     return Bits(
         keys,
         values,
         options.group,
-        "token" if options.method == "rotatekv" else "channel",
+        "token" if options.method in ("rotatekv", "mikv") else "channel",
         "unrotated" if options.read == "rebuilt" else "rotated",
         turned,
         sink=options.sink,
         window=options.window,
+        rest=rest,
+        rank=(RANK if options.rank is None else options.rank) if options.method == "gear" else 0,
     )
+
+
+def ordered(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
+    """RotateKV: the transformed channels of keys in the order of their means."""
+    means = statistics.joint if first.kind == "unrotated" else statistics.rotated_keys
+    heads = means.mean[: base.channels].float().unflatten(0, (base.kv_heads, -1))
+    order = turn(heads).argsort(dim=-1, stable=True)
+    return replace(first, order=tuple(map(tuple, order.tolist())))
+
+
+def separated(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
+    """ZipCache: values divided by c = √max|v_c|."""
+    peaks = statistics.joint.peak[base.channels :].unflatten(0, (base.kv_heads, -1))
+    return replace(first, value_balance=_factors(peaks.sqrt()))
+
+
+def balanced(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
+    """MiKV: keys divided by 1 / b_c = √(max|k_c| / max|q_c|), with the largest q_c of all query
+    heads that read a KV head.
+    """
+    keys = statistics.rotated_keys.peak.unflatten(0, (base.kv_heads, -1))
+    queries = statistics.rotated_queries.peak.unflatten(0, (base.kv_heads, -1)).amax(dim=1)
+    return replace(first, key_balance=_factors((keys / queries).sqrt()))
+
+
+def _factors(x: Tensor) -> Factors:
+    """`[H, D]` as a plan holds it; 1 where a channel is dead."""
+    alive = x.isfinite() & (x > 0)
+    return tuple(tuple(float(f"{y:.4g}") for y in row) for row in x.where(alive, 1.0).tolist())
 
 
 def plan_ahead(
@@ -174,6 +242,14 @@ def plan_ahead(
     already = any(layer.bits is not None for layer in plan.layers)
     if already or any(code.bits is not None for code in plan.codes):
         raise UsageError("the plan of --plan has bits already", hint="Give the one it was made of.")
+    tiered = options.rest is not None or options.salient is not None
+    if tiered and options.method not in SALIENT:
+        raise UsageError(
+            f"--method {options.method} has the same bits for all tokens",
+            hint=f"--method {' or '.join(SALIENT)}",
+        )
+    if options.rank is not None and options.method != "gear":
+        raise UsageError(f"--method {options.method} has no factors", hint="--method gear")
     first = uniform(options)
     if plan.codes:
         if options.method != "aware":
@@ -424,9 +500,9 @@ def _levelled(fitted: Fitted, y: Tensor) -> Fitted:
 
 def memory_bytes(checkpoint: Checkpoint, base: Base, options: QuantizationOptions) -> int:
     """About what a calibration holds at once, besides Python and its libraries."""
-    if options.method == "kivi":
+    if options.method in ("kivi", "gear"):
         return 0
-    if options.method == "rotatekv":
+    if options.method != "aware":
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)
     weights = 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     length = min(WINDOW, int(checkpoint.hf_config().max_position_embeddings))

@@ -1,11 +1,13 @@
 """Few bits per number: how the heads of a layer that keep every token pack keys and values.
 
 The first `sink` tokens and the last ones are exact. All between them lies in blocks of N tokens,
-each packed once, when `window` tokens have come behind it, and never again.
+each packed once, when `window` tokens have come behind it, and never again. The tokens of a block
+may fall into two tiers, by the attention that they got until then: the upper one has more bits.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -24,8 +26,22 @@ Axis = Literal["channel", "token"]
 token. Values always share it within a token."""
 Turned = Literal["none", "values", "both"]
 """What is stored behind a Hadamard transform of each head, which spreads single large channels."""
-GROUPS = (16, 32, 64)
-"""Sizes of a block: planes are allocated in whole pages of 64 tokens."""
+GROUPS = (16, 32, 64, 128)
+"""Sizes of a block."""
+PROBED = 8
+"""One query in so many is a probe, whose attention says which tokens of a block matter."""
+
+Factors = tuple[tuple[float, ...], ...]
+"""`[H][D]`, one per channel of each KV head."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Some tokens of each block, and the bits of their numbers."""
+
+    tokens: int
+    keys: int
+    values: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,12 @@ class Bits:
         key_clip, value_clip: Share of a group's range that codes are spread over.
         sink, window: Tokens that are exact: the first, and at least so many of the last, the
             current one included.
+        rest: The tokens of each block, and their bits, that are not worth `keys` and `values` bits
+            to a KV head; None if all are.
+        key_balance, value_balance: What keys and values are divided by when they are packed, and
+            multiplied by when they are read: large channels do not coarsen the codes of small ones.
+        rank: r, of two factors per block and head, `[r, N]` and `[r, D]` in fp16, that hold what
+            codes left out of its keys; and of two of its values.
 
     Raises:
         PlanError: The numbers are out of range.
@@ -60,13 +82,32 @@ class Bits:
     value_clip: float = 1.0
     sink: int = 4
     window: int = 64
+    rest: Tier | None = None
+    key_balance: Factors | None = None
+    value_balance: Factors | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
-        for part, bits in (("keys", self.keys), ("values", self.values)):
-            if bits not in BITS:
-                raise PlanError(f"{part} have numbers of 2, 3, 4 or 8 bits, not of {bits}")
+        for tier in self.tiers:
+            for part, bits in (("keys", tier.keys), ("values", tier.values)):
+                if bits not in BITS:
+                    raise PlanError(f"{part} have numbers of 2, 3, 4 or 8 bits, not of {bits}")
         if self.group not in GROUPS:
-            raise PlanError(f"numbers share a scale by 16, 32 or 64, not by {self.group}")
+            raise PlanError(f"numbers share a scale by 16, 32, 64 or 128, not by {self.group}")
+        if self.rest is not None and not 0 < self.rest.tokens < self.group:
+            raise PlanError(
+                f"{self.rest.tokens} tokens of a block of {self.group} have fewer bits: it must be "
+                "some and not all"
+            )
+        if self.rest is not None and self.kind == "unrotated":
+            raise PlanError("tokens of two tiers lie out of order, so their keys cannot be rotated")
+        if not 0 <= self.rank <= self.group:
+            raise PlanError(f"a block of {self.group} tokens has no factors of rank {self.rank}")
+        if self.rank and self.rest is not None:
+            raise PlanError("blocks with factors of what codes left out have one tier of tokens")
+        for row in (*(self.key_balance or ()), *(self.value_balance or ())):
+            if not all(0 < x < math.inf for x in row):
+                raise PlanError("what channels are divided by is above 0 and finite")
         if not 0 < min(self.key_clip, self.value_clip) <= max(self.key_clip, self.value_clip) <= 1:
             raise PlanError("codes are spread over a share of a range above 0, up to 1")
         if self.sink < 0 or self.window < 1:
@@ -79,6 +120,18 @@ class Bits:
                 raise PlanError("an order of channels names each of them once")
 
     @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Of the tokens of a block, those with more attention first."""
+        if self.rest is None:
+            return (Tier(self.group, self.keys, self.values),)
+        return Tier(self.group - self.rest.tokens, self.keys, self.values), self.rest
+
+    @property
+    def probes(self) -> int:
+        """Queries, the last before a block is packed, that say which of its tokens matter."""
+        return 0 if self.rest is None else self.group // PROBED
+
+    @property
     def ring(self) -> int:
         """Tokens that there is exact room for behind the sinks."""
         return self.window + self.group
@@ -87,31 +140,45 @@ class Bits:
         """Blocks that are packed of a sequence of so many tokens."""
         return max(0, tokens - self.sink - self.window) // self.group
 
+    def packed_at(self, block: int) -> int:
+        """Position of the token with which a block is packed, before that token is read."""
+        return self.sink + self.window + (block + 1) * self.group - 1
+
     def block_bytes(self, head_dim: int) -> int:
         """Of one head, with scales and minima."""
         return self.key_bytes(head_dim) + self.value_bytes(head_dim)
 
     def key_bytes(self, head_dim: int) -> int:
         """The same of the keys alone."""
-        if self.axis == "channel":
-            return head_dim * (packed_bytes(self.group, self.keys) + 4)
-        return self._per_token(head_dim, self.keys)
+        if self.axis == "token":
+            codes = sum(self._per_token(head_dim, x.tokens, x.keys) for x in self.tiers)
+        else:
+            codes = sum(head_dim * (packed_bytes(x.tokens, x.keys) + 4) for x in self.tiers)
+        return codes + self._factors(head_dim)
 
     def value_bytes(self, head_dim: int) -> int:
         """The same of the values alone."""
-        return self._per_token(head_dim, self.values)
+        codes = sum(self._per_token(head_dim, x.tokens, x.values) for x in self.tiers)
+        return codes + self._factors(head_dim)
 
     def cache_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        """Of one head of a sequence; the room for exact tokens counts whole even if unfilled."""
+        """Of one head of a sequence; the room for exact tokens counts whole even if unfilled.
+
+        With two tiers, every token of the next block has its attention so far, 4 bytes.
+        """
         exact = 2 * itemsize * head_dim * (self.sink + self.ring)
+        exact += 0 if self.rest is None else 4 * self.group
         return self.blocks(tokens) * self.block_bytes(head_dim) + exact
 
     def token_bytes(self, head_dim: int) -> Fraction:
         """What a further token costs a head."""
         return Fraction(self.block_bytes(head_dim), self.group)
 
-    def _per_token(self, head_dim: int, bits: int) -> int:
-        return self.group * (packed_bytes(head_dim, bits) + 4 * groups_of(head_dim, self.group))
+    def _per_token(self, head_dim: int, tokens: int, bits: int) -> int:
+        return tokens * (packed_bytes(head_dim, bits) + 4 * groups_of(head_dim, self.group))
+
+    def _factors(self, head_dim: int) -> int:
+        return 2 * self.rank * (self.group + head_dim)
 
 
 def turn(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kvtool import __version__, plan_file
 from kvtool.attention import describe
-from kvtool.bits import Bits
+from kvtool.bits import Bits, Tier
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Allocation, CodePlan, code_shapes, fit_codes
 from kvtool.errors import PlanError, UnsupportedModelError
@@ -33,6 +33,7 @@ from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
 
+_NEWER = ("rest", "key_balance", "value_balance", "rank")  # of bits, since version 5 of the file
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
@@ -61,9 +62,9 @@ class LayerPlan:
     bits: Bits | None = None
 
     def __post_init__(self) -> None:
-        order = None if self.bits is None else self.bits.order
-        if order is not None and len(order) != len(self.streaming):
-            raise PlanError(f"{len(order)} orders of channels for {len(self.streaming)} heads")
+        for what, rows in _by_head(self.bits):
+            if len(rows) != len(self.streaming):
+                raise PlanError(f"{len(rows)} {what} of channels for {len(self.streaming)} heads")
         if not any(self.streaming):
             object.__setattr__(self, "sink", 0)
             object.__setattr__(self, "window", 0)
@@ -249,11 +250,17 @@ class Plan:
         if len(self.layers) != base.layers:
             raise PlanError(f"{len(self.layers)} layers are planned, of a model with {base.layers}")
         for index, layer in enumerate(self.layers):
-            for order in () if layer.bits is None else layer.bits.order or ():
-                if len(order) != base.head_dim:
-                    raise PlanError(
-                        f"layer {index} orders {len(order)} channels of {base.head_dim}"
-                    )
+            if layer.bits is not None and layer.bits.rank > base.head_dim:
+                raise PlanError(
+                    f"layer {index} has factors of rank {layer.bits.rank} for {base.head_dim} "
+                    "channels"
+                )
+            for what, rows in _by_head(layer.bits):
+                for row in rows:
+                    if len(row) != base.head_dim:
+                        raise PlanError(
+                            f"layer {index} has {what} of {len(row)} channels of {base.head_dim}"
+                        )
             if len(layer.streaming) != base.kv_heads:
                 raise PlanError(
                     f"layer {index} plans {len(layer.streaming)} KV heads of {base.kv_heads}"
@@ -538,6 +545,18 @@ class Plan:
         )
 
 
+def _by_head(bits: Bits | None) -> list[tuple[str, Sequence[Sequence[float]]]]:
+    """What bits say of every channel of every head, and its name."""
+    if bits is None:
+        return []
+    named = (
+        ("orders", bits.order),
+        ("balances", bits.key_balance),
+        ("balances", bits.value_balance),
+    )
+    return [(what, rows) for what, rows in named if rows is not None]
+
+
 # --------------------------------------------------------------------------------------- file
 
 
@@ -569,7 +588,11 @@ def _layer(layer: LayerEntry) -> LayerPlan:
         raise PlanError("its streaming heads differ in sink or window; they share one ring")
     sink, window = next(iter(rings), (0, 0))
     streaming = tuple(isinstance(head, plan_file.Streaming) for head in layer.heads)
-    bits = None if layer.bits is None else Bits(**layer.bits.model_dump())
+    bits = None
+    if layer.bits is not None:
+        said = layer.bits.model_dump()
+        rest = said.pop("rest")
+        bits = Bits(**said, rest=None if rest is None else Tier(**rest))
     return LayerPlan(streaming, sink, window, layer.budget, bits)
 
 
@@ -591,10 +614,14 @@ def _document(plan: Plan) -> dict[str, Any]:
         document["format_version"] = plan_file.CODES_VERSION
         document |= {"codes": codes, "allocation": plan.allocation}
     if any(layer.bits is not None for layer in plan.layers):
-        document["format_version"] = plan_file.FORMAT_VERSION
+        document["format_version"] = plan_file.BITS_VERSION
         for entry, layer in zip(document["layers"], plan.layers, strict=True):
             if layer.bits is not None:
                 entry["bits"] = asdict(layer.bits)
+                newer = {name: entry["bits"].pop(name) for name in _NEWER}
+                if used := {name: x for name, x in newer.items() if x}:
+                    document["format_version"] = plan_file.FORMAT_VERSION
+                    entry["bits"] |= used
     return document
 
 

@@ -21,8 +21,9 @@ from kvtool.bits import Axis, Turned
 from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 
-FORMAT_VERSION, CODES_VERSION = 4, 3
-"""4 knows bits of heads, and 3 codes; where there are neither, files of version 1 are written."""
+FORMAT_VERSION, BITS_VERSION, CODES_VERSION = 5, 4, 3
+"""5 knows tiers, balances and factors of bits, 4 bits of heads, and 3 codes; a file is of the
+oldest version that knows what is in it, 1 at least."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
@@ -54,6 +55,17 @@ class Streaming(_Strict):
     window: _Count
 
 
+class TierEntry(_Strict):
+    """The tokens of a block that got less attention."""
+
+    tokens: _Count
+    keys: _Count
+    values: _Count
+
+
+_Factors = tuple[tuple[float, ...], ...]
+
+
 class BitsEntry(_Strict):
     """How full heads pack what they keep."""
 
@@ -68,6 +80,10 @@ class BitsEntry(_Strict):
     value_clip: float
     sink: _Count
     window: _Count
+    rest: TierEntry | None = None
+    key_balance: _Factors | None = None
+    value_balance: _Factors | None = None
+    rank: _Count = 0
 
 
 class LayerEntry(_Strict):

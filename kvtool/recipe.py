@@ -161,11 +161,13 @@ class QuantizationStep(_Strict):
 
     uses: Literal["calibrate quantization"]
     output: str | None = None
-    bits: TextOrNumber = "4"
-    method: Literal["aware", "kivi", "rotatekv"] = "aware"
+    bits: TextOrNumber | None = None
+    method: Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear"] = "aware"
+    salient: TextOrNumber | None = None
+    rank: Positive | None = None
     kv_budget: TextOrNumber | None = None
     context: Positive | None = None
-    group: Positive = 64
+    group: Positive | None = None
     read: Literal["absorbed", "rebuilt"] | None = None
     sink: Natural | None = None
     window: Positive | None = None

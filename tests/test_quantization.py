@@ -8,7 +8,7 @@ import pytest
 import torch
 from _convert_tools import YARN, one_thread, random_ids
 
-from kvtool.bits import Bits, read_keys, read_values, turn
+from kvtool.bits import Bits, Tier, read_keys, read_values, turn
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.felt import END
 from kvtool.calibrate.projections import (
@@ -22,6 +22,7 @@ from kvtool.calibrate.quantization import (
     harms,
     options_of,
     parse_bits,
+    parse_tiers,
     uniform,
 )
 from kvtool.calibrate.statistics import StatisticsOptions, collect
@@ -72,7 +73,7 @@ def test_calibration_reads_what_the_store_reads(tiny, kind, axis, hadamard):
     )
     generator = torch.Generator().manual_seed(0)
     k, v, q = torch.randn(3, heads, 16 * count, size, generator=generator)
-    store._pack(0, 0, k, v)
+    store._pack(0, 0, k, v, None)
     cos, sin = positions.tables(2, 2 + 16 * count)
     keys, values = read_keys(k, bits, order, cos, sin, rope.scale), read_values(v, bits)
     torch.testing.assert_close(
@@ -80,7 +81,7 @@ def test_calibration_reads_what_the_store_reads(tiny, kind, axis, hadamard):
     )
     weights = torch.softmax(store._scores(q[:, :4], 0, count), dim=-1)
     nothing = torch.empty(heads, 0, size)
-    found = store._attend(q[:, :4], nothing, nothing, 0, count)
+    found, _ = store._attend(q[:, :4], nothing, nothing, 0, count)
     torch.testing.assert_close(found, weights @ values, rtol=1e-4, atol=1e-4)
 
 
@@ -114,6 +115,12 @@ def test_bits_as_users_write_them():
     for wrong in ("5", "K4", "V2K4", "16", "", "K4V1", "fp8"):
         with pytest.raises(UsageError, match="is not possible"):
             parse_bits(wrong)
+    assert parse_tiers("4/2") == ((4, 4), (2, 2))
+    assert parse_tiers("K8V4/K4V2") == ((8, 4), (4, 2))
+    assert parse_tiers("3") == ((3, 3), None)
+    for wrong in ("4/", "4/2/2", "auto/2", "4/auto", "/"):
+        with pytest.raises(UsageError, match="is not possible"):
+            parse_tiers(wrong)
 
 
 # -------------------------------------------------------------------------------- the methods
@@ -201,6 +208,58 @@ def test_rotatekv_orders_the_turned_channels_by_their_means(llama, read):
         assert (layer.bits.axis, layer.bits.hadamard) == ("token", "both")
 
 
+def test_zipcache_and_mikv_divide_channels_by_what_the_text_showed(llama):
+    statistics = collect(llama, StatisticsOptions(tokens=1024, sinks=2))
+    zipcache, mikv = (calibrated(llama, method=x, rest=(2, 3)) for x in ("zipcache", "mikv"))
+    for index, (zipped, mixed) in enumerate(zip(zipcache.layers, mikv.layers, strict=True)):
+        sums = statistics.layer(index)
+        expected = sums.joint.peak[32:].view(2, 16).sqrt()
+        found = torch.tensor(zipped.bits.value_balance)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+        queries = sums.rotated_queries.peak.view(2, -1, 16).amax(1)
+        expected = (sums.rotated_keys.peak.view(2, 16) / queries).sqrt()
+        found = torch.tensor(mixed.bits.key_balance)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+        assert (zipped.bits.axis, mixed.bits.axis) == ("channel", "token")
+        assert (zipped.bits.rest, mixed.bits.rest) == (Tier(7, 2, 3), Tier(8, 2, 3))
+    assert calibrated(llama, method="mikv", salient=3).layers[0].bits.rest == Tier(13, 2, 2)
+
+
+def test_gear_holds_what_the_codes_leave_out(llama):
+    """At the rank of a block nearly all of it; and each rank more brings the model nearer."""
+    windows, _ = text_windows(llama, None, 1024, 0)
+    lost = [
+        measured(llama, calibrated(llama, method="gear", bits=(2, 2), rank=rank), windows[:2])
+        for rank in (1, 4, 16)
+    ]
+    assert lost[0] > 1.5 * lost[1] > 100 * lost[2]
+    assert calibrated(llama, method="gear").layers[0].bits == Bits(
+        4, 4, 16, sink=2, window=6, rank=2
+    )
+
+
+def test_a_balance_saves_the_codes_of_small_channels(llama):
+    """Keys with a channel 100 times the others, that queries hardly ask for."""
+    generator = torch.Generator().manual_seed(0)
+    k, q = torch.randn(2, 1, 16, 16, generator=generator)
+    k[..., 3] *= 100
+    q[..., 3] /= 100
+    factors = (k.abs().amax(1) / q.abs().amax(1)).sqrt()[:, None]
+    rope = Positions(Engine.load(llama)._ropes[0], torch.empty(0))
+    errors = []
+    for balance in (None, factors):
+        store = PackedHeads(
+            1, 1, 100, 16, torch.empty(0), 1.0, Bits(4, 4, 16, "token"), None, rope,
+            dense_prompt=True, balances=(balance, balance),
+        )  # fmt: skip
+        store._pack(0, 0, k, k, None)
+        errors.append(float((store._scores(q, 0, 1) - q @ k.mT).square().mean()))
+        sums = store._sums(torch.eye(16)[None], 0, 1)
+        read = sums if balance is None else sums * balance
+        assert (read - k).abs().max() < 20
+    assert errors[1] < errors[0] / 50
+
+
 def test_heads_that_stream_stay_as_they_are(llama):
     streaming = ((True, False), (False, False), (True, True))
     heads = replace(dense(llama), layers=tuple(LayerPlan(x, 2, 8) for x in streaming))
@@ -260,6 +319,33 @@ def test_the_command_writes_a_plan_that_runs(llama, tmp_path, capsys):
     assert run_command([*command, "--max-new-tokens", "4", "--json", "-q"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "methods", "shown"),
+    [
+        (["zipcache"], "zipcache", "bits of keys 4/2 bits of values 4/2 tiers 9 of 16 tokens"),
+        (["gear", "--bits", "2", "--rank", "3"], "gear",
+         "bits of keys 2 bits of values 2 stored a scale and a minimum (4 bytes) for 16 of a "
+         "channel factors of rank 3, of what the codes leave out"),
+        (["mikv", "--bits", "K8V4/4", "--salient", "25%"], "mikv",
+         "bits of keys 8/4 bits of values 4/4 tiers 4 of 16 tokens"),
+    ],
+)  # fmt: skip
+def test_plans_of_other_methods_are_shown_and_run(llama, tmp_path, capsys, words, methods, shown):
+    path = tmp_path / "p"
+    assert quantize(llama.source, path, "--method", *words, "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)["bytes_at_most"]
+    assert quantize(llama.source, path, "--method", *words, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["methods"] == [methods]
+    assert said["bytes"] == planned == Plan.read(path).cache_bytes(400, 2)
+    assert run_command(["plan", "show", str(path), "--context", "400"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"method {methods}" in text
+    assert shown in text
+    command = ["generate", llama.source, "some text " * 30, "--plan", str(path)]
+    assert run_command([*command, "--max-new-tokens", "4", "--json", "-q"]) == 0
+
+
 def test_a_dry_run_knows_the_bytes(llama, tmp_path, capsys):
     assert quantize(llama.source, tmp_path / "p", "--bits", "3", "--dry-run", "--json") == 0
     said = json.loads(capsys.readouterr().out)
@@ -276,7 +362,14 @@ def test_a_dry_run_knows_the_bytes(llama, tmp_path, capsys):
         (["--kv-budget", "20%"], 2, "come together"),
         (["--bits", "auto", "--kv-budget", "1%"], 2, "with 2 bits everywhere, the cache takes"),
         (["--bits", "auto", "--kv-budget", "50%", "--method", "kivi"], 2, "for --method aware"),
-        (["--group", "48"], 3, "share a scale by 16, 32 or 64, not by 48"),
+        (["--bits", "4/2"], 2, "the same bits for all tokens"),
+        (["--method", "kivi", "--salient", "50%"], 2, "the same bits for all tokens"),
+        (["--method", "kivi", "--rank", "2"], 2, "--method kivi has no factors"),
+        (["--method", "gear", "--rank", "20"], 3, "no factors of rank 20"),
+        (["--bits", "4/2/2", "--method", "mikv"], 2, "two tiers have bits such as 4/2"),
+        (["--salient", "100%", "--method", "mikv"], 3, "must be some and not all"),
+        (["--read", "rebuilt", "--method", "zipcache"], 3, "lie out of order"),
+        (["--group", "48"], 3, "share a scale by 16, 32, 64 or 128, not by 48"),
         (["--tokens", "3"], 2, "less than one window"),
         (["--plan", "nowhere"], 3, "no such file"),
     ],

@@ -11,6 +11,7 @@ from _convert_tools import one_thread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_coded_bits import coded as packed
+from test_packed import packed as few_bits
 from test_split_store import MIXED, SINK, WINDOW, make_plan
 
 from kvtool.checkpoint import Checkpoint
@@ -21,7 +22,16 @@ from kvtool.runtime.scheduler import Request, Scheduler
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
-PLANS = ("split", "streamed", "budgeted", "coded", "shared codes", "packed codes")
+PLANS = (
+    "split",
+    "streamed",
+    "budgeted",
+    "coded",
+    "shared codes",
+    "packed codes",
+    "two tiers",
+    "gear",
+)
 KINDS = ("dense", "windowed", *PLANS, "mla", "kvtool-mla")
 PIECE = 16
 GIGABYTE = 2**30
@@ -58,6 +68,12 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
             return Engine.load(checkpoint, plan=plan)
         if kind == "packed codes":
             return Engine.load(checkpoint, plan=packed(checkpoint, "rotated", 4, share=0.5))
+        if kind == "gear":
+            return Engine.load(checkpoint, plan=few_bits(checkpoint, kind, streaming=MIXED))
+        if kind.startswith("two tiers"):
+            prefill = "streamed" if kind.endswith("streamed") else "dense"
+            plan = few_bits(checkpoint, "two tiers", prefill=prefill, streaming=MIXED)
+            return Engine.load(checkpoint, plan=plan)
         if kind.endswith("mla"):
             target = "kvtool" if kind == "kvtool-mla" else "transformers"
             options = planning.ConvertOptions(
@@ -153,7 +169,9 @@ def test_text_is_the_same_alone_and_in_any_batch(engine, kind, data):
         assert found[one] == bits_alone(runtime, request(*what))
 
 
-@pytest.mark.parametrize("kind", ["dense", "mla", "coded", "shared codes", "budgeted"])
+@pytest.mark.parametrize(
+    "kind", ["dense", "mla", "coded", "shared codes", "budgeted", "two tiers, streamed"]
+)
 def test_a_preempted_request_goes_on_from_the_same_bits(engine, kind):
     runtime = engine(kind)
     hot = Sampling(temperature=1.0)

@@ -19,22 +19,43 @@ def quantization(
     model: _options.Model,
     output: _options.Output,
     bits: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Of a number: 2, 3, 4 or 8, keys and values apart such as K4V2, or auto for what "
-            "--kv-budget allows. Of aware it is their mean: the bytes are those of such bits.",
+            "--kv-budget allows. Of aware it is their mean: the bytes are those of such bits. Of "
+            "zipcache and mikv two such as 4/2, for tokens with more attention and for the others. "
+            "By default 4, and 4/2.",
             rich_help_panel=_METHOD,
         ),
-    ] = "4",
+    ] = None,
     method: Annotated[
-        Literal["aware", "kivi", "rotatekv"],
+        Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear"],
         typer.Option(
             help="aware: bits by what predictions feel of each layer's keys and values. kivi: the "
             "same everywhere, keys with a scale per channel. rotatekv: scales per token, behind a "
-            "Hadamard transform and a reordering of channels.",
+            "Hadamard transform and a reordering of channels. zipcache: as kivi, with more bits "
+            "for tokens that get more attention. mikv: the same with scales per token, and keys "
+            "balanced against queries. gear: as kivi, and what the codes leave out in thin "
+            "factors.",
             rich_help_panel=_METHOD,
         ),
     ] = "aware",
+    salient: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of tokens with more bits, by the attention they get: 60% of zipcache, 50% "
+            "of mikv.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of gear: rank of the factors of each block's keys, and of its values (2).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     plan: _options.PlanFile = None,
     kv_budget: Annotated[
         str | None,
@@ -47,18 +68,19 @@ def quantization(
     ] = None,
     context: _options.BudgetContext = None,
     group: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Numbers that share a scale and a minimum (4 bytes): 16, 32 or 64.",
+            help="Numbers that share a scale and a minimum (4 bytes): 16, 32, 64 or 128, by "
+            "default 64. Of zipcache and mikv the tokens that are ranked together: 128.",
             rich_help_panel=_METHOD,
         ),
-    ] = 64,
+    ] = None,
     read: Annotated[
         Literal["absorbed", "rebuilt"] | None,
         typer.Option(
-            help="Keys are stored after RoPE and read as they are (absorbed, the default of aware "
-            "and kivi), or before it, and rebuilt and rotated at every step: less is lost "
-            "(rebuilt, the default of rotatekv).",
+            help="Keys are stored after RoPE and read as they are (absorbed), or before it, and "
+            "rebuilt and rotated at every step: less is lost (rebuilt, the default of rotatekv; "
+            "not for two tiers).",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -94,9 +116,12 @@ def quantization(
     from kvtool.checkpoint import Checkpoint
     from kvtool.plan import LayerPlan, Plan, base_of, check_can_drop
     from kvtool.plan_file import check_plan_output
-    from kvtool.sizes import parse_budget
+    from kvtool.sizes import parse_budget, parse_share
 
-    asked = method_of.parse_bits(bits)
+    tiers = method in method_of.SALIENT
+    bits = bits or ("4/2" if tiers else "4")
+    group = group or (128 if tiers else 64)
+    asked, rest = method_of.parse_tiers(bits)
     if (asked is None) != (kv_budget is not None):
         raise UsageError("--bits auto and --kv-budget come together: the one asks the other")
     if asked is None and method != "aware":
@@ -125,6 +150,9 @@ def quantization(
         data,
         tokens,
         seed,
+        rest,
+        None if salient is None else parse_share(salient, group),
+        rank,
     )
     native = base.native_bytes(context, _BF16)
     budget = None if kv_budget is None else parse_budget(kv_budget, native)

@@ -15,6 +15,7 @@ from kvtool.cli import _console, _options
 from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
+    from kvtool.bits import Bits
     from kvtool.plan import LayerPlan, Plan
 
 FULL, STREAMING, BUDGETED = "█", "·", "▒"
@@ -158,7 +159,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
                 "sink": layer.sink,
                 "window": layer.window,
                 "budget": layer.budget,
-                "bits": None if layer.bits is None else asdict(replace(layer.bits, order=None)),
+                "bits": None if layer.bits is None else _bits(layer.bits),
             }
             for layer in plan.layers
         ],
@@ -171,6 +172,11 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
         "native_bytes": plan.native_bytes(context, _BF16),
         "provenance": plan.provenance,
     }
+
+
+def _bits(bits: Bits) -> dict[str, Any]:
+    """All of it that is not a list of channels."""
+    return asdict(replace(bits, order=None, key_balance=None, value_balance=None))
 
 
 def _describe_heads(table: Table, result: dict[str, Any]) -> None:
@@ -194,10 +200,15 @@ def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
     if one is None:
         return
     for part in ("keys", "values"):
-        each = ["-" if bits is None else str(bits[part]) for bits in packed]
+        each = ["-" if bits is None else _tiers(bits, part) for bits in packed]
         table.add_row(f"bits of {part}", " ".join(each) if len(set(each)) > 1 else each[0])
+    if rest := one["rest"]:
+        upper = f"{one['group'] - rest['tokens']} of {one['group']} tokens have the more bits"
+        table.add_row("  tiers", f"{upper}, by the attention that they get")
     scale = "a channel" if one["axis"] == "channel" else "a token"
     table.add_row("  stored", f"a scale and a minimum (4 bytes) for {one['group']} of {scale}")
+    if rank := one["rank"]:
+        table.add_row("  factors", f"of rank {rank}, of what the codes leave out")
     read = "after RoPE, read as stored"
     if one["kind"] == "unrotated":
         read = "before RoPE, rebuilt when read"
@@ -205,6 +216,10 @@ def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
     table.add_row(
         "  exact", f"the first {one['sink']} and at least the last {one['window']} tokens"
     )
+
+
+def _tiers(bits: dict[str, Any], part: str) -> str:
+    return f"{bits[part]}/{bits['rest'][part]}" if bits["rest"] else f"{bits[part]}"
 
 
 def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import sys
 from bisect import bisect_right
+from collections.abc import Sequence
 
+from kvtool.plan import LayerPlan
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.stores import PAGE, whole_pages
 
@@ -13,22 +15,21 @@ from kvtool.runtime.stores import PAGE, whole_pages
 class RowMemory:
     """Bytes of a cache of one row, as its stores allocate them.
 
-    What grows with the length is measured from two empty caches. What a plan holds only while it
-    reads a prompt, and what its token budgets keep of it, follows from the plan.
+    What grows with the length is measured from two empty caches. What a plan packs, what it holds
+    only while it reads a prompt, and what its token budgets keep of it, follows from the plan.
     """
 
     def __init__(self, engine: Engine) -> None:
-        # Packed heads pack nothing of the first tokens, so the slope is taken behind them.
-        planned = [] if engine.plan is None else engine.plan.layers
-        exact = [x.bits.sink + x.bits.window for x in planned if x.bits is not None]
-        far = whole_pages(max(exact, default=PAGE))
-        self.least, small, large = (
-            engine.new_cache(1, n).allocated_bytes for n in (PAGE, far, far + PAGE)
+        self.layers: Sequence[LayerPlan] = () if engine.plan is None else engine.plan.layers
+        self.head_dim = 0 if engine.plan is None else engine.plan.base.head_dim
+        self.least, large = (
+            engine.new_cache(1, n).allocated_bytes - self._packed(n) for n in (PAGE, 2 * PAGE)
         )
-        self.page_bytes = large - small
-        self.constant = small - far // PAGE * self.page_bytes
+        self.page_bytes = large - self.least
+        self.constant = self.least - self.page_bytes
         self.head_bytes = 0  # of keys and values of one token
         self.dropping = 0  # heads that hold a whole prompt while it is read
+        self.watched = 0  # and the attention that its tokens get
         self.budgets: list[int] = []
         self.rings: list[int] = []  # tokens that each streaming head has room for
         self.heads, self.dense = 1, True
@@ -36,23 +37,31 @@ class RowMemory:
         if plan is None:
             return
         self.heads, self.dense = plan.base.all_heads, plan.prefill == "dense"
-        self.head_bytes = 2 * plan.base.head_dim * engine.dtype.itemsize
+        self.head_bytes = 2 * self.head_dim * engine.dtype.itemsize
         for layer in plan.layers:
             self.budgets += [n for n in layer.budgets if n is not None]
             self.rings += [layer.sink + layer.window] * sum(layer.streaming)
             if self.dense:
                 self.dropping += plan.base.kv_heads if plan.codes else sum(layer.streaming)
-                self.dropping += 0 if layer.bits is None else len(layer.full_heads)
+                if layer.bits is not None:
+                    self.dropping += len(layer.full_heads)
+                    self.watched += len(layer.full_heads) if layer.bits.rest else 0
         self.dropping += len(self.budgets)
 
     @property
     def bytes_per_token(self) -> float:
         """What a further token costs, once a prompt is read."""
-        return self.page_bytes / PAGE + len(self.budgets) * self.head_bytes
+        packed = sum(
+            len(layer.full_heads) * float(layer.bits.token_bytes(self.head_dim))
+            for layer in self.layers
+            if layer.bits is not None
+        )
+        return self.page_bytes / PAGE + packed + len(self.budgets) * self.head_bytes
 
     def reading(self, prompt: int) -> int:
         """While a prompt of so many tokens is read."""
-        return self._planes(prompt) + self.dropping * self.head_bytes * prompt
+        held = self.dropping * self.head_bytes + 4 * self.watched
+        return self._planes(prompt) + held * prompt
 
     def holding(self, tokens: int, prompt: int) -> int:
         """With `tokens` stored, of which the first `prompt` were the prompt."""
@@ -77,7 +86,17 @@ class RowMemory:
         return dropped / self.heads
 
     def _planes(self, tokens: int) -> int:
-        return max(self.least, self.constant + self.page_bytes * (whole_pages(tokens) // PAGE))
+        room = whole_pages(tokens)
+        exact = max(self.least, self.constant + self.page_bytes * (room // PAGE))
+        return exact + self._packed(room)
+
+    def _packed(self, room: int) -> int:
+        """Blocks of heads with few bits, in the room for so many tokens."""
+        return sum(
+            len(layer.full_heads) * layer.bits.blocks(room) * layer.bits.block_bytes(self.head_dim)
+            for layer in self.layers
+            if layer.bits is not None
+        )
 
 
 def give_back() -> None:

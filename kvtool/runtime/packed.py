@@ -5,22 +5,35 @@ these are packed as one block, from the exact numbers, and never again. Whatever
 brought the tokens, the same are packed after as many of them; in a call with several tokens, each
 reads what would have been exact had it come alone.
 
+Where a block has two tiers of tokens, those with more attention have more bits, head by head, as in
+ZipCache (arXiv 2405.14256). Each tier has planes of its own: behind RoPE a softmax does not ask in
+which order tokens lie, so nothing of the past is gathered. Attention is that of probes, the N / 8
+last queries before the block is packed, divided by how many of them come behind a token. ZipCache
+takes a tenth, half of them at random, for all tokens of a text together, and packs everything anew
+after every 100 tokens, from what was packed before; here a block is ranked and packed once.
+
+What codes leave out of a block may be held nearly, in thin factors per head (`kernels/low_rank`),
+as GEAR does (arXiv 2403.05527): two thin products add it to scores and to sums. GEAR's sparse
+outliers are left out, as in its own variant GEAR-L: 2 % of the numbers with an fp16 value and the
+least index that finds them, 12 bits in a block of 64 x 64, are 0.56 bits per number.
+
 Keys that are stored after RoPE are read as they are (`kernels/packed_attention`): nothing of the
 past is rebuilt. Keys that are stored before it are rebuilt and rotated a tile at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention, rotate
-from kvtool.bits import Bits, from_stored, to_stored, turn
+from kvtool.bits import Bits, Factors, from_stored, to_stored, turn
 from kvtool.codes import Positions
 from kvtool.kernels.append import append
+from kvtool.kernels.low_rank import low_rank, low_rank_scores, low_rank_sums
 from kvtool.kernels.packed_attention import (
     Blocks,
     Ring,
@@ -45,41 +58,56 @@ from kvtool.runtime.split import (
 )
 from kvtool.runtime.stores import PAGE, whole_pages
 
-_ROWS = 256  # queries whose scores are written out at once
 _BLOCKS = 16  # whose keys are rebuilt at once
+_PREFIXES = ("", "rest ")  # of the planes of the tiers
+_FACTORS = (" tokens", " channels")  # behind the name of what codes left out
 
 
 class PackedHeads(DroppingHeads):
     """A ring of exact tokens, and planes `[B, H, blocks, ...]` of codes and of their scales.
 
-    A block has a row per channel with N numbers of keys whose scales are per channel, and else a
-    row per token with D numbers.
+    A block has a row per channel with the numbers of a tier's keys where their scales are per
+    channel, and else a row per token with D numbers. Beside the ring lies, with two tiers, the
+    attention `[B, H, N]` that the tokens of the next block got from its probes so far.
 
     Args:
         order: `[H, D]`, the order of the channels of keys; None for their own.
         positions: RoPE in fp32.
+        balances: `[H, 1, D]` for keys and for values, see :class:`Bits`; None for ones.
     """
 
     def __init__(
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
         bits: Bits, order: Tensor | None, positions: Positions, dense_prompt: bool,
+        balances: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:  # fmt: skip
         self.exact = self.new_exact(rows, heads, head_dim, like, scaling, bits)
+        if bits.rest is not None:
+            attention = like.new_zeros((rows, heads, bits.group), dtype=torch.float32)
+            self.exact.planes["attention"] = attention
         self.bits, self.scaling, self.dense_prompt = bits, scaling, dense_prompt
         self.head_dim, self.order, self.positions = head_dim, order, positions
+        self.key_balance, self.value_balance = balances
         self.tokens = capacity
-        size = bits.group
-        key_block = (head_dim, size) if bits.axis == "channel" else (size, head_dim)
         self.planes = {}
-        for part, width, (lines, numbers) in (
-            ("keys", bits.keys, key_block),
-            ("values", bits.values, (size, head_dim)),
-        ):
-            shape = (rows, heads, bits.blocks(capacity), lines)
-            groups = groups_of(numbers, size)
-            codes = like.new_empty((*shape, packed_bytes(numbers, width)), dtype=torch.uint8)
-            scales = like.new_empty((*shape, groups, 2), dtype=torch.float16)
-            self.planes |= {part: codes, f"{part} scales": scales}
+        for prefix, tier in zip(_PREFIXES, bits.tiers, strict=False):
+            per_channel = (head_dim, tier.tokens)
+            key_block = per_channel if bits.axis == "channel" else per_channel[::-1]
+            for part, width, (lines, numbers) in (
+                ("keys", tier.keys, key_block),
+                ("values", tier.values, per_channel[::-1]),
+            ):
+                shape = (rows, heads, bits.blocks(capacity), lines)
+                groups = groups_of(numbers, bits.group)
+                codes = like.new_empty((*shape, packed_bytes(numbers, width)), dtype=torch.uint8)
+                scales = like.new_empty((*shape, groups, 2), dtype=torch.float16)
+                name = prefix + part
+                self.planes |= {name: codes, f"{name} scales": scales}
+        if bits.rank:
+            for part in ("keys", "values"):
+                for factor, lines in zip(_FACTORS, (bits.group, head_dim), strict=True):
+                    thin = (rows, heads, bits.blocks(capacity), bits.rank, lines)
+                    self.planes[part + factor] = like.new_empty(thin, dtype=torch.float16)
 
     def new_exact(
         self, rows: int, heads: int, head_dim: int, like: Tensor, scaling: float, bits: Bits
@@ -109,6 +137,8 @@ class PackedHeads(DroppingHeads):
             self.planes[name] = other
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
+        if self.bits.probes and length > self._first_probe(self.bits.blocks(length)):
+            return False  # later probes cannot be taken off the sums again
         return stored - self.bits.ring <= self._first_exact(length)
 
     def snapshot(self, row: int) -> list[Tensor]:
@@ -121,106 +151,144 @@ class PackedHeads(DroppingHeads):
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
         if step.prompt is not None and self.dense_prompt:
             return self.read_prompt(new, step)
-        if step.row is not None and new.q.shape[2] > 1:
-            return self._add_several(new, step.row, step.starts[0])[None]
-        slots = [self.exact.slot(start) for start in step.starts]
-        self.exact.write(step.row, slots, {"keys": new.k, "values": new.v})
-        first = 0 if step.row is None else step.row
+        rows = range(len(step.starts)) if step.row is None else [step.row]
         contexts = []
-        for b, n in enumerate(step.lengths):
-            keys, values = self._exact_tokens(first + b, n, self.bits.blocks(n - 1))
-            done = self.bits.blocks(n)
-            if done > self.bits.blocks(n - 1):
-                packed = slice(self.bits.sink, self.bits.sink + self.bits.group)
-                self._pack(first + b, done - 1, keys[:, packed], values[:, packed])
-                keys, values = self._exact_tokens(first + b, n, done)
-            contexts.append(self._attend(new.q[b], keys, values, first + b, done))
+        for b, (row, start) in enumerate(zip(rows, step.starts, strict=True)):
+            parts = [
+                self._add_some(new.q[b, :, at], new.k[b, :, at], new.v[b, :, at], row, begin)
+                for at, begin in self._runs(start, new.q.shape[2])
+            ]
+            contexts.append(torch.cat(parts, dim=1))
         return torch.stack(contexts)
+
+    def watch_prompt(self, q: Tensor, start: int) -> None:
+        if self.bits.rest is None:
+            return
+        assert self.prompt is not None
+        planes, heads = self.prompt.planes, self.prompt.planes["keys"].shape[1]
+        if start == 0:
+            length = planes["keys"].shape[2]
+            planes["attention"] = q.new_zeros((1, heads, length, 1), dtype=torch.float32)
+        end = start + q.shape[1]
+        for block in range(self.bits.blocks(start + 1), self.bits.blocks(end) + 1):
+            first, stop = self._first_probe(block), self.bits.packed_at(block)
+            begin, stop = max(start, first), min(end, stop)
+            if begin < stop:
+                asked = q[:, begin - start : stop - start]
+                weights = self._weights(asked, planes["keys"][0, :, :stop])
+                own = slice(self._first_of(block), self._first_of(block + 1))
+                got = weights[..., own].sum(dim=(1, 2))  # [H, N], fewer at the end
+                planes["attention"][0, :, own, 0][:, : got.shape[1]] += got
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
         first, end = self.bits.sink, self._first_exact(keys.shape[1])
-        self._pack(row, 0, keys[:, first:end], values[:, first:end])
+        attention = None
+        if self.bits.rest is not None:
+            assert self.prompt is not None
+            read = self.prompt.planes["attention"][0, ..., 0]
+            attention, pending = read[:, first:end], read[:, end : end + self.bits.group]
+            self.exact.planes["attention"][row, :, : pending.shape[1]] = pending
+        self._pack(row, 0, keys[:, first:end], values[:, first:end], attention)
         self.exact.keep_last(row, 0, keys, values)
+
+    def _first_of(self, block: int) -> int:
+        """Its first position."""
+        return self.bits.sink + block * self.bits.group
 
     def _first_exact(self, length: int) -> int:
         """The first token behind the blocks of a row with `length` tokens."""
-        return self.bits.sink + self.bits.blocks(length) * self.bits.group
+        return self._first_of(self.bits.blocks(length))
 
-    def _exact_at(self, length: int, blocks: int) -> list[int]:
-        """Positions of the exact tokens of a row of which so many blocks are packed."""
+    def _first_probe(self, block: int) -> int:
+        """Its position; the others follow it, up to the token with which the block is packed."""
+        return self.bits.packed_at(block) - self.bits.probes
+
+    def _runs(self, start: int, count: int) -> Iterator[tuple[slice, int]]:
+        """Tokens of a call that read the same blocks: which, and the position of the first."""
+        begin, end = start, start + count
+        while begin < end:
+            stop = min(end, self.bits.packed_at(self.bits.blocks(begin + 1)))
+            yield slice(begin - start, stop - start), begin
+            begin = stop
+
+    def _exact_tokens(self, row: int, length: int) -> list[Tensor]:
+        """Keys and values `[H, C, D]` of a row with `length` tokens, in their order."""
         sinks = range(min(self.bits.sink, length))
-        return [*sinks, *range(self.bits.sink + blocks * self.bits.group, length)]
+        slots = [self.exact.slot(p) for p in (*sinks, *range(self._first_exact(length), length))]
+        return [self.exact.planes[name][row][:, slots] for name in ("keys", "values")]
 
-    def _exact_tokens(self, row: int, length: int, blocks: int) -> tuple[Tensor, Tensor]:
-        """Their keys and values `[H, C, D]`."""
-        slots = [self.exact.slot(position) for position in self._exact_at(length, blocks)]
-        planes = self.exact.planes
-        return planes["keys"][row][:, slots], planes["values"][row][:, slots]
+    def _add_some(self, q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
+        """Stores one of :meth:`_runs` of a row, and returns what its queries read, `[Q, T, D]`.
 
-    def _add_several(self, new: NewTokens, row: int, start: int) -> Tensor:
-        """As if token by token: each reads what was exact when it came. `[Q, T, D]`."""
-        size, sink, end = self.bits.group, self.bits.sink, start + new.q.shape[2]
-        before, done = self.bits.blocks(start), self.bits.blocks(end)
-        keys, values = (
-            torch.cat((past, fresh[0]), dim=1)
-            for past, fresh in zip(
-                self._exact_tokens(row, start, before), (new.k, new.v), strict=True
+        With the first of the tokens a block may be packed.
+        """
+        size, sink, done = self.bits.group, self.bits.sink, self.bits.blocks(start + 1)
+        past = self._exact_tokens(row, start)
+        keys, values = (torch.cat(x, dim=1) for x in zip(past, (k, v), strict=True))
+        if done > self.bits.blocks(start):
+            own = slice(sink, sink + size)
+            attention = self.exact.planes["attention"][row] if self.bits.rest else None
+            self._pack(row, done - 1, keys[:, own], values[:, own], attention)
+            keys, values = (
+                torch.cat((x[:, :sink], x[:, sink + size :]), dim=1) for x in (keys, values)
             )
-        )
-        packed = slice(sink, sink + (done - before) * size)
-        self._pack(row, before, keys[:, packed], values[:, packed])
-        self.exact.keep_last(row, start, new.k[0], new.v[0])
-        device = keys.device
-        at = torch.tensor([*self._exact_at(start, before), *range(start, end)], device=device)
-        block = torch.arange(done, device=device).repeat_interleave(size)
-        contexts = []
-        for begin in range(start, end, _ROWS):
-            asked = range(begin, min(begin + _ROWS, end))
-            blocks = torch.tensor([self.bits.blocks(p + 1) for p in asked], device=device)[:, None]
-            come = at <= torch.tensor([*asked], device=device)[:, None]
-            near = come & ((at < sink) | (at >= sink + blocks * size))
-            hidden = ~torch.cat((near, block < blocks), dim=1)
-            q = new.q[0, :, begin - start : asked.stop - start]
-            contexts.append(self._attend(q, keys, values, row, done, hidden))
-        return torch.cat(contexts, dim=1)
+        if k.shape[1] == 1:
+            slot = self.exact.slot(start)
+            self.exact.write(row, [slot], {"keys": k[None], "values": v[None]})
+        else:
+            self.exact.keep_last(row, start, k, v)
+        context, weights = self._attend(q, keys, values, row, done)
+        first, stop = self._first_probe(done), self.bits.packed_at(done)
+        if self.bits.rest and start + q.shape[1] > first:
+            got = weights[:, :, max(0, first - start) : stop - start, sink : sink + size]
+            sums = self.exact.planes["attention"][row]
+            if start <= first:
+                sums.zero_()
+            sums[:, : got.shape[-1]] += got.sum(dim=(1, 2))
+        return context
 
     def _attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, row: int, blocks: int,
-        hidden: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, q: Tensor, keys: Tensor, values: Tensor, row: int, blocks: int
+    ) -> tuple[Tensor, Tensor]:
         """One softmax in fp32 over exact tokens and the first blocks of a row.
 
         Args:
-            q: `[Q, T, D]`.
+            q: `[Q, T, D]`, of the last T exact tokens.
             keys, values: `[H, C, D]`, exact.
-            hidden: `[T, C + blocks · N]`, what a query must not see.
 
         Returns:
-            `[Q, T, D]`.
+            `[Q, T, D]`, and the probabilities of exact tokens `[H, g, T, C]`.
+        """
+        exact = keys.shape[1]
+        weights = self._weights(q, keys, row, blocks)
+        near, far = weights.flatten(1, 2).split([exact, weights.shape[-1] - exact], dim=-1)
+        context = torch.matmul(near, values.float())
+        if blocks:
+            read = self._sums(far, row, blocks)
+            if self.value_balance is not None:
+                read *= self.value_balance
+            context += read if self.bits.hadamard == "none" else turn(read)
+        found: Tensor = context.unflatten(1, weights.shape[1:3]).flatten(0, 1).to(q.dtype)
+        return found, weights[..., :exact]
+
+    def _weights(self, q: Tensor, keys: Tensor, row: int = 0, blocks: int = 0) -> Tensor:
+        """Attention `[H, g, T, C + blocks · N]` of queries `[Q, T, D]` over exact keys `[H, C, D]`,
+        of which the last T are their own, and the first blocks of a row.
         """
         heads, exact = keys.shape[:2]
         grouped = (q.float() * self.scaling).unflatten(0, (heads, -1))  # [H, g, T, D]
         flat = grouped.flatten(1, 2)
-        scores = torch.matmul(flat, keys.float().mT)
+        scores = torch.matmul(flat, keys.float().mT).unflatten(1, grouped.shape[1:3])
+        if q.shape[1] > 1:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+            scores = scores.masked_fill(future.triu(exact - q.shape[1] + 1), -torch.inf)
         if blocks:
-            scores = torch.cat((scores, self._scores(flat, row, blocks)), dim=-1)
-        if hidden is not None:
-            split = scores.unflatten(1, grouped.shape[1:3])
-            scores = split.masked_fill(hidden, -torch.inf).flatten(1, 2)
-        weights = torch.softmax(scores, dim=-1)
-        context = torch.matmul(weights[..., :exact], values.float())
-        if blocks:
-            codes, scales = (x.flatten(1, 2) for x in self._blocks("values", row, 0, blocks))
-            far = value_sums(
-                weights[..., exact:], codes, scales, self.head_dim, self.bits.values,
-                self.bits.group,
-            )  # fmt: skip
-            context += far if self.bits.hadamard == "none" else turn(far)
-        found: Tensor = context.unflatten(1, grouped.shape[1:3]).flatten(0, 1).to(q.dtype)
-        return found
+            far = self._scores(flat, row, blocks).unflatten(1, grouped.shape[1:3])
+            scores = torch.cat((scores, far), dim=-1)
+        return torch.softmax(scores, dim=-1)
 
     def _scores(self, q: Tensor, row: int, blocks: int) -> Tensor:
-        """Queries `[H, n, D]` fp32 against packed keys, `[H, n, blocks · N]`."""
+        """Queries `[H, n, D]` fp32 against packed keys, `[H, n, blocks · N]`, tier by tier."""
         bits = self.bits
         if bits.kind == "unrotated":
             parts = [
@@ -228,13 +296,34 @@ class PackedHeads(DroppingHeads):
                 for first in range(0, blocks, _BLOCKS)
             ]
             return torch.cat(parts, dim=-1)
-        codes, scales = self._blocks("keys", row, 0, blocks)
-        turned = to_stored(q, bits, self.order)
-        if bits.axis == "channel":
-            return channel_scores(turned, codes, scales[..., 0, :], bits.keys, bits.group)
-        return token_scores(
-            turned, codes.flatten(1, 2), scales.flatten(1, 2), bits.keys, bits.group
-        )
+        turned, parts = to_stored(q, bits, self.order), []
+        if self.key_balance is not None:
+            turned = turned * self.key_balance
+        for prefix, tier in zip(_PREFIXES, bits.tiers, strict=False):
+            codes, scales = self._blocks(prefix + "keys", row, 0, blocks)
+            if bits.axis == "channel":
+                found = channel_scores(turned, codes, scales[..., 0, :], tier.keys, tier.tokens)
+            else:
+                codes, scales = codes.flatten(1, 2), scales.flatten(1, 2)
+                found = token_scores(turned, codes, scales, tier.keys, bits.group)
+            parts.append(found)
+        scores = torch.cat(parts, dim=-1)
+        if bits.rank:
+            scores += low_rank_scores(turned, *self._thin("keys", row, 0, blocks))
+        return scores
+
+    def _sums(self, weights: Tensor, row: int, blocks: int) -> Tensor:
+        """Packed values summed with weights `[H, n, blocks · N]`, tier by tier: `[H, n, D]`."""
+        bits = self.bits
+        parts = weights.split([blocks * tier.tokens for tier in bits.tiers], dim=-1)
+        sums = weights.new_zeros((*weights.shape[:2], self.head_dim))
+        for prefix, tier, own in zip(_PREFIXES, bits.tiers, parts, strict=False):
+            read = self._blocks(prefix + "values", row, 0, blocks)
+            codes, scales = (x.flatten(1, 2) for x in read)
+            sums += value_sums(own, codes, scales, self.head_dim, tier.values, bits.group)
+        if bits.rank:
+            sums += low_rank_sums(weights, *self._thin("values", row, 0, blocks))
+        return sums
 
     def _rebuilt(self, row: int, first: int, end: int) -> Tensor:
         """Rotated keys `[H, (end - first) · N, D]` fp32 of blocks that hold unrotated ones."""
@@ -243,33 +332,78 @@ class PackedHeads(DroppingHeads):
         per_channel = bits.axis == "channel"
         width = bits.group if per_channel else self.head_dim
         stored = dequantise(codes, scales, width, bits.keys, bits.group)
-        keys = from_stored((stored.mT if per_channel else stored).flatten(1, 2), bits, self.order)
-        start = bits.sink + first * bits.group
+        keys = stored.mT if per_channel else stored
+        if bits.rank:
+            tokens, channels = self._thin("keys", row, first, end)
+            keys = keys + tokens.float().mT @ channels.float()
+        keys = keys.flatten(1, 2)
+        if self.key_balance is not None:
+            keys = keys * self.key_balance
+        keys = from_stored(keys, bits, self.order)
+        start = self._first_of(first)
         cos, sin = self.positions.tables(start, start + keys.shape[1])
         return rotate(keys, cos, sin)
 
-    def _pack(self, row: int, first: int, keys: Tensor, values: Tensor) -> None:
-        """Packs rotated keys and values `[H, n · N, D]` as the blocks from `first` on."""
+    def _pack(
+        self, row: int, first: int, keys: Tensor, values: Tensor, attention: Tensor | None
+    ) -> None:
+        """Packs rotated keys and values `[H, n · N, D]` as the blocks from `first` on.
+
+        Args:
+            attention: `[H, n · N]`, what their probes paid to them; there if there are two tiers.
+        """
         bits = self.bits
         count = keys.shape[1] // bits.group
         if not count:
             return
         keys, values = keys.float(), values.float()
         if bits.kind == "unrotated":
-            start = bits.sink + first * bits.group
+            start = self._first_of(first)
             cos, sin = self.positions.tables(start, start + keys.shape[1])
             keys = rotate(keys, cos, -sin) / self.positions.rope.scale**2
-        keys = to_stored(keys, bits, self.order).unflatten(1, (count, -1))  # [H, n, N, D]
+        keys = to_stored(keys, bits, self.order)
+        keys = keys if self.key_balance is None else keys / self.key_balance
         values = values if bits.hadamard == "none" else turn(values)
-        for part, x, width, clip in (
-            ("keys", keys.mT if bits.axis == "channel" else keys, bits.keys, bits.key_clip),
-            ("values", values.unflatten(1, (count, -1)), bits.values, bits.value_clip),
-        ):
-            own = slice(first, first + count)
-            for name, packed in zip(
-                (part, f"{part} scales"), quantise(x, width, bits.group, clip), strict=True
+        values = values if self.value_balance is None else values / self.value_balance
+        keys, values = (x.unflatten(1, (count, -1)) for x in (keys, values))  # [H, n, N, D]
+        own = slice(first, first + count)
+        for prefix, tier, at in zip(_PREFIXES, bits.tiers, self._chosen(attention), strict=False):
+            k, v = keys, values
+            if at is not None:
+                k, v = (x.gather(2, at[..., None].expand(*at.shape, self.head_dim)) for x in (k, v))
+            for part, x, width, clip in (
+                ("keys", k.mT if bits.axis == "channel" else k, tier.keys, bits.key_clip),
+                ("values", v, tier.values, bits.value_clip),
             ):
-                self._write_blocks(name, row, own, packed)
+                codes, scales = quantise(x, width, bits.group, clip)
+                self._write_blocks(prefix + part, row, own, codes)
+                self._write_blocks(f"{prefix}{part} scales", row, own, scales)
+                if bits.rank:
+                    left = x - dequantise(codes, scales, x.shape[-1], width, bits.group)
+                    left = left.mT if part == "keys" and bits.axis == "channel" else left
+                    for factor, found in zip(_FACTORS, low_rank(left, bits.rank), strict=True):
+                        self._write_blocks(part + factor, row, own, found)
+
+    def _chosen(self, attention: Tensor | None) -> Sequence[Tensor | None]:
+        """Which tokens of each block `[H, n, tokens]` are in a tier; None for all.
+
+        A token's saliency is p_i = Σ_k A_ki / |{k >= i}| over the probes k and the query heads of
+        a KV head (ZipCache): the last tokens may be behind some of the probes.
+        """
+        if attention is None:
+            return [None]
+        size = self.bits.group
+        probes = torch.arange(-self.bits.probes, 0, device=attention.device)
+        probes += size + self.bits.window - 1  # from the start of a block
+        saw = probes[:, None] >= torch.arange(size, device=attention.device)
+        saliency = attention.unflatten(1, (-1, size)) / saw.sum(dim=0)
+        ranked = saliency.argsort(dim=-1, descending=True, stable=True)
+        parts = ranked.split([tier.tokens for tier in self.bits.tiers], dim=-1)
+        return [part.sort(dim=-1).values for part in parts]
+
+    def _thin(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
+        """The factors of what codes left out of blocks, `[H, blocks, r, N or D]`."""
+        return [self._read_blocks(part + factor, row, first, end) for factor in _FACTORS]
 
     def _blocks(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
         """Codes `[H, blocks, ...]` and their scales."""
@@ -315,7 +449,8 @@ class PagedPacked(PackedHeads):
     def possible(bits: Bits, head_dim: int) -> bool:
         """Whether a kernel reads such blocks."""
         read_as_stored = bits.kind == "rotated" and bits.axis == "channel"
-        plain = bits.hadamard != "both" and bits.order is None
+        plain = bits.hadamard != "both" and bits.order is None and bits.rest is None
+        plain = plain and not bits.rank and bits.key_balance is None and bits.value_balance is None
         return read_as_stored and plain and fits(head_dim, bits.keys, bits.values, bits.group)
 
     @property
@@ -389,12 +524,13 @@ class PackedAttention(SplitAttention):
         if order is not None and self.full:
             own = [order[head] for head in self.full]
             self.order = torch.tensor(own, device=positions.like.device)
+        self.balances = self._balance(self.bits.key_balance), self._balance(self.bits.value_balance)
 
     def new_full_heads(self, rows: int, capacity: int) -> PackedHeads:
         layout, like = self.stages.layout, self.stages.qkv.weight
         return PackedHeads(
             rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.bits,
-            self.order, self.positions, dense_prompt=self.prefill == "dense",
+            self.order, self.positions, self.prefill == "dense", self.balances,
         )  # fmt: skip
 
     def new_paged_store(self, pages: Pages) -> PagedSplit | None:
@@ -406,3 +542,10 @@ class PackedAttention(SplitAttention):
             self.positions, dense_prompt=self.prefill == "dense",
         )  # fmt: skip
         return PagedSplit(full, self.new_paged_rings(pages))
+
+    def _balance(self, factors: Factors | None) -> Tensor | None:
+        """`[H, 1, D]` of the full heads."""
+        if factors is None or not self.full:
+            return None
+        own = [factors[head] for head in self.full]
+        return torch.tensor(own, device=self.positions.like.device)[:, None]

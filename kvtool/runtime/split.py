@@ -99,17 +99,22 @@ class DroppingHeads(Store):
         assert self.prompt is not None
         self.prompt.write(0, step.starts, {"keys": new.k, "values": new.v})
         context = self.prompt.attend(new.q, 0, step.lengths, self.scaling, None)
+        self.watch_prompt(new.q[0], step.starts[0])
         if step.lengths[0] == step.prompt:
-            planes, self.prompt = self.prompt.planes, None
+            planes = self.prompt.planes
             self.end_prompt(step.row, planes["keys"][0], planes["values"][0])
+            self.prompt = None
         return context
 
     def forget(self, row: int) -> None:
         if self.prompt_row == row:
             self.prompt = None
 
+    def watch_prompt(self, q: Tensor, start: int) -> None:
+        """Told the queries `[Q, T, D]` of a piece, when its keys are in `prompt`."""
+
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Keeps what is worth keeping of a whole prompt `[H, n, D]`."""
+        """Keeps what is worth keeping of a whole prompt `[H, n, D]`, which `prompt` holds."""
         raise NotImplementedError  # pragma: no cover
 
 

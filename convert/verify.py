@@ -193,7 +193,7 @@ def _logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     return logits
 
 
-class _Fp8Cache(DynamicCache):
+class Fp8Cache(DynamicCache):
     """Of a stock model: gives back what an engine reads from a static fp8 cache.
 
     Attributes:
@@ -206,6 +206,15 @@ class _Fp8Cache(DynamicCache):
         super().__init__()
         self.scales = scales
         self.numbers = self.clipped = self.stored = 0
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Fp8Cache:
+        """With all the scales that a checkpoint holds."""
+        scales = {}
+        for i in range(int(checkpoint.config["num_hidden_layers"])):
+            k, v = (checkpoint.read(f"model.layers.{i}.self_attn.{name}") for name in SCALES)
+            scales[i] = (k, v)
+        return cls(scales)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -230,18 +239,14 @@ class _Fp8Cache(DynamicCache):
 @torch.inference_mode()
 def _check_fp8(report: VerifyReport, converted: Checkpoint, ids: Tensor, exact: Tensor) -> Tensor:
     """Scales as they were written, and what they cost; the logits `[T, V]` through fp8."""
-    layers = int(converted.config["num_hidden_layers"])
-    scales = {}
-    for i in range(layers):
-        k, v = (converted.read(f"model.layers.{i}.self_attn.{name}") for name in SCALES)
-        scales[i] = (k, v)
+    scales = Fp8Cache.of(converted).scales
     wrong = fp8_kv.check_scales(s for pair in scales.values() for s in pair)
     shape = list(scales[0][0].shape)
-    report.add("scales", wrong is None, wrong or f"{2 * layers} of shape {shape}")
+    report.add("scales", wrong is None, wrong or f"{2 * len(scales)} of shape {shape}")
     model = converted.load_transformers(torch.float32)
 
-    def through(chosen: list[int], tokens: Tensor) -> tuple[Tensor, _Fp8Cache]:
-        cache = _Fp8Cache({i: scales[i] for i in chosen})
+    def through(chosen: list[int], tokens: Tensor) -> tuple[Tensor, Fp8Cache]:
+        cache = Fp8Cache({i: scales[i] for i in chosen})
         return model(tokens[None], past_key_values=cache, use_cache=True).logits[0], cache
 
     logits, cache = through(list(scales), ids)

@@ -1,8 +1,8 @@
 """What a static fp8 cache costs, by scales and foldings, and 4 bits beside it: KL on held-out text.
 
 All rows go through the model together, layer by layer, in fp32, each with the keys and values that
-its cache would give back. `4 bits` is after vLLM's `int4_per_token_head`: keys and values behind a
-Hadamard transform with random signs, a scale and a zero per token and head; scales stay in fp32.
+its cache would give back. `4 bits` has a scale and a zero in fp32 per token and head; vLLM's
+`int4_per_token_head` puts a Hadamard transform with random signs in front of that.
 
     python benchmarks/fp8_kv.py -o benchmarks/results/fp8_kv.json
 """
@@ -37,6 +37,8 @@ class Row:
     Attributes:
         scales: `tensor` or `head`; None for 4 bits.
         room: On the scales.
+        keys, values: Whether they are stored so, or exactly.
+        hadamard: Transform before 4 bits, as vLLM does.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Row:
     room: float = 1.0
     keys: bool = True
     values: bool = True
+    hadamard: bool = False
 
 
 ROWS = [
@@ -56,44 +59,57 @@ ROWS = [
     Row("fp8, --smooth --turn-values", smooth=True, turn_values=True),
     Row("fp8, keys alone", values=False),
     Row("fp8, values alone", keys=False),
-    *(Row(f"fp8, scales times {room}", room=room) for room in (1.25, 1.5, 2.0)),
-    Row("4 bits", None),
-    Row("4 bits, --smooth", None, smooth=True),
-    Row("4 bits, --turn-values", None, turn_values=True),
-    Row("4 bits, --smooth --turn-values", None, smooth=True, turn_values=True),
+    *(Row(f"fp8, scales times {room}", room=room) for room in (1.25, 1.5)),
+    *(
+        Row(f"4 bits{how}{folded}", None, smooth, turn, hadamard=how != "")
+        for how in ("", " behind a Hadamard transform")
+        for folded, smooth, turn in (
+            ("", False, False),
+            (", --smooth", True, False),
+            (", --turn-values", False, True),
+        )
+    ),
 ]
 
 
-def four_bits(x: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Peaks:
+    """Of the keys, values, and turned values `[H, D]` of a layer."""
+
+    keys: Tensor
+    values: Tensor
+    turned: Tensor
+
+
+def four_bits(x: Tensor, transformed: bool) -> Tensor:
     """`x [..., D]` as read from 4 bits with a range per token and head."""
     signs = torch.randint(0, 2, x.shape[-1:], generator=torch.Generator().manual_seed(0)) * 2 - 1
-    y = hadamard(x * signs)
+    y = hadamard(x * signs) if transformed else x
     low, high = y.amin(dim=-1, keepdim=True), y.amax(dim=-1, keepdim=True)
     step = ((high - low) / 15).clamp(min=1e-8)
-    return hadamard(((y - low) / step).round() * step + low) * signs
+    y = ((y - low) / step).round() * step + low
+    return hadamard(y) * signs if transformed else y
 
 
-def attention(stream: LayerStream, layer: StreamedLayer, row: Row, text: Tensor) -> Attention:
-    """The layer with the row's cache, calibrated on `text [N, T, hidden]`."""
-    own = copy.deepcopy(layer.attention)
-    smooth = None
-    if row.smooth:
-        keys, _ = fp8_kv.peaks(stream, layer, text, turn_values=False)
-        smooth = fp8_kv.smoothing(keys, shared=own.layout.qk_norm)
+def attention(stream: LayerStream, layer: StreamedLayer, row: Row, peaks: Peaks) -> Attention:
+    """The layer with the row's cache."""
+    own, keys = copy.deepcopy(layer.attention), peaks.keys
+    smooth = fp8_kv.smoothing(keys, shared=own.layout.qk_norm) if row.smooth else None
     own.replace_weights(fp8_kv.fold(own, smooth, turn_values=row.turn_values))
-    pair = []
-    if row.scales is not None:
-        found = fp8_kv.peaks(stream, layer, text, turn_values=row.turn_values)
-        keys = found[0] if smooth is None else found[0] / smooth
-        pair = [fp8_kv.scale(x, row.scales, row.name) * row.room for x in (keys, found[1])]
+    keys = keys if smooth is None else keys / smooth
+    pair = (keys, peaks.turned if row.turn_values else peaks.values)
+
+    def stored(x: Tensor, peak: Tensor) -> Tensor:
+        if row.scales is None:
+            return four_bits(x, row.hadamard)
+        scale = fp8_kv.scale(peak, row.scales, row.name) * row.room
+        return decode(encode(x, scale), scale)
 
     def attend(hidden: Tensor) -> Tensor:
         q, k, v = own.project(hidden)
         q, k = own.rotate(*own.normalise(q, k), *stream.tables(hidden.shape[1]))
-        if row.keys:
-            k = decode(encode(k, pair[0]), pair[0]) if pair else four_bits(k)
-        if row.values:
-            v = decode(encode(v, pair[1]), pair[1]) if pair else four_bits(v)
+        k = stored(k, pair[0]) if row.keys else k
+        v = stored(v, pair[1]) if row.values else v
         return own.output(own.attend(q, k, v))
 
     return attend
@@ -112,8 +128,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     states = {row.name: original.clone() for row in rows}
     for index in range(len(stream)):
         layer = stream.layer(index)
+        keys, values = fp8_kv.peaks(stream, layer, reference, turn_values=False)
+        turned = fp8_kv.peaks(stream, layer, reference, turn_values=True)[1]
         for row in rows:
-            layer.run(states[row.name], attention(stream, layer, row, reference), 1)
+            cache = attention(stream, layer, row, Peaks(keys, values, turned))
+            layer.run(states[row.name], cache, 1)
         for hidden in (reference, original):
             layer.run(hidden, stream.exact_attention(layer), 1)
         print(f"layer {index + 1} of {len(stream)}", file=sys.stderr)
@@ -142,7 +161,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--only", nargs="+", default=[], help="words in the names of rows")
     options = parser.parse_args()

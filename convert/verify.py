@@ -36,7 +36,7 @@ CLIPPED = 1e-3
 """Largest share of held-out keys or values that a scale for fp8 may be too small for."""
 MUCH_WORSE, SEEN = 10, 1e-3
 """A layer in fp8 is to be skipped if it alone costs so many times the median, and so many nats."""
-SKETCH = 512
+SKETCH = 256
 """Tokens on which layers are tried one by one."""
 
 

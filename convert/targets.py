@@ -372,10 +372,13 @@ def refuse_latent(to: str) -> None:
     raise UnsupportedModelError(f"cannot {asked}: the model already caches a latent (MLA)")
 
 
+SCALED = "already holds scales for an fp8 cache"
+
+
 def refuse_fp8(checkpoint: Checkpoint) -> None:
     """Raises UnsupportedModelError for a model with scales that no other cache could use."""
     if checkpoint.cache_scheme is not None:
         raise UnsupportedModelError(
-            f"{checkpoint.source} already holds scales for an fp8 cache",
+            f"{checkpoint.source} {SCALED}",
             hint="convert the checkpoint that it was made from",
         )

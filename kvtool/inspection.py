@@ -164,7 +164,12 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         dtypes=dtypes,
         applications=[
             Application(
-                f"convert --to {to}", method, target, targets.check(judged, method, target, to)
+                f"convert --to {to}",
+                method,
+                target,
+                [f"the model {targets.SCALED}"]
+                if checkpoint.cache_scheme is not None
+                else targets.check(judged, method, target, to),
             )
             for to, method, target in targets.CONVERSIONS
         ],

@@ -144,6 +144,17 @@ def test_scales_are_the_largest_number_that_the_cache_of_transformers_holds(
         torch.testing.assert_close(found[name] * 448, peak, rtol=1e-4, atol=0)
 
 
+def test_a_scale_is_a_maximum_over_all_windows(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, whole = written("llama")
+    monkeypatch.setattr(fp8_kv, "BATCH", 1)
+    convert(source, tmp_path / "out", to="fp8-kv")
+    expected, found = scales(whole), scales(tmp_path / "out")
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=0)
+
+
 def test_everything_else_stays_as_it_is(written: Written) -> None:
     source, output = written("qwen2")
     before, after = weights(source), weights(output)
@@ -208,6 +219,14 @@ def test_a_head_of_no_power_of_two_is_turned_in_blocks(converted: Written) -> No
     torch.testing.assert_close(
         logits(model(output), ids), logits(stock(source), ids), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_smoothing_factor_is_a_power_of_two_that_a_pair_shares(shared: bool) -> None:
+    keys = torch.tensor([[1.0, 4.0, 0.0, 300.0], [70.0, 0.0, 3.0, 0.0]])
+    found = fp8_kv.smoothing(keys, shared=shared)
+    first = [[8.0, 16.0] * 2] * 2 if shared else [[1.0, 16.0] * 2, [8.0, 2.0**-8] * 2]
+    assert found.tolist() == first
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -295,6 +314,7 @@ def test_kvtool_runs_it_as_the_original_and_says_what_it_is(written: Written) ->
     inspection = inspect_checkpoint(Checkpoint.open(str(output)))
     assert inspection.cache_scales is not None
     assert "float of 8 bits, one per KV head" in inspection.cache_scales
+    assert all(item.reasons for item in inspection.applications)
     assert inspect_checkpoint(Checkpoint.open(str(source))).cache_scales is None
     assert run_command(["inspect", str(output)]) == 0
 

@@ -27,7 +27,7 @@ def simulated(folder: str, ids: Any, truncated: bool) -> dict[str, Any]:
 
     from kvtool.checkpoint import Checkpoint
     from kvtool.convert import verify
-    from kvtool.fp8 import decode, encode
+    from kvtool.fp8 import encode
 
     def towards_zero(x: Any, scale: Any) -> Any:
         codes = encode(x, scale)

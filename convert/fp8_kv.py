@@ -14,9 +14,9 @@ Two foldings change what is stored and nothing that is computed:
 
     λ_i = λ_{i+D/2} = max(max |K_i|, max |K_{i+D/2}|)^α,
 
-equal within a RoPE pair, so that it commutes with RoPE, and for all queries that read a head. Here
-λ is the nearest power of two: then no weight is rounded anew. It goes into `q_proj` and `k_proj`,
-or into the weights of `q_norm` and `k_norm` where those are (Qwen3), which all heads share.
+equal within a RoPE pair, so that it commutes with RoPE, and for all queries that read a head. It
+goes into `q_proj` and `k_proj`, or into the weights of `q_norm` and `k_norm` where those are
+(Qwen3), which all heads share.
 
 *Turned values.* v' = H v with the normalised Hadamard matrix, a head at a time, goes into `v_proj`;
 H again into the columns of `o_proj`, for Σ_j a_j H v_j = H Σ_j a_j v_j.
@@ -100,7 +100,7 @@ def check_scales(scales: Iterable[Tensor]) -> str | None:
 
 
 def smoothing(keys: Tensor, *, shared: bool) -> Tensor:
-    """λ `[H, D]`, powers of two, from the peaks of the keys `[H, D]`.
+    """λ `[H, D]` from the peaks of the keys `[H, D]`.
 
     Args:
         shared: One λ for all heads.
@@ -108,9 +108,8 @@ def smoothing(keys: Tensor, *, shared: bool) -> Tensor:
     pair = torch.maximum(*keys.chunk(2, dim=-1))
     if shared:
         pair = pair.amax(dim=0, keepdim=True).expand_as(pair)
-    smallest = torch.finfo(pair.dtype).tiny  # a channel may be dead
-    power = (ALPHA * pair.clamp(min=smallest).log2()).round()
-    return torch.exp2(power.clamp(-8, 8)).repeat(1, 2)
+    smallest = 1e-4 * float(pair.max())  # a channel may be dead
+    return (pair.clamp(min=smallest) ** ALPHA).repeat(1, 2)
 
 
 def turned(x: Tensor) -> Tensor:

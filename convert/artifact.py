@@ -191,7 +191,6 @@ _MEASURED = {
     "tokens": ("tokens of held-out text", "{}"),
     "bytes_per_token": ("cache bytes per token, allocated by kvtool (bf16)", "{}"),
     "fp8_bytes_per_token": ("cache bytes per token, in fp8", "{}"),
-    "skip_layers": ("layers that lose much more than the others", "{}"),
 }
 
 

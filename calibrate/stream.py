@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from kvtool.attention import GroupedQueryAttention, decoder_layers, describe, rope_of
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CalibrationError, CheckpointError
+from kvtool.fp8 import SCALES
 
 BATCH = 8
 """Windows that go through a layer together."""
-IGNORED = "rotary_emb.inv_freq"
-"""Ending of tensors that old checkpoints hold and nothing reads."""
+IGNORED = ("rotary_emb.inv_freq", *SCALES)
+"""Endings of tensors that nothing here reads: of old checkpoints, and for the cache of engines."""
 
 Attention = Callable[[Tensor], Tensor]
 """Normed hidden states `[B, T, hidden]` to the attention's output, same shape."""

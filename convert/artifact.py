@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvtool import __version__
+from kvtool import __version__, fp8
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.corpus import Corpus
 from kvtool.errors import CheckpointError
@@ -190,6 +190,7 @@ _MEASURED = {
     "top1_agreement": ("same most likely token", "{:.1%}"),
     "tokens": ("tokens of held-out text", "{}"),
     "bytes_per_token": ("cache bytes per token, allocated by kvtool (bf16)", "{}"),
+    "fp8_bytes_per_token": ("cache bytes per token, in fp8", "{}"),
 }
 
 
@@ -203,6 +204,15 @@ _WORDS = {
         "Grouped-query attention",
         "with fewer KV heads",
         [("KV heads per layer", "{kv_heads}")],
+    ),
+    "fp8-kv": (
+        "Scales for an fp8 KV cache",
+        "with scales for an fp8 cache",
+        [
+            ("scales per layer, for keys and for values (tensor: one; head: one each)", "{scales}"),
+            ("keys smoothed", "{smooth}"),
+            ("values turned", "{turn_values}"),
+        ],
     ),
     "mamba": (
         "Attention beside Mamba-2",
@@ -220,6 +230,13 @@ _ARMS = {
 }
 
 
+def _skipping(measured: dict[str, Any]) -> str:
+    """The flag of vLLM for layers that fp8 hurts."""
+    if not (layers := measured.get("skip_layers")):
+        return ""
+    return f" Some layers lose much: give vLLM `{fp8.skip_flag(layers)}`."
+
+
 def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
     """The model card, from the numbers of the manifest alone."""
     plan, measured, base = manifest["plan"], manifest["measured"], manifest["base"]["source"]
@@ -228,6 +245,11 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
     load = (
         f"It is a stock checkpoint of the same class as `{base}`, with fewer KV heads."
         if to == "gqa"
+        else f"It is `{base}` with `k_scale` and `v_scale` beside its weights, as "
+        "compressed-tensors names them: vLLM stores the cache in fp8 (e4m3) by them, without a "
+        "flag. transformers needs the package compressed-tensors to load it; kvtool leaves the "
+        "scales aside." + _skipping(measured)
+        if to == "fp8-kv"
         else "It is a stock `granitemoehybrid` checkpoint: transformers loads it without custom "
         "code; vLLM should be given `--mamba-ssm-cache-dtype float32`."
         if to == "mamba"
@@ -246,13 +268,15 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
         "",
         f"# {Path(base).name}, {title}",
         "",
-        f"{kind}, made from `{base}` by kvtool "
-        f"{manifest['versions']['kvtool']} with the method `{manifest['method']}`. {load}",
+        f"{kind}, made from `{base}` by kvtool {manifest['versions']['kvtool']}"
+        + ("" if to == "fp8-kv" else f" with the method `{manifest['method']}`")
+        + f". {load}",
         "",
         "| | |",
         "|---|---|",
         f"| cache bytes per token before (bf16) | {plan['bytes_per_token_before']} |",
-        f"| cache bytes per token after (bf16) | {plan['bytes_per_token_after']} "
+        f"| cache bytes per token after ({'fp8' if to == 'fp8-kv' else 'bf16'}) | "
+        f"{plan['bytes_per_token_after']} "
         f"({plan['share']:.1%}) |",
         *(f"| {label} | {form.format(**plan)} |" for label, form in rows),
     ]

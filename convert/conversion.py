@@ -49,6 +49,7 @@ from kvtool.convert.fitting import (
     healed_file,
     save,
 )
+from kvtool.convert.fp8_kv import ToFp8Kv
 from kvtool.convert.gqa import ToGqa
 from kvtool.convert.mla import ToMla
 from kvtool.convert.planning import (
@@ -97,7 +98,7 @@ def convert(
     device: str = "cpu",
     teacher: Checkpoint | None = None,
 ) -> ConversionResult | None:
-    """Converts a GQA checkpoint to MLA, or to fewer KV heads.
+    """Converts a GQA checkpoint to MLA or to fewer KV heads, or adds scales for an fp8 cache.
 
     Under `accelerate launch` the first process does everything but healing alone; the others take
     part in that, and get None.
@@ -155,7 +156,8 @@ def convert(
         _heal(checkpoint, options, teacher, staging.scratch, device, noted)
     work.emit()
     layers = [work.layer_file(i) for i in range(len(stream))]
-    tensors, infos = _all_tensors(checkpoint, options, layers)
+    replaced = replaced_parts(options, stream.layouts[0])
+    tensors, infos = _all_tensors(checkpoint, options, replaced, layers)
     report("writing", 0, 1)
     write_shards(
         staging.path,
@@ -180,7 +182,7 @@ def convert(
         _copy_log(staging.scratch / distill.LOG, staging.path / artifact.HEALING)
     checkpoint.copy_side_files(staging.path)
     last = ConvertedLayer.load(work.converted_file(len(stream) - 1))
-    config, replaced = work.to.config(last), replaced_parts(options)
+    config = work.to.config(last)
     artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, replaced, result)
     staging.commit()
     return result
@@ -231,9 +233,11 @@ class _Work:
         self.stream, self.options, self.planned = stream, options, planned
         self.scratch, self.report = scratch, report
         self.checkpoint = stream.checkpoint
-        self.to: ToMla | ToGqa
+        self.to: ToMla | ToGqa | ToFp8Kv
         if options.to == "gqa":
             self.to = ToGqa(stream, options)
+        elif options.to == "fp8-kv":
+            self.to = ToFp8Kv(stream, options)
         else:
             self.to = ToMla(stream, options, planned, scratch, report)
 
@@ -244,6 +248,12 @@ class _Work:
     def fit(self, resume: bool) -> None:
         """Fits every layer that is not there yet."""
         text, _ = texts(self.checkpoint, self.options)
+        if isinstance(self.to, ToFp8Kv):
+            fit = self.to.method()
+            fitting.fit_layers(self.stream, fit, self.scratch, self.report, text, refit=False)
+            files = (fitted_file(self.scratch, i) for i in range(len(self.stream)))
+            self.to.check(map(ConvertedLayer.load, files))
+            return
         measured = None if text is None else self._statistics(resume)
         fit = self.to.method(measured, text)
         refit = text if self.options.method == "aware" else None
@@ -336,7 +346,7 @@ def _copy_log(log: Path, target: Path) -> None:
 
 
 def _all_tensors(
-    checkpoint: Checkpoint, options: ConvertOptions, layers: list[Path]
+    checkpoint: Checkpoint, options: ConvertOptions, replaced: list[str], layers: list[Path]
 ) -> tuple[Mapping[str, Callable[[], Tensor]], Mapping[str, Any]]:
     """How to get each tensor of the output, and its shape and dtype."""
     tensors: dict[str, Callable[[], Tensor]] = {}
@@ -346,7 +356,7 @@ def _all_tensors(
         return lambda: checkpoint.read(name)
 
     for name, info in checkpoint.tensors.items():
-        if not is_replaced(name, options):
+        if not is_replaced(name, replaced):
             tensors[name], infos[name] = from_source(name), info
     for file in layers:
         converted = read_header(file)

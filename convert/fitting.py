@@ -32,7 +32,8 @@ class ConvertedLayer:
 
     Attributes:
         factors: None where it caches keys and values, of fewer heads.
-        weights: Of the layer's own projections that it replaces, by name relative to `self_attn`.
+        weights: Of the layer's own projections and norms that it replaces, by name relative to
+            `self_attn`; and scales for an fp8 cache.
     """
 
     factors: LatentFactors | None
@@ -102,12 +103,13 @@ def fit_layers(
     folder: Path,
     report: Report,
     text: Tensor | None = None,
+    refit: bool = True,
 ) -> None:
     """Fits every layer that is not in `folder` yet.
 
     Args:
-        text: `[N, T]`, for the layers' hidden states, and to solve the output projections anew on;
-            None leaves them, and hidden states are empty.
+        text: `[N, T]`, for the layers' hidden states; None leaves them empty.
+        refit: Solve the output projections anew on the text.
     """
     total, states = len(stream), folder / "streams.safetensors"
     first = sum(fitted_file(folder, i).is_file() for i in range(total))
@@ -118,18 +120,20 @@ def fit_layers(
             original, converted = (stored.get_tensor(n) for n in ("original", "converted"))
     elif text is not None:
         first, original = 0, stream.embed(text)
-        converted = original.clone()
+        converted = original.clone() if refit else converted
     report("fitting", first, total)
     for index in range(first, total):
         layer = stream.layer(index)
         fitted = fit(layer, original)
-        if text is not None:
+        if text is not None and refit:
             stages = converted_stages(layer.attention, fitted, stream.rope)
             weight = aware.refit_output(stream, layer, stages, original, converted)
             weights = {"o_proj.weight": weight}
             if (bias := layer.attention.o_proj.bias) is not None:
                 weights["o_proj.bias"] = bias.detach()
             fitted = replace(fitted, weights={**fitted.weights, **weights})
+        elif text is not None:
+            layer.run(original, stream.exact_attention(layer))
         fitted.save(fitted_file(folder, index))
         if text is not None:
             position = {"next_layer": str(index + 1)}

@@ -41,7 +41,7 @@ from kvtool.checkpoint import (
     torch_dtype,
     write_shards,
 )
-from kvtool.convert import artifact, granite
+from kvtool.convert import artifact, granite, targets
 from kvtool.convert.conversion import ConversionResult, peak_memory
 from kvtool.convert.fitting import save
 from kvtool.convert.heal import check_teacher
@@ -139,6 +139,7 @@ def check(config: Any) -> list[str]:
 
 def require(checkpoint: Checkpoint) -> None:
     """Raises UnsupportedModelError with the first reason of :func:`check`."""
+    targets.refuse_fp8(checkpoint)
     if reasons := check(checkpoint.hf_config()):
         raise UnsupportedModelError(f"cannot convert to a hybrid: {reasons[0]}")
 

@@ -17,7 +17,7 @@ from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint, check_disk, check_output, scratch_folder, torch_dtype
-from kvtool.convert import artifact, heal, targets
+from kvtool.convert import artifact, fp8_kv, heal, targets
 from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
 from kvtool.errors import UnsupportedModelError, UsageError
 
@@ -28,15 +28,17 @@ PROBE = 2112
 _BASE_MEMORY = 500_000_000
 """Python, torch and transformers themselves."""
 
+Size = targets.LatentSize | targets.HeadsSize | targets.BytesSize
+
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """Everything that determines the output besides the model.
 
     Attributes:
-        to: `mla`, or `gqa` for fewer KV heads.
-        method: `exact`, `transmla` or `aware`; only the last one for `gqa`.
-        target: `transformers`, `vllm` or `kvtool`; only the first one for `gqa`.
+        to: `mla`, `gqa` for fewer KV heads, or `fp8-kv` for the scales of an fp8 cache.
+        method: `exact`, `transmla` or `aware`; only the last one but for `mla`.
+        target: `transformers`, `vllm` or `kvtool`; only the first one but for `mla`.
         kv_heads: Of the result, for `gqa`.
         kv_budget, rope_dim, rank: Widths, see :func:`targets.latent_size`.
         freqfold: F of TransMLA, or `auto`.
@@ -44,6 +46,8 @@ class ConvertOptions:
         tokens: Calibration tokens.
         heal: How long the original teaches the result, see :meth:`kvtool.distill.Amount.parse`.
         teacher: Another model that teaches instead, with the same tokenizer.
+        scales: For `fp8-kv`, one for all heads (`tensor`) or one each (`head`).
+        smooth, turn_values: For `fp8-kv`, what is folded into the weights, see `fp8_kv.py`.
         dtype: Of the attention tensors; `auto` keeps the source's.
     """
 
@@ -59,6 +63,9 @@ class ConvertOptions:
     tokens: int = 16384
     heal: str | None = None
     teacher: str | None = None
+    scales: str = "tensor"
+    smooth: bool = False
+    turn_values: bool = False
     seed: int = 0
     dtype: str = "auto"
     shard_size: str = "2GB"
@@ -95,7 +102,8 @@ def plan(
     dtype = save_dtype(checkpoint, options)
     nope = 0 if options.method == "exact" else layout.head_dim
     attention = layers * _attention_values(layout, size, nope, options)
-    others = sum(t.nbytes for n, t in checkpoint.tensors.items() if not is_replaced(n, options))
+    replaced = replaced_parts(options, layout)
+    others = sum(t.nbytes for n, t in checkpoint.tensors.items() if not is_replaced(n, replaced))
     untied = config.tie_word_embeddings and options.target == "vllm"
     head = checkpoint.tensors["model.embed_tokens.weight"]
     output_bytes = others + untied * head.nbytes + attention * dtype.itemsize
@@ -103,7 +111,9 @@ def plan(
     measuring = fitting = 0
     if options.method != "exact":
         measuring = statistics.memory_bytes(stream, options.tokens)
-    if options.method == "aware":
+    if options.to == "fp8-kv":
+        fitting = 4 * options.tokens * layout.hidden_size
+    elif options.method == "aware":
         # Two streams, their difference, the original's outputs, and what the projection reads.
         numbers = 6 * layout.hidden_size + layout.heads * layout.head_dim
         fitting = 4 * options.tokens * numbers
@@ -155,6 +165,20 @@ def plan(
         + 4 * sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
         "attention_dtype": str(dtype).removeprefix("torch."),
         "healing": planned_healing and {**planned_healing, "memory_bytes": healing},
+        **_about_fp8(checkpoint, options),
+    }
+
+
+def _about_fp8(checkpoint: Checkpoint, options: ConvertOptions) -> dict[str, Any]:
+    """What only an fp8 cache has in its plan."""
+    if options.to != "fp8-kv":
+        return {}
+    large = {str(i): round(x, 1) for i, x in fp8_kv.large_key_biases(checkpoint).items()}
+    return {
+        "scales": options.scales,
+        "smooth": options.smooth,
+        "turn_values": options.turn_values,
+        "large_key_biases": large,
     }
 
 
@@ -166,19 +190,27 @@ def _check_names(checkpoint: Checkpoint, options: ConvertOptions) -> None:
     ):
         if value not in known:
             raise UsageError(f"{flag} {value} is unknown: choose {', '.join(known)}")
+    targets.refuse_fp8(checkpoint)
     if checkpoint.config.get("model_type") == "kvtool_mla":
         targets.refuse_latent(options.to)
     targets.require(checkpoint.hf_config(), options.method, options.target, options.to)
 
 
-def _size(
-    checkpoint: Checkpoint, options: ConvertOptions, layout: AttentionLayout
-) -> targets.LatentSize | targets.HeadsSize:
+def _size(checkpoint: Checkpoint, options: ConvertOptions, layout: AttentionLayout) -> Size:
     """The widths asked for; raises where other options do not go with them."""
-    size: targets.LatentSize | targets.HeadsSize
+    size: Size
+    if options.to != "fp8-kv":
+        _check_none(options, ("scales", "smooth", "turn_values"), "is for --to fp8-kv")
     if options.to == "gqa":
-        _check_merge(options)
+        why = "is for --to mla; fewer KV heads are asked for with --kv-heads alone"
+        _check_none(options, (*_OF_MLA, "kv_budget"), why)
         size = targets.heads_size(layout, options.kv_heads)
+    elif options.to == "fp8-kv":
+        why = "has no place in --to fp8-kv, which takes --scales, --smooth and --turn-values"
+        _check_none(options, (*_OF_MLA, "kv_budget", "kv_heads", "heal", "dtype"), why)
+        if options.scales not in ("tensor", "head"):
+            raise UsageError(f"--scales {options.scales} is unknown: choose tensor or head")
+        size = targets.BytesSize(layout.cached_values)
     else:
         size = _latent_size(checkpoint, options, layout)
     window = min(WINDOW, _context(checkpoint))
@@ -187,15 +219,15 @@ def _size(
     return size
 
 
-def _check_merge(options: ConvertOptions) -> None:
-    """Refuses the options that are about a latent."""
+_OF_MLA = ("method", "target", "rope_dim", "rank", "freqfold")
+
+
+def _check_none(options: ConvertOptions, names: tuple[str, ...], why: str) -> None:
+    """Refuses options of other conversions."""
     defaults = ConvertOptions()
-    for name in ("method", "target", "kv_budget", "rope_dim", "rank", "freqfold"):
+    for name in names:
         if getattr(options, name) != getattr(defaults, name):
-            raise UsageError(
-                f"--{name.replace('_', '-')} is for --to mla; fewer KV heads are asked for with "
-                "--kv-heads alone"
-            )
+            raise UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 def _latent_size(
@@ -271,13 +303,15 @@ def statistics_options(checkpoint: Checkpoint, options: ConvertOptions) -> Stati
     )
 
 
-def is_replaced(name: str, options: ConvertOptions) -> bool:
-    """Whether the output holds other tensors instead of this one of the source."""
-    return any(f".self_attn.{part}." in name for part in replaced_parts(options))
+def is_replaced(name: str, parts: list[str]) -> bool:
+    """Whether a tensor of the source is of the `replaced_parts`."""
+    return any(f".self_attn.{part}." in name for part in parts)
 
 
-def replaced_parts(options: ConvertOptions) -> list[str]:
+def replaced_parts(options: ConvertOptions, layout: AttentionLayout) -> list[str]:
     """Parts of an attention module of which the output does not hold the source's tensors."""
+    if options.to == "fp8-kv":
+        return fp8_kv.folded_parts(options, layout)
     parts = list(artifact.REPLACED) if options.target != "kvtool" else []
     if options.heal is not None or options.to == "gqa":
         parts = [*artifact.REPLACED, "o_proj"]
@@ -328,12 +362,12 @@ def shard_bytes(text: str) -> int:
 
 def _fitted_bytes(
     layout: AttentionLayout,
-    size: targets.LatentSize | targets.HeadsSize,
+    size: Size,
     nope: int,
     options: ConvertOptions,
 ) -> int:
     """Of the file that keeps a fitted layer until it is written: float64 factors, and weights."""
-    if isinstance(size, targets.HeadsSize):
+    if not isinstance(size, targets.LatentSize):
         return 4 * _attention_values(layout, size, nope, options)
     width = layout.kv_heads * layout.head_dim
     factors = 2 * size.rope_dim * width + size.rank * (3 * width + (nope and width))
@@ -342,13 +376,18 @@ def _fitted_bytes(
 
 def _attention_values(
     layout: AttentionLayout,
-    size: targets.LatentSize | targets.HeadsSize,
+    size: Size,
     nope: int,
     options: ConvertOptions,
 ) -> int:
     """Numbers in the attention tensors that one layer's conversion writes."""
     width, inner = layout.kv_heads * layout.head_dim, layout.heads * layout.head_dim
-    replaced = replaced_parts(options)
+    replaced = replaced_parts(options, layout)
+    if isinstance(size, targets.BytesSize):
+        of_input = layout.hidden_size + int(layout.qkv_bias)
+        values = {"q_proj": inner * of_input, "k_proj": width * of_input}
+        values |= {"v_proj": width * of_input, "o_proj": layout.hidden_size * inner}
+        return sum(values.get(part, layout.head_dim) for part in replaced) + 2 * layout.kv_heads
     output = inner * layout.hidden_size + int(layout.output_bias) * layout.hidden_size
     output *= "o_proj" in replaced
     if isinstance(size, targets.HeadsSize):

@@ -13,7 +13,8 @@ Facts read in the engines' sources (transformers 5.17 to 5.23, vLLM 0.32):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,14 +22,21 @@ from torch import Tensor
 from kvtool.attention import FAMILIES, AttentionLayout, describe, rope_of
 from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
 
-KINDS = ("mla", "gqa")
+if TYPE_CHECKING:
+    from kvtool.checkpoint import Checkpoint
+
+KINDS = ("mla", "gqa", "fp8-kv")
 TARGETS = ("transformers", "vllm", "kvtool")
 METHODS = ("aware", "transmla", "exact")
 CONVERSIONS = (
     *(("mla", method, target) for method in METHODS for target in TARGETS),
     ("gqa", "aware", "transformers"),
+    ("fp8-kv", "aware", "transformers"),
 )
 """What there is of each kind, with its methods and targets."""
+
+ASKED = {"gqa": "merge KV heads", "fp8-kv": "calibrate an fp8 cache"}
+"""What a kind other than `mla` is asked to do."""
 
 TRANSFORMERS_LATENT_EPS = 1e-6
 FLOAT16 = (
@@ -59,6 +67,8 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
     reasons = []
     if len(set(layouts)) > 1:
         reasons.append("its layers have different attention layouts")
+    if to == "fp8-kv":
+        return reasons
     layout = layouts[0]
     limit = config.max_position_embeddings
     window = min((x.sliding_window for x in layouts if x.sliding_window), default=limit)
@@ -100,7 +110,7 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
 def require(config: Any, method: str, target: str, to: str) -> None:
     """Raises UnsupportedModelError with the first reason of :func:`check`."""
     if reasons := check(config, method, target, to):
-        asked = f"convert to MLA ({method}, for {target})" if to == "mla" else "merge KV heads"
+        asked = f"convert to MLA ({method}, for {target})" if to == "mla" else ASKED[to]
         raise UnsupportedModelError(
             f"cannot {asked}: {reasons[0]}",
             hint="`kvtool inspect` lists what applies to this model",
@@ -151,6 +161,23 @@ class HeadsSize:
     def widths(self) -> dict[str, int]:
         """Under the names that a plan has for them."""
         return {"kv_heads": self.kv_heads}
+
+
+@dataclass(frozen=True)
+class BytesSize:
+    """Every number in one byte.
+
+    Attributes:
+        native: As above.
+    """
+
+    native: int
+    widths = MappingProxyType[str, int]({})
+
+    @property
+    def kept(self) -> int:
+        """Numbers per token and layer after, if each had two bytes."""
+        return self.native // 2
 
 
 def heads_size(layout: AttentionLayout, kv_heads: int | None) -> HeadsSize:
@@ -341,5 +368,17 @@ def _theta(config: Any) -> float:
 
 def refuse_latent(to: str) -> None:
     """Raises UnsupportedModelError for a model that is MLA already."""
-    asked = "convert to MLA" if to == "mla" else "merge KV heads"
+    asked = "convert to MLA" if to == "mla" else ASKED[to]
     raise UnsupportedModelError(f"cannot {asked}: the model already caches a latent (MLA)")
+
+
+SCALED = "already holds scales for an fp8 cache"
+
+
+def refuse_fp8(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModelError for a model with scales that no other cache could use."""
+    if checkpoint.cache_scheme is not None:
+        raise UnsupportedModelError(
+            f"{checkpoint.source} {SCALED}",
+            hint="convert the checkpoint that it was made from",
+        )

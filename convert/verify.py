@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 from kvtool.attention import apply_latent_eps
 from kvtool.checkpoint import Checkpoint, sha256_file
-from kvtool.convert import artifact, granite
+from kvtool.convert import artifact, fp8_kv, granite
 from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
+from kvtool.fp8 import LIMIT, SCALES, decode, encode, skip_flag
 
 PROBE_KL = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3}
 """Largest mean KL to the conversion's logits, by the dtype that the attention was rounded to."""
@@ -30,6 +32,12 @@ EXACT_KL, EXACT_LOGIT = 1e-6, 1e-3
 """What the lossless method must reach against the original in fp32."""
 DECODE_KL = 1e-6
 LONG = 2048
+CLIPPED = 1e-3
+"""Largest share of held-out keys or values that a scale for fp8 may be too small for."""
+MUCH_WORSE, SEEN = 10, 1e-3
+"""A layer in fp8 is to be skipped if it alone costs so many times the median, and so many nats."""
+SKETCH = 256
+"""Tokens on which layers are tried one by one."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,13 @@ def verify(output: Path, against: Checkpoint, *, long_prompt: bool = True) -> Ve
     if not finite:
         return report
     _check_probe(report, logits[positions], expected, manifest)
-    _check_original(report, logits, _logits(against, ids), ids, manifest)
+    original = _logits(against, ids)
+    if converted.cache_scheme is not None:
+        kl = float(_kl(original, logits).mean())
+        limit = PROBE_KL[manifest["plan"]["attention_dtype"]]
+        report.add("folded", kl <= limit, f"KL {kl:.1e} to the original before any rounding to fp8")
+        logits = _check_fp8(report, converted, ids, logits)
+    _check_original(report, logits, original, ids, manifest)
     if long_prompt:
         context = int(against.config.get("max_position_embeddings", 0))
         report.add(
@@ -116,7 +130,8 @@ def verify(output: Path, against: Checkpoint, *, long_prompt: bool = True) -> Ve
             len(ids) > LONG or context <= LONG,
             f"{len(ids)} tokens; the model's context is {context}",
         )
-    _check_runtime(report, converted, ids[: min(len(ids), 128)], logits, manifest)
+    if converted.cache_scheme is None:  # kvtool itself keeps no fp8
+        _check_runtime(report, converted, ids[: min(len(ids), 128)], logits, manifest)
     return report
 
 
@@ -175,6 +190,78 @@ def _logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     logits: Tensor = model(ids[None], use_cache=False).logits[0]
     del model
     gc.collect()
+    return logits
+
+
+class Fp8Cache(DynamicCache):
+    """Of a stock model: gives back what an engine reads from a static fp8 cache.
+
+    Attributes:
+        scales: By layer, of keys and values; other layers keep what they are given.
+        numbers, clipped: In keys and values so far, and how many were beyond the largest code.
+        stored: Bytes of the codes.
+    """
+
+    def __init__(self, scales: dict[int, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.scales = scales
+        self.numbers = self.clipped = self.stored = 0
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Fp8Cache:
+        """With all the scales that a checkpoint holds."""
+        scales = {}
+        for i in range(int(checkpoint.config["num_hidden_layers"])):
+            k, v = (checkpoint.read(f"model.layers.{i}.self_attn.{name}") for name in SCALES)
+            scales[i] = (k, v)
+        return cls(scales)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx in self.scales:
+            key_scale, value_scale = self.scales[layer_idx]
+            key_states = self._through(key_states, key_scale)
+            value_states = self._through(value_states, value_scale)
+        found: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return found
+
+    def _through(self, x: Tensor, scale: Tensor) -> Tensor:
+        codes = encode(x, scale)
+        self.clipped += int((x.abs() > LIMIT * scale).sum())
+        self.numbers += codes.numel()
+        self.stored += codes.nbytes
+        return decode(codes, scale)
+
+
+@torch.inference_mode()
+def _check_fp8(report: VerifyReport, converted: Checkpoint, ids: Tensor, exact: Tensor) -> Tensor:
+    """Scales as they were written, and what they cost; the logits `[T, V]` through fp8."""
+    scales = Fp8Cache.of(converted).scales
+    wrong = fp8_kv.check_scales(s for pair in scales.values() for s in pair)
+    shape = list(scales[0][0].shape)
+    report.add("scales", wrong is None, wrong or f"{2 * len(scales)} of shape {shape}")
+    model = converted.load_transformers(torch.float32)
+
+    def through(chosen: list[int], tokens: Tensor) -> tuple[Tensor, Fp8Cache]:
+        cache = Fp8Cache({i: scales[i] for i in chosen})
+        return model(tokens[None], past_key_values=cache, use_cache=True).logits[0], cache
+
+    logits, cache = through(list(scales), ids)
+    clipped = cache.clipped / cache.numbers
+    report.add("range", clipped <= CLIPPED, f"{clipped:.1e} of the held-out numbers are clipped")
+    report.measured["clipped"] = clipped
+    report.measured["fp8_bytes_per_token"] = cache.stored // len(ids)
+    few = ids[:SKETCH]
+    alone = [float(_kl(exact[: len(few)], through([i], few)[0]).mean()) for i in scales]
+    median = float(torch.tensor(alone).median())
+    skip = [i for i, kl in enumerate(alone) if kl > max(MUCH_WORSE * median, SEEN)]
+    report.measured |= {"layer_kl": alone, "skip_layers": skip}
+    worst = max(scales, key=alone.__getitem__)
+    detail = f"layer {worst} alone costs most, KL {alone[worst]:.1e}; the median {median:.1e}"
+    report.add("layers", True, f"{detail}; vLLM: {skip_flag(skip)}" if skip else detail)
     return logits
 
 

@@ -339,6 +339,10 @@ class GroupedQueryAttention(nn.Module):
         Args:
             weights: By name, such as `k_proj.weight`. Keys and values may have fewer heads.
         """
+        for norm, name in ((self.q_norm, "q_norm.weight"), (self.k_norm, "k_norm.weight")):
+            if norm is not None and name in weights:
+                copied = weights[name].to(norm.weight, copy=True)
+                norm.weight = nn.Parameter(copied, requires_grad=False)
         names, sizes = ("q_proj", "k_proj", "v_proj"), self.sizes
         for kind, own in list(self.qkv.named_parameters()):
             parts = zip(names, own.split(sizes), strict=True)

@@ -40,6 +40,7 @@ from kvtool._tensors import (
 )
 from kvtool._transformers import quiet_transformers
 from kvtool.errors import CheckpointError, UnsupportedModelError
+from kvtool.fp8 import SCALES, cache_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -140,6 +141,11 @@ class Checkpoint:
         """Size of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def cache_scheme(self) -> dict[str, Any] | None:
+        """What engines are told about quantising the cache, see :func:`kvtool.fp8.cache_scheme`."""
+        return cache_scheme(self.config)
+
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""
         return self._read([name])[name]
@@ -201,7 +207,7 @@ class Checkpoint:
         return copies
 
     def hf_config(self) -> PreTrainedConfig:
-        """The transformers config object.
+        """The transformers config object; scales for the cache of other engines are left out.
 
         Raises:
             UnsupportedModelError: Transformers does not know the model type.
@@ -220,6 +226,9 @@ class Checkpoint:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
+        if self.cache_scheme is not None:
+            # With it, transformers would want the package that quantises, and quantise.
+            del config.quantization_config
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -240,9 +249,11 @@ class Checkpoint:
         """
         from transformers import AutoModelForCausalLM
 
+        scheme = self.cache_scheme
         with self._transformers("the model"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
+                **({} if scheme is None else {"config": self.hf_config()}),
                 dtype=dtype,
                 output_loading_info=True,
                 # Otherwise a wrong shape is an exception that does not say which file it is about.
@@ -251,6 +262,10 @@ class Checkpoint:
                 local_files_only=True,
             )
         model, info = loaded
+        if scheme is not None:
+            info["unexpected_keys"] = [
+                name for name in info["unexpected_keys"] if name.split(".")[-1] not in SCALES
+            ]
         wrong = {
             kind.removesuffix("_keys"): sorted(map(str, info[kind]))
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -296,7 +311,7 @@ def _check_decoder(path: Path, config: dict[str, Any] | None) -> None:
         raise UnsupportedModelError(
             f"{path} is not a decoder: its architecture is {kind} ({what})."
         )
-    if quantization := config.get("quantization_config"):
+    if (quantization := config.get("quantization_config")) and cache_scheme(config) is None:
         method = (
             quantization.get("quant_method", "unknown")
             if isinstance(quantization, dict)

@@ -74,6 +74,7 @@ class Inspection:
         runs: Attention of all layers; empty where it is not known, see `unsupported`.
         rope: Type, theta and scaling of the rotary embedding.
         dtypes: Bytes of weights by safetensors type name.
+        cache_scales: In words, what it holds for the cache of other engines.
     """
 
     model: str
@@ -88,6 +89,7 @@ class Inspection:
     parameters: int
     dtypes: dict[str, int]
     applications: list[Application]
+    cache_scales: str | None
 
     @property
     def weight_bytes(self) -> int:
@@ -162,11 +164,25 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         dtypes=dtypes,
         applications=[
             Application(
-                f"convert --to {to}", method, target, targets.check(judged, method, target, to)
+                f"convert --to {to}",
+                method,
+                target,
+                [f"the model {targets.SCALED}"]
+                if checkpoint.cache_scheme is not None
+                else targets.check(judged, method, target, to),
             )
             for to, method, target in targets.CONVERSIONS
         ],
+        cache_scales=_cache_scales(checkpoint.cache_scheme),
     )
+
+
+def _cache_scales(scheme: dict[str, Any] | None) -> str | None:
+    if scheme is None:
+        return None
+    each = "KV head" if scheme.get("strategy") == "attn_head" else "layer"
+    kind, bits = scheme.get("type"), scheme.get("num_bits")
+    return f"for {kind} of {bits} bits, one per {each} for keys and one for values"
 
 
 def _runs(layouts: list[AttentionLayout]) -> list[LayerRun]:

@@ -56,7 +56,7 @@ class ConvertStep(_Strict):
     """``kvtool convert``; fields are its flags. ``output`` may be given when the recipe is run."""
 
     uses: Literal["convert"]
-    to: Literal["mla", "gqa", "mamba"]
+    to: Literal["mla", "gqa", "mamba", "fp8-kv"]
     output: str | None = None
     method: Literal["aware", "transmla", "exact"] = "aware"
     target: Literal["transformers", "vllm", "kvtool"] = "transformers"
@@ -69,6 +69,9 @@ class ConvertStep(_Strict):
     heal: TextOrNumber | None = None
     teacher: str | None = None
     loss: Literal["forward-kl", "reverse-kl"] = "forward-kl"
+    scales: Literal["tensor", "head"] = "tensor"
+    smooth: bool = False
+    turn_values: bool = False
     data: str | None = None
     tokens: int = 16384
     seed: int = 0

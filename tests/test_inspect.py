@@ -169,7 +169,7 @@ def test_json_and_table_say_the_same(tiny: Tiny, capfd: pytest.CaptureFixture[st
     assert "384 bytes per token" in text
     assert result["attention"][0]["summary"] in text
     assert f"{result['parameters']:,} parameters" in text
-    assert len(result["applications"]) == len(targets.METHODS) * len(targets.TARGETS) + 1
+    assert len(result["applications"]) == len(targets.METHODS) * len(targets.TARGETS) + 2
     for item in result["applications"]:
         verdict = "yes" if item["applies"] else "no"
         assert f"{item['command']} {item['method']} {item['target']} {verdict}" in text

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Shows that the real vLLM loads what `kvtool convert --target vllm` writes, and continues texts with
-# the same greedy tokens as transformers. Builds an environment of its own in interop/ (about 3 GB).
+# Shows that the real vLLM loads what `kvtool convert` writes for it, continues texts with the same
+# greedy tokens as transformers, and keeps an fp8 cache by our scales. Builds an environment of its own
+# in interop/ (about 3 GB).
 #
 #   make interop                                   # or: benchmarks/interop/run.sh
 #   INTEROP_PYTHON=/path/to/python make interop    # with a vLLM that is installed already
@@ -63,4 +64,23 @@ done
 convert smollm2 smollm2-mamba mamba --layers 5,25 --heal 0 || [ $? = 6 ]
 same "mamba, smollm2 with 2 layers replaced: vLLM against transformers" \
   "$(tokens "$python" transformers "$work/smollm2-mamba")" "$(tokens "$vllm" vllm "$work/smollm2-mamba")"
+
+# An fp8 cache: the scales arrive in the engine, and it predicts what kvtool says it will. Where each
+# head has a scale, the CPU kernel of vLLM takes the largest.
+for by in tensor head; do
+  folder=$work/smollm2-fp8-$by
+  convert smollm2 "smollm2-fp8-$by" fp8-kv --scales "$by"
+  for engine in kvtool truncated transformers vllm; do
+    interpreter=$vllm
+    case $engine in kvtool | truncated) interpreter=$python ;; esac
+    "$interpreter" "$here/fp8.py" $engine "$folder" 2> "$work/last.log" |
+      sed -n 's/^RESULT //p' > "$folder-$engine.json"
+  done
+  for pair in "kvtool transformers" "kvtool vllm" "truncated vllm"; do
+    read -r one other <<< "$pair"
+    told=$("$python" "$here/fp8.py" compare "$folder-$one.json" "$folder-$other.json")
+    echo "$told  fp8, scales by $by: $one against $other"
+    [[ $told == same* ]] || failed=1
+  done
+done
 exit $failed

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from kvtool.cli import _console, _options
 from kvtool.errors import GateError, KvtoolError, ResourceError, UsageError
+from kvtool.fp8 import skip_flag
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -27,11 +28,11 @@ def convert(
     model: _options.Model,
     output: _options.Output,
     to: Annotated[
-        Literal["mla", "gqa", "mamba"],
+        Literal["mla", "gqa", "mamba", "fp8-kv"],
         typer.Option(
             "--to",
             help="The attention to convert to: a latent (mla), fewer KV heads (gqa), or in some "
-            "layers Mamba-2 (mamba).",
+            "layers Mamba-2 (mamba); or the same, with scales for an fp8 cache (fp8-kv).",
             rich_help_panel=_METHOD,
         ),
     ],
@@ -113,6 +114,29 @@ def convert(
             rich_help_panel=_METHOD,
         ),
     ] = "forward-kl",
+    scales: Annotated[
+        Literal["tensor", "head"],
+        typer.Option(
+            help="With --to fp8-kv: one scale for all KV heads of a layer, or one each.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "tensor",
+    smooth: Annotated[
+        bool,
+        typer.Option(
+            "--smooth",
+            help="With --to fp8-kv: fold SmoothAttention into the weights, for 4-bit caches.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = False,
+    turn_values: Annotated[
+        bool,
+        typer.Option(
+            "--turn-values",
+            help="With --to fp8-kv: fold a Hadamard transform of the values, for 4-bit caches.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = False,
     data: _options.Data = None,
     tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
@@ -138,7 +162,7 @@ def convert(
 ) -> None:
     """Convert MODEL to a latent cache (MLA), fewer KV heads, or Mamba-2 in some layers.
 
-    The result is a stock checkpoint.
+    The result is a stock checkpoint. Or add scales to it, by which vLLM keeps its cache in fp8.
     """
     if to == "mamba":
         from kvtool.cli.convert_mamba import convert_mamba
@@ -150,6 +174,9 @@ def convert(
             "--rope-dim": rope_dim is not None,
             "--rank": rank is not None,
             "--freqfold": freqfold != "auto",
+            "--scales": scales != "tensor",
+            "--smooth": smooth,
+            "--turn-values": turn_values,
         }
         convert_mamba(
             model, output, layers=layers, kv_budget=kv_budget, heal=heal, teacher=teacher,
@@ -188,6 +215,9 @@ def convert(
         tokens=tokens,
         heal=heal,
         teacher=teacher,
+        scales=scales,
+        smooth=smooth,
+        turn_values=turn_values,
         seed=seed,
         dtype=dtype,
         shard_size=shard_size,
@@ -305,6 +335,14 @@ def add_plan(table: Table, plan: dict[str, Any]) -> None:
         table.add_row("layers replaced", ", ".join(map(str, plan["replaced_layers"])))
     elif plan["to"] == "gqa":
         table.add_row("KV heads per layer", str(plan["kv_heads"]))
+    elif plan["to"] == "fp8-kv":
+        folded = [w for w in ("smooth", "turn_values") if plan[w]]
+        table.add_row("scales", plan["scales"])
+        table.add_row("folded into weights", ", ".join(folded).replace("_", " ") or "nothing")
+        if large := plan["large_key_biases"]:
+            times = ", ".join(f"{x:.0f} times in layer {i}" for i, x in large.items())
+            told = f"the bias of k_proj is longer than the median's, {times}, which fp8 may break"
+            table.add_row("warning", f"{told}; vLLM: {skip_flag(large)}")
     else:
         latent = f"rank {plan['rank']} + {plan['rope_dim']} with positions"
         table.add_row("latent per layer", latent)

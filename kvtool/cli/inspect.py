@@ -55,6 +55,9 @@ def _facts(inspection: Inspection) -> Table:
         f"{inspection.parameters:,} parameters, {decimal(inspection.weight_bytes)} "
         f"({', '.join(sorted(inspection.dtypes))})",
     )
+    if inspection.cache_scales:
+        told = f"{inspection.cache_scales}; vLLM reads them, kvtool leaves them aside"
+        table.add_row("cache scales", told)
     if inspection.bytes_per_token is not None:
         table.add_row("cache, bf16", f"{inspection.bytes_per_token:,} bytes per token")
         for tokens in CONTEXTS:

@@ -181,7 +181,7 @@ def variants(checkpoint: Checkpoint) -> Iterator[tuple[str, int, float, Packer]]
                values_alone(lambda i, x, b=bits: separated(x, b, v[i][:, None, None])))  # fmt: skip
     for upper, lower in (((4, 4), (2, 2)), ((4, 4), (4, 2))):
         name = f"K{upper[0]}V{upper[1]}/K{lower[0]}V{lower[1]}"
-        for size in (64, 128, 256):
+        for size in (64, 128):
             share = int(0.6 * size) / size
             bits = (share * sum(upper) + (1 - share) * sum(lower) + 64 / size + 0.5) / 2
             for ranking in ("probes", "all queries", "drawn") if size == 128 else ("probes",):
@@ -194,8 +194,8 @@ def variants(checkpoint: Checkpoint) -> Iterator[tuple[str, int, float, Packer]]
         for factors in (None, balance):
             yield (f"{name}, per token, {'not ' if factors is None else ''}balanced", 128, bits,
                    tiers(0.5, upper, lower, by_token, "probes", factors))  # fmt: skip
-    for bits in (2, 3, 4):
-        for rank in (0, 1, 2, 4):
+    for bits, ranks in ((2, (0, 2, 4)), (3, (0, 1)), (4, (0, 2))):
+        for rank in ranks:
             yield (f"{bits} bits, rank {rank}", 64, bits + 0.5 + rank / 2,
                    with_factors((bits, bits), rank))  # fmt: skip
 

@@ -41,6 +41,7 @@ def test_a_block_has_the_same_factors_alone_and_none_when_it_is_empty():
     for found, alone in zip(low_rank(x, 2), low_rank(x[1], 2), strict=True):
         torch.testing.assert_close(found[1], alone, rtol=1e-2, atol=1e-2)
     assert product(*low_rank(torch.zeros(16, 24), 2)).abs().max() == 0
+    assert product(*low_rank(1e6 * x, 2)).isfinite().all()
 
 
 def test_thin_products_are_those_of_blocks():

@@ -13,6 +13,8 @@ from torch import Tensor
 SWEEPS = 3
 """Of power iteration, as many as GEAR's code makes."""
 
+_LARGEST = 65504.0  # of fp16
+
 
 def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors of blocks, by power iteration on r vectors together.
@@ -32,7 +34,7 @@ def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     for _ in range(SWEEPS - 1):
         w = x.mT @ (x @ w)
     u = torch.linalg.qr(x @ torch.linalg.qr(w).Q).Q
-    return u.mT.half(), (u.mT @ x).half()
+    return u.mT.half(), (u.mT @ x).clamp(-_LARGEST, _LARGEST).half()
 
 
 def low_rank_scores(q: Tensor, u: Tensor, w: Tensor) -> Tensor:

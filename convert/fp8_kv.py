@@ -22,7 +22,8 @@ goes into `q_proj` and `k_proj`, or into the weights of `q_norm` and `k_norm` wh
 H again into the columns of `o_proj`, for Σ_j a_j H v_j = H Σ_j a_j v_j.
 
 e4m3 is a float: an element's error is a share of itself, whatever multiplies its channel. So the
-foldings help caches of integers, and fp8 hardly.
+foldings do nothing for fp8. Smoothing helps caches of 4 bits that round keys as they come, and
+harms where a Hadamard transform is in front (vLLM's `int4_per_token_head`).
 """
 
 from __future__ import annotations

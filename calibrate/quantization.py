@@ -8,7 +8,7 @@
 * **zipcache** (arXiv 2405.14256): kivi's axes in two tiers of tokens, and the channel-separable
   quantiser for values: each channel is divided by c = √max|v_c| before a token's numbers share a
   scale. The maximum is that of a calibration text, where the paper's is that of the text at hand:
-  it takes no bytes, and brings at least half of what factors for each block would.
+  it takes no bytes, and brings half (2 bits) to most (4 bits) of what factors per block would.
 * **mikv** (arXiv 2402.18096): two tiers of tokens with scales per token, ranked as for zipcache,
   where the paper asks a policy that would evict the lower one. What an outlier channel of
   keys does to the others is evened out between keys and queries: with the balancer

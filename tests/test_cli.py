@@ -29,7 +29,7 @@ CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 # Flags that say the same thing of different objects, and so are worded by each command.
 WORDED_BY_COMMAND = {"--output", "--against", "--help", "--seed", "--method", "--kv-budget"}
 WORDED_BY_COMMAND |= {"--context", "--sink", "--window", "--prefill", "--length"}
-WORDED_BY_COMMAND |= {"--streaming-heads", "--bits", "--read", "--steps"}
+WORDED_BY_COMMAND |= {"--streaming-heads", "--bits", "--read", "--steps", "--rank"}
 # Which layers `convert` replaces; that `evaluate` measures layers one by one.
 WORDED_BY_COMMAND |= {"--layers"}
 

@@ -29,9 +29,12 @@ from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Allocation, CodePlan, code_shapes, fit_codes
 from kvtool.errors import PlanError, UnsupportedModelError
+from kvtool.factored import is_factored, model_config
+from kvtool.latent_bits import LatentPlan
 from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
+from kvtool.states import StatePlan
 
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
@@ -49,6 +52,7 @@ class LayerPlan:
         budget: Tokens of the prompt that each KV head keeps after it, chosen by the plan's policy;
             `None` for a head that keeps everything, and for a streaming one.
         bits: How the heads that keep everything pack it; None for the dtype of the model.
+        kept: What a layer without KV heads keeps instead; `streaming` is empty then.
 
     Raises:
         PlanError: The numbers are out of range or do not belong together.
@@ -59,8 +63,11 @@ class LayerPlan:
     window: int = 0
     budget: tuple[int | None, ...] | None = None
     bits: Bits | None = None
+    kept: StatePlan | LatentPlan | None = None
 
     def __post_init__(self) -> None:
+        if self.kept is not None and (self.streaming or self.bits is not None):
+            raise PlanError("a layer that keeps a state or a latent has no KV heads to plan")
         order = None if self.bits is None else self.bits.order
         if order is not None and len(order) != len(self.streaming):
             raise PlanError(f"{len(order)} orders of channels for {len(self.streaming)} heads")
@@ -87,7 +94,8 @@ class LayerPlan:
     @property
     def plain(self) -> bool:
         """Whether every head keeps everything as it is."""
-        return self.budget is None and self.bits is None and not any(self.streaming)
+        packed = self.bits is not None or (self.kept is not None and self.kept.packed)
+        return self.budget is None and not packed and not any(self.streaming)
 
     @property
     def full_heads(self) -> list[int]:
@@ -112,14 +120,24 @@ class LayerPlan:
 
     def cache_bytes(self, prompt: int, head_dim: int, itemsize: int) -> int:
         """Bytes that the layer takes after a prompt, see :meth:`Plan.cache_bytes`."""
+        if self.kept is not None:
+            return self.kept.cache_bytes(prompt, itemsize)
         exact, packed = self.tokens(prompt), 0
         if self.bits is not None:
             exact -= len(self.full_heads) * prompt
             packed = len(self.full_heads) * self.bits.cache_bytes(prompt, head_dim, itemsize)
         return 2 * itemsize * head_dim * exact + packed
 
+    def native_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that the layer takes without a plan."""
+        if self.kept is not None:
+            return self.kept.native_bytes(tokens, itemsize)
+        return 2 * itemsize * head_dim * len(self.streaming) * tokens
+
     def token_bytes(self, head_dim: int, itemsize: int) -> Fraction:
         """Bytes that every further token costs the layer: streaming heads overwrite."""
+        if self.kept is not None:
+            return self.kept.token_bytes()
         exact, packed = self.streaming.count(False), Fraction(0)
         if self.bits is not None:
             exact -= len(self.full_heads)
@@ -151,7 +169,7 @@ class Base:
 
     @property
     def all_heads(self) -> int:
-        """KV heads of all layers together."""
+        """KV heads of all layers together, were they alike."""
         return self.layers * self.kv_heads
 
     def native_bytes(self, tokens: int, itemsize: int) -> int:
@@ -168,16 +186,12 @@ def base_of(checkpoint: Checkpoint) -> Base:
     """The identity of a model; samples of all its weights are read.
 
     Raises:
-        UnsupportedModelError: Its heads have no keys of their own (MLA), or its attention is not
-            known at all.
+        UnsupportedModelError: Its attention is not known.
     """
-    layouts = describe(checkpoint.hf_config())
-    layout = layouts[0]
-    if any(item.kind == "mla" for item in layouts):
-        raise UnsupportedModelError(
-            f"{checkpoint.source} has MLA: its heads share one latent, so none can keep less alone."
-        )
-    if any((x.kv_heads, x.head_dim) != (layout.kv_heads, layout.head_dim) for x in layouts):
+    layouts = describe(model_config(checkpoint))
+    attention = [x for x in layouts if x.kind != "mamba"] or layouts
+    layout = attention[0]
+    if any((x.kv_heads, x.head_dim) != (layout.kv_heads, layout.head_dim) for x in attention):
         raise UnsupportedModelError(f"{checkpoint.source} has layers of different shapes.")
     config = {key: value for key, value in checkpoint.config.items() if key not in _VOLATILE}
     return Base(
@@ -190,9 +204,24 @@ def base_of(checkpoint: Checkpoint) -> Base:
     )
 
 
-def check_can_drop(checkpoint: Checkpoint) -> None:
-    """Raises UnsupportedModelError where no head can keep less than the model gives it."""
-    if any(layout.sliding_window is not None for layout in describe(checkpoint.hf_config())):
+def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
+    """Raises UnsupportedModelError where no head can keep less than the model gives it.
+
+    Args:
+        other: Layers that keep something else than KV heads are no hindrance.
+    """
+    layouts = describe(model_config(checkpoint))
+    if not other and (is_factored(checkpoint) or any(x.kind == "mla" for x in layouts)):
+        raise UnsupportedModelError(
+            f"{checkpoint.source} has MLA: its heads share one latent, so none can keep less alone",
+            hint="calibrate quantization packs latents.",
+        )
+    if not other and any(layout.kind == "mamba" for layout in layouts):
+        raise UnsupportedModelError(
+            f"{checkpoint.source} has layers that keep a state and no keys and values",
+            hint="calibrate quantization packs states, and the heads of the other layers.",
+        )
+    if any(layout.sliding_window is not None for layout in layouts):
         raise UnsupportedModelError(
             f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
             "streaming heads or token budgets in them are not supported"
@@ -254,7 +283,7 @@ class Plan:
                     raise PlanError(
                         f"layer {index} orders {len(order)} channels of {base.head_dim}"
                     )
-            if len(layer.streaming) != base.kv_heads:
+            if layer.kept is None and len(layer.streaming) != base.kv_heads:
                 raise PlanError(
                     f"layer {index} plans {len(layer.streaming)} KV heads of {base.kv_heads}"
                 )
@@ -281,7 +310,8 @@ class Plan:
             layers = sum(code.layers for code in self.codes)
             if layers != self.base.layers:
                 raise PlanError(f"codes cover {layers} layers, of a model with {self.base.layers}")
-            if self.scores is not None or not all(layer.plain for layer in self.layers):
+            plain = all(layer.plain and layer.kept is None for layer in self.layers)
+            if self.scores is not None or not plain:
                 raise PlanError("a layer that codes its tokens keeps all of them in all heads")
         wanted: dict[str, tuple[int, ...]] = {}
         for index, code in enumerate(self.codes):
@@ -365,7 +395,8 @@ class Plan:
 
     def native_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the cache of one sequence without a plan."""
-        return self.base.native_bytes(tokens, itemsize)
+        size = self.base.head_dim
+        return sum(layer.native_bytes(tokens, size, itemsize) for layer in self.layers)
 
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that every further token costs: streaming heads overwrite, all others append."""
@@ -570,7 +601,11 @@ def _layer(layer: LayerEntry) -> LayerPlan:
     sink, window = next(iter(rings), (0, 0))
     streaming = tuple(isinstance(head, plan_file.Streaming) for head in layer.heads)
     bits = None if layer.bits is None else Bits(**layer.bits.model_dump())
-    return LayerPlan(streaming, sink, window, layer.budget, bits)
+    kept: StatePlan | LatentPlan | None = None
+    if layer.kept is not None:
+        kind = LatentPlan if isinstance(layer.kept, plan_file.LatentEntry) else StatePlan
+        kept = kind(**layer.kept.model_dump(exclude={"kind"}))
+    return LayerPlan(streaming, sink, window, layer.budget, bits, kept)
 
 
 def _document(plan: Plan) -> dict[str, Any]:
@@ -591,10 +626,16 @@ def _document(plan: Plan) -> dict[str, Any]:
         document["format_version"] = plan_file.CODES_VERSION
         document |= {"codes": codes, "allocation": plan.allocation}
     if any(layer.bits is not None for layer in plan.layers):
-        document["format_version"] = plan_file.FORMAT_VERSION
+        document["format_version"] = plan_file.BITS_VERSION
         for entry, layer in zip(document["layers"], plan.layers, strict=True):
             if layer.bits is not None:
                 entry["bits"] = asdict(layer.bits)
+    if any(layer.kept is not None for layer in plan.layers):
+        document["format_version"] = plan_file.FORMAT_VERSION
+        for entry, layer in zip(document["layers"], plan.layers, strict=True):
+            if layer.kept is not None:
+                kind = "latent" if isinstance(layer.kept, LatentPlan) else "state"
+                entry["kept"] = {"kind": kind, **asdict(layer.kept)}
     return document
 
 

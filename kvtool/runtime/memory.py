@@ -6,6 +6,8 @@ import ctypes
 import sys
 from bisect import bisect_right
 
+from kvtool.bits import Blocks
+from kvtool.latent_bits import LatentPlan
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.stores import PAGE, whole_pages
 
@@ -20,7 +22,8 @@ class RowMemory:
     def __init__(self, engine: Engine) -> None:
         # Packed heads pack nothing of the first tokens, so the slope is taken behind them.
         planned = [] if engine.plan is None else engine.plan.layers
-        exact = [x.bits.sink + x.bits.window for x in planned if x.bits is not None]
+        blocks = [x.bits or x.kept for x in planned]
+        exact = [x.sink + x.window for x in blocks if isinstance(x, Blocks)]
         far = whole_pages(max(exact, default=PAGE))
         self.least, small, large = (
             engine.new_cache(1, n).allocated_bytes for n in (PAGE, far, far + PAGE)
@@ -28,6 +31,7 @@ class RowMemory:
         self.page_bytes = large - small
         self.constant = small - far // PAGE * self.page_bytes
         self.head_bytes = 0  # of keys and values of one token
+        self.held = 0  # bytes of latents of a token of a prompt, while that is read
         self.dropping = 0  # heads that hold a whole prompt while it is read
         self.budgets: list[int] = []
         self.rings: list[int] = []  # tokens that each streaming head has room for
@@ -35,6 +39,9 @@ class RowMemory:
         plan = engine.plan
         if plan is None:
             return
+        if plan.prefill == "dense":
+            latents = [x.kept for x in plan.layers if isinstance(x.kept, LatentPlan)]
+            self.held = engine.dtype.itemsize * sum(x.width for x in latents)
         self.heads, self.dense = plan.base.all_heads, plan.prefill == "dense"
         self.head_bytes = 2 * plan.base.head_dim * engine.dtype.itemsize
         for layer in plan.layers:
@@ -52,7 +59,7 @@ class RowMemory:
 
     def reading(self, prompt: int) -> int:
         """While a prompt of so many tokens is read."""
-        return self._planes(prompt) + self.dropping * self.head_bytes * prompt
+        return self._planes(prompt) + (self.dropping * self.head_bytes + self.held) * prompt
 
     def holding(self, tokens: int, prompt: int) -> int:
         """With `tokens` stored, of which the first `prompt` were the prompt."""

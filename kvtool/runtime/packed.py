@@ -1,12 +1,12 @@
-"""Heads that keep every token, most of them as integers of few bits (`kvtool/bits.py`).
+"""Planes that keep every token, most of them as integers of few bits (`kvtool/bits.py`).
 
 The first tokens and the last are exact, in a ring. When `window` tokens have come behind N others,
 these are packed as one block, from the exact numbers, and never again. Whatever the calls were that
 brought the tokens, the same are packed after as many of them; in a call with several tokens, each
 reads what would have been exact had it come alone.
 
-Keys that are stored after RoPE are read as they are (`kernels/packed_attention`): nothing of the
-past is rebuilt. Keys that are stored before it are rebuilt and rotated a tile at a time.
+What is stored as it is read is not rebuilt (`kernels/packed_attention`): keys behind RoPE, values,
+and latents. Keys that are stored before RoPE are rebuilt and rotated a tile at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention, rotate
-from kvtool.bits import Bits, from_stored, to_stored, turn
+from kvtool.bits import Bits, Blocks, from_stored, to_stored, turn
 from kvtool.codes import Positions
 from kvtool.kernels.packed_attention import channel_scores, token_scores, value_sums
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
@@ -31,39 +31,46 @@ _ROWS = 256  # queries whose scores are written out at once
 _BLOCKS = 16  # whose keys are rebuilt at once
 
 
-class PackedHeads(DroppingHeads):
+class PackedStore(DroppingHeads):
     """A ring of exact tokens, and planes `[B, H, blocks, ...]` of codes and of their scales.
 
-    A block has a row per channel with N numbers of keys whose scales are per channel, and else a
-    row per token with D numbers.
-
-    Args:
-        order: `[H, D]`, the order of the channels of keys; None for their own.
-        positions: RoPE in fp32.
+    Attributes:
+        exact: Its planes are what a token brings, in that order.
+        bits: Which tokens are packed.
+        tokens: That there is room for.
     """
 
-    def __init__(
-        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
-        bits: Bits, order: Tensor | None, positions: Positions, dense_prompt: bool,
-    ) -> None:  # fmt: skip
-        self.exact = StreamingHeads(
-            rows, heads, bits.sink, bits.ring, head_dim, like, scaling, dense_prompt=False
-        )
-        self.bits, self.scaling, self.dense_prompt = bits, scaling, dense_prompt
-        self.head_dim, self.order, self.positions = head_dim, order, positions
-        self.tokens = capacity
-        size = bits.group
-        key_block = (head_dim, size) if bits.axis == "channel" else (size, head_dim)
-        self.planes = {}
-        for part, width, (lines, numbers) in (
-            ("keys", bits.keys, key_block),
-            ("values", bits.values, (size, head_dim)),
-        ):
-            shape = (rows, heads, bits.blocks(capacity), lines)
-            groups = groups_of(numbers, size)
-            codes = like.new_empty((*shape, packed_bytes(numbers, width)), dtype=torch.uint8)
-            scales = like.new_empty((*shape, groups, 2), dtype=torch.float16)
-            self.planes |= {part: codes, f"{part} scales": scales}
+    exact: StreamingHeads
+    bits: Blocks
+    dense_prompt: bool
+    tokens: int
+
+    def attend(
+        self, q: Tensor, exact: Sequence[Tensor], row: int, blocks: int,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """One softmax in fp32 over exact tokens and the first blocks of a row.
+
+        Args:
+            q: `[Q, T, D]`.
+            exact: `[H, C, ·]` each.
+            hidden: `[T, C + blocks · N]`, what a query must not see.
+
+        Returns:
+            `[Q, T, ·]`.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def pack(self, row: int, first: int, exact: Sequence[Tensor]) -> None:
+        """Packs tokens `[H, n · N, ·]` as the blocks from `first` on."""
+        raise NotImplementedError  # pragma: no cover
+
+    def add_planes(self, part: str, bits: int, numbers: int, shape: tuple[int, ...]) -> None:
+        """Planes of codes with so many bits, and of their scales, for rows of `numbers`."""
+        groups, like = groups_of(numbers, self.bits.group), next(iter(self.exact.planes.values()))
+        codes = like.new_empty((*shape, packed_bytes(numbers, bits)), dtype=torch.uint8)
+        scales = like.new_empty((*shape, groups, 2), dtype=torch.float16)
+        self.planes |= {part: codes, f"{part} scales": scales}
 
     @property
     def allocated_bytes(self) -> int:
@@ -93,30 +100,28 @@ class PackedHeads(DroppingHeads):
     def restore(self, row: int, saved: list[Tensor]) -> None:
         self.exact.restore(row, saved)
 
-    def add(self, new: NewTokens, step: Step) -> Tensor:
-        """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
-        if step.prompt is not None and self.dense_prompt:
-            return self.read_prompt(new, step)
-        if step.row is not None and new.q.shape[2] > 1:
-            return self._add_several(new, step.row, step.starts[0])[None]
+    def add_tokens(self, q: Tensor, new: Sequence[Tensor], step: Step) -> Tensor:
+        """Stores new tokens `[B, H, T, ·]`; returns what queries `[B, Q, T, D]` read."""
+        if step.row is not None and q.shape[2] > 1:
+            return self._add_several(q, new, step.row, step.starts[0])[None]
         slots = [self.exact.slot(start) for start in step.starts]
-        self.exact.write(step.row, slots, {"keys": new.k, "values": new.v})
+        self.exact.write(step.row, slots, dict(zip(self.exact.planes, new, strict=True)))
         first = 0 if step.row is None else step.row
         contexts = []
         for b, n in enumerate(step.lengths):
-            keys, values = self._exact_tokens(first + b, n, self.bits.blocks(n - 1))
+            exact = self._exact_tokens(first + b, n, self.bits.blocks(n - 1))
             done = self.bits.blocks(n)
             if done > self.bits.blocks(n - 1):
                 packed = slice(self.bits.sink, self.bits.sink + self.bits.group)
-                self._pack(first + b, done - 1, keys[:, packed], values[:, packed])
-                keys, values = self._exact_tokens(first + b, n, done)
-            contexts.append(self._attend(new.q[b], keys, values, first + b, done))
+                self.pack(first + b, done - 1, [x[:, packed] for x in exact])
+                exact = self._exact_tokens(first + b, n, done)
+            contexts.append(self.attend(q[b], exact, first + b, done))
         return torch.stack(contexts)
 
-    def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
-        first, end = self.bits.sink, self._first_exact(keys.shape[1])
-        self._pack(row, 0, keys[:, first:end], values[:, first:end])
-        self.exact.keep_last(row, 0, keys, values)
+    def end_prompt(self, row: int, *tokens: Tensor) -> None:
+        own = slice(self.bits.sink, self._first_exact(tokens[0].shape[1]))
+        self.pack(row, 0, [x[:, own] for x in tokens])
+        self.exact.keep_last(row, 0, *tokens)
 
     def _first_exact(self, length: int) -> int:
         """The first token behind the blocks of a row with `length` tokens."""
@@ -127,26 +132,21 @@ class PackedHeads(DroppingHeads):
         sinks = range(min(self.bits.sink, length))
         return [*sinks, *range(self.bits.sink + blocks * self.bits.group, length)]
 
-    def _exact_tokens(self, row: int, length: int, blocks: int) -> tuple[Tensor, Tensor]:
-        """Their keys and values `[H, C, D]`."""
+    def _exact_tokens(self, row: int, length: int, blocks: int) -> list[Tensor]:
+        """What there is of them, `[H, C, ·]` each."""
         slots = [self.exact.slot(position) for position in self._exact_at(length, blocks)]
-        planes = self.exact.planes
-        return planes["keys"][row][:, slots], planes["values"][row][:, slots]
+        return [plane[row][:, slots] for plane in self.exact.planes.values()]
 
-    def _add_several(self, new: NewTokens, row: int, start: int) -> Tensor:
-        """As if token by token: each reads what was exact when it came. `[Q, T, D]`."""
-        size, sink, end = self.bits.group, self.bits.sink, start + new.q.shape[2]
+    def _add_several(self, q: Tensor, new: Sequence[Tensor], row: int, start: int) -> Tensor:
+        """As if token by token: each reads what was exact when it came. `[Q, T, ·]`."""
+        size, sink, end = self.bits.group, self.bits.sink, start + q.shape[2]
         before, done = self.bits.blocks(start), self.bits.blocks(end)
-        keys, values = (
-            torch.cat((past, fresh[0]), dim=1)
-            for past, fresh in zip(
-                self._exact_tokens(row, start, before), (new.k, new.v), strict=True
-            )
-        )
+        past = self._exact_tokens(row, start, before)
+        exact = [torch.cat((old, own[0]), dim=1) for old, own in zip(past, new, strict=True)]
         packed = slice(sink, sink + (done - before) * size)
-        self._pack(row, before, keys[:, packed], values[:, packed])
-        self.exact.keep_last(row, start, new.k[0], new.v[0])
-        device = keys.device
+        self.pack(row, before, [x[:, packed] for x in exact])
+        self.exact.keep_last(row, start, *(x[0] for x in new))
+        device = q.device
         at = torch.tensor([*self._exact_at(start, before), *range(start, end)], device=device)
         block = torch.arange(done, device=device).repeat_interleave(size)
         contexts = []
@@ -156,25 +156,64 @@ class PackedHeads(DroppingHeads):
             come = at <= torch.tensor([*asked], device=device)[:, None]
             near = come & ((at < sink) | (at >= sink + blocks * size))
             hidden = ~torch.cat((near, block < blocks), dim=1)
-            q = new.q[0, :, begin - start : asked.stop - start]
-            contexts.append(self._attend(q, keys, values, row, done, hidden))
+            asking = q[0, :, begin - start : asked.stop - start]
+            contexts.append(self.attend(asking, exact, row, done, hidden))
         return torch.cat(contexts, dim=1)
 
-    def _attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, row: int, blocks: int,
+    def blocks_of(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
+        """Codes `[H, blocks, ...]` and their scales."""
+        return [self.planes[name][row, :, first:end] for name in (part, f"{part} scales")]
+
+    def put_blocks(
+        self, part: str, row: int, first: int, x: Tensor, bits: int, clip: float
+    ) -> None:
+        """Packs numbers `[H, n, lines, ·]` as the blocks from `first` on."""
+        own = slice(first, first + x.shape[1])
+        codes, scales = quantise(x, bits, self.bits.group, clip)
+        self.planes[part][row, :, own] = codes
+        self.planes[f"{part} scales"][row, :, own] = scales
+
+
+class PackedHeads(PackedStore):
+    """Heads that keep every token.
+
+    A block has a row per channel with N numbers of keys whose scales are per channel, and else a
+    row per token with D numbers.
+
+    Args:
+        order: `[H, D]`, the order of the channels of keys; None for their own.
+        positions: RoPE in fp32.
+    """
+
+    bits: Bits
+
+    def __init__(
+        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
+        bits: Bits, order: Tensor | None, positions: Positions, dense_prompt: bool,
+    ) -> None:  # fmt: skip
+        self.exact = StreamingHeads(
+            rows, heads, bits.sink, bits.ring, head_dim, like, scaling, dense_prompt=False
+        )
+        self.bits, self.scaling, self.dense_prompt = bits, scaling, dense_prompt
+        self.head_dim, self.order, self.positions = head_dim, order, positions
+        self.tokens, self.planes = capacity, {}
+        size, room = bits.group, (rows, heads, bits.blocks(capacity))
+        lines, numbers = (head_dim, size) if bits.axis == "channel" else (size, head_dim)
+        self.add_planes("keys", bits.keys, numbers, (*room, lines))
+        self.add_planes("values", bits.values, head_dim, (*room, size))
+
+    def add(self, new: NewTokens, step: Step) -> Tensor:
+        """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
+        if step.prompt is not None and self.dense_prompt:
+            return self.read_prompt(new, step)
+        return self.add_tokens(new.q, (new.k, new.v), step)
+
+    def attend(
+        self, q: Tensor, exact: Sequence[Tensor], row: int, blocks: int,
         hidden: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """One softmax in fp32 over exact tokens and the first blocks of a row.
-
-        Args:
-            q: `[Q, T, D]`.
-            keys, values: `[H, C, D]`, exact.
-            hidden: `[T, C + blocks · N]`, what a query must not see.
-
-        Returns:
-            `[Q, T, D]`.
-        """
-        heads, exact = keys.shape[:2]
+        keys, values = exact
+        heads, near = keys.shape[:2]
         grouped = (q.float() * self.scaling).unflatten(0, (heads, -1))  # [H, g, T, D]
         flat = grouped.flatten(1, 2)
         scores = torch.matmul(flat, keys.float().mT)
@@ -184,11 +223,11 @@ class PackedHeads(DroppingHeads):
             split = scores.unflatten(1, grouped.shape[1:3])
             scores = split.masked_fill(hidden, -torch.inf).flatten(1, 2)
         weights = torch.softmax(scores, dim=-1)
-        context = torch.matmul(weights[..., :exact], values.float())
+        context = torch.matmul(weights[..., :near], values.float())
         if blocks:
-            codes, scales = (x.flatten(1, 2) for x in self._blocks("values", row, 0, blocks))
+            codes, scales = (x.flatten(1, 2) for x in self.blocks_of("values", row, 0, blocks))
             far = value_sums(
-                weights[..., exact:], codes, scales, self.head_dim, self.bits.values,
+                weights[..., near:], codes, scales, self.head_dim, self.bits.values,
                 self.bits.group,
             )  # fmt: skip
             context += far if self.bits.hadamard == "none" else turn(far)
@@ -204,7 +243,7 @@ class PackedHeads(DroppingHeads):
                 for first in range(0, blocks, _BLOCKS)
             ]
             return torch.cat(parts, dim=-1)
-        codes, scales = self._blocks("keys", row, 0, blocks)
+        codes, scales = self.blocks_of("keys", row, 0, blocks)
         turned = to_stored(q, bits, self.order)
         if bits.axis == "channel":
             return channel_scores(turned, codes, scales[..., 0, :], bits.keys, bits.group)
@@ -215,7 +254,7 @@ class PackedHeads(DroppingHeads):
     def _rebuilt(self, row: int, first: int, end: int) -> Tensor:
         """Rotated keys `[H, (end - first) · N, D]` fp32 of blocks that hold unrotated ones."""
         bits = self.bits
-        codes, scales = self._blocks("keys", row, first, end)
+        codes, scales = self.blocks_of("keys", row, first, end)
         per_channel = bits.axis == "channel"
         width = bits.group if per_channel else self.head_dim
         stored = dequantise(codes, scales, width, bits.keys, bits.group)
@@ -224,31 +263,22 @@ class PackedHeads(DroppingHeads):
         cos, sin = self.positions.tables(start, start + keys.shape[1])
         return rotate(keys, cos, sin)
 
-    def _pack(self, row: int, first: int, keys: Tensor, values: Tensor) -> None:
-        """Packs rotated keys and values `[H, n · N, D]` as the blocks from `first` on."""
+    def pack(self, row: int, first: int, exact: Sequence[Tensor]) -> None:
         bits = self.bits
+        keys, values = (x.float() for x in exact)
         count = keys.shape[1] // bits.group
         if not count:
             return
-        keys, values = keys.float(), values.float()
         if bits.kind == "unrotated":
             start = bits.sink + first * bits.group
             cos, sin = self.positions.tables(start, start + keys.shape[1])
             keys = rotate(keys, cos, -sin) / self.positions.rope.scale**2
         keys = to_stored(keys, bits, self.order).unflatten(1, (count, -1))  # [H, n, N, D]
         values = values if bits.hadamard == "none" else turn(values)
-        for part, x, width, clip in (
-            ("keys", keys.mT if bits.axis == "channel" else keys, bits.keys, bits.key_clip),
-            ("values", values.unflatten(1, (count, -1)), bits.values, bits.value_clip),
-        ):
-            own = slice(first, first + count)
-            codes, scales = quantise(x, width, bits.group, clip)
-            self.planes[part][row, :, own] = codes
-            self.planes[f"{part} scales"][row, :, own] = scales
-
-    def _blocks(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
-        """Codes `[H, blocks, ...]` and their scales."""
-        return [self.planes[name][row, :, first:end] for name in (part, f"{part} scales")]
+        keys = keys.mT if bits.axis == "channel" else keys
+        self.put_blocks("keys", row, first, keys, bits.keys, bits.key_clip)
+        values = values.unflatten(1, (count, -1))
+        self.put_blocks("values", row, first, values, bits.values, bits.value_clip)
 
 
 class PackedAttention(SplitAttention):

@@ -69,6 +69,10 @@ class MixerShape:
         """Numbers that the convolution remembers of one sequence."""
         return self.convolved * (self.taps - 1)
 
+    def constant_bytes(self, itemsize: int) -> int:
+        """What is kept of a sequence of any length: the state is fp32."""
+        return 4 * self.state_values + itemsize * self.conv_values
+
 
 def shape_of(config: Any) -> MixerShape:
     """The mixers of a `granitemoehybrid` config."""

@@ -72,7 +72,7 @@ def test_calibration_reads_what_the_store_reads(tiny, kind, axis, hadamard):
     )
     generator = torch.Generator().manual_seed(0)
     k, v, q = torch.randn(3, heads, 16 * count, size, generator=generator)
-    store._pack(0, 0, k, v)
+    store.pack(0, 0, (k, v))
     cos, sin = positions.tables(2, 2 + 16 * count)
     keys, values = read_keys(k, bits, order, cos, sin, rope.scale), read_values(v, bits)
     torch.testing.assert_close(
@@ -80,7 +80,7 @@ def test_calibration_reads_what_the_store_reads(tiny, kind, axis, hadamard):
     )
     weights = torch.softmax(store._scores(q[:, :4], 0, count), dim=-1)
     nothing = torch.empty(heads, 0, size)
-    found = store._attend(q[:, :4], nothing, nothing, 0, count)
+    found = store.attend(q[:, :4], (nothing, nothing), 0, count)
     torch.testing.assert_close(found, weights @ values, rtol=1e-4, atol=1e-4)
 
 

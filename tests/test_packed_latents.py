@@ -7,13 +7,19 @@ from itertools import pairwise
 import pytest
 import torch
 from _convert_tools import one_thread, random_ids
+from torch import Tensor
 
 from kvtool.attention import rotate
+from kvtool.calibrate.felt import far_reads
+from kvtool.calibrate.latents import _harm
 from kvtool.calibrate.quantization import (
     QuantizationOptions,
     calibrate_quantization,
     everything,
 )
+from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.tail import TailModel
+from kvtool.calibrate.whole import WholeModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.convert import conversion, planning
@@ -355,3 +361,52 @@ def test_bits_go_to_numbers_that_predictions_feel(latent):
 def test_bad_input_ends_in_a_sentence(latent, tmp_path, capsys, words, message):
     assert command(latent("transformers"), tmp_path / "p", *words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+# -------------------------------------------------------------------------- what is felt of them
+
+
+def test_the_gradient_is_what_a_change_of_a_latent_does_to_predictions(latent):
+    checkpoint, ids = latent("transformers"), random_ids(64)
+    # Of the first token every read is far, and of those that read it, none.
+    ((seen, felt, end),) = WholeModel(checkpoint).far_reads(ids[None], [0], (0, 32), 0)
+    engine = Engine.load(checkpoint)
+    rank = engine.attentions[1].stages.rank
+
+    def said(change: float, number: int) -> Tensor:
+        cache = engine.new_cache(1, 64)
+        engine.extend(cache, ids[:-end])
+        cache.stores[1].planes["latents"][0, 0, number] += change
+        return engine.extend(cache, ids[-end:], all_logits=True).log_softmax(-1)
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(said(0.0, 0).exp(), 1, generator=generator)
+    for number in (0, 3, rank, rank + 5):
+        up, down = (said(x, number).gather(1, drawn).sum() for x in (0.05, -0.05))
+        slope = float(up - down) / 0.1
+        assert float(felt[1][0][0, 0, 0, number]) == pytest.approx(slope, rel=0.02, abs=1e-3)
+    assert seen[1][0].shape == (1, 1, 64, engine.attentions[1].stages.rope_dim + rank)
+
+
+def test_heads_are_felt_as_by_the_streamed_model(tiny):
+    checkpoint, ids = Checkpoint.open(str(tiny("qwen3"))), random_ids(64)
+    whole = list(WholeModel(checkpoint).far_reads(ids[None], [7], (2, 8), 0))
+    tail = list(far_reads(TailModel(LayerStream(checkpoint)), ids[None], [7], (2, 8), 0))
+    for one, other in zip(whole, tail, strict=True):
+        for layer, pair in zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True):
+            torch.testing.assert_close(layer, pair, rtol=1e-3, atol=1e-4)
+
+
+def test_harm_is_half_the_square_of_what_an_error_is_felt_as():
+    generator = torch.Generator().manual_seed(0)
+    y, g = torch.randn(2, 32, 5, generator=generator)
+    found = _harm(y, g, 16)
+    for at, bits in enumerate(BITS):
+        for number in range(5):
+            expected = 0.0
+            for block in range(2):
+                own = slice(16 * block, 16 * block + 16)
+                codes, scales = quantise(y[own, number], bits, 16)
+                error = dequantise(codes, scales, 16, bits, 16) - y[own, number]
+                expected += float((error * g[own, number]).square().sum()) / 2
+            assert float(found[number, at]) == pytest.approx(expected, rel=1e-3, abs=1e-9)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -268,7 +267,6 @@ def main() -> None:
     document = {
         "model": original.source,
         "environment": environment(torch.device("cpu"), torch.float32),
-        "command": " ".join(sys.argv),
         "context": CONTEXT,
         **measure(checkpoint, original, args.tokens),
     }

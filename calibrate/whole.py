@@ -128,6 +128,7 @@ class _Latent(_Reader):
 
 class _State(_Reader):
     past: Past | None = None
+    steps: Tensor
 
     def __init__(self, stages: Mixer, now: _Now) -> None:
         super().__init__(now)
@@ -135,6 +136,7 @@ class _State(_Reader):
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
         z, new = self.stages.project(hidden_states)
+        self.steps = self.stages.steps(new.dt)[0]
         y, past = self.stages.scan(new, self.past)
         self.past = Past(*(x.detach() for x in past))
         output: Tensor = self.stages.out_proj(self.stages.gate(y, z))
@@ -180,14 +182,29 @@ class WholeModel:
         for ids, offset in zip(windows, offsets, strict=True):
             yield self._window(ids, offset, end, ring, generator)
 
-    def _window(
-        self, ids: Tensor, offset: int, end: int, ring: tuple[int, int], generator: torch.Generator
-    ) -> Reads:
+    @torch.no_grad()
+    def steps(self, ids: Tensor, offset: int) -> list[Tensor]:
+        """Δ `[T, H]` of the tokens of a window, of every layer with a state."""
+        self._start()
+        self._hidden(ids, offset)
+        return [reader.steps for reader in self._readers if isinstance(reader, _State)]
+
+    def rates(self) -> list[Tensor]:
+        """A `[H]` of the same layers."""
+        states = [reader for reader in self._readers if isinstance(reader, _State)]
+        return [reader.stages.decay.detach() for reader in states]
+
+    def _start(self) -> None:
         for reader in self._readers:
             reader.seen, reader.far = (), ()
             if isinstance(reader, _State):
                 reader.past = None
         self._now.ring = None
+
+    def _window(
+        self, ids: Tensor, offset: int, end: int, ring: tuple[int, int], generator: torch.Generator
+    ) -> Reads:
+        self._start()
         with torch.no_grad():
             self._hidden(ids[:-end], offset)
         self._now.ring = ring

@@ -225,8 +225,12 @@ class Mixer(nn.Module):
         if not self.linear:
             x = F.silu(x)
         b, c = F.silu(bc).unflatten(-1, (2, shape.groups, shape.state)).unbind(dim=-3)
-        dt = F.softplus(new.dt.float() + self.dt_bias.float()).clamp(*self.limits)
+        dt = self.steps(new.dt)
         return Written(x.unflatten(-1, (shape.heads, -1)), dt, b, c, conv)
+
+    def steps(self, raw: Tensor) -> Tensor:
+        """Δ fp32 of Δ' `[B, T, H]`."""
+        return F.softplus(raw.float() + self.dt_bias.float()).clamp(*self.limits)
 
     def skip(self, y: Tensor, x: Tensor) -> Tensor:
         """S C + D x, of both `[B, T, H, P]`."""

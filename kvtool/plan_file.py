@@ -82,6 +82,8 @@ class StateEntry(_Strict):
     taps: _Count
     bits: _Count | None
     chunk: _Count
+    taught: _Count | None
+    least: tuple[float, ...] | None
 
 
 class LatentEntry(_Strict):

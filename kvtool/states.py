@@ -9,7 +9,7 @@ the state. Whatever the calls were that brought the tokens, the same is rounded 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 from kvtool.errors import PlanError
@@ -32,6 +32,8 @@ class StatePlan:
             :class:`~kvtool.mamba.MixerShape`.
         bits: Of a number of the state, one scale for the N of a row; None for fp32.
         chunk: C, tokens that are taken up before the state is packed again.
+        taught, least: Behind the first `taught` tokens of a text, a head takes up only those with
+            Δ of at least `least[h]` (`calibrate/receptive_field.py`); None for all.
 
     Raises:
         PlanError: The numbers are out of range.
@@ -44,6 +46,8 @@ class StatePlan:
     taps: int
     bits: int | None = None
     chunk: int = 8
+    taught: int | None = None
+    least: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.groups, self.state, self.taps) < 1:
@@ -54,6 +58,10 @@ class StatePlan:
             raise PlanError(f"states have numbers of 4 or 8 bits, not of {self.bits}")
         if self.chunk < 1:
             raise PlanError(f"a state cannot be packed every {self.chunk} tokens")
+        if (self.taught is None) != (self.least is None):
+            raise PlanError("thresholds and the length from which they hold come together")
+        if self.least is not None and len(self.least) != self.heads:
+            raise PlanError(f"{len(self.least)} thresholds for {self.heads} heads of a mixer")
 
     @classmethod
     def of(cls, shape: MixerShape, bits: int | None = None) -> StatePlan:
@@ -63,7 +71,8 @@ class StatePlan:
 
     def fits(self, shape: MixerShape) -> bool:
         """Whether the mixer has such a state."""
-        return replace(self.of(shape, self.bits), chunk=self.chunk) == self
+        own = self.heads, self.head_dim, self.groups, self.state, self.taps
+        return own == (shape.heads, shape.head_dim, shape.groups, shape.state, shape.taps)
 
     @property
     def packed(self) -> bool:

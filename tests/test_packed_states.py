@@ -10,11 +10,13 @@ from _hybrid_tools import write_hybrid
 
 from kvtool.bits import Bits
 from kvtool.calibrate.quantization import QuantizationOptions, everything, with_states
+from kvtool.calibrate.receptive_field import thresholds
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.evaluate.protocol import cache_size
 from kvtool.kernels.quantise import dequantise_rows, quantise_rows
+from kvtool.kernels.ssd import ssd_recurrence
 from kvtool.mamba import Past, Projected
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
@@ -289,3 +291,83 @@ def test_other_plans_are_refused(hybrid, tiny, tmp_path, capsys):
     out = str(tmp_path / "p")
     assert run_command(["calibrate", "quantization", llama, "-o", out, "--bits", "S8"]) == 2
     assert "keeps a state" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- receptive fields
+
+
+def far_seeing(checkpoint, taught=20, least=(0.7, 0.0, 0.75, 0.0), bits=None) -> Plan:
+    """Thresholds for two of the four heads of each state."""
+    plan = everything(checkpoint, base_of(checkpoint), QuantizationOptions())
+    if bits:
+        plan = with_states(plan, bits)
+    layers = (
+        x if x.kept is None else replace(x, kept=replace(x.kept, taught=taught, least=least))
+        for x in plan.layers
+    )
+    return replace(plan, layers=tuple(layers))
+
+
+def test_behind_what_was_taught_heads_pass_over_tokens_of_small_steps(hybrid):
+    plan = far_seeing(hybrid)
+    kept = plan.layers[0].kept
+    engine, passed = Engine.load(hybrid), []
+    for attention in engine.attentions:
+        if isinstance(attention, RuntimeMixer):
+
+            def attend(hidden, step, store, stages=attention.stages):
+                z, new = stages.project(hidden)
+                x, dt, b, c, _ = stages.convolve(new, None)
+                late = torch.arange(len(IDS)) >= kept.taught
+                over = late[None, :, None] & (dt < torch.tensor(kept.least))
+                passed.append(float(over.float().mean()))
+                y, _ = ssd_recurrence(x, dt.masked_fill(over, 0), stages.decay, b, c)
+                return stages.out_proj(stages.gate(stages.skip(y, x), z))
+
+            attention.attention = attend
+    expected = logits(engine, IDS, 90)
+    assert all(0.05 < share < 0.6 for share in passed)
+    found = Engine.load(hybrid, plan=plan)
+    for pieces in ((90,), (1,), (15, 30)):
+        torch.testing.assert_close(logits(found, IDS, *pieces), expected, rtol=1e-4, atol=1e-4)
+    plain = logits(Engine.load(hybrid), IDS, 90)
+    torch.testing.assert_close(expected[:20], plain[:20], rtol=1e-4, atol=1e-4)
+    assert (expected - plain)[20:].abs().max() > 1e-3
+    caches = [found.new_cache(1, 90) for _ in range(2)]  # with spare rows
+    for cache in caches:
+        found.extend(cache, IDS[:60])
+    steps = [found.decode_rows(caches, [int(token)] * 2)[1] for token in IDS[60:]]
+    torch.testing.assert_close(torch.stack(steps), expected[60:], rtol=1e-4, atol=1e-4)
+
+
+def test_thresholds_let_steps_add_up_to_what_was_taught():
+    steps = torch.rand(4096, 3, generator=torch.Generator().manual_seed(0))
+    rates = torch.tensor([-1e-3, -1e-3, -1.0])  # the last forgets within tokens
+    least = thresholds(steps, rates, taught=1000, length=4000)
+    assert least[2] == 0
+    for head in (0, 1):
+        own = steps[:, head]
+        kept = own[own >= least[head]].sum() / own.sum()
+        assert kept == pytest.approx(0.25, abs=0.01)
+    assert (thresholds(steps, rates, 1000, 1001)[:2] < 0.05).all()
+
+
+def test_the_command_plans_receptive_fields_beside_bits(hybrid, tmp_path, capsys):
+    bits, path = tmp_path / "bits", tmp_path / "p"
+    assert command(hybrid, bits, "--bits", "S8") == 0
+    words = ["calibrate", "receptive-field", hybrid.source, "-o", str(path), "--tokens", "1024"]
+    assert run_command([*words, "--length", "400", "-q"]) == 2
+    assert "does not say with how long texts it was taught" in capsys.readouterr().err
+    assert run_command([*words, "--length", "400", "--taught", "500", "-q"]) == 2
+    assert "is not beyond the 500" in capsys.readouterr().err
+    words += ["--length", "400", "--taught", "2", "--plan", str(bits), "-q"]
+    assert run_command(words) == 0
+    plan = Plan.read(path)
+    heads = sum(x > 0 for layer in plan.layers if layer.kept for x in layer.kept.least)
+    assert plan.provenance[-1]["global_heads"] == heads > 0
+    assert [x.kept.bits for x in plan.layers if x.kept] == [8, 8]
+    assert f"{heads} heads pass tokens over behind 2 tokens" in capsys.readouterr().out
+    Engine.load(hybrid, plan=plan)
+    for change in ({"taught": None}, {"least": (1.0,)}):
+        with pytest.raises(PlanError, match="threshold"):
+            replace(plan.layers[0].kept, **change)

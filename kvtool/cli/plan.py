@@ -240,6 +240,9 @@ def _describe_kept(table: Table, layers: list[dict[str, Any]]) -> None:
         bits = f"{one['bits']} bits, packed every {one['chunk']} tokens, a scale (2 bytes) for "
         bits += f"{one['state']} numbers"
     table.add_row("states", f"{len(states)} layers: {bits}")
+    if one["taught"] is not None:
+        heads = sum(x > 0 for state in states for x in state["least"] or ())
+        table.add_row("  beyond", f"{heads} heads pass tokens over behind {one['taught']} tokens")
 
 
 def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:

@@ -187,22 +187,38 @@ class RuntimeMixer(RuntimeAttention):
         super().__init__()
         self.stages, self.layer_index = stages, index
         self.inv_freq, self.scale = inv_freq, scale
-        self.plan = None if plan is None or plan.bits is None else plan
+        self.packed = plan if plan is not None and plan.packed else None
+        self.receptive: tuple[int, Tensor] | None = None
+        if plan is not None and plan.taught is not None:
+            self.receptive = plan.taught, stages.dt_bias.new_tensor(plan.least)
 
     def new_store(self, rows: int, capacity: int) -> StateStore:
-        if self.plan is not None:
-            return PackedStates(self.stages, rows, self.plan)
+        if self.packed is not None:
+            return PackedStates(self.stages, rows, self.packed)
         return StateStore(self.stages, rows)
 
     def new_paged_store(self, pages: Pages) -> PagedStates | None:
-        return PagedStates(self.stages, pages) if self.plan is None else None
+        return PagedStates(self.stages, pages) if self.packed is None else None
 
     def attention(self, hidden: Tensor, step: Step, store: Any) -> Tensor:
         stages = self.stages
         z, new = stages.project(hidden)
+        if self.receptive is not None:
+            new = Projected(new.xbc, self._taken_up(new.dt, step, *self.receptive))
         y = store.add(new, step) if step.place is None else store.step(new, step.place)
         output: Tensor = stages.out_proj(stages.gate(y, z))
         return output
+
+    def _taken_up(self, raw: Tensor, step: Step, taught: int, least: Tensor) -> Tensor:
+        """Δ' `[B, T, H]`, of which Δ = 0 comes where a head passes a token over."""
+        if step.place is not None:
+            first = step.place.positions
+        else:
+            spare = [0] * (len(raw) - len(step.starts))
+            first = torch.tensor([*step.starts, *spare], device=raw.device)
+        ahead = torch.arange(raw.shape[1], device=raw.device)
+        late = first.view(-1, 1, 1) + ahead[:, None] >= taught
+        return raw.masked_fill(late & (self.stages.steps(raw) < least), -torch.inf)
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, cache_params: Step, **_: Any

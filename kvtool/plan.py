@@ -398,6 +398,10 @@ class Plan:
         size = self.base.head_dim
         return sum(layer.native_bytes(tokens, size, itemsize) for layer in self.layers)
 
+    def native_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes that every further token costs without a plan: states do not grow."""
+        return self.native_bytes(1, itemsize) - self.native_bytes(0, itemsize)
+
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that every further token costs: streaming heads overwrite, all others append."""
         if self.codes:

@@ -251,6 +251,7 @@ def test_the_command_writes_a_plan_that_runs(hybrid, tmp_path, capsys):
         said, plan = json.loads(capsys.readouterr().out), Plan.read(path)
         assert said["bytes"] == plan.cache_bytes(256, 2)
         assert said["native_bytes"] == plan.native_bytes(256, 2)
+        assert said["native_bytes_per_token"] == 2 * 2 * 16 * 2  # of one layer: states do not grow
         assert [x.kept.bits for x in plan.layers if x.kept] == [states] * 2
         bits = plan.layers[1].bits
         assert heads == (bits and bits.keys)

@@ -166,7 +166,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
         "codes": [asdict(code) for code in plan.codes],
         "scores": plan.scores is not None,
         "bytes_per_token": plan.bytes_per_token(_BF16),
-        "native_bytes_per_token": plan.native_bytes(1, _BF16),
+        "native_bytes_per_token": plan.native_bytes_per_token(_BF16),
         "context": context,
         "bytes": plan.cache_bytes(context, _BF16),
         "native_bytes": plan.native_bytes(context, _BF16),

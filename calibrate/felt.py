@@ -54,7 +54,7 @@ class Felt:
     weighted: Tensor
 
 
-class _FarRead(torch.autograd.Function):
+class FarRead(torch.autograd.Function):
     """Attention whose backward pass keeps apart how far tokens were read.
 
     `far_keys` and `far_values` are zeros of the shape of keys and values; they get the gradients of
@@ -245,7 +245,7 @@ def _backward(
         def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
             seen.append((k.detach(), v.detach()))
             far.append((torch.zeros_like(k).requires_grad_(), torch.zeros_like(v).requires_grad_()))
-            read: Tensor = _FarRead.apply(  # type: ignore[no-untyped-call]
+            read: Tensor = FarRead.apply(  # type: ignore[no-untyped-call]
                 q, k, v, *far[-1], scaling, *ring
             )
             return read

@@ -45,6 +45,7 @@ from kvtool.codes import (
 from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
+from kvtool.factored import model_config
 from kvtool.plan import Base, LayerPlan, Plan, base_of, check_can_drop, provenance_of
 
 Method = Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"]
@@ -446,7 +447,7 @@ def text_windows(
     Raises:
         UsageError: The tokens are less than a window.
     """
-    limit = int(checkpoint.hf_config().max_position_embeddings)
+    limit = int(model_config(checkpoint).max_position_embeddings)
     length = min(WINDOW, limit)
     count = tokens // length
     if count < 1:

@@ -27,29 +27,35 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from kvtool.attention import Rope, describe
 from kvtool.bits import Bits, Factors, Tier, Turned, read_keys, read_values, turn
+from kvtool.calibrate import latents
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.felt import far_reads, joined
 from kvtool.calibrate.levelled import levelled_rows
-from kvtool.calibrate.past import tables
 from kvtool.calibrate.projections import Read, Report, text_windows
 from kvtool.calibrate.statistics import WINDOW, LayerStatistics, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
 from kvtool.calibrate.stream import LayerStream
-from kvtool.calibrate.tail import Behind, TailModel
+from kvtool.calibrate.tail import TailModel
+from kvtool.calibrate.whole import Kept, WholeModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodePlan, Fitted, Part, Projection
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError
+from kvtool.factored import latent_sizes, model_config
 from kvtool.kernels.quantise import BITS, fake_quantise
-from kvtool.plan import Base, Plan, check_can_drop, provenance_of
+from kvtool.latent_bits import LatentPlan
+from kvtool.mamba import shape_of
+from kvtool.plan import Base, LayerPlan, Plan, check_can_drop, provenance_of
+from kvtool.states import CHUNKS, StatePlan
 
 Method = Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -78,6 +84,8 @@ class QuantizationOptions:
         read: Whether keys are stored after RoPE and read as they are, or before it and rebuilt.
         context: Tokens of the sequence that a budget is for.
         sink, window: Tokens that are kept exactly.
+        states: Bits of the states of Mamba-2 layers.
+        heads: Whether heads are packed: those of a hybrid may be left as they are.
     """
 
     method: Method = "aware"
@@ -93,6 +101,8 @@ class QuantizationOptions:
     rest: tuple[int, int] | None = None
     salient: int | None = None
     rank: int | None = None
+    states: int = 8
+    heads: bool = True
 
 
 def parse_tiers(text: str) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
@@ -107,6 +117,17 @@ def parse_tiers(text: str) -> tuple[tuple[int, int] | None, tuple[int, int] | No
     if len(found) > 2 or (lower and None in found):
         raise UsageError(f"--bits {text} is not possible: two tiers have bits such as 4/2")
     return found[0], found[1] if lower else None
+
+
+def split_states(text: str) -> tuple[str, int | None]:
+    """What a text such as `K4V2S8` says of heads, and of states: None where it does not."""
+    found = re.fullmatch(r"(.*)[sS](\d)", text)
+    if not found:
+        return text, None
+    heads, bits = found[1], int(found[2])
+    if bits not in CHUNKS:
+        raise UsageError(f"--bits {text} is not possible: states have 4 or 8 bits")
+    return heads, bits
 
 
 def parse_bits(text: str) -> tuple[int, int] | None:
@@ -129,6 +150,31 @@ def parse_bits(text: str) -> tuple[int, int] | None:
     )
 
 
+def everything(checkpoint: Checkpoint, base: Base, options: QuantizationOptions) -> Plan:
+    """The plan that every layer keeps what it keeps without one; latents with 8 bits."""
+    if sizes := latent_sizes(checkpoint):
+        ring = options.group, options.sink, options.window
+        kept = [LatentPlan(r, rope, (max(BITS),) * (r + rope), *ring) for r, rope in sizes]
+        return Plan(base, tuple(LayerPlan((), kept=one) for one in kept))
+    config, heads = model_config(checkpoint), LayerPlan((False,) * base.kv_heads)
+    layers = tuple(
+        LayerPlan((), kept=StatePlan.of(shape_of(config))) if layout.kind == "mamba" else heads
+        for layout in describe(config)
+    )
+    return Plan(base, layers)
+
+
+def with_states(plan: Plan, bits: int) -> Plan:
+    """The plan with so many bits for all states."""
+    layers = tuple(
+        replace(layer, kept=replace(layer.kept, bits=bits, chunk=CHUNKS[bits]))
+        if isinstance(layer.kept, StatePlan)
+        else layer
+        for layer in plan.layers
+    )
+    return replace(plan, layers=layers)
+
+
 def calibrate_quantization(
     checkpoint: Checkpoint,
     options: QuantizationOptions,
@@ -149,14 +195,25 @@ def calibrate_quantization(
         UnsupportedModelError: Layers have a sliding window.
         UsageError: The budget is too small, the text too short, or all heads drop tokens.
     """
-    check_can_drop(checkpoint)
+    check_can_drop(checkpoint, other=True)
     plan_ahead(plan, options, budget_bytes, itemsize)
-    first = uniform(options)
+    plan, first = with_states(plan, options.states), uniform(options)
     corpus, tokens = None, 0
     found: dict[str, Any] = {}
     asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
     if plan.codes:
         return _codes(checkpoint, options, plan, budget_bytes, itemsize, asked, report)
+    if not options.heads:
+        return replace(plan, provenance=(*plan.provenance, provenance_of("states", asked, None, 0)))
+    if latents.latents_of(plan):
+        harm_of = latents.harms(
+            checkpoint, plan, options.data, options.tokens, options.seed, report
+        )
+        allowed = _latent_bytes(plan, options, budget_bytes, itemsize)
+        made, found = latents.shared(plan, harm_of, allowed)
+        corpus = calibration_text(options.data).id
+        said = provenance_of(options.method, asked, corpus, options.tokens, **found)
+        return replace(made, provenance=(*plan.provenance, said))
     if options.method in ("kivi", "gear"):
         bits = [first] * len(plan.layers)
     elif options.method != "aware":
@@ -250,7 +307,22 @@ def plan_ahead(
         )
     if options.rank is not None and options.method != "gear":
         raise UsageError(f"--method {options.method} has no factors", hint="--method gear")
-    first = uniform(options)
+    plan, first = with_states(plan, options.states), uniform(options)
+    if not options.heads:
+        return plan.cache_bytes(options.context, itemsize)
+    measured = options.method == "rotatekv" or options.method in SALIENT
+    if measured and any(layer.kept is not None for layer in plan.layers):
+        raise UsageError(f"--method {options.method} is for models whose layers all have KV heads")
+    if latents.latents_of(plan):
+        if options.method != "aware" or options.read != "absorbed":
+            raise UsageError(
+                "latents get their bits by what predictions feel, and are read as stored",
+                hint="--method aware, and no --read rebuilt",
+            )
+        if options.bits is not None and first.keys != first.values:
+            raise UsageError("latents are keys and values at once, which have the same bits")
+        least, same = latents.alike(plan, min(BITS)), latents.alike(plan, first.keys)
+        return _within(least, same, budget_bytes, options, itemsize)
     if plan.codes:
         if options.method != "aware":
             raise UsageError(
@@ -269,6 +341,31 @@ def plan_ahead(
             )
         fewest = replace(first, keys=min(BITS), values=min(BITS))
         least, alike = (packed(plan, [x] * len(plan.layers), {}) for x in (fewest, first))
+    return _within(least, alike, budget_bytes, options, itemsize)
+
+
+def _latent_bytes(
+    plan: Plan, options: QuantizationOptions, budget_bytes: int | None, itemsize: int
+) -> int:
+    """Bytes that a block of tokens may take in all layers together."""
+    same = latents.alike(plan, uniform(options).keys)
+    each = sum(kept.block_bytes() for kept in latents.latents_of(same))
+    if budget_bytes is None:
+        return each
+    blocks = latents.latents_of(plan)[0].blocks(options.context)
+    return each + (budget_bytes - same.cache_bytes(options.context, itemsize)) // max(1, blocks)
+
+
+def _within(
+    least: Plan,
+    alike: Plan,
+    budget_bytes: int | None,
+    options: QuantizationOptions,
+    itemsize: int,
+) -> int:
+    """Bytes of what is asked for: the same bits everywhere, or a budget that leaves room for
+    the least.
+    """
     if budget_bytes is None:
         return alike.cache_bytes(options.context, itemsize)
     needed = least.cache_bytes(options.context, itemsize)
@@ -306,34 +403,49 @@ def harms(
 
     Only of the heads that the plan keeps everything of.
     """
-    model = TailModel(LayerStream(checkpoint))
     ring = (options.sink, options.window)
     first = offered[0]
     sums = torch.zeros(len(plan.layers), 2, len(offered), dtype=torch.float64)
     predictions = 0
     report("measuring", 0, len(windows))
-    reads = far_reads(model, windows, offsets, ring, options.seed)
+    rope, reads = _reads(checkpoint, plan, windows, offsets, ring, options.seed)
     for done, (seen, felt, count) in enumerate(reads):
         predictions += count
         blocks = (windows.shape[1] - first.sink) // first.group
         own = slice(first.sink, first.sink + blocks * first.group)
-        place = Behind([], [], windows[done], offset=offsets[done])
-        cos, sin = (x[own] for x in tables(model, place, windows.shape[1]))
+        cos, sin = rope.tables(torch.arange(own.start, own.stop) + offsets[done])
         for index, layer in enumerate(plan.layers):
-            full = layer.full_heads
+            if not (full := layer.full_heads):
+                continue
             (k, v), (to_keys, to_values) = (
                 [x[0, full, own] for x in pair] for pair in (seen[index], felt[index])
             )
             errors: dict[tuple[int, float], float] = {}  # of keys: other options do not touch them
-            for at, bits in enumerate(offered if full else ()):
+            for at, bits in enumerate(offered):
                 own_bits = bits.keys, bits.key_clip
                 if own_bits not in errors:
-                    read = read_keys(k, bits, None, cos, sin, model.rope.scale)
+                    read = read_keys(k, bits, None, cos, sin, rope.scale)
                     errors[own_bits] = _felt(read - k, to_keys)
                 sums[index, 0, at] += errors[own_bits]
                 sums[index, 1, at] += _felt(read_values(v, bits) - v, to_values)
         report("measuring", done + 1, len(windows))
     return sums / predictions
+
+
+def _reads(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    windows: Tensor,
+    offsets: Sequence[int],
+    ring: tuple[int, int],
+    seed: int,
+) -> tuple[Rope, Iterator[tuple[Sequence[Kept], Sequence[Kept], int]]]:
+    """The model's RoPE, and what its predictions feel of what all layers keep."""
+    if any(layer.kept is not None for layer in plan.layers):
+        whole = WholeModel(checkpoint)
+        return whole.rope, whole.far_reads(windows, offsets, ring, seed)
+    model = TailModel(LayerStream(checkpoint))
+    return model.rope, far_reads(model, windows, offsets, ring, seed)
 
 
 def _felt(error: Tensor, gradient: Tensor) -> float:
@@ -505,5 +617,5 @@ def memory_bytes(checkpoint: Checkpoint, base: Base, options: QuantizationOption
     if options.method != "aware":
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)
     weights = 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    length = min(WINDOW, int(checkpoint.hf_config().max_position_embeddings))
+    length = min(WINDOW, int(model_config(checkpoint).max_position_embeddings))
     return weights + 4 * 4 * 2 * base.layers * base.channels * length

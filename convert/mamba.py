@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kvtool import __version__, distill
-from kvtool.attention import FAMILIES, AttentionLayout, describe, rope_of
+from kvtool.attention import AttentionLayout, describe
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
@@ -121,26 +121,10 @@ class MambaResult(ConversionResult):
     beaten: dict[str, bool] = dataclasses.field(default_factory=dict)
 
 
-def check(config: Any) -> list[str]:
-    """Reasons why a model cannot be converted; empty if it can."""
-    if config.model_type not in FAMILIES:
-        return [f"model type '{config.model_type}' is not one of {', '.join(FAMILIES)}"]
-    layouts = describe(config)
-    rope_of(config)
-    reasons = granite.check(config, layouts[0])
-    if len(set(layouts)) > 1:
-        reasons.append("its layers have different attention layouts")
-    limit = config.max_position_embeddings
-    window = min((x.sliding_window for x in layouts if x.sliding_window), default=limit)
-    if window < limit:
-        reasons.append(f"the stock hybrid class has no sliding window ({window} tokens)")
-    return reasons
-
-
 def require(checkpoint: Checkpoint) -> None:
-    """Raises UnsupportedModelError with the first reason of :func:`check`."""
+    """Raises UnsupportedModelError with the first reason of :func:`targets.check`."""
     targets.refuse_fp8(checkpoint)
-    if reasons := check(checkpoint.hf_config()):
+    if reasons := targets.check(checkpoint.hf_config(), "distilled", "transformers", "mamba"):
         raise UnsupportedModelError(f"cannot convert to a hybrid: {reasons[0]}")
 
 
@@ -209,7 +193,7 @@ def plan(
         }
     before = 2 * count * layout.cached_values
     after = 2 * (count - len(options.layers)) * layout.cached_values
-    constant = len(options.layers) * (4 * shape.state_values + 2 * shape.conv_values)
+    constant = len(options.layers) * shape.constant_bytes(2)
     return {
         "to": "mamba",
         "method": options.method,

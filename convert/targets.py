@@ -20,17 +20,19 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import FAMILIES, AttentionLayout, describe, rope_of
+from kvtool.convert import granite
 from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
 
-KINDS = ("mla", "gqa", "fp8-kv")
+KINDS = ("mla", "gqa", "mamba", "fp8-kv")
 TARGETS = ("transformers", "vllm", "kvtool")
 METHODS = ("aware", "transmla", "exact")
 CONVERSIONS = (
     *(("mla", method, target) for method in METHODS for target in TARGETS),
     ("gqa", "aware", "transformers"),
+    ("mamba", "distilled", "transformers"),
     ("fp8-kv", "aware", "transformers"),
 )
 """What there is of each kind, with its methods and targets."""
@@ -50,7 +52,7 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
 
     Args:
         config: A transformers config.
-        method: One of `METHODS`.
+        method: One of `METHODS`; the other kinds have one each.
         target: One of `TARGETS`.
         to: One of `KINDS`.
     """
@@ -73,8 +75,12 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
     limit = config.max_position_embeddings
     window = min((x.sliding_window for x in layouts if x.sliding_window), default=limit)
     if window < limit:
-        place = "MLA" if to == "mla" else "a conversion, which looks at the whole context"
+        place = {"mla": "MLA", "mamba": "the stock hybrid class"}.get(
+            to, "a conversion, which looks at the whole context"
+        )
         reasons.append(f"sliding-window attention ({window} tokens) has no place in {place}")
+    if to == "mamba":
+        return reasons + granite.check(config, layout)
     if to == "gqa":
         if layout.qk_norm:
             reasons.append(

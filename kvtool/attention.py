@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.errors import UnsupportedModelError
-from kvtool.mamba import shape_of
+from kvtool.mamba import MixerShape, shape_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose attention is the plain GQA layout; each is checked by a test."""
@@ -44,7 +44,7 @@ class AttentionLayout:
         scaling: Factor on the scores before the softmax.
         sliding_window: Window in tokens, `None` if the layer sees everything.
         rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
-        constant_values: Numbers that a `mamba` layer keeps of a sequence of any length.
+        mixer: Sizes of a `mamba` layer.
     """
 
     kind: Literal["gqa", "mla", "mamba"]
@@ -61,7 +61,7 @@ class AttentionLayout:
     rope_dim: int = 0
     nope_dim: int = 0
     value_dim: int = 0
-    constant_values: int = 0
+    mixer: MixerShape | None = None
 
     @property
     def cached_values(self) -> int:
@@ -179,7 +179,7 @@ def _mixer_layout(config: Any) -> AttentionLayout:
         scaling=1.0,
         qkv_bias=bool(config.mamba_proj_bias),
         output_bias=bool(config.mamba_proj_bias),
-        constant_values=shape.state_values + shape.conv_values,
+        mixer=shape,
     )
 
 

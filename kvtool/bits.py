@@ -44,8 +44,45 @@ class Tier:
     values: int
 
 
+class Blocks:
+    """Which tokens of a sequence are packed.
+
+    Attributes:
+        group: N, the tokens of a block.
+        sink, window: Tokens that are exact: the first, and at least so many of the last, the
+            current one included.
+    """
+
+    group: int
+    sink: int
+    window: int
+
+    def check_blocks(self) -> None:
+        """Raises PlanError if the numbers are out of range."""
+        if self.group not in GROUPS:
+            raise PlanError(f"numbers share a scale by 16, 32, 64 or 128, not by {self.group}")
+        if self.sink < 0 or self.window < 1:
+            raise PlanError(
+                f"{self.sink} exact sinks and a window of {self.window} tokens are impossible: the "
+                "window holds at least the current token"
+            )
+
+    @property
+    def ring(self) -> int:
+        """Tokens that there is exact room for behind the sinks."""
+        return self.window + self.group
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that are packed of a sequence of so many tokens."""
+        return max(0, tokens - self.sink - self.window) // self.group
+
+    def packed_at(self, block: int) -> int:
+        """Position of the token with which a block is packed, before that token is read."""
+        return self.sink + self.window + (block + 1) * self.group - 1
+
+
 @dataclass(frozen=True)
-class Bits:
+class Bits(Blocks):
     """How many bits the numbers of a layer have, and what shares a scale.
 
     Attributes:
@@ -92,8 +129,7 @@ class Bits:
             for part, bits in (("keys", tier.keys), ("values", tier.values)):
                 if bits not in BITS:
                     raise PlanError(f"{part} have numbers of 2, 3, 4 or 8 bits, not of {bits}")
-        if self.group not in GROUPS:
-            raise PlanError(f"numbers share a scale by 16, 32, 64 or 128, not by {self.group}")
+        self.check_blocks()
         if self.rest is not None and not 0 < self.rest.tokens < self.group:
             raise PlanError(
                 f"{self.rest.tokens} tokens of a block of {self.group} have fewer bits: it must be "
@@ -110,11 +146,6 @@ class Bits:
                 raise PlanError("what channels are divided by is above 0 and finite")
         if not 0 < min(self.key_clip, self.value_clip) <= max(self.key_clip, self.value_clip) <= 1:
             raise PlanError("codes are spread over a share of a range above 0, up to 1")
-        if self.sink < 0 or self.window < 1:
-            raise PlanError(
-                f"{self.sink} exact sinks and a window of {self.window} tokens are impossible: the "
-                "window holds at least the current token"
-            )
         for order in self.order or ():
             if sorted(order) != list(range(len(order))):
                 raise PlanError("an order of channels names each of them once")
@@ -130,19 +161,6 @@ class Bits:
     def probes(self) -> int:
         """Queries, the last before a block is packed, that say which of its tokens matter."""
         return 0 if self.rest is None else self.group // PROBED
-
-    @property
-    def ring(self) -> int:
-        """Tokens that there is exact room for behind the sinks."""
-        return self.window + self.group
-
-    def blocks(self, tokens: int) -> int:
-        """Blocks that are packed of a sequence of so many tokens."""
-        return max(0, tokens - self.sink - self.window) // self.group
-
-    def packed_at(self, block: int) -> int:
-        """Position of the token with which a block is packed, before that token is read."""
-        return self.sink + self.window + (block + 1) * self.group - 1
 
     def block_bytes(self, head_dim: int) -> int:
         """Of one head, with scales and minima."""

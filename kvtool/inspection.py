@@ -10,7 +10,7 @@ from typing import Any
 
 from kvtool.attention import AttentionLayout, describe
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import targets
+from kvtool.convert import granite, targets
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config
 
@@ -67,6 +67,23 @@ class Application:
 
 
 @dataclass(frozen=True)
+class HybridForecast:
+    """What the cache would be if half of the layers became Mamba-2 (`convert --to mamba`).
+
+    Attributes:
+        layers: How many would.
+        constant_bytes: Of one of them at any length, in bf16 with an fp32 state.
+        even_at: Tokens from which on a layer saves.
+        cache_bytes: Of all layers, by length of :data:`CONTEXTS`.
+    """
+
+    layers: int
+    constant_bytes: int
+    even_at: int
+    cache_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Inspection:
     """Everything `kvtool inspect` says.
 
@@ -105,8 +122,28 @@ class Inspection:
         """Cache of one sequence in bf16."""
         return sum(
             run.layers * run.bytes_per_token * min(tokens, run.layout.sliding_window or tokens)
-            + run.layers * _BF16 * run.layout.constant_values
+            + run.layers * (run.layout.mixer.constant_bytes(_BF16) if run.layout.mixer else 0)
             for run in self.runs
+        )
+
+    @property
+    def hybrid(self) -> HybridForecast | None:
+        """None where that conversion does not apply."""
+        command = "convert --to mamba"
+        applies = any(x.command == command and not x.reasons for x in self.applications)
+        layers = sum(run.layers for run in self.runs) // 2
+        if not applies or not layers:
+            return None
+        run = self.runs[0]  # there is one kind of layer
+        constant = granite.mixer_shape(run.layout).constant_bytes(_BF16)
+        return HybridForecast(
+            layers,
+            constant,
+            -(-constant // run.bytes_per_token),
+            {
+                str(n): self.cache_bytes(n) - layers * (n * run.bytes_per_token - constant)
+                for n in CONTEXTS
+            },
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,6 +167,7 @@ class Inspection:
             "weight_bytes": self.weight_bytes,
             "kv_bytes_per_token": self.bytes_per_token,
             "cache_bytes": cache if self.runs else None,
+            "hybrid": None if (hybrid := self.hybrid) is None else asdict(hybrid),
         }
 
 

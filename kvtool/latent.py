@@ -115,15 +115,23 @@ class LatentAttention(nn.Module):
         Returns:
             `[B, T, Q, d_v]`.
         """
+        q, (k, v) = self.expand_query(q, cos, sin), self.expand(c, k_pe)
+        return causal_attention(q, k, v, self.scaling).transpose(1, 2)
+
+    def expand_query(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries `[B, Q, T, d_n + d_r]` for :meth:`expand`; see :meth:`attend_expanded`."""
         groups, nope = self.key_up.shape[:2]
         grouped = q.transpose(1, 2).unflatten(1, (groups, -1))  # [B, G, Q/G, T, d_q]
         q_pe = torch.matmul(grouped, self.rope_query[:, None]).flatten(1, 2)
         q_pe = rotate(q_pe, cos[..., None, :, :], sin[..., None, :, :])
+        return torch.cat((q.transpose(1, 2)[..., :nope], q_pe), dim=-1)
+
+    def expand(self, c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[B, G, S, d_n + d_r]` and values `[B, G, S, d_v]` of latents `[B, S, ·]`."""
+        groups = self.key_up.shape[0]
         k_nope = torch.einsum("bsr,gdr->bgsd", c, self.key_up)
         v = torch.einsum("bsr,gdr->bgsd", c, self.value_up)
-        k = torch.cat((k_nope, k_pe[:, None].expand(-1, groups, -1, -1)), dim=-1)
-        q = torch.cat((q.transpose(1, 2)[..., :nope], q_pe), dim=-1)
-        return causal_attention(q, k, v, self.scaling).transpose(1, 2)
+        return torch.cat((k_nope, k_pe[:, None].expand(-1, groups, -1, -1)), dim=-1), v
 
     def context(self, hidden: Tensor, scale: float = 1.0) -> Tensor:
         """What `output` reads, `[B, T, Q, d_v]`, of whole windows `hidden [B, T, hidden]`.
@@ -206,7 +214,7 @@ class MultiheadLatentAttention(LatentAttention):
 
         kv_a = module.kv_a_proj_with_mqa
         up = module.kv_b_proj.weight.view(layout.heads, nope + layout.value_dim, rank)
-        self.rank = _used_rank(kv_a, rank)
+        self.rank = used_rank(kv_a.weight[:rank], None if kv_a.bias is None else kv_a.bias[:rank])
         rows = torch.cat((torch.arange(self.rank), rank + pairs))
         # RMSNorm takes its mean over all `rank` columns, zero ones included.
         share = rank / self.rank
@@ -264,11 +272,15 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _used_rank(kv_a: nn.Linear, rank: int) -> int:
-    """Latent columns up to the last one that is ever written; others stay 0, also in the norm."""
-    written = kv_a.weight[:rank].ne(0).any(dim=1)
-    if kv_a.bias is not None:
-        written |= kv_a.bias[:rank].ne(0)
+def used_rank(weight: Tensor, bias: Tensor | None) -> int:
+    """Latent columns up to the last one that is ever written; others stay 0, also in the norm.
+
+    Args:
+        weight, bias: `[r, hidden]` and `[r]`, what a latent is made with.
+    """
+    written = weight.ne(0).any(dim=1)
+    if bias is not None:
+        written |= bias.ne(0)
     columns = written.nonzero()
     return int(columns.max()) + 1 if len(columns) else 1
 

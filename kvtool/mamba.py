@@ -69,6 +69,10 @@ class MixerShape:
         """Numbers that the convolution remembers of one sequence."""
         return self.convolved * (self.taps - 1)
 
+    def constant_bytes(self, itemsize: int) -> int:
+        """What is kept of a sequence of any length: the state is fp32."""
+        return 4 * self.state_values + itemsize * self.conv_values
+
 
 def shape_of(config: Any) -> MixerShape:
     """The mixers of a `granitemoehybrid` config."""
@@ -94,6 +98,21 @@ class Projected(NamedTuple):
 
     xbc: Tensor
     dt: Tensor
+
+
+class Written(NamedTuple):
+    """What the recurrence takes of T tokens.
+
+    Attributes:
+        x: `[B, T, H, P]`. dt: Δ `[B, T, H]` fp32. b, c: `[B, T, G, N]`.
+        conv: `[B, C, K - 1]`, what the convolution remembers behind them.
+    """
+
+    x: Tensor
+    dt: Tensor
+    b: Tensor
+    c: Tensor
+    conv: Tensor
 
 
 class Mixer(nn.Module):
@@ -162,16 +181,16 @@ class Mixer(nn.Module):
 
     def scan(self, new: Projected, past: Past | None = None) -> tuple[Tensor, Past]:
         """y `[B, T, H, P]` of T new tokens behind a past, and the past behind them."""
-        x, dt, b, c, conv = self._written(new, None if past is None else past.conv)
+        x, dt, b, c, conv = self.convolve(new, None if past is None else past.conv)
         y, state = ssd_chunked(x, dt, self.decay, b, c, past and past.state, CHUNK)
-        return self._skip(y, x), Past(conv, state)
+        return self.skip(y, x), Past(conv, state)
 
     def step(self, new: Projected, past: Past) -> Tensor:
         """y `[B, 1, H, P]` of one new token; the past is changed in place."""
-        x, dt, b, c, conv = self._written(new, past.conv)
+        x, dt, b, c, conv = self.convolve(new, past.conv)
         past.conv.copy_(conv)
         y = ssd_step(x[:, 0], dt[:, 0], self.decay, b[:, 0], c[:, 0], past.state)
-        return self._skip(y[:, None], x)
+        return self.skip(y[:, None], x)
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
         """What goes into `out_proj`, `[B, T, H·P]`: gated, normed and weighted."""
@@ -198,18 +217,21 @@ class Mixer(nn.Module):
         """A `[H]` fp32."""
         return -self.A_log.float().exp()
 
-    def _written(
-        self, new: Projected, conv: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x, Δ, B and C by heads and groups, and what the convolution remembers."""
+    def convolve(self, new: Projected, conv: Tensor | None) -> Written:
+        """What the recurrence takes of T new tokens behind `conv [B, C, K - 1]`."""
         shape = self.shape
         xbc, conv = causal_conv(new.xbc, self.conv_weight, self.conv_bias, conv)
         x, bc = xbc.split([shape.inner, 2 * shape.groups * shape.state], dim=-1)
         if not self.linear:
             x = F.silu(x)
         b, c = F.silu(bc).unflatten(-1, (2, shape.groups, shape.state)).unbind(dim=-3)
-        dt = F.softplus(new.dt.float() + self.dt_bias.float()).clamp(*self.limits)
-        return x.unflatten(-1, (shape.heads, -1)), dt, b, c, conv
+        dt = self.steps(new.dt)
+        return Written(x.unflatten(-1, (shape.heads, -1)), dt, b, c, conv)
 
-    def _skip(self, y: Tensor, x: Tensor) -> Tensor:
+    def steps(self, raw: Tensor) -> Tensor:
+        """Δ fp32 of Δ' `[B, T, H]`."""
+        return F.softplus(raw.float() + self.dt_bias.float()).clamp(*self.limits)
+
+    def skip(self, y: Tensor, x: Tensor) -> Tensor:
+        """S C + D x, of both `[B, T, H, P]`."""
         return (y + self.D[:, None] * x).to(y.dtype)

@@ -29,9 +29,12 @@ from kvtool.bits import Bits, Tier
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Allocation, CodePlan, code_shapes, fit_codes
 from kvtool.errors import PlanError, UnsupportedModelError
+from kvtool.factored import is_factored, model_config
+from kvtool.latent_bits import LatentPlan
 from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
+from kvtool.states import StatePlan
 
 _NEWER = ("rest", "key_balance", "value_balance", "rank")  # of bits, since version 5 of the file
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
@@ -50,6 +53,7 @@ class LayerPlan:
         budget: Tokens of the prompt that each KV head keeps after it, chosen by the plan's policy;
             `None` for a head that keeps everything, and for a streaming one.
         bits: How the heads that keep everything pack it; None for the dtype of the model.
+        kept: What a layer without KV heads keeps instead; `streaming` is empty then.
 
     Raises:
         PlanError: The numbers are out of range or do not belong together.
@@ -60,8 +64,11 @@ class LayerPlan:
     window: int = 0
     budget: tuple[int | None, ...] | None = None
     bits: Bits | None = None
+    kept: StatePlan | LatentPlan | None = None
 
     def __post_init__(self) -> None:
+        if self.kept is not None and (self.streaming or self.bits is not None):
+            raise PlanError("a layer that keeps a state or a latent has no KV heads to plan")
         for what, rows in _by_head(self.bits):
             if len(rows) != len(self.streaming):
                 raise PlanError(f"{len(rows)} {what} of channels for {len(self.streaming)} heads")
@@ -88,7 +95,8 @@ class LayerPlan:
     @property
     def plain(self) -> bool:
         """Whether every head keeps everything as it is."""
-        return self.budget is None and self.bits is None and not any(self.streaming)
+        packed = self.bits is not None or (self.kept is not None and self.kept.packed)
+        return self.budget is None and not packed and not any(self.streaming)
 
     @property
     def full_heads(self) -> list[int]:
@@ -113,14 +121,24 @@ class LayerPlan:
 
     def cache_bytes(self, prompt: int, head_dim: int, itemsize: int) -> int:
         """Bytes that the layer takes after a prompt, see :meth:`Plan.cache_bytes`."""
+        if self.kept is not None:
+            return self.kept.cache_bytes(prompt, itemsize)
         exact, packed = self.tokens(prompt), 0
         if self.bits is not None:
             exact -= len(self.full_heads) * prompt
             packed = len(self.full_heads) * self.bits.cache_bytes(prompt, head_dim, itemsize)
         return 2 * itemsize * head_dim * exact + packed
 
+    def native_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that the layer takes without a plan."""
+        if self.kept is not None:
+            return self.kept.native_bytes(tokens, itemsize)
+        return 2 * itemsize * head_dim * len(self.streaming) * tokens
+
     def token_bytes(self, head_dim: int, itemsize: int) -> Fraction:
         """Bytes that every further token costs the layer: streaming heads overwrite."""
+        if self.kept is not None:
+            return self.kept.token_bytes()
         exact, packed = self.streaming.count(False), Fraction(0)
         if self.bits is not None:
             exact -= len(self.full_heads)
@@ -152,7 +170,7 @@ class Base:
 
     @property
     def all_heads(self) -> int:
-        """KV heads of all layers together."""
+        """KV heads of all layers together, were they alike."""
         return self.layers * self.kv_heads
 
     def native_bytes(self, tokens: int, itemsize: int) -> int:
@@ -169,16 +187,12 @@ def base_of(checkpoint: Checkpoint) -> Base:
     """The identity of a model; samples of all its weights are read.
 
     Raises:
-        UnsupportedModelError: Its heads have no keys of their own (MLA), or its attention is not
-            known at all.
+        UnsupportedModelError: Its attention is not known.
     """
-    layouts = describe(checkpoint.hf_config())
-    layout = layouts[0]
-    if any(item.kind == "mla" for item in layouts):
-        raise UnsupportedModelError(
-            f"{checkpoint.source} has MLA: its heads share one latent, so none can keep less alone."
-        )
-    if any((x.kv_heads, x.head_dim) != (layout.kv_heads, layout.head_dim) for x in layouts):
+    layouts = describe(model_config(checkpoint))
+    attention = [x for x in layouts if x.kind != "mamba"] or layouts
+    layout = attention[0]
+    if any((x.kv_heads, x.head_dim) != (layout.kv_heads, layout.head_dim) for x in attention):
         raise UnsupportedModelError(f"{checkpoint.source} has layers of different shapes.")
     config = {key: value for key, value in checkpoint.config.items() if key not in _VOLATILE}
     return Base(
@@ -191,9 +205,24 @@ def base_of(checkpoint: Checkpoint) -> Base:
     )
 
 
-def check_can_drop(checkpoint: Checkpoint) -> None:
-    """Raises UnsupportedModelError where no head can keep less than the model gives it."""
-    if any(layout.sliding_window is not None for layout in describe(checkpoint.hf_config())):
+def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
+    """Raises UnsupportedModelError where no head can keep less than the model gives it.
+
+    Args:
+        other: Layers that keep something else than KV heads are no hindrance.
+    """
+    layouts = describe(model_config(checkpoint))
+    if not other and (is_factored(checkpoint) or any(x.kind == "mla" for x in layouts)):
+        raise UnsupportedModelError(
+            f"{checkpoint.source} has MLA: its heads share one latent, so none can keep less alone",
+            hint="calibrate quantization packs latents.",
+        )
+    if not other and any(layout.kind == "mamba" for layout in layouts):
+        raise UnsupportedModelError(
+            f"{checkpoint.source} has layers that keep a state and no keys and values",
+            hint="calibrate quantization packs states, and the heads of the other layers.",
+        )
+    if any(layout.sliding_window is not None for layout in layouts):
         raise UnsupportedModelError(
             f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
             "streaming heads or token budgets in them are not supported"
@@ -261,7 +290,7 @@ class Plan:
                         raise PlanError(
                             f"layer {index} has {what} of {len(row)} channels of {base.head_dim}"
                         )
-            if len(layer.streaming) != base.kv_heads:
+            if layer.kept is None and len(layer.streaming) != base.kv_heads:
                 raise PlanError(
                     f"layer {index} plans {len(layer.streaming)} KV heads of {base.kv_heads}"
                 )
@@ -288,7 +317,8 @@ class Plan:
             layers = sum(code.layers for code in self.codes)
             if layers != self.base.layers:
                 raise PlanError(f"codes cover {layers} layers, of a model with {self.base.layers}")
-            if self.scores is not None or not all(layer.plain for layer in self.layers):
+            plain = all(layer.plain and layer.kept is None for layer in self.layers)
+            if self.scores is not None or not plain:
                 raise PlanError("a layer that codes its tokens keeps all of them in all heads")
         wanted: dict[str, tuple[int, ...]] = {}
         for index, code in enumerate(self.codes):
@@ -372,7 +402,12 @@ class Plan:
 
     def native_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the cache of one sequence without a plan."""
-        return self.base.native_bytes(tokens, itemsize)
+        size = self.base.head_dim
+        return sum(layer.native_bytes(tokens, size, itemsize) for layer in self.layers)
+
+    def native_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes that every further token costs without a plan: states do not grow."""
+        return self.native_bytes(1, itemsize) - self.native_bytes(0, itemsize)
 
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that every further token costs: streaming heads overwrite, all others append."""
@@ -593,7 +628,11 @@ def _layer(layer: LayerEntry) -> LayerPlan:
         said = layer.bits.model_dump()
         rest = said.pop("rest")
         bits = Bits(**said, rest=None if rest is None else Tier(**rest))
-    return LayerPlan(streaming, sink, window, layer.budget, bits)
+    kept: StatePlan | LatentPlan | None = None
+    if layer.kept is not None:
+        kind = LatentPlan if isinstance(layer.kept, plan_file.LatentEntry) else StatePlan
+        kept = kind(**layer.kept.model_dump(exclude={"kind"}))
+    return LayerPlan(streaming, sink, window, layer.budget, bits, kept)
 
 
 def _document(plan: Plan) -> dict[str, Any]:
@@ -622,6 +661,12 @@ def _document(plan: Plan) -> dict[str, Any]:
                 if used := {name: x for name, x in newer.items() if x}:
                     document["format_version"] = plan_file.FORMAT_VERSION
                     entry["bits"] |= used
+    if any(layer.kept is not None for layer in plan.layers):
+        document["format_version"] = plan_file.FORMAT_VERSION
+        for entry, layer in zip(document["layers"], plan.layers, strict=True):
+            if layer.kept is not None:
+                kind = "latent" if isinstance(layer.kept, LatentPlan) else "state"
+                entry["kept"] = {"kind": kind, **asdict(layer.kept)}
     return document
 
 

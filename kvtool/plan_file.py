@@ -22,8 +22,8 @@ from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 
 FORMAT_VERSION, BITS_VERSION, CODES_VERSION = 5, 4, 3
-"""5 knows tiers, balances and factors of bits, 4 bits of heads, and 3 codes; a file is of the
-oldest version that knows what is in it, 1 at least."""
+"""5 knows layers without KV heads, and tiers, balances and factors of bits; 4 knows bits of heads,
+and 3 codes. A file is of the oldest version that knows what is in it, 1 at least."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
@@ -86,12 +86,40 @@ class BitsEntry(_Strict):
     rank: _Count = 0
 
 
+class StateEntry(_Strict):
+    """The state of a Mamba-2 layer."""
+
+    kind: Literal["state"]
+    heads: _Count
+    head_dim: _Count
+    groups: _Count
+    state: _Count
+    taps: _Count
+    bits: _Count | None
+    chunk: _Count
+    taught: _Count | None
+    least: tuple[float, ...] | None
+
+
+class LatentEntry(_Strict):
+    """The latents of an MLA layer."""
+
+    kind: Literal["latent"]
+    rank: _Count
+    rope_dim: _Count
+    bits: tuple[_Count, ...]
+    group: _Count
+    sink: _Count
+    window: _Count
+
+
 class LayerEntry(_Strict):
     """One layer."""
 
     heads: tuple[Annotated[Full | Streaming, Field(discriminator="kind")], ...]
     budget: tuple[_Count | None, ...] | None
     bits: BitsEntry | None = None
+    kept: Annotated[StateEntry | LatentEntry, Field(discriminator="kind")] | None = None
 
 
 class CodeEntry(_Strict):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvtool.attention import causal_attention, rotate
 from kvtool.calibrate import cskv, felt, xkv
-from kvtool.calibrate.felt import Felt, _FarRead, feel
+from kvtool.calibrate.felt import FarRead, Felt, feel
 from kvtool.calibrate.past import predictions
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import Behind, TailModel
@@ -66,7 +66,7 @@ def test_far_reads_have_gradients_of_their_own(heads, group, queries, before, si
     q, k, v = (random(1, n, t, 4) for n, t in ((heads * group, queries),) + ((heads, length),) * 2)
     zeros = [torch.zeros_like(x).requires_grad_() for x in (k, v)]
     upper = random(1, heads * group, queries, 4).detach()
-    found = _FarRead.apply(q, k, v, *zeros, 0.7, sink, window)
+    found = FarRead.apply(q, k, v, *zeros, 0.7, sink, window)
     torch.testing.assert_close(found, causal_attention(q, k, v, 0.7))
     copies = [x.detach() + zero for x, zero in zip((k, v), zeros, strict=True)]
     expected = written_out(q, k, v, *copies, 0.7, far_from(q, k, sink, window))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _hybrid_tools import write_hybrid
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config
 
@@ -16,8 +17,9 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.convert import targets
 from kvtool.factored import factor_tensors, factored_config
-from kvtool.inspection import inspect_checkpoint
+from kvtool.inspection import CONTEXTS, inspect_checkpoint
 from kvtool.latent import LatentFactors
+from kvtool.runtime import Engine
 
 Tiny = Callable[..., Path]
 
@@ -158,6 +160,22 @@ def test_an_unknown_attention_is_explained_and_not_an_error(
     assert all(item["reasons"] for item in result["applications"])
 
 
+def test_it_foretells_the_cache_of_a_hybrid(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny("llama", num_hidden_layers=4)
+    forecast = inspect_checkpoint(Checkpoint.open(str(source))).hybrid
+    assert forecast is not None
+    assert forecast.layers == 2
+    write_hybrid(source, tmp_path, [0, 2])
+    hybrid = inspect_checkpoint(Checkpoint.open(str(tmp_path)))
+    assert forecast.cache_bytes == {str(n): hybrid.cache_bytes(n) for n in CONTEXTS}
+    engine = Engine.load(Checkpoint.open(str(tmp_path)), dtype=torch.bfloat16)
+    assert hybrid.cache_bytes(512) == engine.new_cache(1, 512).allocated_bytes
+    saved = 2 * 2 * 16 * 2 * forecast.even_at
+    assert saved - 128 < forecast.constant_bytes <= saved
+    assert hybrid.hybrid is None  # it is one already
+    assert inspect_checkpoint(Checkpoint.open(str(tiny("qwen3")))).hybrid is None
+
+
 def test_json_and_table_say_the_same(tiny: Tiny, capfd: pytest.CaptureFixture[str]) -> None:
     path = str(tiny("llama"))
     assert run_command(["inspect", path, "--json"]) == 0
@@ -169,7 +187,8 @@ def test_json_and_table_say_the_same(tiny: Tiny, capfd: pytest.CaptureFixture[st
     assert "384 bytes per token" in text
     assert result["attention"][0]["summary"] in text
     assert f"{result['parameters']:,} parameters" in text
-    assert len(result["applications"]) == len(targets.METHODS) * len(targets.TARGETS) + 2
+    assert len(result["applications"]) == len(targets.METHODS) * len(targets.TARGETS) + 3
+    assert f"less from {result['hybrid']['even_at']} tokens on" in text
     for item in result["applications"]:
         verdict = "yes" if item["applies"] else "no"
         assert f"{item['command']} {item['method']} {item['target']} {verdict}" in text

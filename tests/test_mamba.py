@@ -215,7 +215,7 @@ def test_two_processes_teach_one_model(tiny, tmp_path):
         ("llama", {"mlp_bias": True}, "no bias in its MLP"),
         ("llama", {"head_dim": 32}, "not as wide as the hidden states"),
         ("llama", {"hidden_act": "gelu"}, "applies 'gelu'"),
-        ("mistral", {"sliding_window": 64}, "sliding window"),
+        ("mistral", {"sliding_window": 64}, "sliding-window attention"),
     ],
 )
 def test_what_the_class_cannot_express_is_refused(tiny, family, overrides, words):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodePlan, code_shapes
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
-from kvtool.plan import Base, LayerPlan, Plan, base_of
+from kvtool.plan import Base, LayerPlan, Plan, base_of, check_can_drop
 from kvtool.plan_file import check_plan_output
 from kvtool.sizes import parse_budget, parse_share
 
@@ -762,7 +762,7 @@ def test_heads_that_share_one_latent_cannot_be_planned(tmp_path: Path) -> None:
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="latent"):
-        base_of(Checkpoint.open(str(tmp_path)))
+        check_can_drop(Checkpoint.open(str(tmp_path)))
 
 
 # ------------------------------------------------------------------------------ what users type

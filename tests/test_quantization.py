@@ -73,7 +73,7 @@ def test_calibration_reads_what_the_store_reads(tiny, kind, axis, hadamard):
     )
     generator = torch.Generator().manual_seed(0)
     k, v, q = torch.randn(3, heads, 16 * count, size, generator=generator)
-    store._pack(0, 0, k, v, None)
+    store.pack(0, 0, (k, v))
     cos, sin = positions.tables(2, 2 + 16 * count)
     keys, values = read_keys(k, bits, order, cos, sin, rope.scale), read_values(v, bits)
     torch.testing.assert_close(
@@ -81,7 +81,7 @@ def test_calibration_reads_what_the_store_reads(tiny, kind, axis, hadamard):
     )
     weights = torch.softmax(store._scores(q[:, :4], 0, count), dim=-1)
     nothing = torch.empty(heads, 0, size)
-    found, _ = store._attend(q[:, :4], nothing, nothing, 0, count)
+    found = store.attend(q[:, :4], (nothing, nothing), 0, bits.packed_at(count - 1))
     torch.testing.assert_close(found, weights @ values, rtol=1e-4, atol=1e-4)
 
 
@@ -252,7 +252,7 @@ def test_a_balance_saves_the_codes_of_small_channels(llama):
             1, 1, 100, 16, torch.empty(0), 1.0, Bits(4, 4, 16, "token"), None, rope,
             dense_prompt=True, balances=(balance, balance),
         )  # fmt: skip
-        store._pack(0, 0, k, k, None)
+        store.pack(0, 0, (k, k))
         errors.append(float((store._scores(q, 0, 1) - q @ k.mT).square().mean()))
         sums = store._sums(torch.eye(16)[None], 0, 1)
         read = sums if balance is None else sums * balance

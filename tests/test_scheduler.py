@@ -8,10 +8,13 @@ import pytest
 import torch
 from _code_tools import coded
 from _convert_tools import one_thread
+from _hybrid_tools import write_hybrid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_coded_bits import coded as packed
 from test_packed import packed as few_bits
+from test_packed_latents import planned as packed_latents
+from test_packed_states import planned as packed_states
 from test_split_store import MIXED, SINK, WINDOW, make_plan
 
 from kvtool.checkpoint import Checkpoint
@@ -32,7 +35,7 @@ PLANS = (
     "two tiers",
     "gear",
 )
-KINDS = ("dense", "windowed", *PLANS, "mla", "kvtool-mla")
+KINDS = ("dense", "windowed", *PLANS, "mla", "kvtool-mla", "packed mla", "packed states")
 PIECE = 16
 GIGABYTE = 2**30
 RING, HEADS = SINK + WINDOW, 6  # of a streaming head, and of all layers of the plans
@@ -74,6 +77,14 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
             prefill = "streamed" if kind.endswith("streamed") else "dense"
             plan = few_bits(checkpoint, "two tiers", prefill=prefill, streaming=MIXED)
             return Engine.load(checkpoint, plan=plan)
+        if kind == "packed mla":
+            latents = get("mla").checkpoint
+            return Engine.load(latents, plan=packed_latents(latents))
+        if kind == "packed states":
+            path = tmp_path_factory.mktemp("hybrid")
+            write_hybrid(tiny("llama", intermediate_size=1536), path, [0, 2])
+            hybrid = Checkpoint.open(str(path))
+            return Engine.load(hybrid, plan=packed_states(hybrid))
         if kind.endswith("mla"):
             target = "kvtool" if kind == "kvtool-mla" else "transformers"
             options = planning.ConvertOptions(

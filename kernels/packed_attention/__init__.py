@@ -1,8 +1,8 @@
 """Attention that reads packed integers: scales are folded into queries and probabilities.
 
-:func:`channel_scores`, :func:`token_scores` and :func:`value_sums` read the blocks of one row in
-plain torch. :func:`pack_blocks` and :func:`packed_attention` are a decode step of many rows in
-shared pages, and run Triton on CUDA.
+:func:`channel_scores`, :func:`token_scores`, :func:`channel_sums` and :func:`value_sums` read the
+blocks of one row in plain torch. :func:`pack_blocks` and :func:`packed_attention` are a decode step
+of many rows in shared pages, and run Triton on CUDA.
 """
 
 from torch import Tensor
@@ -10,12 +10,18 @@ from torch import Tensor
 from kvtool.kernels.dispatch import use_triton
 from kvtool.kernels.packed_attention import paged
 from kvtool.kernels.packed_attention.paged import Blocks, Ring, fits
-from kvtool.kernels.packed_attention.reference import channel_scores, token_scores, value_sums
+from kvtool.kernels.packed_attention.reference import (
+    channel_scores,
+    channel_sums,
+    token_scores,
+    value_sums,
+)
 
 __all__ = [
     "Blocks",
     "Ring",
     "channel_scores",
+    "channel_sums",
     "fits",
     "pack_blocks",
     "packed_attention",

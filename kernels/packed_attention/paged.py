@@ -79,7 +79,7 @@ def pieces_of(width: int, bits: int, group: int) -> int:
 
 def fits(width: int, key_bits: int, value_bits: int, size: int) -> bool:
     """Whether there is a kernel for heads of this size and blocks of N = `size` tokens."""
-    if width % 8 or size // pieces_of(size, key_bits, size) < 16:
+    if size > PAGE or width % 8 or size // pieces_of(size, key_bits, size) < 16:
         return False
     pieces = pieces_of(width, value_bits, size)
     piece, fields = width // pieces, 4 if value_bits == 3 else 8 // value_bits

@@ -143,3 +143,28 @@ def value_sums(
         for at, j, numbers in fields(some, width, bits, group):
             sums[..., at] += torch.matmul(scaled[j], numbers)
     return sums
+
+
+def channel_sums(weights: Tensor, codes: Tensor, scales: Tensor, bits: int, tokens: int) -> Tensor:
+    """Values whose scales are per channel and block, summed with weights.
+
+    With p of the tokens of a block, Σ_t p_t v̂_tc = s_c Σ_t p_t code_tc + m_c Σ_t p_t.
+
+    Args:
+        weights: `[H, n, blocks · N]` fp32.
+        codes: `[H, blocks, D, ·]` uint8, a block's N = `tokens` packed side by side.
+        scales: `[H, blocks, D, 2]` fp16: scale, minimum.
+
+    Returns:
+        `[H, n, D]` fp32.
+    """
+    at_once = max(1, TILE // tokens)
+    sums = weights.new_zeros((*weights.shape[:2], codes.shape[2]))
+    tiles = (weights.split(at_once * tokens, 2), codes.split(at_once, 1), scales.split(at_once, 1))
+    for p, some, own in zip(*tiles, strict=True):
+        s, m = own.float().unbind(dim=-1)  # [H, blocks, D]
+        by_block = p.unflatten(2, (-1, tokens)).transpose(1, 2)  # [H, blocks, n, N]
+        for at, _, numbers in fields(some, tokens, bits, tokens):  # [H, blocks, D, tokens]
+            sums += (torch.matmul(by_block[..., at], numbers.mT) * s[:, :, None]).sum(dim=1)
+        sums += torch.matmul(by_block.sum(dim=-1).mT, m)
+    return sums

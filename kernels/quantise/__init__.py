@@ -3,11 +3,23 @@
 from kvtool.kernels.quantise.reference import (
     BITS,
     dequantise,
+    dequantise_rows,
     fake_quantise,
     groups_of,
     packed_bytes,
     quantise,
+    quantise_rows,
     unpack,
 )
 
-__all__ = ["BITS", "dequantise", "fake_quantise", "groups_of", "packed_bytes", "quantise", "unpack"]
+__all__ = [
+    "BITS",
+    "dequantise",
+    "dequantise_rows",
+    "fake_quantise",
+    "groups_of",
+    "packed_bytes",
+    "quantise",
+    "quantise_rows",
+    "unpack",
+]

@@ -63,6 +63,37 @@ def dequantise(packed: Tensor, scales: Tensor, width: int, bits: int, group: int
     return _numbers(unpack(packed, width, bits), scales, group)
 
 
+def quantise_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Packs rows about zero, of any size that fp32 holds.
+
+    A row has one scale s, stored as bf16, whose range is that of fp32, and never rounded down: with
+    M = 2^(b-1) - 1 and s >= max |x| / M, code = round(x / s) + M + 1 and |x - x̂| <= s / 2. A row of
+    zeros has s = 0.
+
+    Args:
+        x: `[..., W]`.
+
+    Returns:
+        Codes, uint8 `[..., ⌈W b / 8⌉]`; scales, bf16 `[...]`.
+    """
+    top = 2 ** (bits - 1) - 1
+    x = x.float()
+    wanted = x.abs().amax(dim=-1) / top
+    scale = wanted.bfloat16()
+    above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    scale = torch.where(scale.float() < wanted, above, scale)
+    s = scale.float()[..., None]
+    codes = (x / torch.where(s == 0, 1.0, s)).round_().clamp_(-top, top) + (top + 1)
+    return _pack(codes.to(torch.uint8), bits), scale
+
+
+def dequantise_rows(packed: Tensor, scales: Tensor, width: int, bits: int) -> Tensor:
+    """What :func:`quantise_rows` packed of W = `width` numbers, fp32 `[..., W]`."""
+    codes = unpack(packed, width, bits).float() - 2 ** (bits - 1)
+    read: Tensor = codes * scales.float()[..., None]
+    return read
+
+
 def unpack(packed: Tensor, width: int, bits: int) -> Tensor:
     """The codes themselves, uint8 `[..., W]`: without scale and minimum."""
     if bits == 3:

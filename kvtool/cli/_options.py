@@ -147,7 +147,9 @@ def context_of(checkpoint: Checkpoint, asked: int | None) -> int:
     Raises:
         UsageError: The model has no such positions.
     """
-    limit = int(checkpoint.hf_config().max_position_embeddings)
+    from kvtool.factored import model_config
+
+    limit = int(model_config(checkpoint).max_position_embeddings)
     if asked is None:
         return min(_CONTEXT, limit)
     if not 1 <= asked <= limit:

@@ -17,6 +17,7 @@ from kvtool.cli.calibrate_explain import explain
 from kvtool.cli.calibrate_layers import layer_importance
 from kvtool.cli.calibrate_projections import projections
 from kvtool.cli.calibrate_quantization import quantization
+from kvtool.cli.calibrate_receptive_field import receptive_field
 from kvtool.cli.calibrate_statistics import statistics
 from kvtool.cli.plan import emit_plan, planned_facts, score_picture, summary
 from kvtool.errors import ResourceError, UsageError
@@ -32,6 +33,7 @@ calibrate_app = typer.Typer(
 calibrate_app.command("statistics")(statistics)
 calibrate_app.command("projections")(projections)
 calibrate_app.command("quantization")(quantization)
+calibrate_app.command("receptive-field")(receptive_field)
 calibrate_app.command("explain")(explain)
 calibrate_app.command("layer-importance")(layer_importance)
 

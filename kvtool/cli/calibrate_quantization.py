@@ -24,7 +24,8 @@ def quantization(
             help="Of a number: 2, 3, 4 or 8, keys and values apart such as K4V2, or auto for what "
             "--kv-budget allows. Of aware it is their mean: the bytes are those of such bits. Of "
             "zipcache and mikv two such as 4/2, for tokens with more attention and for the others. "
-            "By default 4, and 4/2.",
+            "By default 4, and 4/2. States of Mamba-2 layers have 8, or with S4 behind it 4; S8 "
+            "alone packs only them. Latents of MLA layers have them for each of their numbers.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -114,14 +115,16 @@ def quantization(
     """Plan integers of few bits for keys and values of MODEL, or for the codes of a plan."""
     from kvtool.calibrate import quantization as method_of
     from kvtool.checkpoint import Checkpoint
-    from kvtool.plan import LayerPlan, Plan, base_of, check_can_drop
+    from kvtool.plan import base_of, check_can_drop
     from kvtool.plan_file import check_plan_output
     from kvtool.sizes import parse_budget, parse_share
+    from kvtool.states import StatePlan
 
     tiers = method in method_of.SALIENT
     bits = bits or ("4/2" if tiers else "4")
     group = group or (128 if tiers else 64)
-    asked, rest = method_of.parse_tiers(bits)
+    of_heads, states = method_of.split_states(bits)
+    asked, rest = method_of.parse_tiers(of_heads) if of_heads else ((4, 4), None)
     if (asked is None) != (kv_budget is not None):
         raise UsageError("--bits auto and --kv-budget come together: the one asks the other")
     if asked is None and method != "aware":
@@ -134,10 +137,8 @@ def quantization(
     )
     context = _options.context_of(checkpoint, context)
     base = base_of(checkpoint)
-    check_can_drop(checkpoint)
-    heads = _options.read_plan(plan, checkpoint)
-    if heads is None:
-        heads = Plan(base, (LayerPlan((False,) * base.kv_heads),) * base.layers)
+    check_can_drop(checkpoint, other=True)
+    start = _options.read_plan(plan, checkpoint)
     kivi = method == "kivi"
     options = method_of.QuantizationOptions(
         method,
@@ -153,10 +154,16 @@ def quantization(
         rest,
         None if salient is None else parse_share(salient, group),
         rank,
+        states or 8,
+        bool(of_heads),
     )
-    native = base.native_bytes(context, _BF16)
+    if start is None:
+        start = method_of.everything(checkpoint, base, options)
+    if states is not None and not any(isinstance(x.kept, StatePlan) for x in start.layers):
+        raise UsageError(f"--bits {bits}: no layer of {checkpoint.source} keeps a state")
+    native = start.native_bytes(context, _BF16)
     budget = None if kv_budget is None else parse_budget(kv_budget, native)
-    planned = method_of.plan_ahead(heads, options, budget, _BF16)
+    planned = method_of.plan_ahead(start, options, budget, _BF16)
     if dry_run:
         facts = {
             "plan": str(output),
@@ -174,7 +181,7 @@ def quantization(
     with _console.progress(quiet) as report:
         started = time.perf_counter()
         made = method_of.calibrate_quantization(
-            checkpoint, options, heads, budget, _BF16, report=report
+            checkpoint, options, start, budget, _BF16, report=report
         )
         seconds = time.perf_counter() - started
     made.write(output, overwrite=overwrite)

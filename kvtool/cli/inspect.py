@@ -65,6 +65,15 @@ def _facts(inspection: Inspection) -> Table:
             table.add_row(
                 f"  at {tokens // 1024}k tokens", decimal(inspection.cache_bytes(tokens)) + beyond
             )
+    if (hybrid := inspection.hybrid) is not None:
+        sizes = ", ".join(
+            f"{decimal(hybrid.cache_bytes[str(n)])} at {n // 1024}k" for n in CONTEXTS[:2]
+        )
+        table.add_row(
+            "  with --to mamba",
+            f"{sizes}: {hybrid.layers} layers take {decimal(hybrid.constant_bytes)} each at any "
+            f"length, less from {hybrid.even_at} tokens on",
+        )
     return table
 
 

@@ -100,7 +100,7 @@ def compose(
 
 def head_picture(plan: Plan) -> str:
     """One row per KV head, one column per layer: full, streaming or with a token budget."""
-    columns = [_marks(layer) for layer in plan.layers]
+    columns = [_marks(layer) or [" "] * plan.base.kv_heads for layer in plan.layers]
     width = len(str(plan.base.kv_heads - 1))
     rows = [
         f"{head:>{width}} {''.join(row)}" for head, row in enumerate(zip(*columns, strict=True))
@@ -137,7 +137,7 @@ def emit_plan(
     result = {**summary(plan, path, context), **(also or {})}
     if not json:
         _console.out.print(_facts(result))
-        if not plan.codes:  # they know no heads
+        if any(layer.streaming for layer in plan.layers) and not plan.codes:
             _console.out.print(head_picture(plan), soft_wrap=True)
     _console.emit(result, json)
 
@@ -160,13 +160,14 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
                 "window": layer.window,
                 "budget": layer.budget,
                 "bits": None if layer.bits is None else _bits(layer.bits),
+                "kept": None if layer.kept is None else asdict(layer.kept),
             }
             for layer in plan.layers
         ],
         "codes": [asdict(code) for code in plan.codes],
         "scores": plan.scores is not None,
         "bytes_per_token": plan.bytes_per_token(_BF16),
-        "native_bytes_per_token": plan.native_bytes(1, _BF16),
+        "native_bytes_per_token": plan.native_bytes_per_token(_BF16),
         "context": context,
         "bytes": plan.cache_bytes(context, _BF16),
         "native_bytes": plan.native_bytes(context, _BF16),
@@ -222,6 +223,43 @@ def _tiers(bits: dict[str, Any], part: str) -> str:
     return f"{bits[part]}/{bits['rest'][part]}" if bits["rest"] else f"{bits[part]}"
 
 
+def _describe_latents(table: Table, latents: list[dict[str, Any]]) -> None:
+    """Rows for layers that keep a latent."""
+    for name, parts in (
+        ("latents", [x["bits"][: x["rank"]] for x in latents]),
+        ("  shared keys", [x["bits"][x["rank"] :] for x in latents]),
+    ):
+        numbers = [bits for part in parts for bits in part]
+        if numbers:
+            counts = ", ".join(f"{numbers.count(n)} of {n}" for n in sorted(set(numbers)))
+            mean = sum(numbers) / len(numbers)
+            table.add_row(name, f"{mean:.2f} bits in the mean: {counts} in all layers")
+    one = latents[0]
+    table.add_row("  stored", f"a scale and a minimum (4 bytes) for {one['group']} of a number")
+    table.add_row(
+        "  exact", f"the first {one['sink']} and at least the last {one['window']} tokens"
+    )
+
+
+def _describe_kept(table: Table, layers: list[dict[str, Any]]) -> None:
+    """Rows for layers that keep a latent or a state."""
+    kept = [layer["kept"] for layer in layers if layer["kept"] is not None]
+    states, latents = ([x for x in kept if name in x] for name in ("chunk", "rank"))
+    if latents:
+        _describe_latents(table, latents)
+    if not states:
+        return
+    one = states[0]
+    bits = "float32"
+    if one["bits"] is not None:
+        bits = f"{one['bits']} bits, packed every {one['chunk']} tokens, a scale (2 bytes) for "
+        bits += f"{one['state']} numbers"
+    table.add_row("states", f"{len(states)} layers: {bits}")
+    if one["taught"] is not None:
+        heads = sum(x > 0 for state in states for x in state["least"] or ())
+        table.add_row("  beyond", f"{heads} heads pass tokens over behind {one['taught']} tokens")
+
+
 def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:
     """Rows for codes of one kind and ring, which those of a calibration are."""
     one = codes[0]
@@ -258,8 +296,10 @@ def _facts(result: dict[str, Any]) -> Table:
     if codes := result["codes"]:
         _describe_codes(table, codes)
     else:
-        _describe_heads(table, result)
+        if any(layer["kept"] is None for layer in result["layers"]):
+            _describe_heads(table, result)
         _describe_bits(table, result["layers"])
+        _describe_kept(table, result["layers"])
     native = result["native_bytes_per_token"]
     per_token = f"{result['bytes_per_token']:,} bytes per further token (native {native:,})"
     table.add_row("cache, bf16", per_token)

@@ -163,7 +163,7 @@ def native_bytes_per_token(engine: Engine, checkpoint: Checkpoint) -> float:
 
     itemsize = engine.dtype.itemsize
     if engine.plan is not None:
-        return engine.plan.native_bytes(1, itemsize)
+        return engine.plan.native_bytes_per_token(itemsize)
     if (checkpoint.path / MANIFEST).exists():
         before = read_manifest(checkpoint.path)["plan"]["bytes_per_token_before"]
         return float(before) / 2 * itemsize  # the manifest counts bf16

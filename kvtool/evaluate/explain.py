@@ -212,7 +212,7 @@ def explain(plan: Plan, name: str) -> Explained:
         codes,
         together,
         plan.bytes_per_token(_BF16),
-        plan.native_bytes(1, _BF16),
+        plan.native_bytes_per_token(_BF16),
     )
 
 

@@ -160,7 +160,7 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
         sizes.append(CacheSize(slope, slope / item * BFLOAT16_BYTES, constant))
     if plan is not None:
         # Integers of few bits take the same in any dtype; rings do not grow.
-        packed = [layer.bits is not None for layer in plan.layers]
+        packed = [layer.bits is not None or layer.kept is not None for layer in plan.layers]
         if plan.codes:
             packed = [code.bits is not None for code in plan.codes for _ in range(code.layers)]
         sizes = [

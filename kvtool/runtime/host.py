@@ -6,25 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kvtool.attention import (
     AttentionLayout,
     GroupedQueryAttention,
     Rope,
-    apply_latent_eps,
     decoder_layers,
     describe,
     is_mixer,
-    recognise,
     rope_of,
 )
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Code, Positions, load_code
-from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
-from kvtool.factored import MODEL_TYPE, base_config, is_factor, read_factors
-from kvtool.latent import FactoredAttention, MultiheadLatentAttention
-from kvtool.mamba import Mixer
+from kvtool.errors import PlanError, UnsupportedModelError
+from kvtool.factored import is_factored, latent_stages, load_model, model_config
+from kvtool.latent import LatentAttention
+from kvtool.latent_bits import LatentPlan
+from kvtool.mamba import Mixer, shape_of
 from kvtool.plan import Plan
 from kvtool.runtime.coded import CodedAttention
 from kvtool.runtime.layers import (
@@ -35,8 +34,12 @@ from kvtool.runtime.layers import (
     RuntimeAttention,
 )
 from kvtool.runtime.packed import PackedAttention
+from kvtool.runtime.packed_latents import PackedLatentAttention
 from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.split import SplitAttention
+from kvtool.states import StatePlan
+
+_KEPT = {"gqa": "KV heads", "mla": "latents", "mamba": "states"}
 
 
 def load_host(
@@ -50,8 +53,7 @@ def load_host(
         CheckpointError: Tensors are missing, left over, or have the wrong shape.
         PlanError: The plan belongs to another model.
     """
-    factored = checkpoint.config.get("model_type") == MODEL_TYPE
-    config = base_config(checkpoint.config) if factored else checkpoint.hf_config()
+    factored, config = is_factored(checkpoint), model_config(checkpoint)
     target = checkpoint.config.get("kvtool", {}).get("target")
     if dtype == torch.float16 and target in ("transformers", "vllm"):
         raise UnsupportedModelError(
@@ -63,11 +65,7 @@ def load_host(
     if plan is not None:
         _check_plan(plan, checkpoint, layouts, factored)
     rope = rope_of(config)
-    if factored:
-        model = _load_base(checkpoint, config, dtype).to(device)
-    else:
-        model = checkpoint.load_transformers(dtype, device)
-        apply_latent_eps(model, checkpoint.config)
+    model = load_model(checkpoint, dtype, device)
     return model, swap_attention(model, rope, plan, checkpoint if factored else None)
 
 
@@ -88,19 +86,16 @@ def swap_attention(
     exact = Positions(positions.rope, like.float())  # few bits magnify what is rounded before
     swapped: list[RuntimeAttention] = []
     for i, layer in enumerate(decoder_layers(model)):
+        kept = None if plan is None else plan.layers[i].kept
         if is_mixer(layer):
-            layer.mamba = RuntimeMixer(Mixer.of(layer.mamba), i, inv_freq, rope.scale)
+            state = kept if isinstance(kept, StatePlan) else None
+            layer.mamba = RuntimeMixer(Mixer.of(layer.mamba), i, inv_freq, rope.scale, state)
             swapped.append(layer.mamba)
             continue
         module, name = layer.self_attn, f"model.layers.{i}.self_attn"
         attention: RuntimeAttention
-        if recognise(module, name).kind == "mla":
-            latent = MultiheadLatentAttention(module, name, inv_freq)
-            attention = LatentRuntimeAttention(latent, i, rope.scale)
-        elif factors_in is not None:
-            factors = read_factors(factors_in, i)
-            stages = FactoredAttention(GroupedQueryAttention(module, name), factors)
-            attention = LatentRuntimeAttention(stages, i, rope.scale)
+        if (stages := latent_stages(module, name, inv_freq, factors_in, i)) is not None:
+            attention = _latent_attention(stages, i, rope.scale, plan)
         else:
             grouped = GroupedQueryAttention(module, name)
             if plan is not None and plan.codes:
@@ -118,6 +113,17 @@ def swap_attention(
     return swapped
 
 
+def _latent_attention(
+    stages: LatentAttention, index: int, scale: float, plan: Plan | None
+) -> LatentRuntimeAttention:
+    kept = None if plan is None else plan.layers[index].kept
+    if plan is None or not isinstance(kept, LatentPlan):
+        return LatentRuntimeAttention(stages, index, scale)
+    if (kept.rank, kept.rope_dim) != (stages.rank, stages.rope_dim):
+        raise PlanError(f"layer {index} has a latent of other sizes than are planned")
+    return PackedLatentAttention(stages, index, scale, kept, plan.prefill == "dense")
+
+
 def _codes(plan: Plan | None, positions: Positions) -> list[tuple[Code, int]]:
     """By layer of the model: its code, and which of the layers of the code it is."""
     found: list[tuple[Code, int]] = []
@@ -132,21 +138,34 @@ def _check_plan(
     plan: Plan, checkpoint: Checkpoint, layouts: Sequence[AttentionLayout], factored: bool
 ) -> None:
     """Refuses a plan that the model's attention cannot obey, or that was made for another."""
-    if any(layout.kind == "mamba" for layout in layouts):
+    latent = factored or any(layout.kind == "mla" for layout in layouts)
+    state = any(layout.kind == "mamba" for layout in layouts)
+    if (latent or state) and all(layer.kept is None for layer in plan.layers):
+        why = "its heads share one latent, so none of them can keep less than the others"
+        if state:
+            why = "some of its layers keep a state and no keys and values"
         raise UnsupportedModelError(
-            f"{checkpoint.source} cannot run with a plan: some of its layers keep a state and no "
-            "keys and values",
-            hint="use the plan with the model that this one was converted from",
-        )
-    if factored or any(layout.kind == "mla" for layout in layouts):
-        raise UnsupportedModelError(
-            f"{checkpoint.source} cannot run with a plan: its heads share one latent, so none of "
-            "them can keep less than the others",
+            f"{checkpoint.source} cannot run with a plan of heads alone: {why}",
             hint="use the plan with the model that this one was converted from",
         )
     plan.check_base(checkpoint)
-    positions = int(checkpoint.hf_config().max_position_embeddings)
+    config = model_config(checkpoint)
+    positions = int(config.max_position_embeddings)
     for i, (kept, ring, layout) in enumerate(zip(plan.layers, plan.rings, layouts, strict=True)):
+        kind, other = "mla" if factored else layout.kind, kept.kept
+        planned = {StatePlan: "mamba", LatentPlan: "mla"}.get(type(other), "gqa")
+        if planned != kind:
+            raise PlanError(
+                f"layer {i} of {checkpoint.source} keeps {_KEPT[kind]}, and {_KEPT[planned]} are "
+                "planned"
+            )
+        if isinstance(other, StatePlan) and not other.fits(shape_of(config)):
+            raise PlanError(f"layer {i} of {checkpoint.source} has a state of other sizes")
+        if isinstance(other, LatentPlan) and other.sink + other.ring > positions:
+            raise PlanError(
+                f"layer {i} has exact room for {other.sink + other.ring} tokens, more than the "
+                f"{positions} positions of {checkpoint.source}"
+            )
         if ring.sink + ring.window > positions:
             raise PlanError(
                 f"layer {i} keeps the first {ring.sink} and last {ring.window} tokens, more than "
@@ -163,31 +182,3 @@ def _check_plan(
                 "tokens, so its heads cannot stream, have a token budget, few bits or a code",
                 hint="plan all heads of such layers as full",
             )
-
-
-def _load_base(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The base model inside a `kvtool_mla` checkpoint, without its factors."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    state: dict[str, Tensor] = {}
-    for name in checkpoint.tensors:
-        if not is_factor(name):
-            state[name] = checkpoint.read(name).to(dtype)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:  # a wrong shape
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{checkpoint.source}: {reason}") from error
-    if config.tie_word_embeddings:
-        model.tie_weights()
-        missing = [name for name in missing if name != "lm_head.weight"]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{checkpoint.source}: missing tensors {missing[:3]}, unexpected {unexpected[:3]}"
-        )
-    # Buffers are not in the file; the rotary one is computed from the config.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    host: nn.Module = model.eval()
-    return host

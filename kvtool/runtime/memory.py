@@ -7,6 +7,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 
+from kvtool.latent_bits import LatentPlan
 from kvtool.plan import LayerPlan
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.stores import PAGE, whole_pages
@@ -21,6 +22,7 @@ class RowMemory:
 
     def __init__(self, engine: Engine) -> None:
         self.layers: Sequence[LayerPlan] = () if engine.plan is None else engine.plan.layers
+        self.latents = [x.kept for x in self.layers if isinstance(x.kept, LatentPlan)]
         self.head_dim = 0 if engine.plan is None else engine.plan.base.head_dim
         self.least, large = (
             engine.new_cache(1, n).allocated_bytes - self._packed(n) for n in (PAGE, 2 * PAGE)
@@ -28,6 +30,7 @@ class RowMemory:
         self.page_bytes = large - self.least
         self.constant = self.least - self.page_bytes
         self.head_bytes = 0  # of keys and values of one token
+        self.held = 0  # bytes of latents of a token of a prompt, while that is read
         self.dropping = 0  # heads that hold a whole prompt while it is read
         self.watched = 0  # and the attention that its tokens get
         self.budgets: list[int] = []
@@ -36,6 +39,8 @@ class RowMemory:
         plan = engine.plan
         if plan is None:
             return
+        if plan.prefill == "dense":
+            self.held = engine.dtype.itemsize * sum(x.width for x in self.latents)
         self.heads, self.dense = plan.base.all_heads, plan.prefill == "dense"
         self.head_bytes = 2 * self.head_dim * engine.dtype.itemsize
         for layer in plan.layers:
@@ -56,11 +61,12 @@ class RowMemory:
             for layer in self.layers
             if layer.bits is not None
         )
+        packed += sum(float(latent.token_bytes()) for latent in self.latents)
         return self.page_bytes / PAGE + packed + len(self.budgets) * self.head_bytes
 
     def reading(self, prompt: int) -> int:
         """While a prompt of so many tokens is read."""
-        held = self.dropping * self.head_bytes + 4 * self.watched
+        held = self.dropping * self.head_bytes + self.held + 4 * self.watched
         return self._planes(prompt) + held * prompt
 
     def holding(self, tokens: int, prompt: int) -> int:
@@ -91,12 +97,13 @@ class RowMemory:
         return exact + self._packed(room)
 
     def _packed(self, room: int) -> int:
-        """Blocks of heads with few bits, in the room for so many tokens."""
-        return sum(
+        """Blocks of heads and of latents with few bits, in the room for so many tokens."""
+        heads = sum(
             len(layer.full_heads) * layer.bits.blocks(room) * layer.bits.block_bytes(self.head_dim)
             for layer in self.layers
             if layer.bits is not None
         )
+        return heads + sum(x.blocks(room) * x.block_bytes() for x in self.latents)
 
 
 def give_back() -> None:

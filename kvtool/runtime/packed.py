@@ -1,4 +1,4 @@
-"""Heads that keep every token, most of them as integers of few bits (`kvtool/bits.py`).
+"""Planes that keep every token, most of them as integers of few bits (`kvtool/bits.py`).
 
 The first tokens and the last are exact, in a ring. When `window` tokens have come behind N others,
 these are packed as one block, from the exact numbers, and never again. Whatever the calls were that
@@ -17,8 +17,8 @@ as GEAR does (arXiv 2403.05527): two thin products add it to scores and to sums.
 outliers are left out, as in its own variant GEAR-L: 2 % of the numbers with an fp16 value and the
 least index that finds them, 12 bits in a block of 64 x 64, are 0.56 bits per number.
 
-Keys that are stored after RoPE are read as they are (`kernels/packed_attention`): nothing of the
-past is rebuilt. Keys that are stored before it are rebuilt and rotated a tile at a time.
+What is stored as it is read is not rebuilt (`kernels/packed_attention`): keys behind RoPE, values,
+and latents. Keys that are stored before RoPE are rebuilt and rotated a tile at a time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention, rotate
 from kvtool.bits import Bits, Factors, from_stored, to_stored, turn
+from kvtool.bits import Blocks as BlockPlan
 from kvtool.codes import Positions
 from kvtool.kernels.append import append
 from kvtool.kernels.low_rank import low_rank, low_rank_scores, low_rank_sums
@@ -63,8 +64,152 @@ _PREFIXES = ("", "rest ")  # of the planes of the tiers
 _FACTORS = (" tokens", " channels")  # behind the name of what codes left out
 
 
-class PackedHeads(DroppingHeads):
+class PackedStore(DroppingHeads):
     """A ring of exact tokens, and planes `[B, H, blocks, ...]` of codes and of their scales.
+
+    Attributes:
+        parts: The planes of the ring into which a token goes, in order.
+        bits: Which tokens are packed.
+        tokens: That there is room for.
+    """
+
+    parts: tuple[str, ...]
+    exact: StreamingHeads
+    bits: BlockPlan
+    dense_prompt: bool
+    tokens: int
+
+    def attend(self, q: Tensor, exact: Sequence[Tensor], row: int, start: int) -> Tensor:
+        """One softmax in fp32 over exact tokens and the blocks of a row.
+
+        Args:
+            q: `[Q, T, D]`, from position `start` on; all see the same blocks.
+            exact: `[H, C, ·]` each; the last T are of the queries' own tokens.
+
+        Returns:
+            `[Q, T, ·]`.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def pack(self, row: int, first: int, exact: Sequence[Tensor]) -> None:
+        """Packs tokens `[H, n · N, ·]` as the blocks from `first` on."""
+        raise NotImplementedError  # pragma: no cover
+
+    def add_planes(self, part: str, bits: int, numbers: int, shape: tuple[int, ...]) -> None:
+        """Planes of codes with so many bits, and of their scales, for rows of `numbers`."""
+        groups, like = groups_of(numbers, self.bits.group), next(iter(self.exact.planes.values()))
+        codes = like.new_empty((*shape, packed_bytes(numbers, bits)), dtype=torch.uint8)
+        scales = like.new_empty((*shape, groups, 2), dtype=torch.float16)
+        self.planes |= {part: codes, f"{part} scales": scales}
+
+    @property
+    def allocated_bytes(self) -> int:
+        return super().allocated_bytes + self.exact.allocated_bytes
+
+    @property
+    def capacity(self) -> int:
+        return self.tokens
+
+    def grown(self, length: int) -> int:
+        return whole_pages(super().grown(length))
+
+    def resize(self, capacity: int) -> None:
+        self.tokens, blocks = capacity, self.bits.blocks(capacity)
+        for name, plane in self.planes.items():
+            other = plane.new_empty((*plane.shape[:2], blocks, *plane.shape[3:]))
+            kept = min(blocks, plane.shape[2])
+            other[:, :, :kept] = plane[:, :, :kept]
+            self.planes[name] = other
+
+    def can_crop(self, row: int, stored: int, length: int) -> bool:
+        return stored - self.bits.ring <= self._first_exact(length)
+
+    def snapshot(self, row: int) -> list[Tensor]:
+        return self.exact.snapshot(row)
+
+    def restore(self, row: int, saved: list[Tensor]) -> None:
+        self.exact.restore(row, saved)
+
+    def add_tokens(self, q: Tensor, new: Sequence[Tensor], step: Step) -> Tensor:
+        """Stores new tokens `[B, H, T, ·]`; returns what queries `[B, Q, T, D]` read."""
+        rows = range(len(step.starts)) if step.row is None else [step.row]
+        contexts = []
+        for b, (row, start) in enumerate(zip(rows, step.starts, strict=True)):
+            parts = [
+                self._add_some(q[b, :, at], [x[b, :, at] for x in new], row, begin)
+                for at, begin in self._runs(start, q.shape[2])
+            ]
+            contexts.append(torch.cat(parts, dim=1))
+        return torch.stack(contexts)
+
+    def end_prompt(self, row: int, *tokens: Tensor) -> None:
+        own = slice(self.bits.sink, self._first_exact(tokens[0].shape[1]))
+        self.pack(row, 0, [x[:, own] for x in tokens])
+        self.exact.keep_last(row, 0, *tokens)
+
+    def _first_of(self, block: int) -> int:
+        """Its first position."""
+        return self.bits.sink + block * self.bits.group
+
+    def _first_exact(self, length: int) -> int:
+        """The first token behind the blocks of a row with `length` tokens."""
+        return self._first_of(self.bits.blocks(length))
+
+    def _runs(self, start: int, count: int) -> Iterator[tuple[slice, int]]:
+        """Tokens of a call that read the same blocks: which, and the position of the first."""
+        begin, end = start, start + count
+        while begin < end:
+            stop = min(end, self.bits.packed_at(self.bits.blocks(begin + 1)))
+            yield slice(begin - start, stop - start), begin
+            begin = stop
+
+    def _exact_tokens(self, row: int, length: int) -> list[Tensor]:
+        """What there is of a row with `length` tokens, `[H, C, ·]` each, in their order."""
+        sinks = range(min(self.bits.sink, length))
+        slots = [self.exact.slot(p) for p in (*sinks, *range(self._first_exact(length), length))]
+        return [self.exact.planes[name][row][:, slots] for name in self.parts]
+
+    def _add_some(self, q: Tensor, new: Sequence[Tensor], row: int, start: int) -> Tensor:
+        """Stores one of :meth:`_runs` of a row, and returns what its queries read, `[Q, T, ·]`.
+
+        With the first of the tokens a block may be packed.
+        """
+        size, sink, done = self.bits.group, self.bits.sink, self.bits.blocks(start + 1)
+        past = self._exact_tokens(row, start)
+        exact = [torch.cat(x, dim=1) for x in zip(past, new, strict=True)]
+        if done > self.bits.blocks(start):
+            self.pack(row, done - 1, [x[:, sink : sink + size] for x in exact])
+            exact = [torch.cat((x[:, :sink], x[:, sink + size :]), dim=1) for x in exact]
+        if q.shape[1] == 1:
+            slot, named = self.exact.slot(start), zip(self.parts, new, strict=True)
+            self.exact.write(row, [slot], {name: x[None] for name, x in named})
+        else:
+            self.exact.keep_last(row, start, *new)
+        return self.attend(q, exact, row, start)
+
+    def put_blocks(
+        self, part: str, row: int, first: int, x: Tensor, bits: int, clip: float
+    ) -> tuple[Tensor, Tensor]:
+        """Packs numbers `[H, n, lines, ·]` as the blocks from `first` on; codes and scales."""
+        own = slice(first, first + x.shape[1])
+        codes, scales = quantise(x, bits, self.bits.group, clip)
+        self._write_blocks(part, row, own, codes)
+        self._write_blocks(f"{part} scales", row, own, scales)
+        return codes, scales
+
+    def blocks_of(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
+        """Codes `[H, blocks, ...]` and their scales."""
+        return [self._read_blocks(name, row, first, end) for name in (part, f"{part} scales")]
+
+    def _read_blocks(self, name: str, row: int, first: int, end: int) -> Tensor:
+        return self.planes[name][row, :, first:end]
+
+    def _write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
+        self.planes[name][row, :, own] = packed
+
+
+class PackedHeads(PackedStore):
+    """Heads that keep every token.
 
     A block has a row per channel with the numbers of a tier's keys where their scales are per
     channel, and else a row per token with D numbers. Beside the ring lies, with two tiers, the
@@ -75,6 +220,9 @@ class PackedHeads(DroppingHeads):
         positions: RoPE in fp32.
         balances: `[H, 1, D]` for keys and for values, see :class:`Bits`; None for ones.
     """
+
+    parts = ("keys", "values")
+    bits: Bits
 
     def __init__(
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
@@ -98,11 +246,7 @@ class PackedHeads(DroppingHeads):
                 ("values", tier.values, per_channel[::-1]),
             ):
                 shape = (rows, heads, bits.blocks(capacity), lines)
-                groups = groups_of(numbers, bits.group)
-                codes = like.new_empty((*shape, packed_bytes(numbers, width)), dtype=torch.uint8)
-                scales = like.new_empty((*shape, groups, 2), dtype=torch.float16)
-                name = prefix + part
-                self.planes |= {name: codes, f"{name} scales": scales}
+                self.add_planes(prefix + part, width, numbers, shape)
         if bits.rank:
             for part in ("keys", "values"):
                 for factor, lines in zip(_FACTORS, (bits.group, head_dim), strict=True):
@@ -117,49 +261,16 @@ class PackedHeads(DroppingHeads):
             rows, heads, bits.sink, bits.ring, head_dim, like, scaling, dense_prompt=False
         )
 
-    @property
-    def allocated_bytes(self) -> int:
-        return super().allocated_bytes + self.exact.allocated_bytes
-
-    @property
-    def capacity(self) -> int:
-        return self.tokens
-
-    def grown(self, length: int) -> int:
-        return whole_pages(super().grown(length))
-
-    def resize(self, capacity: int) -> None:
-        self.tokens, blocks = capacity, self.bits.blocks(capacity)
-        for name, plane in self.planes.items():
-            other = plane.new_empty((*plane.shape[:2], blocks, *plane.shape[3:]))
-            kept = min(blocks, plane.shape[2])
-            other[:, :, :kept] = plane[:, :, :kept]
-            self.planes[name] = other
-
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         if self.bits.probes and length > self._first_probe(self.bits.blocks(length)):
             return False  # later probes cannot be taken off the sums again
         return stored - self.bits.ring <= self._first_exact(length)
 
-    def snapshot(self, row: int) -> list[Tensor]:
-        return self.exact.snapshot(row)
-
-    def restore(self, row: int, saved: list[Tensor]) -> None:
-        self.exact.restore(row, saved)
-
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
         if step.prompt is not None and self.dense_prompt:
             return self.read_prompt(new, step)
-        rows = range(len(step.starts)) if step.row is None else [step.row]
-        contexts = []
-        for b, (row, start) in enumerate(zip(rows, step.starts, strict=True)):
-            parts = [
-                self._add_some(new.q[b, :, at], new.k[b, :, at], new.v[b, :, at], row, begin)
-                for at, begin in self._runs(start, new.q.shape[2])
-            ]
-            contexts.append(torch.cat(parts, dim=1))
-        return torch.stack(contexts)
+        return self.add_tokens(new.q, (new.k, new.v), step)
 
     def watch_prompt(self, q: Tensor, start: int) -> None:
         if self.bits.rest is None:
@@ -180,96 +291,55 @@ class PackedHeads(DroppingHeads):
                 got = weights[..., own].sum(dim=(1, 2))  # [H, N], fewer at the end
                 planes["attention"][0, :, own, 0][:, : got.shape[1]] += got
 
-    def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
-        first, end = self.bits.sink, self._first_exact(keys.shape[1])
+    def end_prompt(self, row: int, *tokens: Tensor) -> None:
+        first, end = self.bits.sink, self._first_exact(tokens[0].shape[1])
         attention = None
         if self.bits.rest is not None:
             assert self.prompt is not None
             read = self.prompt.planes["attention"][0, ..., 0]
             attention, pending = read[:, first:end], read[:, end : end + self.bits.group]
             self.exact.planes["attention"][row, :, : pending.shape[1]] = pending
-        self._pack(row, 0, keys[:, first:end], values[:, first:end], attention)
-        self.exact.keep_last(row, 0, keys, values)
-
-    def _first_of(self, block: int) -> int:
-        """Its first position."""
-        return self.bits.sink + block * self.bits.group
-
-    def _first_exact(self, length: int) -> int:
-        """The first token behind the blocks of a row with `length` tokens."""
-        return self._first_of(self.bits.blocks(length))
+        self.pack(row, 0, [x[:, first:end] for x in tokens], attention)
+        self.exact.keep_last(row, 0, *tokens)
 
     def _first_probe(self, block: int) -> int:
         """Its position; the others follow it, up to the token with which the block is packed."""
         return self.bits.packed_at(block) - self.bits.probes
 
-    def _runs(self, start: int, count: int) -> Iterator[tuple[slice, int]]:
-        """Tokens of a call that read the same blocks: which, and the position of the first."""
-        begin, end = start, start + count
-        while begin < end:
-            stop = min(end, self.bits.packed_at(self.bits.blocks(begin + 1)))
-            yield slice(begin - start, stop - start), begin
-            begin = stop
-
-    def _exact_tokens(self, row: int, length: int) -> list[Tensor]:
-        """Keys and values `[H, C, D]` of a row with `length` tokens, in their order."""
-        sinks = range(min(self.bits.sink, length))
-        slots = [self.exact.slot(p) for p in (*sinks, *range(self._first_exact(length), length))]
-        return [self.exact.planes[name][row][:, slots] for name in ("keys", "values")]
-
-    def _add_some(self, q: Tensor, k: Tensor, v: Tensor, row: int, start: int) -> Tensor:
-        """Stores one of :meth:`_runs` of a row, and returns what its queries read, `[Q, T, D]`.
-
-        With the first of the tokens a block may be packed.
-        """
-        size, sink, done = self.bits.group, self.bits.sink, self.bits.blocks(start + 1)
-        past = self._exact_tokens(row, start)
-        keys, values = (torch.cat(x, dim=1) for x in zip(past, (k, v), strict=True))
-        if done > self.bits.blocks(start):
-            own = slice(sink, sink + size)
-            attention = self.exact.planes["attention"][row] if self.bits.rest else None
-            self._pack(row, done - 1, keys[:, own], values[:, own], attention)
-            keys, values = (
-                torch.cat((x[:, :sink], x[:, sink + size :]), dim=1) for x in (keys, values)
-            )
-        if k.shape[1] == 1:
-            slot = self.exact.slot(start)
-            self.exact.write(row, [slot], {"keys": k[None], "values": v[None]})
-        else:
-            self.exact.keep_last(row, start, k, v)
-        context, weights = self._attend(q, keys, values, row, done)
-        first, stop = self._first_probe(done), self.bits.packed_at(done)
-        if self.bits.rest and start + q.shape[1] > first:
-            got = weights[:, :, max(0, first - start) : stop - start, sink : sink + size]
-            sums = self.exact.planes["attention"][row]
-            if start <= first:
-                sums.zero_()
-            sums[:, : got.shape[-1]] += got.sum(dim=(1, 2))
-        return context
-
-    def _attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, row: int, blocks: int
-    ) -> tuple[Tensor, Tensor]:
-        """One softmax in fp32 over exact tokens and the first blocks of a row.
-
-        Args:
-            q: `[Q, T, D]`, of the last T exact tokens.
-            keys, values: `[H, C, D]`, exact.
-
-        Returns:
-            `[Q, T, D]`, and the probabilities of exact tokens `[H, g, T, C]`.
-        """
-        exact = keys.shape[1]
+    def attend(self, q: Tensor, exact: Sequence[Tensor], row: int, start: int) -> Tensor:
+        keys, values = exact
+        near, blocks = keys.shape[1], self.bits.blocks(start + 1)
         weights = self._weights(q, keys, row, blocks)
-        near, far = weights.flatten(1, 2).split([exact, weights.shape[-1] - exact], dim=-1)
-        context = torch.matmul(near, values.float())
+        if self.bits.rest is not None:
+            self._watch(weights, row, start)
+        flat = weights.flatten(1, 2)
+        context = torch.matmul(flat[..., :near], values.float())
         if blocks:
-            read = self._sums(far, row, blocks)
+            read = self._sums(flat[..., near:], row, blocks)
             if self.value_balance is not None:
                 read *= self.value_balance
             context += read if self.bits.hadamard == "none" else turn(read)
         found: Tensor = context.unflatten(1, weights.shape[1:3]).flatten(0, 1).to(q.dtype)
-        return found, weights[..., :exact]
+        return found
+
+    def _watch(self, weights: Tensor, row: int, start: int) -> None:
+        """Adds what probes among queries from `start` on pay to the tokens of the next block.
+
+        Args:
+            weights: `[H, g, T, C + ...]`, exact tokens in front.
+        """
+        done, sink = self.bits.blocks(start + 1), self.bits.sink
+        first, stop = self._first_probe(done), self.bits.packed_at(done)
+        if start + weights.shape[2] <= first:
+            return
+        probes = slice(max(0, first - start), stop - start)
+        exact = start + weights.shape[2] - done * self.bits.group  # how many there are
+        own = slice(sink, min(sink + self.bits.group, exact))
+        sums = self.exact.planes["attention"][row]
+        if start <= first:
+            sums.zero_()
+        got = weights[:, :, probes, own].sum(dim=(1, 2))
+        sums[:, : got.shape[-1]] += got
 
     def _weights(self, q: Tensor, keys: Tensor, row: int = 0, blocks: int = 0) -> Tensor:
         """Attention `[H, g, T, C + blocks · N]` of queries `[Q, T, D]` over exact keys `[H, C, D]`,
@@ -300,7 +370,7 @@ class PackedHeads(DroppingHeads):
         if self.key_balance is not None:
             turned = turned * self.key_balance
         for prefix, tier in zip(_PREFIXES, bits.tiers, strict=False):
-            codes, scales = self._blocks(prefix + "keys", row, 0, blocks)
+            codes, scales = self.blocks_of(prefix + "keys", row, 0, blocks)
             if bits.axis == "channel":
                 found = channel_scores(turned, codes, scales[..., 0, :], tier.keys, tier.tokens)
             else:
@@ -318,7 +388,7 @@ class PackedHeads(DroppingHeads):
         parts = weights.split([blocks * tier.tokens for tier in bits.tiers], dim=-1)
         sums = weights.new_zeros((*weights.shape[:2], self.head_dim))
         for prefix, tier, own in zip(_PREFIXES, bits.tiers, parts, strict=False):
-            read = self._blocks(prefix + "values", row, 0, blocks)
+            read = self.blocks_of(prefix + "values", row, 0, blocks)
             codes, scales = (x.flatten(1, 2) for x in read)
             sums += value_sums(own, codes, scales, self.head_dim, tier.values, bits.group)
         if bits.rank:
@@ -328,7 +398,7 @@ class PackedHeads(DroppingHeads):
     def _rebuilt(self, row: int, first: int, end: int) -> Tensor:
         """Rotated keys `[H, (end - first) · N, D]` fp32 of blocks that hold unrotated ones."""
         bits = self.bits
-        codes, scales = self._blocks("keys", row, first, end)
+        codes, scales = self.blocks_of("keys", row, first, end)
         per_channel = bits.axis == "channel"
         width = bits.group if per_channel else self.head_dim
         stored = dequantise(codes, scales, width, bits.keys, bits.group)
@@ -344,19 +414,22 @@ class PackedHeads(DroppingHeads):
         cos, sin = self.positions.tables(start, start + keys.shape[1])
         return rotate(keys, cos, sin)
 
-    def _pack(
-        self, row: int, first: int, keys: Tensor, values: Tensor, attention: Tensor | None
+    def pack(
+        self, row: int, first: int, exact: Sequence[Tensor], attention: Tensor | None = None
     ) -> None:
         """Packs rotated keys and values `[H, n · N, D]` as the blocks from `first` on.
 
         Args:
-            attention: `[H, n · N]`, what their probes paid to them; there if there are two tiers.
+            attention: `[H, n · N]`, what their probes paid to them, where there are two tiers; None
+                for what lies beside the ring.
         """
+        if self.bits.rest is not None and attention is None:
+            attention = self.exact.planes["attention"][row]
         bits = self.bits
+        keys, values = (x.float() for x in exact)
         count = keys.shape[1] // bits.group
         if not count:
             return
-        keys, values = keys.float(), values.float()
         if bits.kind == "unrotated":
             start = self._first_of(first)
             cos, sin = self.positions.tables(start, start + keys.shape[1])
@@ -366,7 +439,6 @@ class PackedHeads(DroppingHeads):
         values = values if bits.hadamard == "none" else turn(values)
         values = values if self.value_balance is None else values / self.value_balance
         keys, values = (x.unflatten(1, (count, -1)) for x in (keys, values))  # [H, n, N, D]
-        own = slice(first, first + count)
         for prefix, tier, at in zip(_PREFIXES, bits.tiers, self._chosen(attention), strict=False):
             k, v = keys, values
             if at is not None:
@@ -375,14 +447,12 @@ class PackedHeads(DroppingHeads):
                 ("keys", k.mT if bits.axis == "channel" else k, tier.keys, bits.key_clip),
                 ("values", v, tier.values, bits.value_clip),
             ):
-                codes, scales = quantise(x, width, bits.group, clip)
-                self._write_blocks(prefix + part, row, own, codes)
-                self._write_blocks(f"{prefix}{part} scales", row, own, scales)
+                codes, scales = self.put_blocks(prefix + part, row, first, x, width, clip)
                 if bits.rank:
                     left = x - dequantise(codes, scales, x.shape[-1], width, bits.group)
                     left = left.mT if part == "keys" and bits.axis == "channel" else left
                     for factor, found in zip(_FACTORS, low_rank(left, bits.rank), strict=True):
-                        self._write_blocks(part + factor, row, own, found)
+                        self._write_blocks(part + factor, row, slice(first, first + count), found)
 
     def _chosen(self, attention: Tensor | None) -> Sequence[Tensor | None]:
         """Which tokens of each block `[H, n, tokens]` are in a tier; None for all.
@@ -404,16 +474,6 @@ class PackedHeads(DroppingHeads):
     def _thin(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
         """The factors of what codes left out of blocks, `[H, blocks, r, N or D]`."""
         return [self._read_blocks(part + factor, row, first, end) for factor in _FACTORS]
-
-    def _blocks(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
-        """Codes `[H, blocks, ...]` and their scales."""
-        return [self._read_blocks(name, row, first, end) for name in (part, f"{part} scales")]
-
-    def _read_blocks(self, name: str, row: int, first: int, end: int) -> Tensor:
-        return self.planes[name][row, :, first:end]
-
-    def _write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
-        self.planes[name][row, :, own] = packed
 
 
 class PagedPacked(PackedHeads):

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.mamba import Mixer, Past, Projected
+from kvtool.kernels.quantise import dequantise_rows, packed_bytes, quantise_rows
+from kvtool.kernels.ssd import ssd_chunked
+from kvtool.mamba import CHUNK, Mixer, Past, Projected
 from kvtool.runtime.layers import RuntimeAttention, Step
 from kvtool.runtime.pages import Pages, Place, enlarge
 from kvtool.runtime.stores import Store
+from kvtool.states import StatePlan
 
 
 class StateStore(Store):
@@ -100,30 +103,122 @@ class PagedStates(StateStore):
         return y
 
 
+class PackedStates(StateStore):
+    """States as integers of few bits, and what the tokens since the last packing write.
+
+    Attributes:
+        planes: `conv [B, C, K - 1]`; `codes [B, H, P, ·]` and `scales [B, H, P]` of the state
+            behind the last whole chunk; of up to C - 1 tokens behind that, `x [B, C - 1, H, P]`,
+            `dt [B, C - 1, H]` fp32 and `b [B, C - 1, G, N]`.
+    """
+
+    def __init__(self, mixer: Mixer, rows: int, plan: StatePlan) -> None:
+        assert plan.bits is not None
+        self.mixer, self.plan, self.bits = mixer, plan, plan.bits
+        shape, like, room = mixer.shape, mixer.in_proj.weight, (rows, plan.chunk - 1)
+        states = (rows, shape.heads, shape.head_dim)
+        size = packed_bytes(shape.state, plan.bits)
+        self.planes = {
+            "conv": like.new_zeros((rows, shape.convolved, shape.taps - 1)),
+            "codes": like.new_empty((*states, size), dtype=torch.uint8),
+            "scales": like.new_empty(states, dtype=torch.bfloat16),
+            "x": like.new_empty((*room, shape.heads, shape.head_dim)),
+            "dt": like.new_empty((*room, shape.heads), dtype=torch.float32),
+            "b": like.new_empty((*room, shape.groups, shape.state)),
+        }
+
+    def add(self, new: Projected, step: Step) -> Tensor:
+        """Takes up T new tokens and returns y `[B, T, H, P]`."""
+        first = 0 if step.row is None else step.row
+        parts = [
+            self._add(Projected(*(x[b : b + 1] for x in new)), first + b, start)
+            for b, start in enumerate(step.starts)
+        ]
+        return torch.cat(parts)
+
+    def _add(self, new: Projected, row: int, start: int) -> Tensor:
+        """The same for one row with `start` tokens."""
+        size, own = self.plan.chunk, slice(row, row + 1)
+        conv = self.planes["conv"][own]
+        if start == 0:
+            conv.zero_()
+        written = self.mixer.convolve(new, conv)
+        conv.copy_(written.conv)
+        held = start % size
+        x, dt, b = (
+            torch.cat((self.planes[name][own, :held], part), dim=1)
+            for name, part in (("x", written.x), ("dt", written.dt), ("b", written.b))
+        )
+        c = torch.cat((torch.zeros_like(b[:, :held]), written.c), dim=1)  # y of these is known
+        state = self._unpacked(own) if start >= size else None
+        parts = []
+        chunks = (part.split(size, dim=1) for part in (x, dt, b, c))
+        for x_, dt_, b_, c_ in zip(*chunks, strict=True):
+            y, after = ssd_chunked(x_, dt_, self.mixer.decay, b_, c_, state, CHUNK)
+            parts.append(y)
+            if y.shape[1] == size:
+                self.planes["codes"][own], self.planes["scales"][own] = quantise_rows(
+                    after, self.bits
+                )
+                state = self._unpacked(own)
+        if left := x.shape[1] % size:
+            for name, part in (("x", x), ("dt", dt), ("b", b)):
+                self.planes[name][own, :left] = part[:, -left:]
+        return self.mixer.skip(torch.cat(parts, dim=1)[:, held:], written.x)
+
+    def _unpacked(self, rows: slice) -> Tensor:
+        """`[B, H, P, N]` fp32."""
+        codes, scales = self.planes["codes"][rows], self.planes["scales"][rows]
+        return dequantise_rows(codes, scales, self.mixer.shape.state, self.bits)
+
+
 class RuntimeMixer(RuntimeAttention):
     """A Mamba-2 mixer over a store of states.
 
     Args:
+        plan: How it keeps them; None for fp32.
         inv_freq, scale: Of the model's RoPE, which it does not use.
     """
 
-    def __init__(self, stages: Mixer, index: int, inv_freq: Tensor, scale: float) -> None:
+    def __init__(
+        self, stages: Mixer, index: int, inv_freq: Tensor, scale: float,
+        plan: StatePlan | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.stages, self.layer_index = stages, index
         self.inv_freq, self.scale = inv_freq, scale
+        self.packed = plan if plan is not None and plan.packed else None
+        self.receptive: tuple[int, Tensor] | None = None
+        if plan is not None and plan.taught is not None:
+            self.receptive = plan.taught, stages.dt_bias.new_tensor(plan.least)
 
     def new_store(self, rows: int, capacity: int) -> StateStore:
+        if self.packed is not None:
+            return PackedStates(self.stages, rows, self.packed)
         return StateStore(self.stages, rows)
 
-    def new_paged_store(self, pages: Pages) -> PagedStates:
-        return PagedStates(self.stages, pages)
+    def new_paged_store(self, pages: Pages) -> PagedStates | None:
+        return PagedStates(self.stages, pages) if self.packed is None else None
 
     def attention(self, hidden: Tensor, step: Step, store: Any) -> Tensor:
         stages = self.stages
         z, new = stages.project(hidden)
+        if self.receptive is not None:
+            new = Projected(new.xbc, self._taken_up(new.dt, step, *self.receptive))
         y = store.add(new, step) if step.place is None else store.step(new, step.place)
         output: Tensor = stages.out_proj(stages.gate(y, z))
         return output
+
+    def _taken_up(self, raw: Tensor, step: Step, taught: int, least: Tensor) -> Tensor:
+        """Δ' `[B, T, H]`, of which Δ = 0 comes where a head passes a token over."""
+        if step.place is not None:
+            first = step.place.positions
+        else:
+            spare = [0] * (len(raw) - len(step.starts))
+            first = torch.tensor([*step.starts, *spare], device=raw.device)
+        ahead = torch.arange(raw.shape[1], device=raw.device)
+        late = first.view(-1, 1, 1) + ahead[:, None] >= taught
+        return raw.masked_fill(late & (self.stages.steps(raw) < least), -torch.inf)
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, cache_params: Step, **_: Any

@@ -187,16 +187,20 @@ class StreamingHeads(DroppingHeads):
         slots = [self.slot(position) for position in self.seen(start)]
         return [plane[row : row + 1][:, :, slots] for plane in self.planes.values()]
 
-    def keep_last(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Writes those of the tokens `[H, T, D]` from `start` on that will not be overwritten."""
-        end = start + keys.shape[1]
+    def keep_last(self, row: int, start: int, *tokens: Tensor) -> None:
+        """Writes those of the tokens `[H, T, ·]` from `start` on that will not be overwritten.
+
+        Args:
+            tokens: What goes into each plane, of which there may be more.
+        """
+        end = start + tokens[0].shape[1]
         sinks = range(start, min(end, self.sink))
         recent = range(max(start, end - self.window, self.sink), end)
         kept = [*sinks, *recent]
         slots = [self.slot(position) for position in kept]
         columns = [position - start for position in kept]
-        for name, new in (("keys", keys), ("values", values)):
-            self.planes[name][row][:, slots] = new[:, columns]
+        for plane, new in zip(self.planes.values(), tokens, strict=False):
+            plane[row][:, slots] = new[:, columns]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,231 @@
+"""What the predictions of a model of any layers feel of what it keeps, as `felt.py` tells of GQA.
+
+The whole model is in memory as transformers makes it, fp32, and a reader stands in the place of
+each attention module or mixer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.attention import (
+    GroupedQueryAttention,
+    causal_attention,
+    decoder_layers,
+    is_mixer,
+    rope_of,
+    rotate,
+)
+from kvtool.calibrate.felt import END, FarRead
+from kvtool.checkpoint import Checkpoint
+from kvtool.errors import CalibrationError
+from kvtool.factored import is_factored, latent_stages, load_model, model_config
+from kvtool.latent import LatentAttention
+from kvtool.mamba import Mixer, Past
+
+Kept = tuple[Tensor, ...]
+"""What a layer keeps of the tokens of a window, `[1, H, S, ·]` each: rotated keys and values; or a
+latent with its rotated shared key, H being 1; or nothing, where that is a state."""
+
+
+class Reads(NamedTuple):
+    """A window.
+
+    Attributes:
+        seen: What each layer keeps of its tokens.
+        felt: The gradients of far reads of that, summed over predictions.
+        predictions: How many there are.
+    """
+
+    seen: list[Kept]
+    felt: list[Kept]
+    predictions: int
+
+
+class _Now:
+    """The pass that the readers are in: cos and sin of its tokens `[T, d]`, and the ring behind
+    which reads are watched, None while the past is read.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    ring: tuple[int, int] | None
+
+
+class _Reader(nn.Module):
+    """Stands where a decoder layer expects its attention or its mixer.
+
+    Attributes:
+        seen: What the layer keeps of all tokens so far.
+        far: Zeros of the same shapes, which far reads are differentiated by.
+    """
+
+    seen: Kept = ()
+    far: Kept = ()
+
+    def __init__(self, now: _Now) -> None:
+        super().__init__()
+        self.now = now
+
+    def take(self, *new: Tensor) -> Kept:
+        """All tokens, the new ones behind the others."""
+        past = self.seen or tuple(x[:, :, :0] for x in new)
+        kept = tuple(torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
+        self.seen = tuple(x.detach() for x in kept)
+        if self.now.ring is not None:
+            self.far = tuple(torch.zeros_like(x).requires_grad_() for x in self.seen)
+        return kept
+
+
+class _Heads(_Reader):
+    def __init__(self, stages: GroupedQueryAttention, now: _Now) -> None:
+        super().__init__(now)
+        self.stages = stages
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        stages, scaling = self.stages, self.stages.layout.scaling
+        q, k, v = stages.project(hidden_states)
+        q, k = stages.normalise(q, k)
+        q, k = stages.rotate(q, k, self.now.cos, self.now.sin)
+        keys, values = self.take(k, v)
+        if self.now.ring is None:
+            return stages.output(causal_attention(q, keys, values, scaling)), None
+        read: Tensor = FarRead.apply(  # type: ignore[no-untyped-call]
+            q, keys, values, *self.far, scaling, *self.now.ring
+        )
+        return stages.output(read), None
+
+
+class _Latent(_Reader):
+    def __init__(self, stages: LatentAttention, now: _Now) -> None:
+        super().__init__(now)
+        self.stages = stages
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        stages, cos, sin = self.stages, self.now.cos, self.now.sin
+        q, c, k_pe = stages.query_and_compress(hidden_states)
+        (kept,) = self.take(torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)[:, None])
+        q = stages.expand_query(q, cos, sin)
+        keys, values = self._expanded(kept)
+        if self.now.ring is None:
+            read = causal_attention(q, keys, values, stages.scaling)
+        else:
+            far = self._expanded(self.far[0])
+            read = FarRead.apply(  # type: ignore[no-untyped-call]
+                q, keys, values, *far, stages.scaling, *self.now.ring
+            )
+        return stages.output(read.transpose(1, 2)), None
+
+    def _expanded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        return self.stages.expand(
+            *latents[:, 0].split([self.stages.rank, self.stages.rope_dim], -1)
+        )
+
+
+class _State(_Reader):
+    past: Past | None = None
+    steps: Tensor
+
+    def __init__(self, stages: Mixer, now: _Now) -> None:
+        super().__init__(now)
+        self.stages = stages
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        z, new = self.stages.project(hidden_states)
+        self.steps = self.stages.steps(new.dt)[0]
+        y, past = self.stages.scan(new, self.past)
+        self.past = Past(*(x.detach() for x in past))
+        output: Tensor = self.stages.out_proj(self.stages.gate(y, z))
+        return output
+
+
+class WholeModel:
+    """A checkpoint whose layers have KV heads, a latent or a state.
+
+    Attributes:
+        shapes: Of a latent layer r and d_r, and None of others.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config = model_config(checkpoint)
+        self.rope = rope_of(self.config)
+        self.model = load_model(checkpoint, torch.float32).requires_grad_(False)
+        self.shapes: list[tuple[int, int] | None] = []
+        factors_in = checkpoint if is_factored(checkpoint) else None
+        self._now = _Now()
+        self._readers: list[_Reader] = []
+        for index, layer in enumerate(decoder_layers(self.model)):
+            self.shapes.append(None)
+            if is_mixer(layer):
+                layer.mamba = _State(Mixer.of(layer.mamba), self._now)
+                self._readers.append(layer.mamba)
+                continue
+            module, name = layer.self_attn, f"model.layers.{index}.self_attn"
+            latent = latent_stages(module, name, self.rope.inv_freq, factors_in, index)
+            if latent is None:
+                layer.self_attn = _Heads(GroupedQueryAttention(module, name), self._now)
+            else:
+                self.shapes[-1] = latent.rank, latent.rope_dim
+                layer.self_attn = _Latent(latent, self._now)
+            self._readers.append(layer.self_attn)
+
+    def far_reads(
+        self, windows: Tensor, offsets: Sequence[int], ring: tuple[int, int], seed: int
+    ) -> Iterator[Reads]:
+        """Window by window, see :func:`kvtool.calibrate.felt.far_reads`."""
+        end = min(END, windows.shape[1] // 2)
+        generator = torch.Generator().manual_seed(seed)
+        for ids, offset in zip(windows, offsets, strict=True):
+            yield self._window(ids, offset, end, ring, generator)
+
+    @torch.no_grad()
+    def steps(self, ids: Tensor, offset: int) -> list[Tensor]:
+        """Δ `[T, H]` of the tokens of a window, of every layer with a state."""
+        self._start()
+        self._hidden(ids, offset)
+        return [reader.steps for reader in self._readers if isinstance(reader, _State)]
+
+    def rates(self) -> list[Tensor]:
+        """A `[H]` of the same layers."""
+        states = [reader for reader in self._readers if isinstance(reader, _State)]
+        return [reader.stages.decay.detach() for reader in states]
+
+    def _start(self) -> None:
+        for reader in self._readers:
+            reader.seen, reader.far = (), ()
+            if isinstance(reader, _State):
+                reader.past = None
+        self._now.ring = None
+
+    def _window(
+        self, ids: Tensor, offset: int, end: int, ring: tuple[int, int], generator: torch.Generator
+    ) -> Reads:
+        self._start()
+        with torch.no_grad():
+            self._hidden(ids[:-end], offset)
+        self._now.ring = ring
+        hidden = self._hidden(ids[-end:], offset + len(ids) - end)
+        logits = self.model.lm_head(self.model.model.norm(hidden))[0].float()
+        said = (logits / getattr(self.config, "logits_scaling", 1.0)).log_softmax(-1)
+        if said.isnan().any():
+            raise CalibrationError("the model's predictions are not all numbers")
+        drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
+        far = [x for reader in self._readers for x in reader.far]
+        felt = iter(torch.autograd.grad(said.gather(1, drawn).sum(), far))
+        by_layer = [tuple(next(felt) for _ in reader.far) for reader in self._readers]
+        if not all(bool(x.isfinite().all()) for layer in by_layer for x in layer):
+            raise CalibrationError("the model's gradients are not all finite numbers")
+        return Reads([reader.seen for reader in self._readers], by_layer, end)
+
+    def _hidden(self, ids: Tensor, start: int) -> Tensor:
+        """Final hidden states `[1, T, hidden]` in front of the last norm."""
+        self._now.cos, self._now.sin = self.rope.tables(torch.arange(start, start + len(ids)))
+        hidden: Tensor = self.model.model.embed_tokens(ids[None])
+        hidden = hidden * getattr(self.config, "embedding_multiplier", 1.0)
+        for layer in decoder_layers(self.model):
+            hidden = layer(hidden)
+        return hidden

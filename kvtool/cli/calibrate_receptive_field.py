@@ -1,0 +1,80 @@
+"""``kvtool calibrate receptive-field``: let states of a hybrid see beyond what it was taught."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvtool.cli import _console, _options
+from kvtool.cli.plan import emit_plan
+from kvtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtool.checkpoint import Checkpoint
+
+_METHOD = "Method"
+
+
+def receptive_field(
+    model: _options.Model,
+    output: _options.Output,
+    length: Annotated[
+        int, typer.Option(min=2, help="Tokens of the texts to come.", rich_help_panel=_METHOD)
+    ],
+    taught: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of the texts that MODEL was taught with; noted where kvtool taught it.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    plan: _options.PlanFile = None,
+    data: _options.Data = None,
+    tokens: _options.Tokens = 16384,
+    seed: _options.Seed = 0,
+    overwrite: _options.Overwrite = False,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+    offline: _options.Offline = False,
+    revision: _options.Revision = None,
+    trust_remote_code: _options.TrustRemoteCode = False,
+) -> None:
+    """Plan which tokens the Mamba-2 heads of MODEL pass over behind the length they were taught."""
+    from kvtool.calibrate.quantization import QuantizationOptions, everything
+    from kvtool.calibrate.receptive_field import calibrate_receptive_field
+    from kvtool.checkpoint import Checkpoint
+    from kvtool.plan import base_of
+    from kvtool.plan_file import check_plan_output
+
+    check_plan_output(output, overwrite=overwrite)
+    checkpoint = Checkpoint.open(
+        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+    )
+    if taught is None and (taught := _noted(checkpoint)) is None:
+        raise UsageError(
+            f"{checkpoint.source} does not say with how long texts it was taught", hint="--taught"
+        )
+    start = _options.read_plan(plan, checkpoint)
+    if start is None:
+        start = everything(checkpoint, base_of(checkpoint), QuantizationOptions())
+    with _console.progress(quiet) as report:
+        started = time.perf_counter()
+        made = calibrate_receptive_field(
+            checkpoint, start, taught, length, data, tokens, seed, report=report
+        )
+        seconds = time.perf_counter() - started
+    made.write(output, overwrite=overwrite)
+    emit_plan(made, output, length, json, {"seconds": seconds})
+
+
+def _noted(checkpoint: Checkpoint) -> int | None:
+    """The window that `convert --to mamba` taught with."""
+    from kvtool.convert.artifact import MANIFEST, read_manifest
+
+    if not (checkpoint.path / MANIFEST).exists():
+        return None
+    healing = read_manifest(checkpoint.path)["plan"].get("healing")
+    return int(healing["window"]) if healing else None

@@ -1,0 +1,158 @@
+"""Latents of MLA layers, most of them as integers of few bits (`kvtool/latent_bits.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import rotate
+from kvtool.kernels.packed_attention import channel_scores, channel_sums
+from kvtool.latent import LatentAttention
+from kvtool.latent_bits import LatentPlan
+from kvtool.runtime.layers import LatentRuntimeAttention, Step
+from kvtool.runtime.packed import PackedStore
+from kvtool.runtime.pages import Pages
+from kvtool.runtime.split import StreamingHeads
+from kvtool.runtime.stores import LatentStore
+
+
+class NewLatents(NamedTuple):
+    """What a layer makes of new tokens: absorbed queries `[B, Q, T, R]`, latents `[B, T, R]`."""
+
+    q: Tensor
+    latents: Tensor
+
+
+class LatentRing(StreamingHeads):
+    """The first tokens and the last: one plane `[B, 1, sink + window, R]`."""
+
+    def __init__(self, rows: int, sink: int, window: int, width: int, like: Tensor) -> None:
+        self.planes = {"latents": like.new_empty((rows, 1, sink + window, width))}
+        self.sink, self.window = sink, window
+
+
+class PackedLatents(PackedStore):
+    """Latents of a layer: one head, of which the first r numbers are its values."""
+
+    parts = ("latents",)
+    bits: LatentPlan
+    prompt: LatentStore | None = None  # type: ignore[assignment]
+
+    def __init__(
+        self, rows: int, capacity: int, like: Tensor, scaling: float, bits: LatentPlan,
+        dense_prompt: bool,
+    ) -> None:  # fmt: skip
+        self.exact = LatentRing(rows, bits.sink, bits.ring, bits.width, like)
+        self.bits, self.scaling, self.dense_prompt = bits, scaling, dense_prompt
+        self.tokens, self.planes = capacity, {}
+        room = (rows, 1, bits.blocks(capacity))
+        self.widths = {
+            width: torch.tensor(own, device=like.device) for width, own in bits.parts.items()
+        }
+        for width, own in self.widths.items():
+            self.add_planes(f"{width} bits", width, bits.group, (*room, len(own)))
+
+    def add(self, new: NewLatents, step: Step) -> Tensor:
+        """Stores new tokens and returns what they read, `[B, Q, T, r]`."""
+        return self.add_tokens(new.q, (new.latents[:, None],), step)
+
+    def hold(self, latents: Tensor, step: Step) -> Tensor:
+        """Takes a piece `[1, T, R]` of a prompt, packs it at its end; returns all of it so far."""
+        assert step.row is not None
+        assert step.prompt is not None
+        if step.starts[0] == 0:
+            self.prompt = LatentStore(
+                1, step.prompt, self.bits.rank, self.bits.rope_dim, latents, self.scaling
+            )
+            self.prompt_row = step.row
+        assert self.prompt is not None
+        self.prompt.write(0, step.starts, {"latents": latents})
+        whole = self.prompt.gather("latents", 0, 0, step.lengths[0])
+        if step.lengths[0] == step.prompt:
+            self.prompt = None
+            self.end_prompt(step.row, whole)
+        return whole
+
+    def attend(self, q: Tensor, exact: Sequence[Tensor], row: int, start: int) -> Tensor:
+        (latents,), bits, blocks = exact, self.bits, self.bits.blocks(start + 1)
+        x, near = latents[0].float(), latents.shape[1]
+        queries = (q.float() * self.scaling).flatten(0, 1)  # rows of one product: there is one head
+        scores = torch.matmul(queries, x.mT)
+        if q.shape[1] > 1:
+            future = torch.ones(q.shape[1], near, dtype=torch.bool, device=q.device)
+            hidden = future.triu(near - q.shape[1] + 1).repeat(q.shape[0], 1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        packed: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        for width, own in self.widths.items() if blocks else ():
+            codes, scales = self.blocks_of(f"{width} bits", row, 0, blocks)
+            packed.append((width, own, codes, scales[..., 0, :]))
+        if packed:
+            far = [
+                channel_scores(queries[None, :, own], codes, scales, width, bits.group)
+                for width, own, codes, scales in packed
+            ]
+            scores = torch.cat((scores, torch.cat(far).sum(dim=0)), dim=-1)
+        weights = torch.softmax(scores, dim=-1)
+        context = torch.matmul(weights[:, :near], x[:, : bits.rank])
+        for width, own, codes, scales in packed:
+            values = own[own < bits.rank]  # they lie in front of those of the shared key
+            these = slice(0, len(values))
+            context[:, values] += channel_sums(
+                weights[None, :, near:], codes[:, :, these], scales[:, :, these], width, bits.group
+            )[0]
+        return context.view(*q.shape[:2], -1).to(q.dtype)
+
+    def pack(self, row: int, first: int, exact: Sequence[Tensor]) -> None:
+        (latents,) = exact
+        if latents.shape[1] < self.bits.group:
+            return
+        blocks = latents.float().unflatten(1, (-1, self.bits.group)).mT  # [1, n, R, N]
+        for width, own in self.widths.items():
+            self.put_blocks(f"{width} bits", row, first, blocks[:, :, own], width, 1.0)
+
+
+class PackedLatentAttention(LatentRuntimeAttention):
+    """Latent attention over packed latents; a prompt that is read densely is expanded."""
+
+    def __init__(
+        self, stages: LatentAttention, index: int, scale: float, plan: LatentPlan,
+        dense_prompt: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(stages, index, scale)
+        self.plan, self.dense_prompt = plan, dense_prompt
+
+    def new_store(  # type: ignore[override]
+        self, rows: int, capacity: int
+    ) -> PackedLatents:
+        stages = self.stages
+        return PackedLatents(
+            rows, capacity, stages.value_up, stages.scaling, self.plan, self.dense_prompt,
+        )  # fmt: skip
+
+    def new_paged_store(self, pages: Pages) -> None:
+        """None: packed planes are not in shared pages."""
+
+    def attention(  # type: ignore[override]
+        self, hidden: Tensor, step: Step, store: PackedLatents
+    ) -> Tensor:
+        stages = self.stages
+        q, c, k_pe = stages.query_and_compress(hidden)
+        cos, sin = step.tables[self.table]
+        latents = torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)
+        if step.prompt is not None and self.dense_prompt:
+            c, k_pe = store.hold(latents, step).split([stages.rank, stages.rope_dim], dim=-1)
+            return stages.output(stages.attend_expanded(q, c, k_pe, cos, sin))
+        attend = partial(self._attend, store=store, latents=latents, step=step)
+        cos, sin = (x.expand(len(q), -1, -1).flatten(0, 1)[:, None] for x in (cos, sin))
+        context = self._absorbed(q.flatten(0, 1), cos, sin, attend)  # [B · T, 1, Q, d_v]
+        return stages.output(context.view(*q.shape[:3], -1))
+
+    def _attend(self, q: Tensor, store: PackedLatents, latents: Tensor, step: Step) -> Tensor:
+        """Absorbed queries `[B · T, Q, R]`, to what they read, `[B · T, Q, r]`."""
+        batched = q.unflatten(0, latents.shape[:2]).transpose(1, 2)
+        read = store.add(NewLatents(batched, latents), step)
+        return read.transpose(1, 2).flatten(0, 1)

@@ -136,7 +136,7 @@ def emit_plan(
     result = {**summary(plan, path, context), **(also or {})}
     if not json:
         _console.out.print(_facts(result))
-        if any(layer.streaming for layer in plan.layers) and not plan.codes:
+        if plan.knows_heads:
             _console.out.print(head_picture(plan), soft_wrap=True)
     _console.emit(result, json)
 

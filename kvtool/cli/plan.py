@@ -150,7 +150,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
         "methods": [str(item.get("method", "unknown")) for item in plan.provenance],
         "prefill": plan.prefill,
         "policy": plan.policy,
-        "kv_heads": plan.base.all_heads,
+        "kv_heads": sum(len(layer.streaming) for layer in plan.layers),
         "streaming_heads": plan.streaming_heads,
         "layers": [
             {
@@ -281,7 +281,7 @@ def _facts(result: dict[str, Any]) -> Table:
     if codes := result["codes"]:
         _describe_codes(table, codes)
     else:
-        if any(layer["kept"] is None for layer in result["layers"]):
+        if result["kv_heads"]:
             _describe_heads(table, result)
         _describe_bits(table, result["layers"])
         _describe_kept(table, result["layers"])

@@ -380,6 +380,11 @@ class Plan:
     # -------------------------------------------------------------------------------- sizes
 
     @property
+    def knows_heads(self) -> bool:
+        """Whether it says of single heads what they keep: codes and latents are of all together."""
+        return not self.codes and any(layer.streaming for layer in self.layers)
+
+    @property
     def streaming_heads(self) -> int:
         """How many heads stream."""
         return sum(sum(layer.streaming) for layer in self.layers)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from _code_tools import KINDS, coded
 from _convert_tools import convert, edited_copy, one_thread
+from test_packed_latents import planned as packed_latents
 from torch import Tensor
 
 from kvtool import attention, latent
@@ -189,6 +190,12 @@ def test_score_errors_are_those_of_the_scores_that_the_layers_attend_with(
             right += float((s**2).sum())
     assert first.score_error == pytest.approx((wrong / right) ** 0.5, rel=1e-4)
     assert first.score_error > 1e-2
+
+
+def test_packed_latents_do_damage_of_which_the_scores_are_not_told(lossy: Path) -> None:
+    packed = packed_latents(Checkpoint.open(str(lossy)), group=16, sink=1, window=4)
+    found = damage(load(lossy, packed), load(lossy))
+    assert all(layer.kl > 1e-5 and layer.score_error is None for layer in found)
 
 
 @pytest.mark.parametrize("heads", [{"num_attention_heads": 8, "head_dim": 8}, {"head_dim": 8}])

@@ -146,7 +146,7 @@ def evaluate(
     # What was measured for long must outlive a file that cannot be written, and a closed pipe.
     try:
         emit(result, json, report.table())
-        if kept is not None and not kept.codes and not json:  # codes know no heads
+        if kept is not None and kept.knows_heads and not json:
             out.print(head_picture(kept), soft_wrap=True)
     finally:
         for file in sorted(output or (), key=lambda file: file.suffix == ".html"):

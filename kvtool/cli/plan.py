@@ -137,7 +137,7 @@ def emit_plan(
     result = {**summary(plan, path, context), **(also or {})}
     if not json:
         _console.out.print(_facts(result))
-        if any(layer.streaming for layer in plan.layers) and not plan.codes:
+        if plan.knows_heads:
             _console.out.print(head_picture(plan), soft_wrap=True)
     _console.emit(result, json)
 
@@ -151,7 +151,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
         "methods": [str(item.get("method", "unknown")) for item in plan.provenance],
         "prefill": plan.prefill,
         "policy": plan.policy,
-        "kv_heads": plan.base.all_heads,
+        "kv_heads": sum(len(layer.streaming) for layer in plan.layers),
         "streaming_heads": plan.streaming_heads,
         "layers": [
             {
@@ -296,7 +296,7 @@ def _facts(result: dict[str, Any]) -> Table:
     if codes := result["codes"]:
         _describe_codes(table, codes)
     else:
-        if any(layer["kept"] is None for layer in result["layers"]):
+        if result["kv_heads"]:
             _describe_heads(table, result)
         _describe_bits(table, result["layers"])
         _describe_kept(table, result["layers"])

@@ -185,6 +185,8 @@ def _plan_words(plan: Mapping[str, Any] | None) -> str:
         return ""
     if codes := plan.get("codes"):
         return f"; plan: {_code_words(codes)}"
+    if not plan["kv_heads"]:
+        return "; plan: latents of few bits"
     return f"; plan: {plan['streaming_heads']} of {plan['kv_heads']} KV heads stream"
 
 

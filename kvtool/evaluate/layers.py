@@ -110,7 +110,7 @@ def layer_damage(engine: Engine, base: Engine, ids: Tensor, prefill: int) -> Ite
         with _watched(base.attentions[i]) as true, _watched(attention) as tested:
             after, changed = theirs.run(hidden, i, i + 1), ours.run(hidden, i, i + 1)
         scores = None
-        if isinstance(attention, LatentRuntimeAttention):
+        if isinstance(attention, LatentRuntimeAttention) and engine.plan is None:
             right, wrong = theirs.scores(i, true.hidden), ours.scores(i, tested.hidden)
             scores = _relative_error(right, wrong) if right.shape == wrong.shape else None
         kl = 0.0

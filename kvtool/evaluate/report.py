@@ -140,7 +140,7 @@ class Report:
                 table.add_row(f"numbers of {len(codes)} {kind} codes", ABSENT, f"{width:,}", ABSENT)
                 exact = f"{codes[0]['sink']} + {codes[0]['window']}"
                 table.add_row("first + last tokens, kept exactly", ABSENT, exact, ABSENT)
-            else:
+            elif self.plan["kv_heads"]:
                 heads = f"{self.plan['streaming_heads']}/{self.plan['kv_heads']}"
                 table.add_row(f"KV heads that stream (prompts are {how})", "0", heads, ABSENT)
             if (policy := self.plan["policy"]) is not None:
@@ -267,7 +267,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "prefill": plan.prefill,
         "policy": plan.policy,
         "streaming_heads": plan.streaming_heads,
-        "kv_heads": plan.base.all_heads,
+        "kv_heads": sum(len(layer.streaming) for layer in plan.layers),
         "layers": [asdict(layer) for layer in plan.layers],
         "codes": [asdict(code) for code in plan.codes],
     }

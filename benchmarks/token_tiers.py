@@ -152,7 +152,7 @@ def values_alone(rounding: Callable[[int, Tensor], Tensor]) -> Packer:
 
 def variants(checkpoint: Checkpoint) -> Iterator[tuple[str, int, float, Packer]]:
     """Names, tokens of a block, bits per number, and the packer."""
-    statistics = collect(checkpoint, StatisticsOptions(context=4096))
+    statistics = collect(checkpoint, StatisticsOptions())
     layers = [statistics.layer(i) for i in range(len(statistics))]
     channels = len(layers[0].rotated_keys.peak)
     width = int(checkpoint.hf_config().head_dim)

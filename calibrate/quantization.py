@@ -12,8 +12,7 @@
 * **mikv** (arXiv 2402.18096): two tiers of tokens with scales per token, ranked as for zipcache,
   where the paper asks a policy that would evict the lower one. What an outlier channel of
   keys does to the others is evened out between keys and queries: with the balancer
-  b_c = √(max|q_c| / max|k_c|), b ∘ k is stored and q / b reads it. The paper takes the maxima of
-  each prompt, here they are those of a calibration text at the positions of `context`.
+  b_c = √(max|q_c| / max|k_c|), b ∘ k is stored and q / b reads it.
 * **gear** (arXiv 2403.05527): kivi's codes, and of what they leave out of a block of keys or values
   an approximation of rank r.
 * **aware**: kivi's axes; bits of keys and of values layer by layer, how far their ranges are
@@ -221,9 +220,6 @@ def calibrate_quantization(
         wanted = StatisticsOptions(
             data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
         )
-        if options.method == "mikv":  # slow channels of rotated keys are large at some positions
-            limit = int(checkpoint.hf_config().max_position_embeddings)
-            wanted = replace(wanted, context=max(min(WINDOW, limit), options.context))
         statistics = collect(checkpoint, wanted, report=report)
         corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
         fitted = {"rotatekv": ordered, "zipcache": separated, "mikv": balanced}[options.method]

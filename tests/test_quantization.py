@@ -9,7 +9,6 @@ import torch
 from _convert_tools import YARN, one_thread, random_ids
 
 from kvtool.bits import Bits, Tier, read_keys, read_values, turn
-from kvtool.calibrate import quantization
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.felt import END
 from kvtool.calibrate.projections import (
@@ -224,20 +223,6 @@ def test_zipcache_and_mikv_divide_channels_by_what_the_text_showed(llama):
         assert (zipped.bits.axis, mixed.bits.axis) == ("channel", "token")
         assert (zipped.bits.rest, mixed.bits.rest) == (Tier(7, 2, 3), Tier(8, 2, 3))
     assert calibrated(llama, method="mikv", salient=3).layers[0].bits.rest == Tier(13, 2, 2)
-
-
-def test_mikv_measures_at_the_positions_of_its_context(llama, monkeypatch):
-    asked = []
-
-    def watched(checkpoint, wanted, report):
-        asked.append(wanted.context)
-        return collect(checkpoint, replace(wanted, context=None), report=report)
-
-    monkeypatch.setattr(quantization, "collect", watched)
-    monkeypatch.setattr(quantization, "WINDOW", 64)
-    for context in (400, 20):
-        calibrated(llama, method="mikv", context=context)
-    assert asked == [400, 64]
 
 
 def test_gear_holds_what_the_codes_leave_out(llama):

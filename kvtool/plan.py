@@ -33,7 +33,8 @@ from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
 
-_NEWER = ("rest", "key_balance", "value_balance", "rank")  # of bits, since version 5 of the file
+# Of bits, the versions of the file that know them.
+_NEWER = {"rest": 5, "key_balance": 5, "value_balance": 5, "rank": 5, "kept": 6}
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
@@ -254,6 +255,10 @@ class Plan:
                 raise PlanError(
                     f"layer {index} has factors of rank {layer.bits.rank} for {base.head_dim} "
                     "channels"
+                )
+            if layer.bits is not None and (layer.bits.kept or 0) > base.head_dim:
+                raise PlanError(
+                    f"layer {index} keeps {layer.bits.kept} numbers of values of {base.head_dim}"
                 )
             for what, rows in _by_head(layer.bits):
                 for row in rows:
@@ -619,9 +624,10 @@ def _document(plan: Plan) -> dict[str, Any]:
             if layer.bits is not None:
                 entry["bits"] = asdict(layer.bits)
                 newer = {name: entry["bits"].pop(name) for name in _NEWER}
-                if used := {name: x for name, x in newer.items() if x}:
-                    document["format_version"] = plan_file.FORMAT_VERSION
-                    entry["bits"] |= used
+                used = {name: x for name, x in newer.items() if x}
+                versions = [document["format_version"], *(_NEWER[name] for name in used)]
+                document["format_version"] = max(versions)
+                entry["bits"] |= used
     return document
 
 

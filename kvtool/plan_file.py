@@ -21,9 +21,9 @@ from kvtool.bits import Axis, Turned
 from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 
-FORMAT_VERSION, BITS_VERSION, CODES_VERSION = 5, 4, 3
-"""5 knows tiers, balances and factors of bits, 4 bits of heads, and 3 codes; a file is of the
-oldest version that knows what is in it, 1 at least."""
+FORMAT_VERSION, BITS_VERSION, CODES_VERSION = 6, 4, 3
+"""6 knows sparse values, 5 tiers, balances and factors of bits, 4 bits of heads, and 3 codes; a
+file is of the oldest version that knows what is in it, 1 at least."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
@@ -84,6 +84,7 @@ class BitsEntry(_Strict):
     key_balance: _Factors | None = None
     value_balance: _Factors | None = None
     rank: _Count = 0
+    kept: _Count | None = None
 
 
 class LayerEntry(_Strict):

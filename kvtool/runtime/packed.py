@@ -17,6 +17,10 @@ as GEAR does (arXiv 2403.05527): two thin products add it to scores and to sums.
 outliers are left out, as in its own variant GEAR-L: 2 % of the numbers with an fp16 value and the
 least index that finds them, 12 bits in a block of 64 x 64, are 0.56 bits per number.
 
+Values may be sparse instead of having codes (`kernels/sparse_values`), as in Mustafar (arXiv
+2505.22913): of each the numbers of largest magnitude, and a bitmap. In the paper keys are so as
+well; here they have codes.
+
 Keys that are stored after RoPE are read as they are (`kernels/packed_attention`): nothing of the
 past is rebuilt. Keys that are stored before it are rebuilt and rotated a tile at a time.
 """
@@ -45,6 +49,7 @@ from kvtool.kernels.packed_attention import (
     value_sums,
 )
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
+from kvtool.kernels.sparse_values import bitmap_bytes, compress, sparse_sums
 from kvtool.plan import Plan
 from kvtool.runtime.layers import Step
 from kvtool.runtime.pages import Pages, Place, enlarge
@@ -61,14 +66,16 @@ from kvtool.runtime.stores import PAGE, whole_pages
 _BLOCKS = 16  # whose keys are rebuilt at once
 _PREFIXES = ("", "rest ")  # of the planes of the tiers
 _FACTORS = (" tokens", " channels")  # behind the name of what codes left out
+_SPARSE = ("bitmap", "numbers")  # of values without codes
 
 
 class PackedHeads(DroppingHeads):
     """A ring of exact tokens, and planes `[B, H, blocks, ...]` of codes and of their scales.
 
     A block has a row per channel with the numbers of a tier's keys where their scales are per
-    channel, and else a row per token with D numbers. Beside the ring lies, with two tiers, the
-    attention `[B, H, N]` that the tokens of the next block got from its probes so far.
+    channel, and else a row per token with D numbers. Sparse values have a bitmap and numbers per
+    token. Beside the ring lies, with two tiers, the attention `[B, H, N]` that the tokens of the
+    next block got from its probes so far.
 
     Args:
         order: `[H, D]`, the order of the channels of keys; None for their own.
@@ -97,12 +104,19 @@ class PackedHeads(DroppingHeads):
                 ("keys", tier.keys, key_block),
                 ("values", tier.values, per_channel[::-1]),
             ):
+                if part == "values" and bits.kept is not None:
+                    continue
                 shape = (rows, heads, bits.blocks(capacity), lines)
                 groups = groups_of(numbers, bits.group)
                 codes = like.new_empty((*shape, packed_bytes(numbers, width)), dtype=torch.uint8)
                 scales = like.new_empty((*shape, groups, 2), dtype=torch.float16)
                 name = prefix + part
                 self.planes |= {name: codes, f"{name} scales": scales}
+        if bits.kept is not None:
+            tokens = (rows, heads, bits.blocks(capacity), bits.group)
+            bitmap = like.new_empty((*tokens, bitmap_bytes(head_dim)), dtype=torch.uint8)
+            kept = like.new_empty((*tokens, bits.kept), dtype=torch.float16)
+            self.planes |= dict(zip(_SPARSE, (bitmap, kept), strict=True))
         if bits.rank:
             for part in ("keys", "values"):
                 for factor, lines in zip(_FACTORS, (bits.group, head_dim), strict=True):
@@ -315,6 +329,9 @@ class PackedHeads(DroppingHeads):
     def _sums(self, weights: Tensor, row: int, blocks: int) -> Tensor:
         """Packed values summed with weights `[H, n, blocks · N]`, tier by tier: `[H, n, D]`."""
         bits = self.bits
+        if bits.kept is not None:
+            bitmap, numbers = (self._read_blocks(x, row, 0, blocks).flatten(1, 2) for x in _SPARSE)
+            return sparse_sums(weights, bitmap, numbers, self.head_dim)
         parts = weights.split([blocks * tier.tokens for tier in bits.tiers], dim=-1)
         sums = weights.new_zeros((*weights.shape[:2], self.head_dim))
         for prefix, tier, own in zip(_PREFIXES, bits.tiers, parts, strict=False):
@@ -375,6 +392,10 @@ class PackedHeads(DroppingHeads):
                 ("keys", k.mT if bits.axis == "channel" else k, tier.keys, bits.key_clip),
                 ("values", v, tier.values, bits.value_clip),
             ):
+                if part == "values" and bits.kept is not None:
+                    for name, found in zip(_SPARSE, compress(x, bits.kept), strict=True):
+                        self._write_blocks(name, row, own, found)
+                    continue
                 codes, scales = quantise(x, width, bits.group, clip)
                 self._write_blocks(prefix + part, row, own, codes)
                 self._write_blocks(f"{prefix}{part} scales", row, own, scales)
@@ -451,6 +472,7 @@ class PagedPacked(PackedHeads):
         read_as_stored = bits.kind == "rotated" and bits.axis == "channel"
         plain = bits.hadamard != "both" and bits.order is None and bits.rest is None
         plain = plain and not bits.rank and bits.key_balance is None and bits.value_balance is None
+        plain = plain and bits.kept is None
         return read_as_stored and plain and fits(head_dim, bits.keys, bits.values, bits.group)
 
     @property

@@ -15,6 +15,8 @@
   b_c = √(max|q_c| / max|k_c|), b ∘ k is stored and q / b reads it.
 * **gear** (arXiv 2403.05527): kivi's codes, and of what they leave out of a block of keys or values
   an approximation of rank r.
+* **mustafar** (arXiv 2505.22913): kivi's keys; of each value the numbers of largest magnitude,
+  exactly, and a bitmap. The paper leaves numbers of keys out as well.
 * **aware**: kivi's axes; bits of keys and of values layer by layer, how far their ranges are
   clipped, and whether values are transformed, by the harm that predictions feel.
 
@@ -57,7 +59,7 @@ from kvtool.mamba import shape_of
 from kvtool.plan import Base, LayerPlan, Plan, check_can_drop, provenance_of
 from kvtool.states import CHUNKS, StatePlan
 
-Method = Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear"]
+Method = Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear", "mustafar"]
 METHODS: tuple[Method, ...] = get_args(Method)
 SALIENT: dict[Method, float] = {"zipcache": 0.6, "mikv": 0.5}
 """Of methods with two tiers of tokens, the share of the upper one."""
@@ -66,6 +68,7 @@ RANK = 2
 CLIPS = {2: (1.0, 0.85, 0.7), 3: (1.0, 0.85)}
 """Shares of a range to choose from: few codes are better spent on where most numbers are, if
 predictions do not feel the others."""
+_BLIND = ("kivi", "gear", "mustafar")  # ask no text
 AUTO = "auto"
 """As many bits as a budget allows."""
 
@@ -75,12 +78,14 @@ class QuantizationOptions:
     """Everything that determines the bits besides the model and the plan of its heads.
 
     Attributes:
-        bits: Of keys and of values; of `aware` their mean, as bytes. None if a budget says it.
+        bits: Of keys and of values; of `aware` their mean, as bytes. None if a budget says it. Of
+            mustafar, both are those of keys.
         group: See :class:`~kvtool.bits.Bits`.
         rest: Of a method with two tiers of tokens, the bits of the lower one, 2 if not given.
         salient: Tokens of a block of `group` that are in the upper one; :data:`SALIENT` if not
             given.
         rank: Of gear; :data:`RANK` if not given.
+        kept: Of mustafar, which needs it: numbers of each value that are kept.
         read: Whether keys are stored after RoPE and read as they are, or before it and rebuilt.
         context: Tokens of the sequence that a budget is for.
         sink, window: Tokens that are kept exactly.
@@ -103,6 +108,7 @@ class QuantizationOptions:
     rank: int | None = None
     states: int = 8
     heads: bool = True
+    kept: int | None = None
 
 
 def parse_tiers(text: str) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
@@ -214,7 +220,7 @@ def calibrate_quantization(
         corpus = calibration_text(options.data).id
         said = provenance_of(options.method, asked, corpus, options.tokens, **found)
         return replace(made, provenance=(*plan.provenance, said))
-    if options.method in ("kivi", "gear"):
+    if options.method in _BLIND:
         bits = [first] * len(plan.layers)
     elif options.method != "aware":
         wanted = StatisticsOptions(
@@ -246,7 +252,7 @@ def uniform(options: QuantizationOptions) -> Bits:
         rest = Tier(options.group - salient, *(options.rest or (2, 2)))
     return Bits(
         keys,
-        values,
+        values if options.kept is None else 16,
         options.group,
         "token" if options.method in ("rotatekv", "mikv") else "channel",
         "unrotated" if options.read == "rebuilt" else "rotated",
@@ -255,6 +261,7 @@ def uniform(options: QuantizationOptions) -> Bits:
         window=options.window,
         rest=rest,
         rank=(RANK if options.rank is None else options.rank) if options.method == "gear" else 0,
+        kept=options.kept,
     )
 
 
@@ -307,6 +314,19 @@ def plan_ahead(
         )
     if options.rank is not None and options.method != "gear":
         raise UsageError(f"--method {options.method} has no factors", hint="--method gear")
+    sparse = options.method == "mustafar"
+    if options.kept is not None and not sparse:
+        raise UsageError(
+            f"--method {options.method} keeps all numbers of a value", hint="--method mustafar"
+        )
+    if sparse and not options.kept:
+        raise UsageError(
+            "--method mustafar keeps some numbers of each value, so --sparsity is below 100%"
+        )
+    if sparse and options.bits is not None and options.bits[0] != options.bits[1]:
+        raise UsageError(
+            "--method mustafar keeps numbers of values exactly: --bits are those of keys, such as 4"
+        )
     plan, first = with_states(plan, options.states), uniform(options)
     if not options.heads:
         return plan.cache_bytes(options.context, itemsize)
@@ -339,7 +359,7 @@ def plan_ahead(
             raise UsageError(
                 "in the plan of --plan no head keeps everything, so none can be packed"
             )
-        fewest = replace(first, keys=min(BITS), values=min(BITS))
+        fewest = replace(first, keys=min(BITS), values=min(BITS), kept=None)
         least, alike = (packed(plan, [x] * len(plan.layers), {}) for x in (fewest, first))
     return _within(least, alike, budget_bytes, options, itemsize)
 
@@ -612,7 +632,7 @@ def _levelled(fitted: Fitted, y: Tensor) -> Fitted:
 
 def memory_bytes(checkpoint: Checkpoint, base: Base, options: QuantizationOptions) -> int:
     """About what a calibration holds at once, besides Python and its libraries."""
-    if options.method in ("kivi", "gear"):
+    if options.method in _BLIND:
         return 0
     if options.method != "aware":
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)

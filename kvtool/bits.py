@@ -20,6 +20,7 @@ from kvtool.codes import CodeKind
 from kvtool.errors import PlanError
 from kvtool.kernels.hadamard import WIDEST, hadamard
 from kvtool.kernels.quantise import BITS, fake_quantise, groups_of, packed_bytes
+from kvtool.kernels.sparse_values import compress, decompress, sparse_bytes
 
 Axis = Literal["channel", "token"]
 """Which keys share a scale: a channel in N tokens (KIVI, arXiv 2402.02750), or N channels of a
@@ -103,6 +104,8 @@ class Bits(Blocks):
             multiplied by when they are read: large channels do not coarsen the codes of small ones.
         rank: r, of two factors per block and head, `[r, N]` and `[r, D]` in fp16, that hold what
             codes left out of its keys; and of two of its values.
+        kept: c, of the numbers of a value those of largest magnitude, which are stored as fp16
+            (`values` is 16) beside a bitmap, and all others read as 0. None: values have codes.
 
     Raises:
         PlanError: The numbers are out of range.
@@ -123,11 +126,12 @@ class Bits(Blocks):
     key_balance: Factors | None = None
     value_balance: Factors | None = None
     rank: int = 0
+    kept: int | None = None
 
     def __post_init__(self) -> None:
         for tier in self.tiers:
             for part, bits in (("keys", tier.keys), ("values", tier.values)):
-                if bits not in BITS:
+                if bits not in BITS and (part == "keys" or self.kept is None):
                     raise PlanError(f"{part} have numbers of 2, 3, 4 or 8 bits, not of {bits}")
         self.check_blocks()
         if self.rest is not None and not 0 < self.rest.tokens < self.group:
@@ -141,6 +145,16 @@ class Bits(Blocks):
             raise PlanError(f"a block of {self.group} tokens has no factors of rank {self.rank}")
         if self.rank and self.rest is not None:
             raise PlanError("blocks with factors of what codes left out have one tier of tokens")
+        if self.kept is not None and (self.kept < 1 or self.values != 16):
+            raise PlanError(
+                f"{self.kept} numbers of {self.values} bits are not what is kept of a value: it is "
+                "some, of 16"
+            )
+        if self.kept is not None and (self.rest or self.rank or self.value_clip != 1):
+            raise PlanError(
+                "values of which the largest numbers are kept have no tiers, factors or clipped "
+                "codes"
+            )
         for row in (*(self.key_balance or ()), *(self.value_balance or ())):
             if not all(0 < x < math.inf for x in row):
                 raise PlanError("what channels are divided by is above 0 and finite")
@@ -176,6 +190,8 @@ class Bits(Blocks):
 
     def value_bytes(self, head_dim: int) -> int:
         """The same of the values alone."""
+        if self.kept is not None:
+            return self.group * sparse_bytes(head_dim, self.kept)
         codes = sum(self._per_token(head_dim, x.tokens, x.values) for x in self.tiers)
         return codes + self._factors(head_dim)
 
@@ -249,5 +265,8 @@ def read_values(values: Tensor, bits: Bits) -> Tensor:
     """What values `[H, n, D]` are read as."""
     turned = bits.hadamard != "none"
     x = turn(values) if turned else values
-    x = fake_quantise(x, bits.values, bits.group, bits.value_clip)
+    if bits.kept is None:
+        x = fake_quantise(x, bits.values, bits.group, bits.value_clip)
+    else:
+        x = decompress(*compress(x, bits.kept), x.shape[-1])
     return turn(x) if turned else x

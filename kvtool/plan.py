@@ -36,7 +36,7 @@ from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
 from kvtool.states import StatePlan
 
-_NEWER = ("rest", "key_balance", "value_balance", "rank")  # of bits, since version 5 of the file
+_NEWER = ("rest", "key_balance", "value_balance", "rank", "kept")  # of bits, since version 5
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
@@ -283,6 +283,10 @@ class Plan:
                 raise PlanError(
                     f"layer {index} has factors of rank {layer.bits.rank} for {base.head_dim} "
                     "channels"
+                )
+            if layer.bits is not None and (layer.bits.kept or 0) > base.head_dim:
+                raise PlanError(
+                    f"layer {index} keeps {layer.bits.kept} numbers of values of {base.head_dim}"
                 )
             for what, rows in _by_head(layer.bits):
                 for row in rows:

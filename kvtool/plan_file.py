@@ -22,8 +22,8 @@ from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 
 FORMAT_VERSION, BITS_VERSION, CODES_VERSION = 5, 4, 3
-"""5 knows layers without KV heads, and tiers, balances and factors of bits; 4 knows bits of heads,
-and 3 codes. A file is of the oldest version that knows what is in it, 1 at least."""
+"""5 knows layers without KV heads, and tiers, balances, factors and sparse values; 4 knows bits of
+heads, and 3 codes. A file is of the oldest version that knows what is in it, 1 at least."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
@@ -84,6 +84,7 @@ class BitsEntry(_Strict):
     key_balance: _Factors | None = None
     value_balance: _Factors | None = None
     rank: _Count = 0
+    kept: _Count | None = None
 
 
 class StateEntry(_Strict):

@@ -165,9 +165,10 @@ class QuantizationStep(_Strict):
     uses: Literal["calibrate quantization"]
     output: str | None = None
     bits: TextOrNumber | None = None
-    method: Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear"] = "aware"
+    method: Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear", "mustafar"] = "aware"
     salient: TextOrNumber | None = None
     rank: Positive | None = None
+    sparsity: TextOrNumber | None = None
     kv_budget: TextOrNumber | None = None
     context: Positive | None = None
     group: Positive | None = None

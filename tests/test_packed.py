@@ -1,5 +1,6 @@
 """Packed heads: what fake quantisation computes, the same however tokens arrive, planned bytes."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from kvtool.kernels.quantise import BITS, dequantise, quantise
 from kvtool.plan import LayerPlan, Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
-from kvtool.runtime.packed import PackedHeads
+from kvtool.runtime.packed import PackedHeads, PagedPacked
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -37,6 +38,14 @@ WAYS = {
     "gear": {"rank": 2},
     "gear per token": {"axis": "token", "kind": "unrotated", "rank": 1},
     "balanced": {"kind": "unrotated", "hadamard": "values", "balanced": True},
+    "sparse": {"kept": 6},
+    "sparse per token": {
+        "axis": "token",
+        "kind": "unrotated",
+        "hadamard": "both",
+        "balanced": True,
+        "kept": 9,
+    },
 }
 ways = pytest.mark.parametrize("way", WAYS)
 
@@ -65,6 +74,8 @@ def packed(checkpoint, way="kivi", keys=4, values=4, prefill="dense", streaming=
         options |= {name: tuple(map(tuple, rows)) for name, rows in named}
     if "rest" in options:
         options["rest"] = Tier(options["rest"], 2, min(values, 3))
+    if "kept" in options:
+        values = 16
     bits = Bits(keys, values, **options)
     heads = streaming or ((False,) * base.kv_heads,) * base.layers
     layers = tuple(LayerPlan(tuple(x), 3, 8, bits=bits) for x in heads)
@@ -178,6 +189,10 @@ def reference(checkpoint, plan: Plan, ids: Tensor) -> Tensor:
                         ):  # fmt: skip
                             z = y[head, at_].mT if axis == "channel" else y[head, at_]
                             group_ = bits.group
+                            if width == 16:
+                                least = z.abs().sort(-1).values[:, -bits.kept, None]
+                                y[head, at_] = (z * (z.abs() >= least)).half().float()
+                                continue
                             left = z.clone()
                             z = dequantise(*quantise(z, width, group_), z.shape[-1], width, group_)
                             left -= z
@@ -326,6 +341,32 @@ def _eight(layer):
     return replace(layer, bits=replace(layer.bits, rest=rest))
 
 
+def test_sparse_values_with_all_numbers_are_the_exact_ones(llama):
+    """And the fewer are kept, the more is lost."""
+    ids = random_ids(LENGTH)
+    dense = logits(Engine.load(llama), ids, 50)
+    lost = []
+    for kept in (16, 15, 8, 1):
+        plan = packed(llama, "sparse", 8, kept=kept)
+        engine = Engine.load(llama, plan=plan)
+        lost.append(float((logits(engine, ids, 50) - dense).abs().mean()))
+        cache = engine.new_cache(1, LENGTH)
+        engine.extend(cache, ids)
+        store = cache.stores[0].full
+        bitmap = store.planes["bitmap"]
+        assert bitmap.shape == (1, 2, store.bits.blocks(LENGTH), 16, 2)
+        places = torch.arange(8, dtype=torch.uint8)
+        assert ((bitmap[..., None] >> places & 1).sum((-1, -2)) == kept).all()
+    eight = logits(Engine.load(llama, plan=packed(llama, "kivi", 8, 8)), ids, 50)
+    assert lost[0] <= float((eight - dense).abs().mean())
+    assert all(less < more for less, more in itertools.pairwise(lost))
+
+
+def test_no_kernel_reads_sparse_values():
+    assert PagedPacked.possible(Bits(4, 4), 64)
+    assert not PagedPacked.possible(Bits(4, 16, kept=32), 64)
+
+
 @pytest.mark.parametrize("prefill", ["dense", "streamed"])
 def test_tokens_with_more_attention_have_more_bits(llama, prefill, poison):
     """Whatever the calls were that brought them, the same tokens, with the same codes."""
@@ -383,6 +424,7 @@ def test_true_bits_count_scales_and_minima():
     assert bits.cache_bytes(4 + 64 + 63, 64, 2) == 2 * 2 * 64 * (4 + 64 + 64)
     assert bits.blocks(4 + 64 + 64) == 1
     assert 8 * Bits(2, 2, 64, rank=2).token_bytes(64) == 2 * 64 * (2.5 + 1)
+    assert 8 * Bits(4, 16, 64, kept=20).token_bytes(64) == 64 * 4.5 + 64 + 16 * 20
     tiers = Bits(4, 4, 128, rest=Tier(64, 2, 2))
     assert 8 * tiers.token_bytes(64) == 2 * 64 * 3.5
     assert tiers.cache_bytes(0, 64, 2) == 2 * 2 * 64 * (4 + 64 + 128) + 4 * 128
@@ -419,9 +461,10 @@ def test_a_plan_comes_back_from_its_file(llama, tmp_path):
         plan = packed(llama, way, 3, 2, key_clip=0.85)
         plan.write(tmp_path / "a.plan", overwrite=True)
         assert Plan.read(tmp_path / "a.plan").layers == plan.layers
-        newer = bool({"rest", "balanced", "rank"} & WAYS[way].keys())
+        said = WAYS[way].keys()
+        version = 5 if {"rest", "balanced", "rank", "kept"} & said else 4
         head = (tmp_path / "a.plan").read_bytes()[:200000].replace(b"\\", b"")
-        assert (b'"format_version":5' in head, b'"format_version":4' in head) == (newer, not newer)
+        assert f'"format_version":{version}'.encode() in head
         assert (b'"rest"' in head) == ("rest" in WAYS[way])
 
 
@@ -450,6 +493,13 @@ def test_plans_without_bits_are_read_by_older_versions(llama, tmp_path):
         ({"rank": -1}, "a block of 64 tokens has no factors of rank -1"),
         ({"rank": 65}, "a block of 64 tokens has no factors of rank 65"),
         ({"rank": 1, "rest": Tier(9, 2, 2)}, "have one tier of tokens"),
+        ({"values": 16}, "values have numbers of 2, 3, 4 or 8 bits, not of 16"),
+        ({"values": 4, "kept": 3}, "3 numbers of 4 bits are not what is kept of a value"),
+        ({"values": 16, "kept": 0}, "0 numbers of 16 bits are not what is kept of a value"),
+        ({"values": 16, "kept": 3, "keys": 16}, "keys have numbers of 2, 3, 4 or 8 bits, not of"),
+        ({"values": 16, "kept": 3, "rank": 1}, "no tiers, factors or clipped codes"),
+        ({"values": 16, "kept": 3, "rest": Tier(9, 2, 2)}, "no tiers, factors or clipped codes"),
+        ({"values": 16, "kept": 3, "value_clip": 0.9}, "no tiers, factors or clipped codes"),
         ({"key_balance": ((1.0, 0.0),)}, "above 0 and finite"),
         ({"value_balance": ((math.nan,),)}, "above 0 and finite"),
     ],
@@ -476,6 +526,9 @@ def test_plans_that_do_not_fit_are_refused(llama, tiny, tmp_path):
             replace(plan, layers=layers)
     layers = (replace(plan.layers[0], bits=Bits(4, 4, rank=20)), *plan.layers[1:])
     with pytest.raises(PlanError, match="layer 0 has factors of rank 20 for 16 channels"):
+        replace(plan, layers=layers)
+    layers = (replace(plan.layers[0], bits=Bits(4, 16, kept=17)), *plan.layers[1:])
+    with pytest.raises(PlanError, match="layer 0 keeps 17 numbers of values of 16"):
         replace(plan, layers=layers)
     with pytest.raises(PlanError, match="few bits come last"):
         plan.compose(plan)

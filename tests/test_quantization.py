@@ -62,11 +62,13 @@ def calibrated(checkpoint, plan=None, budget=None, **options) -> Plan:
 @pytest.mark.parametrize("kind", ["rotated", "unrotated"])
 @pytest.mark.parametrize("axis", ["channel", "token"])
 @pytest.mark.parametrize("hadamard", ["none", "values", "both"])
-def test_calibration_reads_what_the_store_reads(tiny, kind, axis, hadamard):
+@pytest.mark.parametrize("kept", [None, 7])
+def test_calibration_reads_what_the_store_reads(tiny, kind, axis, hadamard, kept):
     engine = Engine.load(Checkpoint.open(str(tiny("llama", rope_parameters=YARN))))
     rope, heads, size, count = engine._ropes[0], 2, 16, 5
     order = torch.stack([torch.randperm(size) for _ in range(heads)])
-    bits = Bits(3, 2, 16, axis, kind, hadamard, None, 0.9, 0.7, sink=2, window=6)
+    values, clip = (2, 0.7) if kept is None else (16, 1.0)
+    bits = Bits(3, values, 16, axis, kind, hadamard, None, 0.9, clip, sink=2, window=6, kept=kept)
     positions = Positions(rope, torch.empty(0))
     store = PackedHeads(
         1, heads, 100, size, torch.empty(0), 1.0, bits, order, positions, dense_prompt=True
@@ -238,6 +240,18 @@ def test_gear_holds_what_the_codes_leave_out(llama):
     )
 
 
+def test_mustafar_keeps_a_share_of_each_value(llama):
+    """The smaller it is, the more is lost."""
+    windows, _ = text_windows(llama, None, 1024, 0)
+    plans = [calibrated(llama, method="mustafar", bits=(8, 8), kept=kept) for kept in (16, 8, 2)]
+    lost = [measured(llama, plan, windows[:2]) for plan in plans]
+    assert 4 * lost[0] < lost[1] < lost[2] / 4
+    assert plans[1].layers[0].bits == Bits(8, 16, 16, sink=2, window=6, kept=8)
+    assert (plans[1].provenance[0]["corpus"], plans[1].provenance[0]["tokens"]) == (None, 0)
+    with pytest.raises(UsageError, match="keeps some numbers of each value"):
+        calibrated(llama, method="mustafar")
+
+
 def test_a_balance_saves_the_codes_of_small_channels(llama):
     """Keys with a channel 100 times the others, that queries hardly ask for."""
     generator = torch.Generator().manual_seed(0)
@@ -326,6 +340,10 @@ def test_the_command_writes_a_plan_that_runs(llama, tmp_path, capsys):
         (["gear", "--bits", "2", "--rank", "3"], "gear",
          "bits of keys 2 bits of values 2 stored a scale and a minimum (4 bytes) for 16 of a "
          "channel factors of rank 3, of what the codes leave out"),
+        (["mustafar", "--bits", "8", "--sparsity", "70%"], "mustafar",
+         "bits of keys 8 bits of values 16 kept the 5 numbers of largest magnitude, and a bitmap"),
+        (["mustafar"], "mustafar",
+         "bits of keys 4 bits of values 16 kept the 8 numbers of largest magnitude, and a bitmap"),
         (["mikv", "--bits", "K8V4/4", "--salient", "25%"], "mikv",
          "bits of keys 8/4 bits of values 4/4 tiers 4 of 16 tokens"),
     ],
@@ -366,6 +384,10 @@ def test_a_dry_run_knows_the_bytes(llama, tmp_path, capsys):
         (["--method", "kivi", "--salient", "50%"], 2, "the same bits for all tokens"),
         (["--method", "kivi", "--rank", "2"], 2, "--method kivi has no factors"),
         (["--method", "gear", "--rank", "20"], 3, "no factors of rank 20"),
+        (["--method", "kivi", "--sparsity", "50%"], 2, "kivi keeps all numbers of a value"),
+        (["--method", "mustafar", "--sparsity", "100%"], 2, "so --sparsity is below 100%"),
+        (["--method", "mustafar", "--sparsity", "half"], 2, "neither a share such as 50%"),
+        (["--method", "mustafar", "--bits", "K4V2"], 2, "--bits are those of keys, such as 4"),
         (["--bits", "4/2/2", "--method", "mikv"], 2, "two tiers have bits such as 4/2"),
         (["--salient", "100%", "--method", "mikv"], 3, "must be some and not all"),
         (["--read", "rebuilt", "--method", "zipcache"], 3, "lie out of order"),

@@ -24,20 +24,21 @@ def quantization(
             help="Of a number: 2, 3, 4 or 8, keys and values apart such as K4V2, or auto for what "
             "--kv-budget allows. Of aware it is their mean: the bytes are those of such bits. Of "
             "zipcache and mikv two such as 4/2, for tokens with more attention and for the others. "
-            "By default 4, and 4/2. States of Mamba-2 layers have 8, or with S4 behind it 4; S8 "
-            "alone packs only them. Latents of MLA layers have them for each of their numbers.",
+            "Of mustafar those of keys. By default 4, and 4/2. States of Mamba-2 layers have 8, or "
+            "with S4 behind it 4; S8 alone packs only them. Latents of MLA layers have them for "
+            "each of their numbers.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
     method: Annotated[
-        Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear"],
+        Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear", "mustafar"],
         typer.Option(
             help="aware: bits by what predictions feel of each layer's keys and values. kivi: the "
             "same everywhere, keys with a scale per channel. rotatekv: scales per token, behind a "
             "Hadamard transform and a reordering of channels. zipcache: as kivi, with more bits "
             "for tokens that get more attention. mikv: the same with scales per token, and keys "
             "balanced against queries. gear: as kivi, and what the codes leave out in thin "
-            "factors.",
+            "factors. mustafar: keys as kivi, and the largest numbers of each value exactly.",
             rich_help_panel=_METHOD,
         ),
     ] = "aware",
@@ -54,6 +55,13 @@ def quantization(
         typer.Option(
             min=1,
             help="Of gear: rank of the factors of each block's keys, and of its values (2).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            help="Of mustafar: share of a value's numbers, the smallest, that are left out (50%).",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -122,6 +130,8 @@ def quantization(
 
     tiers = method in method_of.SALIENT
     bits = bits or ("4/2" if tiers else "4")
+    if method == "mustafar":
+        sparsity = sparsity or "50%"
     group = group or (128 if tiers else 64)
     of_heads, states = method_of.split_states(bits)
     asked, rest = method_of.parse_tiers(of_heads) if of_heads else ((4, 4), None)
@@ -139,6 +149,7 @@ def quantization(
     base = base_of(checkpoint)
     check_can_drop(checkpoint, other=True)
     start = _options.read_plan(plan, checkpoint)
+    width = base.head_dim
     kivi = method == "kivi"
     options = method_of.QuantizationOptions(
         method,
@@ -156,6 +167,7 @@ def quantization(
         rank,
         states or 8,
         bool(of_heads),
+        None if sparsity is None else width - parse_share(sparsity, width),
     )
     if start is None:
         start = method_of.everything(checkpoint, base, options)

@@ -206,6 +206,8 @@ def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
     if rest := one["rest"]:
         upper = f"{one['group'] - rest['tokens']} of {one['group']} tokens have the more bits"
         table.add_row("  tiers", f"{upper}, by the attention that they get")
+    if kept := one["kept"]:
+        table.add_row("  kept", f"the {kept} numbers of largest magnitude, and a bitmap")
     scale = "a channel" if one["axis"] == "channel" else "a token"
     table.add_row("  stored", f"a scale and a minimum (4 bytes) for {one['group']} of {scale}")
     if rank := one["rank"]:

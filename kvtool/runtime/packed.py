@@ -17,6 +17,10 @@ as GEAR does (arXiv 2403.05527): two thin products add it to scores and to sums.
 outliers are left out, as in its own variant GEAR-L: 2 % of the numbers with an fp16 value and the
 least index that finds them, 12 bits in a block of 64 x 64, are 0.56 bits per number.
 
+Values may be sparse instead of having codes (`kernels/sparse_values`), as in Mustafar (arXiv
+2505.22913): of each the numbers of largest magnitude, and a bitmap. In the paper keys are so as
+well; here they have codes.
+
 What is stored as it is read is not rebuilt (`kernels/packed_attention`): keys behind RoPE, values,
 and latents. Keys that are stored before RoPE are rebuilt and rotated a tile at a time.
 """
@@ -46,6 +50,7 @@ from kvtool.kernels.packed_attention import (
     value_sums,
 )
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
+from kvtool.kernels.sparse_values import bitmap_bytes, compress, sparse_sums
 from kvtool.plan import Plan
 from kvtool.runtime.layers import Step
 from kvtool.runtime.pages import Pages, Place, enlarge
@@ -62,6 +67,7 @@ from kvtool.runtime.stores import PAGE, whole_pages
 _BLOCKS = 16  # whose keys are rebuilt at once
 _PREFIXES = ("", "rest ")  # of the planes of the tiers
 _FACTORS = (" tokens", " channels")  # behind the name of what codes left out
+_SPARSE = ("bitmap", "numbers")  # of values without codes
 
 
 class PackedStore(DroppingHeads):
@@ -212,8 +218,9 @@ class PackedHeads(PackedStore):
     """Heads that keep every token.
 
     A block has a row per channel with the numbers of a tier's keys where their scales are per
-    channel, and else a row per token with D numbers. Beside the ring lies, with two tiers, the
-    attention `[B, H, N]` that the tokens of the next block got from its probes so far.
+    channel, and else a row per token with D numbers. Sparse values have a bitmap and numbers per
+    token. Beside the ring lies, with two tiers, the attention `[B, H, N]` that the tokens of the
+    next block got from its probes so far.
 
     Args:
         order: `[H, D]`, the order of the channels of keys; None for their own.
@@ -245,8 +252,14 @@ class PackedHeads(PackedStore):
                 ("keys", tier.keys, key_block),
                 ("values", tier.values, per_channel[::-1]),
             ):
-                shape = (rows, heads, bits.blocks(capacity), lines)
-                self.add_planes(prefix + part, width, numbers, shape)
+                if part == "keys" or bits.kept is None:
+                    shape = (rows, heads, bits.blocks(capacity), lines)
+                    self.add_planes(prefix + part, width, numbers, shape)
+        if bits.kept is not None:
+            tokens = (rows, heads, bits.blocks(capacity), bits.group)
+            bitmap = like.new_empty((*tokens, bitmap_bytes(head_dim)), dtype=torch.uint8)
+            kept = like.new_empty((*tokens, bits.kept), dtype=torch.float16)
+            self.planes |= dict(zip(_SPARSE, (bitmap, kept), strict=True))
         if bits.rank:
             for part in ("keys", "values"):
                 for factor, lines in zip(_FACTORS, (bits.group, head_dim), strict=True):
@@ -385,6 +398,9 @@ class PackedHeads(PackedStore):
     def _sums(self, weights: Tensor, row: int, blocks: int) -> Tensor:
         """Packed values summed with weights `[H, n, blocks · N]`, tier by tier: `[H, n, D]`."""
         bits = self.bits
+        if bits.kept is not None:
+            bitmap, numbers = (self._read_blocks(x, row, 0, blocks).flatten(1, 2) for x in _SPARSE)
+            return sparse_sums(weights, bitmap, numbers, self.head_dim)
         parts = weights.split([blocks * tier.tokens for tier in bits.tiers], dim=-1)
         sums = weights.new_zeros((*weights.shape[:2], self.head_dim))
         for prefix, tier, own in zip(_PREFIXES, bits.tiers, parts, strict=False):
@@ -447,6 +463,10 @@ class PackedHeads(PackedStore):
                 ("keys", k.mT if bits.axis == "channel" else k, tier.keys, bits.key_clip),
                 ("values", v, tier.values, bits.value_clip),
             ):
+                if part == "values" and bits.kept is not None:
+                    for name, found in zip(_SPARSE, compress(x, bits.kept), strict=True):
+                        self._write_blocks(name, row, slice(first, first + count), found)
+                    continue
                 codes, scales = self.put_blocks(prefix + part, row, first, x, width, clip)
                 if bits.rank:
                     left = x - dequantise(codes, scales, x.shape[-1], width, bits.group)
@@ -511,6 +531,7 @@ class PagedPacked(PackedHeads):
         read_as_stored = bits.kind == "rotated" and bits.axis == "channel"
         plain = bits.hadamard != "both" and bits.order is None and bits.rest is None
         plain = plain and not bits.rank and bits.key_balance is None and bits.value_balance is None
+        plain = plain and bits.kept is None
         return read_as_stored and plain and fits(head_dim, bits.keys, bits.values, bits.group)
 
     @property

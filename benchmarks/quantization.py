@@ -63,7 +63,7 @@ class Plans:
     def __init__(self, checkpoint: Checkpoint, asked: argparse.Namespace) -> None:
         self.checkpoint, self.tokens = checkpoint, asked.tokens
         base = base_of(checkpoint)
-        self.native = base.native_bytes(CONTEXT, 2)
+        self.native, self.size = base.native_bytes(CONTEXT, 2), base.head_dim
         self.dense = Plan(base, (LayerPlan((False,) * base.kv_heads),) * base.layers)
         self.heads = Plan.read(asked.heads) if asked.heads else None
         self.codes = Plan.read(asked.codes) if asked.codes else None
@@ -82,6 +82,19 @@ class Plans:
                 yield f"aware {bits}, {read}", lambda b=bits, r=read: self.aware(b, r)
         for bits in ("4", "3", "2"):
             yield f"gear {bits}", lambda b=bits: self.alike(b, method="gear", window=16)
+        for keys in (8, 4):
+            for share in (50, 70, 90):
+                yield (
+                    f"mustafar K{keys}, {share} %",
+                    lambda k=keys, s=share: self.alike(
+                        str(k), method="mustafar", window=16, kept=self.size - s * self.size // 100
+                    ),
+                )
+            for values in (8, 4, 3, 2):
+                yield (
+                    f"kivi K{keys}V{values}, window 16",
+                    lambda b=f"K{keys}V{values}": self.alike(b, method="kivi", window=16),
+                )
         for bits in ("4/2", "K4V4/K4V2"):
             for method in ("zipcache", "mikv"):
                 yield f"{method} {bits}", lambda b=bits, m=method: self.tiers(b, m)

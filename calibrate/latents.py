@@ -34,6 +34,7 @@ def harms(
     windows, offsets = text_windows(checkpoint, data, tokens, seed)
     kept = latents_of(plan)
     first = kept[0]
+    first.check_windows(windows.shape[1])
     own = slice(first.sink, first.sink + first.group * _whole_blocks(windows.shape[1], first))
     sums = [torch.zeros(x.width, len(BITS), dtype=torch.float64) for x in kept]
     predictions = 0

@@ -51,7 +51,7 @@ from kvtool.calibrate.whole import Kept, WholeModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodePlan, Fitted, Part, Projection
 from kvtool.corpus import calibration_text
-from kvtool.errors import UsageError
+from kvtool.errors import PlanError, UsageError
 from kvtool.factored import latent_sizes, model_config
 from kvtool.kernels.quantise import BITS, fake_quantise
 from kvtool.latent_bits import LatentPlan
@@ -106,7 +106,7 @@ class QuantizationOptions:
     rest: tuple[int, int] | None = None
     salient: int | None = None
     rank: int | None = None
-    states: int = 8
+    states: int | None = None
     heads: bool = True
     kept: int | None = None
 
@@ -122,6 +122,13 @@ def parse_tiers(text: str) -> tuple[tuple[int, int] | None, tuple[int, int] | No
     found = [parse_bits(x) for x in (upper, *lower)]
     if len(found) > 2 or (lower and None in found):
         raise UsageError(f"--bits {text} is not possible: two tiers have bits such as 4/2")
+    most, rest = found[0], found[-1]
+    if (
+        most is not None
+        and rest is not None
+        and any(x < y for x, y in zip(most, rest, strict=True))
+    ):
+        raise UsageError(f"--bits {text} gives tokens with more attention fewer bits")
     return found[0], found[1] if lower else None
 
 
@@ -170,15 +177,15 @@ def everything(checkpoint: Checkpoint, base: Base, options: QuantizationOptions)
     return Plan(base, layers)
 
 
-def with_states(plan: Plan, bits: int) -> Plan:
-    """The plan with so many bits for all states."""
-    layers = tuple(
-        replace(layer, kept=replace(layer.kept, bits=bits, chunk=CHUNKS[bits]))
-        if isinstance(layer.kept, StatePlan)
-        else layer
-        for layer in plan.layers
-    )
-    return replace(plan, layers=layers)
+def with_states(plan: Plan, bits: int | None) -> Plan:
+    """The plan with so many bits for all states; None for 8 where they have none yet."""
+    layers = []
+    for layer in plan.layers:
+        if isinstance(state := layer.kept, StatePlan) and (bits or state.bits is None):
+            width = bits or 8
+            layer = replace(layer, kept=replace(state, bits=width, chunk=CHUNKS[width]))
+        layers.append(layer)
+    return replace(plan, layers=tuple(layers))
 
 
 def calibrate_quantization(
@@ -203,7 +210,11 @@ def calibrate_quantization(
     """
     check_can_drop(checkpoint, other=True)
     plan_ahead(plan, options, budget_bytes, itemsize)
-    plan, first = with_states(plan, options.states), uniform(options)
+    try:
+        first = uniform(options)
+    except PlanError as error:
+        raise UsageError(f"--method {options.method}: {error}") from error
+    plan = with_states(plan, options.states)
     corpus, tokens = None, 0
     found: dict[str, Any] = {}
     asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
@@ -233,6 +244,7 @@ def calibrate_quantization(
         bits = [fitted(first, statistics.layer(index), plan.base) for index in layers]
     else:
         windows, offsets = text_windows(checkpoint, options.data, options.tokens, options.seed)
+        first.check_windows(windows.shape[1])
         offered = options_of(first)
         harm = harms(checkpoint, plan, offered, windows, offsets, options, report)
         bits, found = shared(plan, options, harm, budget_bytes, itemsize)
@@ -300,8 +312,8 @@ def plan_ahead(
     """Bytes that a sequence of `context` tokens will take at most; nothing is measured for it.
 
     Raises:
-        UsageError: There is nothing to pack, or it is packed already; or the budget is too small.
-        PlanError: The options are out of range.
+        UsageError: There is nothing to pack, or it is packed already; the options are out of range,
+            or the budget is too small.
     """
     already = any(layer.bits is not None for layer in plan.layers)
     if already or any(code.bits is not None for code in plan.codes):
@@ -327,7 +339,11 @@ def plan_ahead(
         raise UsageError(
             "--method mustafar keeps numbers of values exactly: --bits are those of keys, such as 4"
         )
-    plan, first = with_states(plan, options.states), uniform(options)
+    try:
+        first = uniform(options)
+    except PlanError as error:
+        raise UsageError(f"--method {options.method}: {error}") from error
+    plan = with_states(plan, options.states)
     if not options.heads:
         return plan.cache_bytes(options.context, itemsize)
     measured = options.method == "rotatekv" or options.method in SALIENT

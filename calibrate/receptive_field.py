@@ -19,6 +19,7 @@ from torch import Tensor
 from kvtool.calibrate.projections import Report, text_windows
 from kvtool.calibrate.whole import WholeModel
 from kvtool.checkpoint import Checkpoint
+from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError
 from kvtool.plan import Plan, provenance_of
 from kvtool.states import StatePlan
@@ -68,7 +69,8 @@ def calibrate_receptive_field(
         kept = replace(layer.kept, taught=taught, least=tuple(least.tolist()))
         layers.append(replace(layer, kept=kept))
     asked = {"taught": taught, "length": length, "data": data, "tokens": tokens, "seed": seed}
-    said = provenance_of("longmamba", asked, None, windows.numel(), global_heads=found)
+    corpus = calibration_text(data).id
+    said = provenance_of("longmamba", asked, corpus, windows.numel(), global_heads=found)
     return replace(plan, layers=tuple(layers), provenance=(*plan.provenance, said))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvtool.attention import rotate
 from kvtool.codes import CodeKind
-from kvtool.errors import PlanError
+from kvtool.errors import PlanError, UsageError
 from kvtool.kernels.hadamard import WIDEST, hadamard
 from kvtool.kernels.quantise import BITS, fake_quantise, groups_of, packed_bytes
 from kvtool.kernels.sparse_values import compress, decompress, sparse_bytes
@@ -66,6 +66,14 @@ class Blocks:
             raise PlanError(
                 f"{self.sink} exact sinks and a window of {self.window} tokens are impossible: the "
                 "window holds at least the current token"
+            )
+
+    def check_windows(self, tokens: int) -> None:
+        """Raises UsageError if a text of so many tokens has no block."""
+        if tokens < self.sink + self.group:
+            raise UsageError(
+                f"a sink of {self.sink} tokens leaves no block of {self.group} in the windows of "
+                f"{tokens} tokens that are measured"
             )
 
     @property

@@ -457,7 +457,7 @@ class Plan:
         streaming = torch.zeros(heads, dtype=torch.bool)
         streaming[self.scores.flatten().argsort(stable=True)[:count]] = True
         layers = tuple(
-            LayerPlan(tuple(row), sink, window, bits=layer.bits)
+            LayerPlan(tuple(row), sink, window, bits=layer.bits, kept=layer.kept)
             for row, layer in zip(
                 streaming.view(self.scores.shape).tolist(), self.layers, strict=True
             )
@@ -540,6 +540,11 @@ class Plan:
             )
         if self.codes or other.codes:
             raise PlanError("a plan with codes cannot be composed with another one yet")
+        if any(layer.kept is not None for layer in (*self.layers, *other.layers)):
+            raise PlanError(
+                "plans of latents and states are not composed",
+                hint="Give the first to the calibration of the second with --plan.",
+            )
         if any(layer.bits is not None for layer in (*self.layers, *other.layers)):
             raise PlanError(
                 "few bits come last, and are chosen for the heads that keep everything",

@@ -372,3 +372,13 @@ def test_the_command_plans_receptive_fields_beside_bits(hybrid, tmp_path, capsys
     for change in ({"taught": None}, {"least": (1.0,)}):
         with pytest.raises(PlanError, match="threshold"):
             replace(plan.layers[0].kept, **change)
+
+
+def test_bits_of_states_are_not_lost(hybrid):
+    few = planned(hybrid, 4, 16)
+    assert with_states(few, None).layers == few.layers
+    assert {x.kept.bits for x in with_states(few, 8).layers if x.kept is not None} == {8}
+    plain = everything(hybrid, base_of(hybrid), QuantizationOptions())
+    assert {x.kept.bits for x in with_states(plain, None).layers if x.kept is not None} == {8}
+    with pytest.raises(PlanError, match="not composed"):
+        plain.compose(few)

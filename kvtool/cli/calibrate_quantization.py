@@ -123,18 +123,22 @@ def quantization(
     """Plan integers of few bits for keys and values of MODEL, or for the codes of a plan."""
     from kvtool.calibrate import quantization as method_of
     from kvtool.checkpoint import Checkpoint
+    from kvtool.latent_bits import LatentPlan
     from kvtool.plan import base_of, check_can_drop
     from kvtool.plan_file import check_plan_output
     from kvtool.sizes import parse_budget, parse_share
     from kvtool.states import StatePlan
 
     tiers = method in method_of.SALIENT
-    bits = bits or ("4/2" if tiers else "4")
+    if bits is None:
+        bits = "4/2" if tiers else "4"
     if method == "mustafar":
         sparsity = sparsity or "50%"
-    group = group or (128 if tiers else 64)
+    if group is None:
+        group = 128 if tiers else 64
     of_heads, states = method_of.split_states(bits)
-    asked, rest = method_of.parse_tiers(of_heads) if of_heads else ((4, 4), None)
+    # With S8 alone, heads are left as they are.
+    asked, rest = method_of.parse_tiers(of_heads if of_heads or states is None else "4")
     if (asked is None) != (kv_budget is not None):
         raise UsageError("--bits auto and --kv-budget come together: the one asks the other")
     if asked is None and method != "aware":
@@ -165,12 +169,14 @@ def quantization(
         rest,
         None if salient is None else parse_share(salient, group),
         rank,
-        states or 8,
+        states,
         bool(of_heads),
         None if sparsity is None else width - parse_share(sparsity, width),
     )
     if start is None:
         start = method_of.everything(checkpoint, base, options)
+    elif any(isinstance(layer.kept, LatentPlan) for layer in start.layers):
+        raise UsageError("the plan of --plan has bits already", hint="Leave it out.")
     if states is not None and not any(isinstance(x.kept, StatePlan) for x in start.layers):
         raise UsageError(f"--bits {bits}: no layer of {checkpoint.source} keeps a state")
     native = start.native_bytes(context, _BF16)

@@ -243,7 +243,10 @@ def speeds(checkpoint: Checkpoint) -> dict[str, float]:
     prompt = read(dense, ids)
     token = torch.tensor([5])
     steps: dict[str, Callable[[], Any]] = {}
-    caches = {"everything": (dense, prompt)}
+    caches = {
+        "everything": (dense, prompt),
+        "everything, 16 tokens": (dense, read(dense, ids[:16])),
+    }
     layers = base_of(checkpoint).layers
     plan = Plans(checkpoint, argparse.Namespace(tokens=0, heads=None, codes=None)).dense
     for bits in (4, 2):

@@ -1,9 +1,4 @@
-"""Planes that keep every token, most of them as integers of few bits (`kvtool/bits.py`).
-
-The first tokens and the last are exact, in a ring. When `window` tokens have come behind N others,
-these are packed as one block, from the exact numbers, and never again. Whatever the calls were that
-brought the tokens, the same are packed after as many of them; in a call with several tokens, each
-reads what would have been exact had it come alone.
+"""Heads that keep every token, in the blocks of `packed_store.py` (`kvtool/bits.py`).
 
 Where a block has two tiers of tokens, those with more attention have more bits, head by head, as in
 ZipCache (arXiv 2405.14256). Each tier has planes of its own: behind RoPE a softmax does not ask in
@@ -21,13 +16,13 @@ Values may be sparse instead of having codes (`kernels/sparse_values`), as in Mu
 2505.22913): of each the numbers of largest magnitude, and a bitmap. In the paper keys are so as
 well; here they have codes.
 
-What is stored as it is read is not rebuilt (`kernels/packed_attention`): keys behind RoPE, values,
-and latents. Keys that are stored before RoPE are rebuilt and rotated a tile at a time.
+What is stored as it is read is not rebuilt (`kernels/packed_attention`): values, and keys behind
+RoPE. Keys that are stored before it are rebuilt and rotated a tile at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,7 +30,6 @@ from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention, rotate
 from kvtool.bits import Bits, Factors, from_stored, to_stored, turn
-from kvtool.bits import Blocks as BlockPlan
 from kvtool.codes import Positions
 from kvtool.kernels.append import append
 from kvtool.kernels.low_rank import low_rank, low_rank_scores, low_rank_sums
@@ -49,169 +43,25 @@ from kvtool.kernels.packed_attention import (
     token_scores,
     value_sums,
 )
-from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
+from kvtool.kernels.quantise import dequantise
 from kvtool.kernels.sparse_values import bitmap_bytes, compress, sparse_sums
 from kvtool.plan import Plan
 from kvtool.runtime.layers import Step
+from kvtool.runtime.packed_store import PackedStore
 from kvtool.runtime.pages import Pages, Place, enlarge
 from kvtool.runtime.split import (
-    DroppingHeads,
     NewTokens,
     PagedRings,
     PagedSplit,
     SplitAttention,
     StreamingHeads,
 )
-from kvtool.runtime.stores import PAGE, whole_pages
+from kvtool.runtime.stores import PAGE
 
 _BLOCKS = 16  # whose keys are rebuilt at once
 _PREFIXES = ("", "rest ")  # of the planes of the tiers
 _FACTORS = (" tokens", " channels")  # behind the name of what codes left out
 _SPARSE = ("bitmap", "numbers")  # of values without codes
-
-
-class PackedStore(DroppingHeads):
-    """A ring of exact tokens, and planes `[B, H, blocks, ...]` of codes and of their scales.
-
-    Attributes:
-        parts: The planes of the ring into which a token goes, in order.
-        bits: Which tokens are packed.
-        tokens: That there is room for.
-    """
-
-    parts: tuple[str, ...]
-    exact: StreamingHeads
-    bits: BlockPlan
-    dense_prompt: bool
-    tokens: int
-
-    def attend(self, q: Tensor, exact: Sequence[Tensor], row: int, start: int) -> Tensor:
-        """One softmax in fp32 over exact tokens and the blocks of a row.
-
-        Args:
-            q: `[Q, T, D]`, from position `start` on; all see the same blocks.
-            exact: `[H, C, ·]` each; the last T are of the queries' own tokens.
-
-        Returns:
-            `[Q, T, ·]`.
-        """
-        raise NotImplementedError  # pragma: no cover
-
-    def pack(self, row: int, first: int, exact: Sequence[Tensor]) -> None:
-        """Packs tokens `[H, n · N, ·]` as the blocks from `first` on."""
-        raise NotImplementedError  # pragma: no cover
-
-    def add_planes(self, part: str, bits: int, numbers: int, shape: tuple[int, ...]) -> None:
-        """Planes of codes with so many bits, and of their scales, for rows of `numbers`."""
-        groups, like = groups_of(numbers, self.bits.group), next(iter(self.exact.planes.values()))
-        codes = like.new_empty((*shape, packed_bytes(numbers, bits)), dtype=torch.uint8)
-        scales = like.new_empty((*shape, groups, 2), dtype=torch.float16)
-        self.planes |= {part: codes, f"{part} scales": scales}
-
-    @property
-    def allocated_bytes(self) -> int:
-        return super().allocated_bytes + self.exact.allocated_bytes
-
-    @property
-    def capacity(self) -> int:
-        return self.tokens
-
-    def grown(self, length: int) -> int:
-        return whole_pages(super().grown(length))
-
-    def resize(self, capacity: int) -> None:
-        self.tokens, blocks = capacity, self.bits.blocks(capacity)
-        for name, plane in self.planes.items():
-            other = plane.new_empty((*plane.shape[:2], blocks, *plane.shape[3:]))
-            kept = min(blocks, plane.shape[2])
-            other[:, :, :kept] = plane[:, :, :kept]
-            self.planes[name] = other
-
-    def can_crop(self, row: int, stored: int, length: int) -> bool:
-        return stored - self.bits.ring <= self._first_exact(length)
-
-    def snapshot(self, row: int) -> list[Tensor]:
-        return self.exact.snapshot(row)
-
-    def restore(self, row: int, saved: list[Tensor]) -> None:
-        self.exact.restore(row, saved)
-
-    def add_tokens(self, q: Tensor, new: Sequence[Tensor], step: Step) -> Tensor:
-        """Stores new tokens `[B, H, T, ·]`; returns what queries `[B, Q, T, D]` read."""
-        rows = range(len(step.starts)) if step.row is None else [step.row]
-        contexts = []
-        for b, (row, start) in enumerate(zip(rows, step.starts, strict=True)):
-            parts = [
-                self._add_some(q[b, :, at], [x[b, :, at] for x in new], row, begin)
-                for at, begin in self._runs(start, q.shape[2])
-            ]
-            contexts.append(torch.cat(parts, dim=1))
-        return torch.stack(contexts)
-
-    def end_prompt(self, row: int, *tokens: Tensor) -> None:
-        own = slice(self.bits.sink, self._first_exact(tokens[0].shape[1]))
-        self.pack(row, 0, [x[:, own] for x in tokens])
-        self.exact.keep_last(row, 0, *tokens)
-
-    def _first_of(self, block: int) -> int:
-        """Its first position."""
-        return self.bits.sink + block * self.bits.group
-
-    def _first_exact(self, length: int) -> int:
-        """The first token behind the blocks of a row with `length` tokens."""
-        return self._first_of(self.bits.blocks(length))
-
-    def _runs(self, start: int, count: int) -> Iterator[tuple[slice, int]]:
-        """Tokens of a call that read the same blocks: which, and the position of the first."""
-        begin, end = start, start + count
-        while begin < end:
-            stop = min(end, self.bits.packed_at(self.bits.blocks(begin + 1)))
-            yield slice(begin - start, stop - start), begin
-            begin = stop
-
-    def _exact_tokens(self, row: int, length: int) -> list[Tensor]:
-        """What there is of a row with `length` tokens, `[H, C, ·]` each, in their order."""
-        sinks = range(min(self.bits.sink, length))
-        slots = [self.exact.slot(p) for p in (*sinks, *range(self._first_exact(length), length))]
-        return [self.exact.planes[name][row][:, slots] for name in self.parts]
-
-    def _add_some(self, q: Tensor, new: Sequence[Tensor], row: int, start: int) -> Tensor:
-        """Stores one of :meth:`_runs` of a row, and returns what its queries read, `[Q, T, ·]`.
-
-        With the first of the tokens a block may be packed.
-        """
-        size, sink, done = self.bits.group, self.bits.sink, self.bits.blocks(start + 1)
-        past = self._exact_tokens(row, start)
-        exact = [torch.cat(x, dim=1) for x in zip(past, new, strict=True)]
-        if done > self.bits.blocks(start):
-            self.pack(row, done - 1, [x[:, sink : sink + size] for x in exact])
-            exact = [torch.cat((x[:, :sink], x[:, sink + size :]), dim=1) for x in exact]
-        if q.shape[1] == 1:
-            slot, named = self.exact.slot(start), zip(self.parts, new, strict=True)
-            self.exact.write(row, [slot], {name: x[None] for name, x in named})
-        else:
-            self.exact.keep_last(row, start, *new)
-        return self.attend(q, exact, row, start)
-
-    def put_blocks(
-        self, part: str, row: int, first: int, x: Tensor, bits: int, clip: float
-    ) -> tuple[Tensor, Tensor]:
-        """Packs numbers `[H, n, lines, ·]` as the blocks from `first` on; codes and scales."""
-        own = slice(first, first + x.shape[1])
-        codes, scales = quantise(x, bits, self.bits.group, clip)
-        self._write_blocks(part, row, own, codes)
-        self._write_blocks(f"{part} scales", row, own, scales)
-        return codes, scales
-
-    def blocks_of(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
-        """Codes `[H, blocks, ...]` and their scales."""
-        return [self._read_blocks(name, row, first, end) for name in (part, f"{part} scales")]
-
-    def _read_blocks(self, name: str, row: int, first: int, end: int) -> Tensor:
-        return self.planes[name][row, :, first:end]
-
-    def _write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
-        self.planes[name][row, :, own] = packed
 
 
 class PackedHeads(PackedStore):
@@ -277,7 +127,7 @@ class PackedHeads(PackedStore):
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         if self.bits.probes and length > self._first_probe(self.bits.blocks(length)):
             return False  # later probes cannot be taken off the sums again
-        return stored - self.bits.ring <= self._first_exact(length)
+        return stored - self.bits.ring <= self.first_exact(length)
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
@@ -300,12 +150,12 @@ class PackedHeads(PackedStore):
             if begin < stop:
                 asked = q[:, begin - start : stop - start]
                 weights = self._weights(asked, planes["keys"][0, :, :stop])
-                own = slice(self._first_of(block), self._first_of(block + 1))
+                own = slice(self.first_of(block), self.first_of(block + 1))
                 got = weights[..., own].sum(dim=(1, 2))  # [H, N], fewer at the end
                 planes["attention"][0, :, own, 0][:, : got.shape[1]] += got
 
     def end_prompt(self, row: int, *tokens: Tensor) -> None:
-        first, end = self.bits.sink, self._first_exact(tokens[0].shape[1])
+        first, end = self.bits.sink, self.first_exact(tokens[0].shape[1])
         attention = None
         if self.bits.rest is not None:
             assert self.prompt is not None
@@ -399,7 +249,7 @@ class PackedHeads(PackedStore):
         """Packed values summed with weights `[H, n, blocks · N]`, tier by tier: `[H, n, D]`."""
         bits = self.bits
         if bits.kept is not None:
-            bitmap, numbers = (self._read_blocks(x, row, 0, blocks).flatten(1, 2) for x in _SPARSE)
+            bitmap, numbers = (self.read_blocks(x, row, 0, blocks).flatten(1, 2) for x in _SPARSE)
             return sparse_sums(weights, bitmap, numbers, self.head_dim)
         parts = weights.split([blocks * tier.tokens for tier in bits.tiers], dim=-1)
         sums = weights.new_zeros((*weights.shape[:2], self.head_dim))
@@ -426,7 +276,7 @@ class PackedHeads(PackedStore):
         if self.key_balance is not None:
             keys = keys * self.key_balance
         keys = from_stored(keys, bits, self.order)
-        start = self._first_of(first)
+        start = self.first_of(first)
         cos, sin = self.positions.tables(start, start + keys.shape[1])
         return rotate(keys, cos, sin)
 
@@ -447,7 +297,7 @@ class PackedHeads(PackedStore):
         if not count:
             return
         if bits.kind == "unrotated":
-            start = self._first_of(first)
+            start = self.first_of(first)
             cos, sin = self.positions.tables(start, start + keys.shape[1])
             keys = rotate(keys, cos, -sin) / self.positions.rope.scale**2
         keys = to_stored(keys, bits, self.order)
@@ -465,14 +315,14 @@ class PackedHeads(PackedStore):
             ):
                 if part == "values" and bits.kept is not None:
                     for name, found in zip(_SPARSE, compress(x, bits.kept), strict=True):
-                        self._write_blocks(name, row, slice(first, first + count), found)
+                        self.write_blocks(name, row, slice(first, first + count), found)
                     continue
                 codes, scales = self.put_blocks(prefix + part, row, first, x, width, clip)
                 if bits.rank:
                     left = x - dequantise(codes, scales, x.shape[-1], width, bits.group)
                     left = left.mT if part == "keys" and bits.axis == "channel" else left
                     for factor, found in zip(_FACTORS, low_rank(left, bits.rank), strict=True):
-                        self._write_blocks(part + factor, row, slice(first, first + count), found)
+                        self.write_blocks(part + factor, row, slice(first, first + count), found)
 
     def _chosen(self, attention: Tensor | None) -> Sequence[Tensor | None]:
         """Which tokens of each block `[H, n, tokens]` are in a tier; None for all.
@@ -493,7 +343,7 @@ class PackedHeads(PackedStore):
 
     def _thin(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
         """The factors of what codes left out of blocks, `[H, blocks, r, N or D]`."""
-        return [self._read_blocks(part + factor, row, first, end) for factor in _FACTORS]
+        return [self.read_blocks(part + factor, row, first, end) for factor in _FACTORS]
 
 
 class PagedPacked(PackedHeads):
@@ -529,9 +379,8 @@ class PagedPacked(PackedHeads):
     def possible(bits: Bits, head_dim: int) -> bool:
         """Whether a kernel reads such blocks."""
         read_as_stored = bits.kind == "rotated" and bits.axis == "channel"
-        plain = bits.hadamard != "both" and bits.order is None and bits.rest is None
-        plain = plain and not bits.rank and bits.key_balance is None and bits.value_balance is None
-        plain = plain and bits.kept is None
+        more = (bits.order, bits.rest, bits.key_balance, bits.value_balance, bits.kept)
+        plain = bits.hadamard != "both" and not bits.rank and all(x is None for x in more)
         return read_as_stored and plain and fits(head_dim, bits.keys, bits.values, bits.group)
 
     @property
@@ -581,11 +430,11 @@ class PagedPacked(PackedHeads):
         each = PAGE // self.bits.group
         return table[block // each].long(), block % each
 
-    def _read_blocks(self, name: str, row: int, first: int, end: int) -> Tensor:
+    def read_blocks(self, name: str, row: int, first: int, end: int) -> Tensor:
         page, within = self._at(row, first, end)
         return self.planes[name].movedim(1, 2)[page, within].movedim(0, 1)
 
-    def _write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
+    def write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
         page, within = self._at(row, own.start, own.stop)
         self.planes[name].movedim(1, 2)[page, within] = packed.movedim(0, 1)
 

@@ -14,7 +14,7 @@ from kvtool.kernels.packed_attention import channel_scores, channel_sums
 from kvtool.latent import LatentAttention
 from kvtool.latent_bits import LatentPlan
 from kvtool.runtime.layers import LatentRuntimeAttention, Step
-from kvtool.runtime.packed import PackedStore
+from kvtool.runtime.packed_store import PackedStore
 from kvtool.runtime.pages import Pages
 from kvtool.runtime.split import StreamingHeads
 from kvtool.runtime.stores import LatentStore

@@ -1,0 +1,166 @@
+"""Planes that keep every token, most of them as integers of few bits.
+
+The first tokens and the last are exact, in a ring. When `window` tokens have come behind N others,
+these are packed as one block, from the exact numbers, and never again. Whatever the calls were that
+brought the tokens, the same are packed after as many of them; in a call with several tokens, each
+reads what would have been exact had it come alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kvtool.bits import Blocks
+from kvtool.kernels.quantise import groups_of, packed_bytes, quantise
+from kvtool.runtime.layers import Step
+from kvtool.runtime.split import DroppingHeads, StreamingHeads
+from kvtool.runtime.stores import whole_pages
+
+
+class PackedStore(DroppingHeads):
+    """A ring of exact tokens, and planes `[B, H, blocks, ...]` of codes and of their scales.
+
+    Attributes:
+        parts: The planes of the ring into which a token goes, in order.
+        bits: Which tokens are packed.
+        tokens: That there is room for.
+    """
+
+    parts: tuple[str, ...]
+    exact: StreamingHeads
+    bits: Blocks
+    dense_prompt: bool
+    tokens: int
+
+    def attend(self, q: Tensor, exact: Sequence[Tensor], row: int, start: int) -> Tensor:
+        """One softmax in fp32 over exact tokens and the blocks of a row.
+
+        Args:
+            q: `[Q, T, D]`, from position `start` on; all see the same blocks.
+            exact: `[H, C, ·]` each; the last T are of the queries' own tokens.
+
+        Returns:
+            `[Q, T, ·]`.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def pack(self, row: int, first: int, exact: Sequence[Tensor]) -> None:
+        """Packs tokens `[H, n · N, ·]` as the blocks from `first` on."""
+        raise NotImplementedError  # pragma: no cover
+
+    def add_planes(self, part: str, bits: int, numbers: int, shape: tuple[int, ...]) -> None:
+        """Planes of codes with so many bits, and of their scales, for rows of `numbers`."""
+        groups, like = groups_of(numbers, self.bits.group), next(iter(self.exact.planes.values()))
+        codes = like.new_empty((*shape, packed_bytes(numbers, bits)), dtype=torch.uint8)
+        scales = like.new_empty((*shape, groups, 2), dtype=torch.float16)
+        self.planes |= {part: codes, f"{part} scales": scales}
+
+    @property
+    def allocated_bytes(self) -> int:
+        return super().allocated_bytes + self.exact.allocated_bytes
+
+    @property
+    def capacity(self) -> int:
+        return self.tokens
+
+    def grown(self, length: int) -> int:
+        return whole_pages(super().grown(length))
+
+    def resize(self, capacity: int) -> None:
+        self.tokens, blocks = capacity, self.bits.blocks(capacity)
+        for name, plane in self.planes.items():
+            other = plane.new_empty((*plane.shape[:2], blocks, *plane.shape[3:]))
+            kept = min(blocks, plane.shape[2])
+            other[:, :, :kept] = plane[:, :, :kept]
+            self.planes[name] = other
+
+    def can_crop(self, row: int, stored: int, length: int) -> bool:
+        return stored - self.bits.ring <= self.first_exact(length)
+
+    def snapshot(self, row: int) -> list[Tensor]:
+        return self.exact.snapshot(row)
+
+    def restore(self, row: int, saved: list[Tensor]) -> None:
+        self.exact.restore(row, saved)
+
+    def add_tokens(self, q: Tensor, new: Sequence[Tensor], step: Step) -> Tensor:
+        """Stores new tokens `[B, H, T, ·]`; returns what queries `[B, Q, T, D]` read."""
+        rows = range(len(step.starts)) if step.row is None else [step.row]
+        contexts = []
+        for b, (row, start) in enumerate(zip(rows, step.starts, strict=True)):
+            parts = [
+                self._add_some(q[b, :, at], [x[b, :, at] for x in new], row, begin)
+                for at, begin in self._runs(start, q.shape[2])
+            ]
+            contexts.append(torch.cat(parts, dim=1))
+        return torch.stack(contexts)
+
+    def end_prompt(self, row: int, *tokens: Tensor) -> None:
+        own = slice(self.bits.sink, self.first_exact(tokens[0].shape[1]))
+        self.pack(row, 0, [x[:, own] for x in tokens])
+        self.exact.keep_last(row, 0, *tokens)
+
+    def first_of(self, block: int) -> int:
+        """Its first position."""
+        return self.bits.sink + block * self.bits.group
+
+    def first_exact(self, length: int) -> int:
+        """The first token behind the blocks of a row with `length` tokens."""
+        return self.first_of(self.bits.blocks(length))
+
+    def _runs(self, start: int, count: int) -> Iterator[tuple[slice, int]]:
+        """Tokens of a call that read the same blocks: which, and the position of the first."""
+        begin, end = start, start + count
+        while begin < end:
+            stop = min(end, self.bits.packed_at(self.bits.blocks(begin + 1)))
+            yield slice(begin - start, stop - start), begin
+            begin = stop
+
+    def _exact_tokens(self, row: int, length: int) -> list[Tensor]:
+        """What there is of a row with `length` tokens, `[H, C, ·]` each, in their order."""
+        sinks = range(min(self.bits.sink, length))
+        slots = [self.exact.slot(p) for p in (*sinks, *range(self.first_exact(length), length))]
+        return [self.exact.planes[name][row][:, slots] for name in self.parts]
+
+    def _add_some(self, q: Tensor, new: Sequence[Tensor], row: int, start: int) -> Tensor:
+        """Stores one of :meth:`_runs` of a row, and returns what its queries read, `[Q, T, ·]`.
+
+        With the first of the tokens a block may be packed.
+        """
+        size, sink, done = self.bits.group, self.bits.sink, self.bits.blocks(start + 1)
+        past = self._exact_tokens(row, start)
+        exact = [torch.cat(x, dim=1) for x in zip(past, new, strict=True)]
+        if done > self.bits.blocks(start):
+            self.pack(row, done - 1, [x[:, sink : sink + size] for x in exact])
+            exact = [torch.cat((x[:, :sink], x[:, sink + size :]), dim=1) for x in exact]
+        if q.shape[1] == 1:
+            slot, named = self.exact.slot(start), zip(self.parts, new, strict=True)
+            self.exact.write(row, [slot], {name: x[None] for name, x in named})
+        else:
+            self.exact.keep_last(row, start, *new)
+        return self.attend(q, exact, row, start)
+
+    def put_blocks(
+        self, part: str, row: int, first: int, x: Tensor, bits: int, clip: float
+    ) -> tuple[Tensor, Tensor]:
+        """Packs numbers `[H, n, lines, ·]` as the blocks from `first` on; codes and scales."""
+        own = slice(first, first + x.shape[1])
+        codes, scales = quantise(x, bits, self.bits.group, clip)
+        self.write_blocks(part, row, own, codes)
+        self.write_blocks(f"{part} scales", row, own, scales)
+        return codes, scales
+
+    def blocks_of(self, part: str, row: int, first: int, end: int) -> Sequence[Tensor]:
+        """Codes `[H, blocks, ...]` and their scales."""
+        return [self.read_blocks(name, row, first, end) for name in (part, f"{part} scales")]
+
+    def read_blocks(self, name: str, row: int, first: int, end: int) -> Tensor:
+        """Of a plane, `[H, blocks, ...]`."""
+        return self.planes[name][row, :, first:end]
+
+    def write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
+        """The other way round."""
+        self.planes[name][row, :, own] = packed

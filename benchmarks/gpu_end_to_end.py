@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from kvtool.attention import decoder_layers, rope_of
 from kvtool.bits import Bits
 from kvtool.codes import CodePlan, code_shapes
-from kvtool.plan import Base, LayerPlan, Plan
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Base, Plan
 from kvtool.runtime import Engine
 from kvtool.runtime.host import swap_attention
 

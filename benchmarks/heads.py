@@ -30,6 +30,7 @@ from kvtool.corpus import evaluation_text
 from kvtool.evaluate.retrieval import is_exact, needle_cases, passkey_cases, plain_ids
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan
+from kvtool.slices import ring_of
 
 SHARES = (0.5, 0.75, 0.9)
 LENGTHS = (2048, 4096)
@@ -123,7 +124,7 @@ def main() -> None:
     scores: dict[str, Tensor] = {}
     for plan in plans:
         assert plan.scores is not None
-        assert plan.ring == (window.sink, window.window)
+        assert ring_of(plan) == (window.sink, window.window)
         scores["+".join(item["method"] for item in plan.provenance)] = plan.scores
     for seed in range(SEEDS):
         generator = torch.Generator().manual_seed(seed)

@@ -28,12 +28,9 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate import latents
-from kvtool.calibrate.quantization import (
-    QuantizationOptions,
-    calibrate_quantization,
-    everything,
-    with_states,
-)
+from kvtool.calibrate.bit_options import QuantizationOptions
+from kvtool.calibrate.projections import text_windows
+from kvtool.calibrate.quantization import calibrate_quantization, everything, with_states
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
 from kvtool.evaluate.protocol import kl_sum
@@ -146,7 +143,8 @@ def latent_plans(checkpoint: Checkpoint, tokens: int) -> Iterator[tuple[str, Pla
     options = QuantizationOptions(tokens=tokens)
     start = everything(checkpoint, base_of(checkpoint), options)
     with torch.inference_mode(False):
-        harm = latents.harms(checkpoint, start, None, tokens, options.seed, lambda *_: None)
+        windows, offsets = text_windows(checkpoint, None, tokens, options.seed)
+        harm = latents.harms(checkpoint, start, windows, offsets, options.seed, lambda *_: None)
     for bits in (8, 4, 3, 2.5, 2):
         same = latents.alike(start, math.ceil(bits))
         if bits == math.ceil(bits):

@@ -25,6 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from kvtool import slices
 from kvtool.attention import rotate
 from kvtool.calibrate.projections import ProjectionOptions, calibrate_projections
 from kvtool.checkpoint import Checkpoint
@@ -221,13 +222,13 @@ def main() -> None:
         context = PREFILL + CONTINUATION
         for share in SHARES if name.startswith(DEEP) else SHARES[:-1]:
             try:
-                cut = plan.cut(int(share * plan.native_bytes(context, 2)), context, 2)
+                own = slices.cut(plan, int(share * plan.native_bytes(context, 2)), context, 2)
             except PlanError as error:
                 print(f"{name} {share:.1%}: {error}", file=sys.stderr)
                 continue
-            if cut.cache_bytes(context, 2) < (share - 0.02) * plan.native_bytes(context, 2):
+            if own.cache_bytes(context, 2) < (share - 0.02) * plan.native_bytes(context, 2):
                 continue  # a trained plan ends at its own budget
-            measured = cases.measure(Engine.load(checkpoint, plan=cut))
+            measured = cases.measure(Engine.load(checkpoint, plan=own))
             (made,) = plan.provenance
             rows.append({"name": name, "share": share, "seconds": seconds, "made": made} | measured)
             print(name, share, {k: measured[k] for k in ("bytes", "kl", "perplexity_ratio")},

@@ -32,25 +32,19 @@ from projections import CONTINUATION, Cases, filled, read
 from transformers import DynamicCache
 
 from kvtool.bits import Bits
+from kvtool.calibrate.bit_options import QuantizationOptions, parse_bits, parse_tiers
+from kvtool.calibrate.head_bits import harms, offered, shared
 from kvtool.calibrate.projections import text_windows
-from kvtool.calibrate.quantization import (
-    QuantizationOptions,
-    calibrate_quantization,
-    harms,
-    options_of,
-    packed,
-    parse_bits,
-    parse_tiers,
-    shared,
-    uniform,
-)
+from kvtool.calibrate.quantization import alike, allowed_bytes, calibrate_quantization, packed
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
 from kvtool.evaluate.protocol import kl_sum
 from kvtool.evaluate.retrieval import ANSWER_TOKENS, is_exact
 from kvtool.evaluate.throughput import environment
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
+from kvtool.slices import cut
 
 CONTEXT, WINDOWS, STEPS = 4096, 3, 12
 PREFILL = CONTEXT - CONTINUATION
@@ -138,8 +132,10 @@ class Plans:
             budget = int(size / 100 * self.native)
         plan = self.heads if heads else self.dense
         assert plan is not None
-        bits, _ = shared(plan, options, self.harm(read, heads), budget, 2)
-        return packed(plan, bits, {"method": "aware"})
+        choices = offered(options.everywhere())
+        allowed = allowed_bytes(plan, options, budget, 2)
+        bits, _ = shared(plan, choices, self.harm(read, heads), allowed)
+        return packed(plan, bits)
 
     def coded(self, width: float, share: float) -> Plan:
         """Codes of so much of the native bytes, and bits for them."""
@@ -150,15 +146,15 @@ class Plans:
     def cut(self, share: float) -> Plan:
         """Codes without bits."""
         assert self.codes is not None
-        return self.codes.cut(int(share / 100 * self.native), CONTEXT, 2)
+        return cut(self.codes, int(share / 100 * self.native), CONTEXT, 2)
 
     def _harm(self, read: Any, heads: bool) -> torch.Tensor:
         options = QuantizationOptions(tokens=self.tokens, read=read, window=16)
         plan = self.heads if heads else self.dense
         assert plan is not None
         windows, offsets = text_windows(self.checkpoint, None, options.tokens, options.seed)
-        offered = options_of(uniform(options))
-        return harms(self.checkpoint, plan, offered, windows, offsets, options, lambda *_: None)
+        texts = windows, offsets, options.seed, lambda *_: None
+        return harms(self.checkpoint, plan, offered(options.everywhere()), *texts)
 
 
 class Opponent:
@@ -247,12 +243,11 @@ def speeds(checkpoint: Checkpoint) -> dict[str, float]:
         "everything": (dense, prompt),
         "everything, 16 tokens": (dense, read(dense, ids[:16])),
     }
-    layers = base_of(checkpoint).layers
     plan = Plans(checkpoint, argparse.Namespace(tokens=0, heads=None, codes=None)).dense
     for bits in (4, 2):
         for kind in ("rotated", "unrotated"):
-            alike = packed(plan, [Bits(bits, bits, kind=kind, window=16)] * layers, {})
-            engine = Engine.load(checkpoint, plan=alike)
+            same = alike(plan, Bits(bits, bits, kind=kind, window=16))
+            engine = Engine.load(checkpoint, plan=same)
             name = f"packed, {bits} bits, keys {'after' if kind == 'rotated' else 'before'} RoPE"
             caches[name] = engine, filled(engine, ids, prompt, STEPS)
     for name, (engine, store) in caches.items():

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate import receptive_field
-from kvtool.calibrate.quantization import QuantizationOptions, everything
+from kvtool.calibrate.bit_options import QuantizationOptions
+from kvtool.calibrate.quantization import everything
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
 from kvtool.evaluate.protocol import kl_sum

@@ -17,7 +17,8 @@ from torch import Tensor
 from kvtool.calibrate import allocate
 from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect
 from kvtool.checkpoint import Checkpoint
-from kvtool.plan import LayerPlan, Plan, Policy, base_of, check_can_drop, provenance_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, Policy, base_of, check_can_drop, provenance_of
 
 Method = Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -29,7 +29,8 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Training, train
 from kvtool.errors import CalibrationError, UsageError
-from kvtool.plan import LayerPlan, Plan, Prefill, base_of, check_can_drop, provenance_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, Prefill, base_of, check_can_drop, provenance_of
 
 Method = Literal["ablation", "duo", "attention", "semantic", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)

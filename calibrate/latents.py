@@ -12,6 +12,7 @@ from few gradients do more harm on the next one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate.allocate import choose
-from kvtool.calibrate.projections import Report, text_windows
+from kvtool.calibrate.projections import Report
 from kvtool.calibrate.whole import WholeModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.kernels.quantise import BITS, fake_quantise
@@ -28,14 +29,22 @@ from kvtool.plan import Plan
 
 
 def harms(
-    checkpoint: Checkpoint, plan: Plan, data: str | None, tokens: int, seed: int, report: Report
+    checkpoint: Checkpoint,
+    plan: Plan,
+    windows: Tensor,
+    offsets: Sequence[int],
+    seed: int,
+    report: Report,
 ) -> list[Tensor]:
-    """Nats per prediction that each width of each number does, by layer `[R, widths]`, float64."""
-    windows, offsets = text_windows(checkpoint, data, tokens, seed)
+    """Nats per prediction that each width of each number does, by layer `[R, widths]`, float64.
+
+    Raises:
+        UsageError: The windows have no block.
+    """
     kept = latents_of(plan)
     first = kept[0]
     first.check_windows(windows.shape[1])
-    own = slice(first.sink, first.sink + first.group * _whole_blocks(windows.shape[1], first))
+    own = first.whole_blocks(windows.shape[1])
     sums = [torch.zeros(x.width, len(BITS), dtype=torch.float64) for x in kept]
     predictions = 0
     report("measuring", 0, len(windows))
@@ -46,10 +55,6 @@ def harms(
             total += _harm(y[0, 0, own], g[0, 0, own], first.group)
         report("measuring", done + 1, len(windows))
     return [total / predictions for total in sums]
-
-
-def _whole_blocks(tokens: int, plan: LatentPlan) -> int:
-    return (tokens - plan.sink) // plan.group
 
 
 def _harm(y: Tensor, g: Tensor, group: int) -> Tensor:

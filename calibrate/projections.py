@@ -46,7 +46,9 @@ from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
 from kvtool.factored import model_config
-from kvtool.plan import Base, LayerPlan, Plan, base_of, check_can_drop, provenance_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Base, Plan, base_of, check_can_drop, provenance_of
+from kvtool.slices import cut
 
 Method = Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -150,7 +152,7 @@ def calibrate_projections(
         allocation=allocation(options),
         tensors=tensors,
     )
-    return plan.cut(budget_bytes, options.context, itemsize)
+    return cut(plan, budget_bytes, options.context, itemsize)
 
 
 def allocation(options: ProjectionOptions) -> Allocation:

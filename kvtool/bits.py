@@ -85,6 +85,11 @@ class Blocks:
         """Blocks that are packed of a sequence of so many tokens."""
         return max(0, tokens - self.sink - self.window) // self.group
 
+    def whole_blocks(self, tokens: int) -> slice:
+        """The tokens of a text that lie in blocks, were it to go on."""
+        count = (tokens - self.sink) // self.group
+        return slice(self.sink, self.sink + self.group * count)
+
     def packed_at(self, block: int) -> int:
         """Position of the token with which a block is packed, before that token is read."""
         return self.sink + self.window + (block + 1) * self.group - 1

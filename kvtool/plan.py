@@ -13,9 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,11 @@ from kvtool import __version__, plan_file
 from kvtool.attention import describe
 from kvtool.bits import Bits, Tier
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import Allocation, CodePlan, code_shapes, fit_codes
+from kvtool.codes import Allocation, CodePlan, code_shapes
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.factored import is_factored, model_config
 from kvtool.latent_bits import LatentPlan
+from kvtool.layer_plan import LayerPlan, by_head
 from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
@@ -38,112 +38,6 @@ from kvtool.states import StatePlan
 
 _NEWER = ("rest", "key_balance", "value_balance", "rank", "kept")  # of bits, since version 5
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one layer keeps.
-
-    Layers that mean the same are equal: without a streaming head `sink` and `window` become 0, and
-    a `budget` without any number becomes `None`.
-
-    Attributes:
-        streaming: Per KV head, whether it keeps only the first `sink` tokens and the last `window`.
-        sink, window: In tokens; the window counts the current one. Both 0 where no head streams.
-        budget: Tokens of the prompt that each KV head keeps after it, chosen by the plan's policy;
-            `None` for a head that keeps everything, and for a streaming one.
-        bits: How the heads that keep everything pack it; None for the dtype of the model.
-        kept: What a layer without KV heads keeps instead; `streaming` is empty then.
-
-    Raises:
-        PlanError: The numbers are out of range or do not belong together.
-    """
-
-    streaming: tuple[bool, ...]
-    sink: int = 0
-    window: int = 0
-    budget: tuple[int | None, ...] | None = None
-    bits: Bits | None = None
-    kept: StatePlan | LatentPlan | None = None
-
-    def __post_init__(self) -> None:
-        if self.kept is not None and (self.streaming or self.bits is not None):
-            raise PlanError("a layer that keeps a state or a latent has no KV heads to plan")
-        for what, rows in _by_head(self.bits):
-            if len(rows) != len(self.streaming):
-                raise PlanError(f"{len(rows)} {what} of channels for {len(self.streaming)} heads")
-        if not any(self.streaming):
-            object.__setattr__(self, "sink", 0)
-            object.__setattr__(self, "window", 0)
-        elif self.sink < 0 or self.window < 1:
-            raise PlanError(
-                f"a head that streams with {self.sink} sinks and a window of {self.window} tokens "
-                "is impossible: the window holds at least the current token"
-            )
-        if self.budget is None:
-            return
-        if len(self.budget) != len(self.streaming):
-            raise PlanError(f"{len(self.budget)} budgets for {len(self.streaming)} heads")
-        for head, (streams, budget) in enumerate(zip(self.streaming, self.budget, strict=True)):
-            if budget is not None and streams:
-                raise PlanError(f"head {head} streams, so it cannot have a token budget too")
-            if budget is not None and budget < 1:
-                raise PlanError(f"head {head} has a budget of {budget} tokens; it must keep one")
-        if all(budget is None for budget in self.budget):
-            object.__setattr__(self, "budget", None)
-
-    @property
-    def plain(self) -> bool:
-        """Whether every head keeps everything as it is."""
-        packed = self.bits is not None or (self.kept is not None and self.kept.packed)
-        return self.budget is None and not packed and not any(self.streaming)
-
-    @property
-    def full_heads(self) -> list[int]:
-        """The heads that keep everything."""
-        pairs = enumerate(zip(self.streaming, self.budgets, strict=True))
-        return [head for head, (streams, budget) in pairs if not streams and budget is None]
-
-    @property
-    def budgets(self) -> tuple[int | None, ...]:
-        """One entry per head, also where `budget` is `None`."""
-        return self.budget or (None,) * len(self.streaming)
-
-    def tokens(self, prompt: int) -> int:
-        """Tokens that all heads together keep of a prompt; a ring counts whole even if unfilled."""
-        kept = 0
-        for streams, budget in zip(self.streaming, self.budgets, strict=True):
-            if streams:
-                kept += self.sink + self.window
-            else:
-                kept += prompt if budget is None else min(prompt, budget)
-        return kept
-
-    def cache_bytes(self, prompt: int, head_dim: int, itemsize: int) -> int:
-        """Bytes that the layer takes after a prompt, see :meth:`Plan.cache_bytes`."""
-        if self.kept is not None:
-            return self.kept.cache_bytes(prompt, itemsize)
-        exact, packed = self.tokens(prompt), 0
-        if self.bits is not None:
-            exact -= len(self.full_heads) * prompt
-            packed = len(self.full_heads) * self.bits.cache_bytes(prompt, head_dim, itemsize)
-        return 2 * itemsize * head_dim * exact + packed
-
-    def native_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        """Bytes that the layer takes without a plan."""
-        if self.kept is not None:
-            return self.kept.native_bytes(tokens, itemsize)
-        return 2 * itemsize * head_dim * len(self.streaming) * tokens
-
-    def token_bytes(self, head_dim: int, itemsize: int) -> Fraction:
-        """Bytes that every further token costs the layer: streaming heads overwrite."""
-        if self.kept is not None:
-            return self.kept.token_bytes()
-        exact, packed = self.streaming.count(False), Fraction(0)
-        if self.bits is not None:
-            exact -= len(self.full_heads)
-            packed = len(self.full_heads) * self.bits.token_bytes(head_dim)
-        return 2 * itemsize * head_dim * exact + packed
 
 
 @dataclass(frozen=True)
@@ -288,7 +182,7 @@ class Plan:
                 raise PlanError(
                     f"layer {index} keeps {layer.bits.kept} numbers of values of {base.head_dim}"
                 )
-            for what, rows in _by_head(layer.bits):
+            for what, rows in by_head(layer.bits):
                 for row in rows:
                     if len(row) != base.head_dim:
                         raise PlanError(
@@ -432,151 +326,6 @@ class Plan:
             return tuple(code for code in self.codes for _ in range(code.layers))
         return self.layers
 
-    # ------------------------------------------------------------------------------- slices
-
-    def stream_heads(self, count: int, sink: int, window: int) -> Plan:
-        """The plan whose `count` lowest-scored heads stream, and all others keep everything.
-
-        Among equal scores the earlier head, by layer, streams first. So the heads that stream for
-        one count also do for every larger one.
-
-        Raises:
-            PlanError: There are no scores, fewer heads than `count`, or token budgets, which were
-                made for the heads that are full now.
-        """
-        heads = self.base.all_heads
-        if self.scores is None:
-            raise PlanError("the plan has no scores, so its heads cannot be chosen anew")
-        if self.policy is not None:
-            raise PlanError(
-                "the plan has token budgets for the heads that are full now",
-                hint="Slice the plan that it was composed from, and compose again.",
-            )
-        if not 0 <= count <= heads:
-            raise PlanError(f"{count} heads cannot stream: the model has {heads}")
-        streaming = torch.zeros(heads, dtype=torch.bool)
-        streaming[self.scores.flatten().argsort(stable=True)[:count]] = True
-        layers = tuple(
-            LayerPlan(tuple(row), sink, window, bits=layer.bits, kept=layer.kept)
-            for row, layer in zip(
-                streaming.view(self.scores.shape).tolist(), self.layers, strict=True
-            )
-        )
-        return replace(self, layers=layers)
-
-    @property
-    def ring(self) -> tuple[int, int]:
-        """Sink and window of the heads that stream, or that the calibration had in mind.
-
-        Raises:
-            PlanError: That is not known, or not all heads stream with the same.
-        """
-        rings = {(layer.sink, layer.window) for layer in self.layers if any(layer.streaming)}
-        if not rings:
-            rings = {ring for item in self.provenance if (ring := _intended_ring(item))}
-        if len(rings) != 1:
-            why = "no head streams" if not rings else "heads stream with different windows"
-            raise PlanError(f"{why}, so what another streaming head would keep is unknown")
-        return rings.pop()
-
-    def cut(self, budget_bytes: int, context: int, itemsize: int) -> Plan:
-        """The plan with the fewest streaming heads, or the widest codes, that fits a budget.
-
-        Sinks and windows stay as they are.
-
-        Args:
-            budget_bytes: Largest :meth:`cache_bytes` of one sequence.
-            context: Tokens of that sequence.
-            itemsize: Bytes per number.
-
-        Raises:
-            PlanError: It does not fit even if all heads stream, or :meth:`stream_heads` refuses.
-        """
-        if self.codes:
-            return self._cut_codes(budget_bytes, context, itemsize)
-        sink, window = self.ring
-        heads, per_token = self.base.all_heads, 2 * itemsize * self.base.head_dim
-        saved = per_token * (context - sink - window)  # by each head that streams
-        native = self.native_bytes(context, itemsize)
-        if any(layer.bits is not None for layer in self.layers):
-            raise PlanError(
-                "the bits of the plan were chosen for the heads that are full now",
-                hint="Slice the plan of the heads, and calibrate the bits again with --plan.",
-            )
-        for count in range(heads + 1):
-            if native - count * saved <= budget_bytes:
-                return self.stream_heads(count, sink, window)
-        raise PlanError(
-            f"a budget of {budget_bytes} bytes at {context} tokens is too small: the model takes "
-            f"{native}, and {native - heads * saved} if every head keeps only the first {sink} "
-            f"and last {window} tokens"
-        )
-
-    def _cut_codes(self, budget_bytes: int, context: int, itemsize: int) -> Plan:
-        assert self.allocation is not None
-        spectra = [
-            [self.tensors[f"codes.{i}.{part}.spectrum"] for part in code.parts]
-            for i, code in enumerate(self.codes)
-        ]
-        codes = fit_codes(
-            self.codes, spectra, self.allocation, budget_bytes, context, self.base.channels,
-            itemsize,
-        )  # fmt: skip
-        return replace(self, codes=codes)
-
-    def compose(self, other: Plan) -> Plan:
-        """The heads of this plan with the token budgets of `other`, but for heads that stream.
-
-        How prompts are read is for the heads to say: budgeted heads read them densely anyway.
-
-        Raises:
-            PlanError: They are for different models, both choose heads or both have budgets, or
-                are in the wrong order.
-        """
-        if self.base != other.base:
-            raise PlanError(
-                f"one plan is for {self.base.source}, the other for {other.base.source}, "
-                "and these are different models"
-            )
-        if self.codes or other.codes:
-            raise PlanError("a plan with codes cannot be composed with another one yet")
-        if any(layer.kept is not None for layer in (*self.layers, *other.layers)):
-            raise PlanError(
-                "plans of latents and states are not composed",
-                hint="Give the first to the calibration of the second with --plan.",
-            )
-        if any(layer.bits is not None for layer in (*self.layers, *other.layers)):
-            raise PlanError(
-                "few bits come last, and are chosen for the heads that keep everything",
-                hint="Compose the other plans, and give the result to calibrate quantization.",
-            )
-        if other.streaming_heads and self.streaming_heads:
-            raise PlanError("both plans choose heads that stream")
-        if self.policy is not None and other.policy is not None:
-            raise PlanError("both plans have token budgets")
-        if other.streaming_heads or self.policy is not None:
-            raise PlanError(
-                "the plans are in the wrong order",
-                hint="First the one that chooses heads, then the one with token budgets.",
-            )
-        layers = tuple(
-            replace(
-                mine,
-                budget=tuple(
-                    None if streams else budget
-                    for streams, budget in zip(mine.streaming, theirs.budgets, strict=True)
-                ),
-            )
-            for mine, theirs in zip(self.layers, other.layers, strict=True)
-        )
-        budgets = any(layer.budget is not None for layer in layers)
-        return replace(
-            self,
-            layers=layers,
-            policy=other.policy if budgets else None,
-            provenance=self.provenance + other.provenance,
-        )
-
     def check_base(self, checkpoint: Checkpoint) -> None:
         """Raises PlanError if the plan belongs to another model than `checkpoint`."""
         found, base = base_of(checkpoint), self.base
@@ -592,18 +341,6 @@ class Plan:
             f"the plan was made for {base.source} and not for {found.source}: {what}",
             hint="Calibrate again for this model.",
         )
-
-
-def _by_head(bits: Bits | None) -> list[tuple[str, Sequence[Sequence[float]]]]:
-    """What bits say of every channel of every head, and its name."""
-    if bits is None:
-        return []
-    named = (
-        ("orders", bits.order),
-        ("balances", bits.key_balance),
-        ("balances", bits.value_balance),
-    )
-    return [(what, rows) for what, rows in named if rows is not None]
 
 
 # --------------------------------------------------------------------------------------- file
@@ -682,14 +419,3 @@ def _document(plan: Plan) -> dict[str, Any]:
                 kind = "latent" if isinstance(layer.kept, LatentPlan) else "state"
                 entry["kept"] = {"kind": kind, **asdict(layer.kept)}
     return document
-
-
-def _intended_ring(provenance: dict[str, Any]) -> tuple[int, int] | None:
-    """The sink and window that a calibration measured with, if it says so."""
-    options = provenance.get("options")
-    if not isinstance(options, dict):
-        return None
-    sink, window = options.get("sink"), options.get("window")
-    if isinstance(sink, int) and isinstance(window, int) and sink >= 0 and window >= 1:
-        return sink, window
-    return None

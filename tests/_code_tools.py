@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodeKind, CodePlan, code_shapes
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 
 SINK, WINDOW = 3, 7

@@ -21,7 +21,9 @@ from kvtool.calibrate.allocate import (
     uniform,
 )
 from kvtool.errors import CalibrationError, UsageError
-from kvtool.plan import Base, LayerPlan, Plan
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Base, Plan
+from kvtool.slices import stream_heads
 
 property_test = settings(derandomize=True, deadline=None, max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
@@ -373,7 +375,7 @@ def test_a_plan_streams_the_heads_that_the_threshold_names() -> None:
     full = (LayerPlan((False, False)),) * 3
     plan = Plan(Base("m", "f", "c", 3, 2, 16), full, scores=scores)
     for streaming in range(7):
-        planned = [layer.streaming for layer in plan.stream_heads(streaming, 4, 8).layers]
+        planned = [layer.streaming for layer in stream_heads(plan, streaming, 4, 8).layers]
         assert torch.equal(torch.tensor(planned), duo_threshold(scores, streaming))
 
 

@@ -14,8 +14,10 @@ from kvtool.calibrate import heads
 from kvtool.calibrate.duo import GatedModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
+from kvtool.slices import ring_of, stream_heads
 
 Tiny = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -62,7 +64,7 @@ def scored(model: Path, scores: list[float], output: Path, method: str = "duo") 
     provenance = ({"method": method},)
     table = torch.tensor(scores, dtype=torch.float32).view(LAYERS, HEADS)
     plan = Plan(base_of(Checkpoint.open(str(model))), full, provenance=provenance, scores=table)
-    plan.stream_heads(len(scores) // 2, SINK, WINDOW).write(output)
+    stream_heads(plan, len(scores) // 2, SINK, WINDOW).write(output)
     return output
 
 
@@ -90,9 +92,9 @@ def test_calibration_leaves_a_plan_that_can_be_shown(
 ) -> None:
     plan = Plan.read(entropy)
     assert plan.streaming_heads == 3, "half of them, where nothing else is asked for"
-    assert plan.ring == (SINK, WINDOW)
+    assert ring_of(plan) == (SINK, WINDOW)
     assert plan.scores is not None
-    assert plan.layers == plan.stream_heads(3, SINK, WINDOW).layers
+    assert plan.layers == stream_heads(plan, 3, SINK, WINDOW).layers
     plan.check_base(Checkpoint.open(str(tiny("llama"))))
     assert run_command(["plan", "show", str(entropy)]) == 0
     shown = capfd.readouterr().out
@@ -112,7 +114,7 @@ def test_json_is_one_object_that_says_what_the_plan_says(
     assert shown["provenance"] == list(plan.provenance)
     assert shown["bytes"] == plan.cache_bytes(512, 2) <= 0.55 * NATIVE * 512
     assert shown["native_bytes"] == NATIVE * 512
-    fewer = plan.stream_heads(shown["streaming_heads"] - 1, SINK, WINDOW)
+    fewer = stream_heads(plan, shown["streaming_heads"] - 1, SINK, WINDOW)
     assert fewer.cache_bytes(512, 2) > 0.55 * NATIVE * 512
     assert shown["seconds"] > 0
 

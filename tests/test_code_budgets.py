@@ -14,7 +14,9 @@ from torch import Tensor
 from kvtool.calibrate import palu
 from kvtool.codes import STEP, CodePlan, Fitted, Projection, code_shapes, fit_codes, share_budget
 from kvtool.errors import PlanError
-from kvtool.plan import Base, LayerPlan, Plan
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Base, Plan
+from kvtool.slices import cut
 
 Spectra = list[list[Tensor]]
 
@@ -141,7 +143,7 @@ def test_a_slice_of_a_plan_with_few_rows_takes_what_is_there():
     tensors = {name: torch.ones(shape) for name, shape in code_shapes(0, code, 8, rows).items()}
     base = Base("m", "f", "c", layers=1, kv_heads=1, head_dim=8)
     plan = Plan(base, (LayerPlan((False,)),), codes=(code,), allocation="even", tensors=tensors)
-    assert plan.cut(10**6, 1000, 2).codes[0].widths == (3, 3)
+    assert cut(plan, 10**6, 1000, 2).codes[0].widths == (3, 3)
 
 
 def test_palu_shares_ranks_in_proportion_to_importance():

@@ -35,8 +35,10 @@ from kvtool.corpus import calibration_text
 from kvtool.errors import PlanError, UsageError
 from kvtool.evaluate.protocol import cache_size
 from kvtool.kernels.quantise import fake_quantise
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
+from kvtool.slices import cut
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -375,10 +377,10 @@ def test_a_narrower_slice_of_a_tuned_plan_is_one_but_not_a_wider(llama):
     base = base_of(llama)
     budget = int(0.2 * base.native_bytes(400, 2))
     plan = calibrate_projections(llama, options, budget, 2)
-    narrow = plan.cut(budget * 9 // 10, 400, 2)
+    narrow = cut(plan, budget * 9 // 10, 400, 2)
     assert narrow.cache_bytes(400, 2) <= budget * 9 // 10
     assert narrow.codes[0].width < plan.codes[0].width
-    assert plan.cut(2 * budget, 400, 2).codes == plan.codes
+    assert cut(plan, 2 * budget, 400, 2).codes == plan.codes
     errors = plan.provenance[0]["reconstruction"]
     assert len(errors["before"]) == len(errors["after"]) == 2 * base.layers
     assert all(a <= b for a, b in zip(errors["after"], errors["before"], strict=True))

@@ -16,8 +16,10 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodePlan
 from kvtool.errors import PlanError
 from kvtool.evaluate.layers import prompt_length
-from kvtool.plan import LayerPlan, Plan
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan
 from kvtool.runtime import Engine
+from kvtool.slices import compose
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -275,7 +277,7 @@ def test_codes_without_their_tensors_are_refused(llama):
     with pytest.raises(PlanError, match=r"a tensor that no plan has: codes\.2"):
         replace(plan, tensors={**plan.tensors, "codes.2.keys.mean": tensor})
     with pytest.raises(PlanError, match="cannot be composed"):
-        plan.compose(plan)
+        compose(plan, plan)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from kvtool.evaluate.evaluation import Settings, conversion_cost, evaluate, mani
 from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
 from kvtool.evaluate.report import Gates, Report
 from kvtool.evaluate.retrieval import Recall
-from kvtool.plan import LayerPlan, Plan, Policy, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, Policy, base_of
 from kvtool.runtime import Engine
 
 SHORT = Settings(

@@ -17,7 +17,8 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
 from kvtool.evaluate import protocol
 from kvtool.evaluate.layers import Damage, comparable, layer_damage, prompt_length, separable
-from kvtool.plan import LayerPlan, Plan, Policy, Prefill, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, Policy, Prefill, base_of
 from kvtool.runtime import Engine, stores
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)

@@ -17,7 +17,8 @@ from kvtool.errors import UsageError
 from kvtool.evaluate.explain import BLOCKS, explain
 from kvtool.evaluate.pictures import LIGHT, style
 from kvtool.evaluate.spectra import code_pictures, spectra_panel
-from kvtool.plan import Base, LayerPlan, Plan
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Base, Plan
 
 Capture = pytest.CaptureFixture[str]
 BASE = Base("a $m$ & <b>", "f", "c", layers=5, kv_heads=2, head_dim=8)

@@ -24,6 +24,7 @@ from kvtool.codes import CodePlan, Fitted, Part, Projection, share_budget
 from kvtool.distill import Amount, Training, train
 from kvtool.errors import PlanError
 from kvtool.plan import Plan
+from kvtool.slices import cut
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -224,9 +225,9 @@ def test_distilled_plans_are_cut_to_smaller_sizes_only(llama):
     plan = calibrated(llama, train=Amount(tokens=2 * 512))
     assert plan.provenance[0]["steps"] == 2
     native = plan.native_bytes(200, 2)
-    small = plan.cut(int(0.4 * native), 200, 2)
+    small = cut(plan, int(0.4 * native), 200, 2)
     assert small.cache_bytes(200, 2) <= 0.4 * native < plan.cache_bytes(200, 2)
-    assert plan.cut(native, 200, 2).codes == plan.codes
+    assert cut(plan, native, 200, 2).codes == plan.codes
 
 
 def test_widths_are_drawn_along_the_budget(llama, model, past, monkeypatch):

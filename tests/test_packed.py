@@ -18,10 +18,12 @@ from kvtool.kernels.hadamard import hadamard
 from kvtool.kernels.low_rank import low_rank
 from kvtool.kernels.packed_attention import channel_scores, token_scores, value_sums
 from kvtool.kernels.quantise import BITS, dequantise, quantise
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.packed import PackedHeads, PagedPacked
+from kvtool.slices import compose
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -531,7 +533,7 @@ def test_plans_that_do_not_fit_are_refused(llama, tiny, tmp_path):
     with pytest.raises(PlanError, match="layer 0 keeps 17 numbers of values of 16"):
         replace(plan, layers=layers)
     with pytest.raises(PlanError, match="few bits come last"):
-        plan.compose(plan)
+        compose(plan, plan)
     sliding = Checkpoint.open(str(tiny("mistral", sliding_window=16)))
     with pytest.raises(UnsupportedModelError, match="few bits"):
         Engine.load(sliding, plan=packed(sliding))

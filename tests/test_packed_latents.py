@@ -10,13 +10,10 @@ from _convert_tools import one_thread, random_ids
 from torch import Tensor
 
 from kvtool.attention import rotate
+from kvtool.calibrate.bit_options import QuantizationOptions
 from kvtool.calibrate.felt import far_reads
 from kvtool.calibrate.latents import _harm
-from kvtool.calibrate.quantization import (
-    QuantizationOptions,
-    calibrate_quantization,
-    everything,
-)
+from kvtool.calibrate.quantization import calibrate_quantization, everything
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.calibrate.whole import WholeModel
@@ -28,7 +25,8 @@ from kvtool.evaluate.protocol import cache_size
 from kvtool.kernels.packed_attention import channel_sums
 from kvtool.kernels.quantise import BITS, dequantise, quantise
 from kvtool.latent_bits import LatentPlan
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.layers import LatentRuntimeAttention
 from kvtool.runtime.memory import RowMemory

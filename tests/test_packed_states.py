@@ -9,7 +9,8 @@ from _convert_tools import one_thread
 from _hybrid_tools import write_hybrid
 
 from kvtool.bits import Bits
-from kvtool.calibrate.quantization import QuantizationOptions, everything, with_states
+from kvtool.calibrate.bit_options import QuantizationOptions
+from kvtool.calibrate.quantization import everything, with_states
 from kvtool.calibrate.receptive_field import thresholds
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
@@ -23,6 +24,7 @@ from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.slices import compose
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -381,4 +383,4 @@ def test_bits_of_states_are_not_lost(hybrid):
     plain = everything(hybrid, base_of(hybrid), QuantizationOptions())
     assert {x.kept.bits for x in with_states(plain, None).layers if x.kept is not None} == {8}
     with pytest.raises(PlanError, match="not composed"):
-        plain.compose(few)
+        compose(plain, few)

@@ -14,7 +14,8 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.convert import conversion, planning
 from kvtool.errors import UsageError
 from kvtool.kernels.dispatch import VARIABLE
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.graphs import PagedMemory
 from kvtool.runtime.layers import FusedNorm

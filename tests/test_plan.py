@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodePlan, code_shapes
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
-from kvtool.plan import Base, LayerPlan, Plan, base_of, check_can_drop
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Base, Plan, base_of, check_can_drop
 from kvtool.plan_file import check_plan_output
 from kvtool.sizes import parse_budget, parse_share
+from kvtool.slices import compose, cut, ring_of, stream_heads
 
 Tiny = Callable[..., Path]
 BASE = Base("m", "f", "c", layers=3, kv_heads=2, head_dim=16)
@@ -111,8 +113,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def valid(file: Path) -> bytes:
     """The bytes of a plan that has everything."""
-    plan = replace(SCORED.stream_heads(2, 4, 8), layers=(FULL, *SCORED.layers[1:]))
-    plan = plan.compose(BUDGETS)
+    plan = replace(stream_heads(SCORED, 2, 4, 8), layers=(FULL, *SCORED.layers[1:]))
+    plan = compose(plan, BUDGETS)
     plan.write(file, overwrite=True)
     return file.read_bytes()
 
@@ -546,7 +548,7 @@ def test_the_lowest_scores_stream_and_slices_are_nested(plan: Plan) -> None:
     plan = replace(plan, policy=None, layers=tuple(replace(x, budget=None) for x in plan.layers))
     smaller: set[tuple[int, int]] = set()
     for count in range(plan.base.all_heads + 1):
-        sliced = plan.stream_heads(count, 4, 8)
+        sliced = stream_heads(plan, count, 4, 8)
         chosen = streaming(sliced)
         assert len(chosen) == sliced.streaming_heads == count
         assert smaller <= chosen
@@ -561,8 +563,8 @@ def test_the_lowest_scores_stream_and_slices_are_nested(plan: Plan) -> None:
 
 
 def test_among_equal_scores_the_earlier_head_streams_first() -> None:
-    assert streaming(SCORED.stream_heads(1, 4, 8)) == {(0, 1)}
-    assert streaming(SCORED.stream_heads(2, 4, 8)) == {(0, 1), (1, 0)}
+    assert streaming(stream_heads(SCORED, 1, 4, 8)) == {(0, 1)}
+    assert streaming(stream_heads(SCORED, 2, 4, 8)) == {(0, 1), (1, 0)}
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -575,34 +577,34 @@ def test_among_equal_scores_the_earlier_head_streams_first() -> None:
 def test_a_cut_fits_its_budget_and_one_streaming_head_less_would_not(
     like: int, off: int, context: int, count: int
 ) -> None:
-    plan = SCORED.stream_heads(count, 4, 8)
-    sizes = [plan.stream_heads(n, 4, 8).cache_bytes(context, 2) for n in range(7)]
+    plan = stream_heads(SCORED, count, 4, 8)
+    sizes = [stream_heads(plan, n, 4, 8).cache_bytes(context, 2) for n in range(7)]
     budget = sizes[like] + off
     fitting = [n for n, size in enumerate(sizes) if size <= budget]
     if not fitting:
         with pytest.raises(PlanError, match="too small"):
-            plan.cut(budget, context, 2)
+            cut(plan, budget, context, 2)
         return
-    cut = plan.cut(budget, context, 2)
-    assert cut.streaming_heads == min(fitting)
-    assert cut.cache_bytes(context, 2) == sizes[min(fitting)]
+    smaller = cut(plan, budget, context, 2)
+    assert smaller.streaming_heads == min(fitting)
+    assert smaller.cache_bytes(context, 2) == sizes[min(fitting)]
 
 
 def test_what_cannot_be_sliced_is_refused_with_the_reason() -> None:
     for plan, complaint in (
         (replace(SCORED, scores=None), "no scores"),
-        (SCORED.stream_heads(2, 4, 8).compose(BUDGETS), "token budgets"),
+        (compose(stream_heads(SCORED, 2, 4, 8), BUDGETS), "token budgets"),
     ):
         with pytest.raises(PlanError, match=complaint):
-            plan.stream_heads(1, 4, 8)
+            stream_heads(plan, 1, 4, 8)
     for count in (-1, 7):
         with pytest.raises(PlanError, match="6"):
-            SCORED.stream_heads(count, 4, 8)
+            stream_heads(SCORED, count, 4, 8)
     with pytest.raises(PlanError, match="no head streams"):
-        SCORED.cut(10**6, 4096, 2)
+        cut(SCORED, 10**6, 4096, 2)
     mixed = (LayerPlan((True, False), 4, 8), LayerPlan((True, False), 4, 9), FULL)
     with pytest.raises(PlanError, match="different windows"):
-        replace(SCORED, layers=mixed).cut(10**6, 4096, 2)
+        cut(replace(SCORED, layers=mixed), 10**6, 4096, 2)
 
 
 @pytest.mark.parametrize(
@@ -644,8 +646,8 @@ def test_a_plan_that_contradicts_itself_cannot_be_made(
 
 
 def test_composing_takes_heads_from_one_plan_and_budgets_from_the_other() -> None:
-    heads = SCORED.stream_heads(3, 4, 8)  # the second head of layer 0, the first of 1 and 2
-    both = heads.compose(BUDGETS)
+    heads = stream_heads(SCORED, 3, 4, 8)  # the second head of layer 0, the first of 1 and 2
+    both = compose(heads, BUDGETS)
     assert both.layers == (
         LayerPlan((False, True), 4, 8, (5, None)),
         LayerPlan((True, False), 4, 8),
@@ -654,45 +656,45 @@ def test_composing_takes_heads_from_one_plan_and_budgets_from_the_other() -> Non
     assert both.policy == "snapkv"
     assert both.provenance == heads.provenance + BUDGETS.provenance
     assert both.scores is heads.scores
-    assert heads.compose(replace(SCORED, scores=None)).layers == heads.layers
+    assert compose(heads, replace(SCORED, scores=None)).layers == heads.layers
 
 
 def test_the_heads_say_how_prompts_are_read() -> None:
-    streamed = replace(SCORED.stream_heads(3, 4, 8), prefill="streamed")
-    assert streamed.compose(BUDGETS).prefill == "streamed"
+    streamed = replace(stream_heads(SCORED, 3, 4, 8), prefill="streamed")
+    assert compose(streamed, BUDGETS).prefill == "streamed"
 
 
 def test_a_plan_without_streaming_heads_is_sliced_with_what_it_was_calibrated_for() -> None:
     measured = replace(SCORED, provenance=({"options": {"sink": 2, "window": 16}},))
-    assert measured.ring == (2, 16)
-    assert measured.stream_heads(3, *measured.ring).ring == (2, 16)
+    assert ring_of(measured) == (2, 16)
+    assert ring_of(stream_heads(measured, 3, *ring_of(measured))) == (2, 16)
     for options in (None, [], {"sink": "2", "window": 16}, {"sink": 2, "window": 0}):
         with pytest.raises(PlanError, match="no head streams"):
-            _ = replace(SCORED, provenance=({"options": options},)).ring
+            _ = ring_of(replace(SCORED, provenance=({"options": options},)))
 
 
 def test_a_policy_goes_with_the_last_budget() -> None:
-    everything = SCORED.stream_heads(6, 4, 8).compose(BUDGETS)
+    everything = compose(stream_heads(SCORED, 6, 4, 8), BUDGETS)
     assert everything.policy is None
     assert all(layer.budget is None for layer in everything.layers)
 
 
 def test_plans_that_do_not_belong_together_are_refused() -> None:
-    heads = SCORED.stream_heads(3, 4, 8)
+    heads = stream_heads(SCORED, 3, 4, 8)
     for one, other, complaint in (
         (heads, replace(BUDGETS, base=replace(BASE, fingerprint="g")), "different models"),
         (heads, heads, "both plans choose heads"),
         (BUDGETS, BUDGETS, "both plans have token budgets"),
-        (heads.compose(BUDGETS), heads, "both plans choose heads"),
-        (heads.compose(BUDGETS), BUDGETS, "both plans have token budgets"),
+        (compose(heads, BUDGETS), heads, "both plans choose heads"),
+        (compose(heads, BUDGETS), BUDGETS, "both plans have token budgets"),
         (BUDGETS, heads, "wrong order"),
         (SCORED, heads, "wrong order"),
         (BUDGETS, SCORED, "wrong order"),
     ):
         with pytest.raises(PlanError, match=complaint):
-            one.compose(other)
+            compose(one, other)
     renamed = replace(BUDGETS, base=replace(BASE, source="another name of the same model"))
-    assert heads.compose(renamed).base.source == "m"
+    assert compose(heads, renamed).base.source == "m"
 
 
 # ---------------------------------------------------------------------------------- the model

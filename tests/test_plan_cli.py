@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from kvtool.cli.plan import head_picture, plan_app
 from kvtool.errors import KvtoolError, PlanError, UsageError
-from kvtool.plan import Base, LayerPlan, Plan
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Base, Plan
+from kvtool.slices import compose, cut, stream_heads
 
 BASE = Base("m", "f", "c", layers=4, kv_heads=2, head_dim=16)
 FULL = LayerPlan((False, False))
@@ -25,7 +27,7 @@ app.add_typer(plan_app)
 def heads(tmp_path: Path) -> Path:
     scores = torch.arange(8, dtype=torch.float32).view(4, 2)
     plan = Plan(BASE, (FULL,) * 4, scores=scores, provenance=({"method": "duo", "seed": 3},))
-    plan.stream_heads(4, 16, 48).write(tmp_path / "heads.plan")
+    stream_heads(plan, 4, 16, 48).write(tmp_path / "heads.plan")
     return tmp_path / "heads.plan"
 
 
@@ -82,7 +84,7 @@ def test_a_slice_is_what_the_plan_itself_cuts(heads: Path, tmp_path: Path) -> No
     answer = run_json("slice", heads, "-o", output, "--kv-budget", "70%", "--context", "1000")
     assert answer["plan"] == str(output)
     assert answer["bytes"] <= 0.7 * answer["native_bytes"]
-    assert Plan.read(output).layers == plan.cut(7 * NATIVE * 100, 1000, 2).layers
+    assert Plan.read(output).layers == cut(plan, 7 * NATIVE * 100, 1000, 2).layers
     run(
         "slice",
         heads,
@@ -94,10 +96,10 @@ def test_a_slice_is_what_the_plan_itself_cuts(heads: Path, tmp_path: Path) -> No
         "1500",
         "--overwrite",
     )
-    assert Plan.read(output).layers == plan.cut(NATIVE * 1000, 1500, 2).layers
+    assert Plan.read(output).layers == cut(plan, NATIVE * 1000, 1500, 2).layers
     for text, count in (("75%", 6), ("5", 5), ("0", 0)):
         run("slice", heads, "-o", output, "--streaming-heads", text, "--overwrite")
-        assert Plan.read(output).layers == plan.stream_heads(count, 16, 48).layers
+        assert Plan.read(output).layers == stream_heads(plan, count, 16, 48).layers
 
 
 def test_slicing_back_gives_the_same_file(heads: Path, tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_composing_leaves_budgets_to_the_heads_that_do_not_stream(
     answer = run_json("compose", heads, budgets, "-o", output)
     assert (answer["policy"], answer["methods"]) == ("snapkv", ["duo", "ada"])
     assert [layer["budget"] for layer in answer["layers"]] == [None, None, [100, 200], [100, 200]]
-    assert Plan.read(output).layers == Plan.read(heads).compose(Plan.read(budgets)).layers
+    assert Plan.read(output).layers == compose(Plan.read(heads), Plan.read(budgets)).layers
     shown = run("show", output)
     assert "4 KV heads, 100 to 200 tokens, chosen by snapkv" in shown
     assert "0 ··▒▒" in shown

@@ -10,28 +10,23 @@ from _convert_tools import YARN, one_thread, random_ids
 
 from kvtool.bits import Bits, Tier, read_keys, read_values, turn
 from kvtool.calibrate.allocate import choose
+from kvtool.calibrate.bit_options import QuantizationOptions, parse_bits, parse_tiers
 from kvtool.calibrate.felt import END
+from kvtool.calibrate.head_bits import harms, offered
 from kvtool.calibrate.projections import (
     ProjectionOptions,
     calibrate_projections,
     text_windows,
 )
-from kvtool.calibrate.quantization import (
-    QuantizationOptions,
-    calibrate_quantization,
-    harms,
-    options_of,
-    parse_bits,
-    parse_tiers,
-    uniform,
-)
+from kvtool.calibrate.quantization import calibrate_quantization
 from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.codes import Positions
 from kvtool.errors import UsageError
 from kvtool.evaluate.protocol import kl_sum
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.packed import PackedHeads
 
@@ -147,14 +142,14 @@ def test_the_harm_is_what_the_model_loses(llama, read):
     options = QuantizationOptions(**SMALL, bits=(8, 8), read=read)
     windows, _ = text_windows(llama, None, 1024, 0)
     offsets = [0] * len(windows)
-    offered = options_of(uniform(options))
-    harm = harms(llama, dense(llama), offered, windows, offsets, options, lambda *_: None)
-    at = next(i for i, x in enumerate(offered) if x.keys == 8 and x.hadamard == "none")
+    choices = offered(options.everywhere())
+    harm = harms(llama, dense(llama), choices, windows, offsets, options.seed, lambda *_: None)
+    at = next(i for i, x in enumerate(choices) if x.keys == 8 and x.hadamard == "none")
     plan = dense(llama)
-    plan = replace(plan, layers=tuple(replace(x, bits=offered[at]) for x in plan.layers))
+    plan = replace(plan, layers=tuple(replace(x, bits=choices[at]) for x in plan.layers))
     lost = measured(llama, plan, windows)
     assert 0.5 * lost < float(harm[..., at].sum()) < 1.5 * lost
-    plain = [i for i, x in enumerate(offered) if x.hadamard == "none" and x.key_clip == 1]
+    plain = [i for i, x in enumerate(choices) if x.hadamard == "none" and x.key_clip == 1]
     widths = [float(harm[..., i].sum()) for i in plain]
     assert all(more > 2 * less for more, less in itertools.pairwise(widths))
 
@@ -172,13 +167,13 @@ def test_aware_spends_the_bytes_of_equal_bits_where_they_do_least_harm(llama):
 def test_two_bits_are_clipped_where_that_does_less_harm(llama):
     options = QuantizationOptions(**SMALL, bits=(2, 2))
     windows, offsets = text_windows(llama, None, 1024, 0)
-    offered = options_of(uniform(options))
-    asked = (llama, dense(llama), offered, windows, offsets, options, lambda *_: None)
+    choices = offered(options.everywhere())
+    asked = (llama, dense(llama), choices, windows, offsets, options.seed, lambda *_: None)
     harm = harms(*asked)
-    two = [i for i, x in enumerate(offered) if x.keys == 2]
+    two = [i for i, x in enumerate(choices) if x.keys == 2]
     plan = calibrated(llama, bits=(2, 2))
     for layer, (keys, values) in zip(plan.layers, harm, strict=True):
-        best = [offered[min(two, key=lambda i: float(part[i]))] for part in (keys, values)]
+        best = [choices[min(two, key=lambda i: float(part[i]))] for part in (keys, values)]
         assert layer.bits.key_clip == best[0].key_clip
         assert (layer.bits.value_clip, layer.bits.hadamard) == (
             best[1].value_clip, best[1].hadamard,

@@ -36,8 +36,10 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Training, train
 from kvtool.errors import CalibrationError, UnsupportedModelError, UsageError
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
+from kvtool.slices import stream_heads
 
 Tiny = Callable[..., Path]
 
@@ -634,7 +636,7 @@ def test_every_method_gives_a_plan_that_says_how_it_was_made(
     assert stored.base == base_of(checkpoint)
     assert plan.scores.shape == (3, 2)
     assert plan.streaming_heads == 0
-    assert plan.stream_heads(3, 4, 24).streaming_heads == 3
+    assert stream_heads(plan, 3, 4, 24).streaming_heads == 3
     (made,) = stored.provenance
     assert made["method"] == made["options"]["method"] == method
     assert made["options"]["window"] == 24

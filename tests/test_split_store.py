@@ -10,7 +10,8 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.convert import conversion, planning
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.evaluate import retrieval
-from kvtool.plan import LayerPlan, Plan, base_of
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.selection import keep, selector
 from kvtool.runtime.split import SplitAttention, SplitStore

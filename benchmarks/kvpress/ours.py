@@ -20,13 +20,14 @@ from kvtool.evaluate.retrieval import Case, Question
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan
 from kvtool.runtime import Engine
+from kvtool.slices import ring_of
 
 
 def name_of(plan: Plan) -> str:
     methods = "+".join(str(item["method"]) for item in plan.provenance)
     if not plan.streaming_heads:
         return f"kvtool {methods}, {plan.policy}"
-    sink, window = plan.ring
+    sink, window = ring_of(plan)
     heads = f"{plan.streaming_heads} of {plan.base.all_heads} heads stream"
     return f"kvtool {methods}, {heads}, {sink}+{window}"
 

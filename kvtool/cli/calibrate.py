@@ -133,7 +133,8 @@ def retrieval_heads(
     """Find the heads of MODEL that need the whole past; the others keep sinks and a window."""
     from kvtool.calibrate.heads import HeadOptions, calibrate_heads, check_options, memory_bytes
     from kvtool.checkpoint import Checkpoint
-    from kvtool.plan import LayerPlan, Plan, base_of
+    from kvtool.layer_plan import LayerPlan
+    from kvtool.plan import Plan, base_of
     from kvtool.plan_file import check_plan_output
 
     if kv_budget is not None and streaming_heads is not None:
@@ -233,14 +234,15 @@ class _Size:
     def apply(self, plan: Plan) -> Plan:
         """The plan with that many of its lowest-scored heads streaming."""
         from kvtool.sizes import parse_budget, parse_share
+        from kvtool.slices import cut, stream_heads
 
         heads = plan.base.all_heads
         if self.budget is None:
             count = parse_share(self.share or "", heads)
-            return plan.stream_heads(count, self.sink, self.window)
+            return stream_heads(plan, count, self.sink, self.window)
         allowed = parse_budget(self.budget, plan.native_bytes(self.context, _BF16))
-        streaming = plan.stream_heads(heads, self.sink, self.window)
-        return streaming.cut(allowed, self.context, _BF16)
+        streaming = stream_heads(plan, heads, self.sink, self.window)
+        return cut(streaming, allowed, self.context, _BF16)
 
 
 @calibrate_app.command("budgets")

@@ -121,6 +121,7 @@ def quantization(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Plan integers of few bits for keys and values of MODEL, or for the codes of a plan."""
+    from kvtool.calibrate import bit_options
     from kvtool.calibrate import quantization as method_of
     from kvtool.checkpoint import Checkpoint
     from kvtool.latent_bits import LatentPlan
@@ -129,16 +130,16 @@ def quantization(
     from kvtool.sizes import parse_budget, parse_share
     from kvtool.states import StatePlan
 
-    tiers = method in method_of.SALIENT
+    tiers = method in bit_options.SALIENT
     if bits is None:
         bits = "4/2" if tiers else "4"
     if method == "mustafar":
         sparsity = sparsity or "50%"
     if group is None:
         group = 128 if tiers else 64
-    of_heads, states = method_of.split_states(bits)
+    of_heads, states = bit_options.split_states(bits)
     # With S8 alone, heads are left as they are.
-    asked, rest = method_of.parse_tiers(of_heads if of_heads or states is None else "4")
+    asked, rest = bit_options.parse_tiers(of_heads if of_heads or states is None else "4")
     if (asked is None) != (kv_budget is not None):
         raise UsageError("--bits auto and --kv-budget come together: the one asks the other")
     if asked is None and method != "aware":
@@ -155,7 +156,7 @@ def quantization(
     start = _options.read_plan(plan, checkpoint)
     width = base.head_dim
     kivi = method == "kivi"
-    options = method_of.QuantizationOptions(
+    options = bit_options.QuantizationOptions(
         method,
         asked,
         group,

@@ -43,7 +43,8 @@ def receptive_field(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Plan which tokens the Mamba-2 heads of MODEL pass over behind the length they were taught."""
-    from kvtool.calibrate.quantization import QuantizationOptions, everything
+    from kvtool.calibrate.bit_options import QuantizationOptions
+    from kvtool.calibrate.quantization import everything
     from kvtool.calibrate.receptive_field import calibrate_receptive_field
     from kvtool.checkpoint import Checkpoint
     from kvtool.plan import base_of

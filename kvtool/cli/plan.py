@@ -16,7 +16,8 @@ from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
     from kvtool.bits import Bits
-    from kvtool.plan import LayerPlan, Plan
+    from kvtool.layer_plan import LayerPlan
+    from kvtool.plan import Plan
 
 FULL, STREAMING, BUDGETED = "█", "·", "▒"
 SHADES, QUARTERS = "·░▒█", ("lowest quarter", "second", "third", "highest")
@@ -60,6 +61,7 @@ def slice_(
 
     Nothing is calibrated again: scores and full spectra are in the file.
     """
+    from kvtool import slices
     from kvtool.plan import Plan
     from kvtool.sizes import parse_budget, parse_share
 
@@ -68,11 +70,11 @@ def slice_(
     source = Plan.read(plan)
     if kv_budget is not None:
         budget = parse_budget(kv_budget, source.native_bytes(context, _BF16))
-        sliced = source.cut(budget, context, _BF16)
+        sliced = slices.cut(source, budget, context, _BF16)
     else:
         assert streaming_heads is not None
         count = parse_share(streaming_heads, source.base.all_heads)
-        sliced = source.stream_heads(count, *source.ring)
+        sliced = slices.stream_heads(source, count, *slices.ring_of(source))
     sliced.write(output, overwrite=overwrite)
     emit_plan(sliced, output, context, json)
 
@@ -91,9 +93,10 @@ def compose(
     json: _options.Json = False,
 ) -> None:
     """Give the heads of HEADS that do not stream their token budgets from BUDGETS."""
+    from kvtool import slices
     from kvtool.plan import Plan
 
-    composed = Plan.read(heads).compose(Plan.read(budgets))
+    composed = slices.compose(Plan.read(heads), Plan.read(budgets))
     composed.write(output, overwrite=overwrite)
     emit_plan(composed, output, context, json)
 

@@ -21,7 +21,7 @@ import torch
 from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvtool.plan import LayerPlan
+    from kvtool.layer_plan import LayerPlan
     from kvtool.runtime import Engine
 
 PREFILL, CONTINUATION = 1536, 256

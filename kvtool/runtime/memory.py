@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from kvtool.latent_bits import LatentPlan
-from kvtool.plan import LayerPlan
+from kvtool.layer_plan import LayerPlan
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.stores import PAGE, whole_pages
 

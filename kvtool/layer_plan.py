@@ -1,0 +1,132 @@
+"""What one layer keeps of the past: all tokens of a head or some, as they are or in few bits; or,
+without KV heads, a state or a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from kvtool.bits import Bits
+from kvtool.errors import PlanError
+from kvtool.latent_bits import LatentPlan
+from kvtool.states import StatePlan
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer keeps.
+
+    Layers that mean the same are equal: without a streaming head `sink` and `window` become 0, and
+    a `budget` without any number becomes `None`.
+
+    Attributes:
+        streaming: Per KV head, whether it keeps only the first `sink` tokens and the last `window`.
+        sink, window: In tokens; the window counts the current one. Both 0 where no head streams.
+        budget: Tokens of the prompt that each KV head keeps after it, chosen by the plan's policy;
+            `None` for a head that keeps everything, and for a streaming one.
+        bits: How the heads that keep everything pack it; None for the dtype of the model.
+        kept: What a layer without KV heads keeps instead; `streaming` is empty then.
+
+    Raises:
+        PlanError: The numbers are out of range or do not belong together.
+    """
+
+    streaming: tuple[bool, ...]
+    sink: int = 0
+    window: int = 0
+    budget: tuple[int | None, ...] | None = None
+    bits: Bits | None = None
+    kept: StatePlan | LatentPlan | None = None
+
+    def __post_init__(self) -> None:
+        if self.kept is not None and (self.streaming or self.bits is not None):
+            raise PlanError("a layer that keeps a state or a latent has no KV heads to plan")
+        for what, rows in by_head(self.bits):
+            if len(rows) != len(self.streaming):
+                raise PlanError(f"{len(rows)} {what} of channels for {len(self.streaming)} heads")
+        if not any(self.streaming):
+            object.__setattr__(self, "sink", 0)
+            object.__setattr__(self, "window", 0)
+        elif self.sink < 0 or self.window < 1:
+            raise PlanError(
+                f"a head that streams with {self.sink} sinks and a window of {self.window} tokens "
+                "is impossible: the window holds at least the current token"
+            )
+        if self.budget is None:
+            return
+        if len(self.budget) != len(self.streaming):
+            raise PlanError(f"{len(self.budget)} budgets for {len(self.streaming)} heads")
+        for head, (streams, budget) in enumerate(zip(self.streaming, self.budget, strict=True)):
+            if budget is not None and streams:
+                raise PlanError(f"head {head} streams, so it cannot have a token budget too")
+            if budget is not None and budget < 1:
+                raise PlanError(f"head {head} has a budget of {budget} tokens; it must keep one")
+        if all(budget is None for budget in self.budget):
+            object.__setattr__(self, "budget", None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every head keeps everything as it is."""
+        packed = self.bits is not None or (self.kept is not None and self.kept.packed)
+        return self.budget is None and not packed and not any(self.streaming)
+
+    @property
+    def full_heads(self) -> list[int]:
+        """The heads that keep everything."""
+        pairs = enumerate(zip(self.streaming, self.budgets, strict=True))
+        return [head for head, (streams, budget) in pairs if not streams and budget is None]
+
+    @property
+    def budgets(self) -> tuple[int | None, ...]:
+        """One entry per head, also where `budget` is `None`."""
+        return self.budget or (None,) * len(self.streaming)
+
+    def tokens(self, prompt: int) -> int:
+        """Tokens that all heads together keep of a prompt; a ring counts whole even if unfilled."""
+        kept = 0
+        for streams, budget in zip(self.streaming, self.budgets, strict=True):
+            if streams:
+                kept += self.sink + self.window
+            else:
+                kept += prompt if budget is None else min(prompt, budget)
+        return kept
+
+    def cache_bytes(self, prompt: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that the layer takes after a prompt, see :meth:`Plan.cache_bytes`."""
+        if self.kept is not None:
+            return self.kept.cache_bytes(prompt, itemsize)
+        exact, packed = self.tokens(prompt), 0
+        if self.bits is not None:
+            exact -= len(self.full_heads) * prompt
+            packed = len(self.full_heads) * self.bits.cache_bytes(prompt, head_dim, itemsize)
+        return 2 * itemsize * head_dim * exact + packed
+
+    def native_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that the layer takes without a plan."""
+        if self.kept is not None:
+            return self.kept.native_bytes(tokens, itemsize)
+        return 2 * itemsize * head_dim * len(self.streaming) * tokens
+
+    def token_bytes(self, head_dim: int, itemsize: int) -> Fraction:
+        """Bytes that every further token costs the layer: streaming heads overwrite."""
+        if self.kept is not None:
+            return self.kept.token_bytes()
+        exact, packed = self.streaming.count(False), Fraction(0)
+        if self.bits is not None:
+            exact -= len(self.full_heads)
+            packed = len(self.full_heads) * self.bits.token_bytes(head_dim)
+        return 2 * itemsize * head_dim * exact + packed
+
+
+def by_head(bits: Bits | None) -> list[tuple[str, Sequence[Sequence[float]]]]:
+    """What bits say of every channel of every head, and its name."""
+    if bits is None:
+        return []
+    named = (
+        ("orders", bits.order),
+        ("balances", bits.key_balance),
+        ("balances", bits.value_balance),
+    )
+    return [(what, rows) for what, rows in named if rows is not None]

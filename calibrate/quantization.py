@@ -152,6 +152,8 @@ def plan_ahead(
     already = any(layer.bits is not None for layer in plan.layers)
     if already or any(code.bits is not None for code in plan.codes):
         raise UsageError("the plan of --plan has bits already", hint="Give the one it was made of.")
+    if any(layer.sparse is not None for layer in plan.layers):
+        raise UsageError("the plan of --plan reads sparsely, which few bits do not go with yet")
     options.check()
     first = options.everywhere()
     plan = with_states(plan, options.states)

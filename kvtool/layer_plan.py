@@ -11,6 +11,7 @@ from fractions import Fraction
 from kvtool.bits import Bits
 from kvtool.errors import PlanError
 from kvtool.latent_bits import LatentPlan
+from kvtool.sparse import SparseReading
 from kvtool.states import StatePlan
 
 
@@ -28,6 +29,7 @@ class LayerPlan:
             `None` for a head that keeps everything, and for a streaming one.
         bits: How the heads that keep everything pack it; None for the dtype of the model.
         kept: What a layer without KV heads keeps instead; `streaming` is empty then.
+        sparse: How few tokens a query reads of the heads that keep everything; None for all.
 
     Raises:
         PlanError: The numbers are out of range or do not belong together.
@@ -39,10 +41,13 @@ class LayerPlan:
     budget: tuple[int | None, ...] | None = None
     bits: Bits | None = None
     kept: StatePlan | LatentPlan | None = None
+    sparse: SparseReading | None = None
 
     def __post_init__(self) -> None:
         if self.kept is not None and (self.streaming or self.bits is not None):
             raise PlanError("a layer that keeps a state or a latent has no KV heads to plan")
+        if self.sparse is not None:
+            self._check_sparse()
         for what, rows in by_head(self.bits):
             if len(rows) != len(self.streaming):
                 raise PlanError(f"{len(rows)} {what} of channels for {len(self.streaming)} heads")
@@ -66,11 +71,21 @@ class LayerPlan:
         if all(budget is None for budget in self.budget):
             object.__setattr__(self, "budget", None)
 
+    def _check_sparse(self) -> None:
+        assert self.sparse is not None
+        if len(self.sparse.channels) != len(self.streaming):
+            raise PlanError(
+                f"label channels of {len(self.sparse.channels)} heads for {len(self.streaming)}"
+            )
+        if self.bits is not None or any(budget is not None for budget in self.budgets):
+            raise PlanError("heads with few bits or a token budget are not read sparsely")
+
     @property
     def plain(self) -> bool:
-        """Whether every head keeps everything as it is."""
+        """Whether every head keeps everything as it is, and reads it."""
         packed = self.bits is not None or (self.kept is not None and self.kept.packed)
-        return self.budget is None and not packed and not any(self.streaming)
+        some = any(self.streaming) or self.sparse is not None
+        return self.budget is None and not packed and not some
 
     @property
     def full_heads(self) -> list[int]:
@@ -102,6 +117,13 @@ class LayerPlan:
             exact -= len(self.full_heads) * prompt
             packed = len(self.full_heads) * self.bits.cache_bytes(prompt, head_dim, itemsize)
         return 2 * itemsize * head_dim * exact + packed
+
+    def unread_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """Bytes of what is kept of so many tokens that a query does not read."""
+        if self.sparse is None:
+            return 0
+        numbers = 2 * head_dim * tokens - self.sparse.read_numbers(tokens, head_dim)
+        return itemsize * numbers * len(self.full_heads)
 
     def native_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
         """Bytes that the layer takes without a plan."""

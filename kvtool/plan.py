@@ -34,6 +34,7 @@ from kvtool.layer_plan import LayerPlan, by_head
 from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
+from kvtool.sparse import SparseReading
 from kvtool.states import StatePlan
 
 _NEWER = ("rest", "key_balance", "value_balance", "rank", "kept")  # of bits, since version 5
@@ -188,6 +189,9 @@ class Plan:
                         raise PlanError(
                             f"layer {index} has {what} of {len(row)} channels of {base.head_dim}"
                         )
+            labels = () if layer.sparse is None else layer.sparse.channels
+            if (last := max((max(row) for row in labels), default=0)) >= base.head_dim:
+                raise PlanError(f"layer {index} has a label channel {last} of {base.head_dim}")
             if layer.kept is None and len(layer.streaming) != base.kv_heads:
                 raise PlanError(
                     f"layer {index} plans {len(layer.streaming)} KV heads of {base.kv_heads}"
@@ -303,6 +307,14 @@ class Plan:
         size = self.base.head_dim
         return sum(layer.cache_bytes(tokens, size, itemsize) for layer in self.layers)
 
+    def read_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of the cache of N `tokens` that a query reads: of a head that is read sparsely r N
+        numbers of keys, and keys and values of k tokens; of all others what is kept.
+        """
+        size = self.base.head_dim
+        unread = sum(layer.unread_bytes(tokens, size, itemsize) for layer in self.layers)
+        return self.cache_bytes(tokens, itemsize) - unread
+
     def native_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the cache of one sequence without a plan."""
         size = self.base.head_dim
@@ -383,7 +395,8 @@ def _layer(layer: LayerEntry) -> LayerPlan:
     if layer.kept is not None:
         kind = LatentPlan if isinstance(layer.kept, plan_file.LatentEntry) else StatePlan
         kept = kind(**layer.kept.model_dump(exclude={"kind"}))
-    return LayerPlan(streaming, sink, window, layer.budget, bits, kept)
+    sparse = None if layer.sparse is None else SparseReading(**layer.sparse.model_dump())
+    return LayerPlan(streaming, sink, window, layer.budget, bits, kept, sparse)
 
 
 def _document(plan: Plan) -> dict[str, Any]:
@@ -410,12 +423,17 @@ def _document(plan: Plan) -> dict[str, Any]:
                 entry["bits"] = asdict(layer.bits)
                 newer = {name: entry["bits"].pop(name) for name in _NEWER}
                 if used := {name: x for name, x in newer.items() if x}:
-                    document["format_version"] = plan_file.FORMAT_VERSION
+                    document["format_version"] = plan_file.KEPT_VERSION
                     entry["bits"] |= used
     if any(layer.kept is not None for layer in plan.layers):
-        document["format_version"] = plan_file.FORMAT_VERSION
+        document["format_version"] = plan_file.KEPT_VERSION
         for entry, layer in zip(document["layers"], plan.layers, strict=True):
             if layer.kept is not None:
                 kind = "latent" if isinstance(layer.kept, LatentPlan) else "state"
                 entry["kept"] = {"kind": kind, **asdict(layer.kept)}
+    if any(layer.sparse is not None for layer in plan.layers):
+        document["format_version"] = plan_file.FORMAT_VERSION
+        for entry, layer in zip(document["layers"], plan.layers, strict=True):
+            if layer.sparse is not None:
+                entry["sparse"] = asdict(layer.sparse)
     return document

@@ -21,9 +21,10 @@ from kvtool.bits import Axis, Turned
 from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 
-FORMAT_VERSION, BITS_VERSION, CODES_VERSION = 5, 4, 3
-"""5 knows layers without KV heads, and tiers, balances, factors and sparse values; 4 knows bits of
-heads, and 3 codes. A file is of the oldest version that knows what is in it, 1 at least."""
+FORMAT_VERSION, KEPT_VERSION, BITS_VERSION, CODES_VERSION = 6, 5, 4, 3
+"""6 knows heads that are read sparsely; 5 layers without KV heads, and tiers, balances, factors and
+sparse values; 4 bits of heads, and 3 codes. A file is of the oldest version that knows what is in
+it, 1 at least."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
@@ -114,6 +115,15 @@ class LatentEntry(_Strict):
     window: _Count
 
 
+class SparseEntry(_Strict):
+    """How few tokens of full heads a query reads."""
+
+    channels: tuple[tuple[_Count, ...], ...]
+    tokens: _Count
+    sink: _Count
+    window: _Count
+
+
 class LayerEntry(_Strict):
     """One layer."""
 
@@ -121,6 +131,7 @@ class LayerEntry(_Strict):
     budget: tuple[_Count | None, ...] | None
     bits: BitsEntry | None = None
     kept: Annotated[StateEntry | LatentEntry, Field(discriminator="kind")] | None = None
+    sparse: SparseEntry | None = None
 
 
 class CodeEntry(_Strict):

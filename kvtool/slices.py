@@ -36,7 +36,7 @@ def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
     streaming = torch.zeros(heads, dtype=torch.bool)
     streaming[plan.scores.flatten().argsort(stable=True)[:count]] = True
     layers = tuple(
-        LayerPlan(tuple(row), sink, window, bits=layer.bits, kept=layer.kept)
+        LayerPlan(tuple(row), sink, window, None, layer.bits, layer.kept, layer.sparse)
         for row, layer in zip(streaming.view(plan.scores.shape).tolist(), plan.layers, strict=True)
     )
     return replace(plan, layers=layers)
@@ -129,6 +129,11 @@ def compose(heads: Plan, budgets: Plan) -> Plan:
         raise PlanError(
             "few bits come last, and are chosen for the heads that keep everything",
             hint="Compose the other plans, and give the result to calibrate quantization.",
+        )
+    if any(layer.sparse is not None for layer in (*heads.layers, *budgets.layers)):
+        raise PlanError(
+            "label channels come last, and are for the heads that keep everything",
+            hint="Give the plan that says which heads stream to calibrate double-sparsity.",
         )
     if budgets.streaming_heads and heads.streaming_heads:
         raise PlanError("both plans choose heads that stream")

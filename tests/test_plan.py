@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
+from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodePlan, code_shapes
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
@@ -25,10 +26,14 @@ from kvtool.plan import Base, Plan, base_of, check_can_drop
 from kvtool.plan_file import check_plan_output
 from kvtool.sizes import parse_budget, parse_share
 from kvtool.slices import compose, cut, ring_of, stream_heads
+from kvtool.sparse import SparseReading
+from kvtool.states import StatePlan
 
 Tiny = Callable[..., Path]
 BASE = Base("m", "f", "c", layers=3, kv_heads=2, head_dim=16)
 FULL = LayerPlan((False, False))
+SPARSE = SparseReading(((3, 1), (0, 15)), 32)
+READ = replace(FULL, sparse=SPARSE)
 SCORES = torch.tensor([[0.5, 0.1], [0.1, 0.9], [0.2, 0.3]])
 SCORED = Plan(BASE, (FULL,) * 3, scores=SCORES, provenance=({"method": "duo", "seed": 0},))
 BUDGETS = Plan(
@@ -54,7 +59,11 @@ def plans(draw: st.DrawFn) -> Plan:
     for _ in range(layers):
         streaming = tuple(draw(st.lists(st.booleans(), min_size=heads, max_size=heads)))
         budget = tuple(None if s else draw(st.none() | tokens) for s in streaming)
-        planned.append(LayerPlan(streaming, draw(st.integers(0, 64)), draw(tokens), budget))
+        reading = None
+        if not any(budget) and draw(st.booleans()):
+            reading = SparseReading(((0,),) * heads, draw(st.integers(64, 2**20)), 8, 32)
+        sink, window = draw(st.integers(0, 64)), draw(tokens)
+        planned.append(LayerPlan(streaming, sink, window, budget, sparse=reading))
     scores = None
     if draw(st.booleans()):
         values = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -115,6 +124,8 @@ def valid(file: Path) -> bytes:
     """The bytes of a plan that has everything."""
     plan = replace(stream_heads(SCORED, 2, 4, 8), layers=(FULL, *SCORED.layers[1:]))
     plan = compose(plan, BUDGETS)
+    first, second, third = plan.layers
+    plan = replace(plan, layers=(first, replace(second, sparse=SPARSE), third))
     plan.write(file, overwrite=True)
     return file.read_bytes()
 
@@ -189,13 +200,15 @@ def test_codes_are_read_back_and_written_again_with_the_same_bytes(plan: Plan, f
     assert file.read_bytes() == written
 
 
-def test_only_a_plan_with_codes_needs_a_new_kvtool(tmp_path: Path) -> None:
-    for name, plan, version in (("heads", SCORED, 1), ("codes", coded_plan(), 3)):
+def test_only_a_plan_with_something_new_needs_a_new_kvtool(tmp_path: Path) -> None:
+    read = replace(SCORED, layers=(FULL, READ, FULL))
+    for name, plan, version in (("heads", SCORED, 1), ("codes", coded_plan(), 3), ("few", read, 6)):
         plan.write(tmp_path / name)
         header = header_of((tmp_path / name).read_bytes())
         document = json.loads(header["__metadata__"]["kvtool_plan"])
         assert document["format_version"] == version
         assert ("codes" in document) == (version == 3)
+        assert ["sparse" in layer for layer in document["layers"]] == [False, version == 6, False]
 
 
 def test_the_order_of_keys_does_not_change_the_file(tmp_path: Path) -> None:
@@ -209,6 +222,7 @@ def test_plans_that_mean_the_same_are_equal() -> None:
     assert LayerPlan((False,)).plain
     assert not LayerPlan((True,), 4, 8).plain
     assert not LayerPlan((False,), budget=(3,)).plain
+    assert not READ.plain
 
 
 def test_nothing_is_replaced_unless_asked_for_and_then_only_a_plan(tmp_path: Path) -> None:
@@ -349,7 +363,7 @@ def test_a_document_with_anything_anywhere_is_refused_or_works(
 @pytest.mark.parametrize(
     ("where", "value", "complaint"),
     [
-        ("format_version", "6", "newer kvtool"),
+        ("format_version", "7", "newer kvtool"),
         ("format_version", "2", "whose codes are not read"),
         ("format_version", "0", "no kvtool has written"),
         ("allocation", '"even"', "come together"),
@@ -615,11 +629,33 @@ def test_what_cannot_be_sliced_is_refused_with_the_reason() -> None:
         (((True,), 4, 8, (5,)), "streams"),
         (((False,), 0, 0, (0,)), "budget of 0"),
         (((False,), 0, 0, (1, 2)), "2 budgets"),
+        (((False,), 0, 0, None, None, None, SPARSE), "label channels of 2 heads for 1"),
+        (((False, True), 4, 8, (5, None), None, None, SPARSE), "not read sparsely"),
+        (((False,) * 2, 0, 0, None, Bits(4, 4), None, SPARSE), "not read sparsely"),
+        (((), 0, 0, None, None, StatePlan(1, 1, 1, 1, 1), SPARSE), "label channels of 2 heads"),
     ],
 )
 def test_a_layer_that_contradicts_itself_cannot_be_made(layer: Any, complaint: str) -> None:
     with pytest.raises(PlanError, match=complaint):
         LayerPlan(*layer)
+
+
+@pytest.mark.parametrize(
+    ("reading", "complaint"),
+    [
+        (((), 32), "at least one"),
+        ((((), ()), 32), "at least one"),
+        ((((1, 2), (3,)), 32), "as many label channels"),
+        ((((1, 2), (3, 3)), 32), "twice"),
+        ((((1,),), 0), "0 tokens are too few"),
+        ((((1,),), 19), "19 tokens are too few"),
+        ((((1,),), 19, -1), "-1 sinks"),
+        ((((1,),), 19, 4, 0), "window of 0"),
+    ],
+)
+def test_a_sparse_reading_out_of_range_cannot_be_made(reading: Any, complaint: str) -> None:
+    with pytest.raises(PlanError, match=complaint):
+        SparseReading(*reading)
 
 
 @pytest.mark.parametrize(
@@ -633,6 +669,7 @@ def test_a_layer_that_contradicts_itself_cannot_be_made(layer: Any, complaint: s
         ({"scores": SCORES.T}, r"\[2, 3\]"),
         ({"scores": SCORES / 0}, "finite"),
         ({"base": replace(BASE, head_dim=0)}, "size 0"),
+        ({"base": replace(BASE, head_dim=15), "layers": (READ,) * 3}, "label channel 15 of 15"),
     ],
 )
 def test_a_plan_that_contradicts_itself_cannot_be_made(
@@ -671,6 +708,20 @@ def test_a_plan_without_streaming_heads_is_sliced_with_what_it_was_calibrated_fo
     for options in (None, [], {"sink": "2", "window": 16}, {"sink": 2, "window": 0}):
         with pytest.raises(PlanError, match="no head streams"):
             _ = ring_of(replace(SCORED, provenance=({"options": options},)))
+
+
+def test_label_channels_stay_whatever_heads_stream_and_are_not_composed() -> None:
+    read = replace(SCORED, layers=(READ,) * 3)
+    sliced = stream_heads(read, 3, 4, 8)
+    assert [layer.sparse for layer in sliced.layers] == [SPARSE] * 3
+    assert sliced.streaming_heads == 3
+    assert [x.streaming for x in stream_heads(SCORED, 3, 4, 8).layers] == [
+        x.streaming for x in sliced.layers
+    ]
+    assert cut(sliced, sliced.cache_bytes(4096, 2), 4096, 2).layers == sliced.layers
+    for one, other in ((read, BUDGETS), (stream_heads(SCORED, 3, 4, 8), read)):
+        with pytest.raises(PlanError, match="label channels come last"):
+            compose(one, other)
 
 
 def test_a_policy_goes_with_the_last_budget() -> None:

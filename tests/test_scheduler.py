@@ -15,6 +15,7 @@ from test_coded_bits import coded as packed
 from test_packed import packed as few_bits
 from test_packed_latents import planned as packed_latents
 from test_packed_states import planned as packed_states
+from test_sparse_store import sparse
 from test_split_store import MIXED, SINK, WINDOW, make_plan
 
 from kvtool.checkpoint import Checkpoint
@@ -34,6 +35,7 @@ PLANS = (
     "packed codes",
     "two tiers",
     "gear",
+    "sparse",
 )
 KINDS = ("dense", "windowed", *PLANS, "mla", "kvtool-mla", "packed mla", "packed states")
 PIECE = 16
@@ -64,6 +66,8 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
             budgets = ((9, None), (5, 7), (None, None))
             plan = make_plan(checkpoint, nothing, budgets=budgets, policy="snapkv")
             return Engine.load(checkpoint, plan=plan)
+        if kind == "sparse":
+            return Engine.load(checkpoint, plan=sparse(checkpoint, streaming=MIXED))
         if kind == "coded":
             return Engine.load(checkpoint, plan=coded(checkpoint, "rotated", share=0.5))
         if kind == "shared codes":
@@ -181,7 +185,7 @@ def test_text_is_the_same_alone_and_in_any_batch(engine, kind, data):
 
 
 @pytest.mark.parametrize(
-    "kind", ["dense", "mla", "coded", "shared codes", "budgeted", "two tiers, streamed"]
+    "kind", ["dense", "mla", "coded", "shared codes", "budgeted", "two tiers, streamed", "sparse"]
 )
 def test_a_preempted_request_goes_on_from_the_same_bits(engine, kind):
     runtime = engine(kind)

@@ -100,11 +100,13 @@ class MaskedAttention(nn.Module):
 class Masked:
     """transformers' own model with nothing but the mask of its attention changed."""
 
+    attention = MaskedAttention
+
     def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
         self.model = checkpoint.load_transformers(torch.float32)
         rope = rope_of(checkpoint.hf_config())
         for i, layer in enumerate(decoder_layers(self.model)):
-            layer.self_attn = MaskedAttention(layer.self_attn, str(i), rope, plan, i)
+            layer.self_attn = self.attention(layer.self_attn, str(i), rope, plan, i)
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor, prompt: int) -> torch.Tensor:

@@ -164,6 +164,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
                 "budget": layer.budget,
                 "bits": None if layer.bits is None else _bits(layer.bits),
                 "kept": None if layer.kept is None else asdict(layer.kept),
+                "sparse": None if layer.sparse is None else asdict(layer.sparse),
             }
             for layer in plan.layers
         ],
@@ -173,6 +174,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
         "native_bytes_per_token": plan.native_bytes_per_token(_BF16),
         "context": context,
         "bytes": plan.cache_bytes(context, _BF16),
+        "bytes_read": plan.read_bytes(context, _BF16),
         "native_bytes": plan.native_bytes(context, _BF16),
         "provenance": plan.provenance,
     }
@@ -226,6 +228,25 @@ def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
 
 def _tiers(bits: dict[str, Any], part: str) -> str:
     return f"{bits[part]}/{bits['rest'][part]}" if bits["rest"] else f"{bits[part]}"
+
+
+def _describe_sparse(table: Table, layers: list[dict[str, Any]]) -> None:
+    """Rows for heads that keep everything and are read sparsely."""
+    sparse = [layer["sparse"] for layer in layers if layer["sparse"] is not None]
+    if not sparse:
+        return
+    labels = _spread([len(x["channels"][0]) for x in sparse])
+    tokens = _spread([x["tokens"] for x in sparse])
+    table.add_row("sparse reading", f"{len(sparse)} layers: {tokens} tokens, of all that are kept")
+    table.add_row("  chosen", f"by {labels} label channels of each key")
+    always = sorted({(x["sink"], x["window"]) for x in sparse})
+    each = ", ".join(f"the first {sink} and last {window} tokens" for sink, window in always)
+    table.add_row("  always", each)
+
+
+def _spread(numbers: list[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least} to {most}" if least < most else f"{least}"
 
 
 def _describe_latents(table: Table, latents: list[dict[str, Any]]) -> None:
@@ -304,6 +325,7 @@ def _facts(result: dict[str, Any]) -> Table:
         if result["kv_heads"]:
             _describe_heads(table, result)
         _describe_bits(table, result["layers"])
+        _describe_sparse(table, result["layers"])
         _describe_kept(table, result["layers"])
     native = result["native_bytes_per_token"]
     per_token = f"{result['bytes_per_token']:,} bytes per further token (native {native:,})"
@@ -313,4 +335,7 @@ def _facts(result: dict[str, Any]) -> Table:
         f"  at {result['context']:,} tokens",
         f"{decimal(size)} (native {decimal(native)}, {size / native:.1%})",
     )
+    if (read := result["bytes_read"]) < size:
+        share = f"{decimal(read)} of these by each new token ({read / size:.1%})"
+        table.add_row("  read", f"{share}: it saves reading, not memory")
     return table

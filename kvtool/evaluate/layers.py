@@ -86,10 +86,13 @@ def separable(engine: Engine) -> bool:
 
 
 def prompt_length(plan: Plan | None, least: int, most: int) -> int:
-    """Tokens of a prompt of which every head of a plan drops something: half, if `most` allows."""
+    """Tokens of a prompt of which every head of a plan drops something, or does not read it: half,
+    if `most` allows.
+    """
     kept = [0]
     for layer, ring in zip(plan.layers, plan.rings, strict=True) if plan is not None else ():
         kept += [ring.sink + ring.window, *(budget or 0 for budget in layer.budgets)]
+        kept.append(0 if layer.sparse is None else layer.sparse.tokens)
     return min(max(least, 2 * max(kept)), most)
 
 

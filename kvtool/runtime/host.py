@@ -36,6 +36,7 @@ from kvtool.runtime.layers import (
 from kvtool.runtime.packed import PackedAttention
 from kvtool.runtime.packed_latents import PackedLatentAttention
 from kvtool.runtime.recurrent import RuntimeMixer
+from kvtool.runtime.sparse import SparseAttention
 from kvtool.runtime.split import SplitAttention
 from kvtool.states import StatePlan
 
@@ -105,6 +106,8 @@ def swap_attention(
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
             elif plan.layers[i].bits is not None:
                 attention = PackedAttention(grouped, i, plan, exact)
+            elif plan.layers[i].sparse is not None:
+                attention = SparseAttention(grouped, i, inv_freq, rope.scale, plan)
             else:
                 attention = SplitAttention(grouped, i, inv_freq, rope.scale, plan)
         layer.self_attn = attention
@@ -179,6 +182,7 @@ def _check_plan(
         if layout.sliding_window is not None and (plan.codes or not kept.plain):
             raise UnsupportedModelError(
                 f"layer {i} of {checkpoint.source} has a sliding window of {layout.sliding_window} "
-                "tokens, so its heads cannot stream, have a token budget, few bits or a code",
+                "tokens, so its heads cannot stream, be read sparsely, or have a token budget, few "
+                "bits or a code",
                 hint="plan all heads of such layers as full",
             )

@@ -24,6 +24,7 @@ class RowMemory:
         self.layers: Sequence[LayerPlan] = () if engine.plan is None else engine.plan.layers
         self.latents = [x.kept for x in self.layers if isinstance(x.kept, LatentPlan)]
         self.head_dim = 0 if engine.plan is None else engine.plan.base.head_dim
+        self.itemsize = engine.dtype.itemsize
         self.least, large = (
             engine.new_cache(1, n).allocated_bytes - self._packed(n) for n in (PAGE, 2 * PAGE)
         )
@@ -90,6 +91,10 @@ class RowMemory:
         if read:
             dropped += sum(max(0, prompt - budget) for budget in self.budgets)
         return dropped / self.heads
+
+    def unread(self, tokens: int) -> int:
+        """Of `tokens` that are stored, what a step does not read."""
+        return sum(x.unread_bytes(tokens, self.head_dim, self.itemsize) for x in self.layers)
 
     def _planes(self, tokens: int) -> int:
         room = whole_pages(tokens)

@@ -372,7 +372,8 @@ class Scheduler:
         drawn = self._draw([rows[i] for i in new], logits if len(new) == len(rows) else logits[new])
         counters.decode_steps += 1
         counters.decode_seconds += perf_counter() - begin
-        counters.cache_bytes_read += sum(row.nbytes for row in rows)
+        unread = sum(self.memory.unread(row.length) for row in rows)
+        counters.cache_bytes_read += sum(row.nbytes for row in rows) - unread
         return drawn
 
     def _draw(self, rows: Sequence[_Row], logits: Tensor) -> list[Drawn]:

@@ -3,7 +3,8 @@
 A plan sorts the KV heads of a layer into three kinds. Once, when the model is loaded, they are put
 in this order, so that each kind is a view of queries, keys and values:
 
-* **full** heads keep every token, in planes that grow by whole pages;
+* **full** heads keep every token, in planes that grow by whole pages (and may read few of them:
+  `sparse.py`);
 * **streaming** heads keep the first `sink` tokens and the last `window`, in a ring that never
   grows (DuoAttention, arXiv 2410.10819, section 2.4);
 * **budgeted** heads keep the best tokens of the prompt, as many as their budget, and all that come

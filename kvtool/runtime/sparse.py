@@ -1,0 +1,99 @@
+"""Heads that keep every token and read few of them (`kvtool/sparse.py`).
+
+Their keys lie with the label channels first, in the order of each head, and queries come in the
+same order: q·k is a sum over channels and does not change. So the labels of all tokens are a view
+of the keys, and nothing is kept twice.
+
+A prompt is read densely. Each token behind it is read by itself, also where several come at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import GroupedQueryAttention
+from kvtool.kernels.sparse_reading import sparse_attention
+from kvtool.plan import Plan
+from kvtool.runtime.layers import Step
+from kvtool.runtime.pages import Pages
+from kvtool.runtime.split import FullHeads, NewTokens, SplitAttention
+from kvtool.runtime.stores import Store
+from kvtool.sparse import SparseReading
+
+
+class SparseHeads(FullHeads):
+    """Heads that keep every token and read few.
+
+    Args:
+        order: `[H, D]`, the channels of each head as they lie, labels first.
+    """
+
+    def __init__(
+        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
+        reading: SparseReading, order: Tensor,
+    ) -> None:  # fmt: skip
+        super().__init__(rows, heads, capacity, head_dim, like, scaling)
+        self.reading, self.order = reading, order
+
+    def add(self, new: NewTokens, step: Step) -> Tensor:
+        """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
+        q, k = self.ordered(new.q), self.ordered(new.k)
+        self.write(step.row, step.starts, {"keys": k, "values": new.v})
+        if step.prompt is not None:
+            return self.attend(q, step.row, step.lengths, self.scaling, None)
+        rows = range(len(q)) if step.row is None else [step.row]
+        parts = [
+            torch.stack([self.read(q[b, :, i], row, start + i + 1) for i in range(q.shape[2])], 1)
+            for b, (row, start) in enumerate(zip(rows, step.starts, strict=True))
+        ]
+        return torch.stack(parts)
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """Queries or keys `[B, Q or H, T, D]` with their channels as they lie."""
+        grouped: Tensor = x.unflatten(1, (len(self.order), -1))  # [B, H, g, T, D]
+        return grouped.gather(-1, self.order[:, None, None].expand(grouped.shape)).flatten(1, 2)
+
+    def read(self, q: Tensor, row: int, length: int) -> Tensor:
+        """What the last of so many tokens of a row reads, `[Q, D]`."""
+        reading = self.reading
+        if length <= reading.tokens:
+            return self.attend(q[None, :, None], row, [length], self.scaling, None)[0, :, 0]
+        keys, values = (plane[row] for plane in self.planes.values())
+        return sparse_attention(
+            q, keys, values, length, reading.labels, reading.tokens, reading.sink, reading.window,
+            self.scaling,
+        )  # fmt: skip
+
+    @staticmethod
+    def add_together(stores: Sequence[FullHeads], new: NewTokens, step: Step) -> Tensor:
+        return Store.add_together(stores, new, step)
+
+
+class SparseAttention(SplitAttention):
+    """Grouped-query attention whose full heads are read sparsely; the others are as in any split
+    store.
+    """
+
+    def __init__(
+        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float, plan: Plan
+    ) -> None:
+        super().__init__(stages, index, inv_freq, scale, plan)
+        assert self.layer.sparse is not None
+        self.reading = self.layer.sparse
+        orders = self.reading.orders(stages.layout.head_dim)
+        own = [orders[head] for head in self.full]
+        self.order = torch.tensor(own, device=stages.qkv.weight.device)
+
+    def new_full_heads(self, rows: int, capacity: int) -> SparseHeads:
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        return SparseHeads(
+            rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.reading,
+            self.order,
+        )  # fmt: skip
+
+    def new_paged_store(self, pages: Pages) -> None:
+        """There is none: no kernel reads pages by labels yet."""
+        return None

@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from kvtool.cli import _console, _options
+from kvtool.cli.calibrate_double_sparsity import double_sparsity
 from kvtool.cli.calibrate_explain import explain
 from kvtool.cli.calibrate_layers import layer_importance
 from kvtool.cli.calibrate_projections import projections
@@ -34,6 +35,7 @@ calibrate_app.command("statistics")(statistics)
 calibrate_app.command("projections")(projections)
 calibrate_app.command("quantization")(quantization)
 calibrate_app.command("receptive-field")(receptive_field)
+calibrate_app.command("double-sparsity")(double_sparsity)
 calibrate_app.command("explain")(explain)
 calibrate_app.command("layer-importance")(layer_importance)
 

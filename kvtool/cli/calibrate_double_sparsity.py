@@ -1,0 +1,85 @@
+"""``kvtool calibrate double-sparsity``: plan how few of the kept tokens a query reads."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from kvtool.cli import _console, _options
+from kvtool.cli.plan import emit_plan, planned_facts
+
+_METHOD = "Method"
+_BF16 = 2
+
+
+def double_sparsity(
+    model: _options.Model,
+    output: _options.Output,
+    channels: Annotated[
+        int,
+        typer.Option(
+            help="Channels of each key that are looked at to choose tokens.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = 16,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens that a new one reads, the first and the last ones included.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = 256,
+    plan: _options.PlanFile = None,
+    data: _options.Data = None,
+    seed: _options.Seed = 0,
+    overwrite: _options.Overwrite = False,
+    dry_run: _options.DryRun = False,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+    offline: _options.Offline = False,
+    revision: _options.Revision = None,
+    trust_remote_code: _options.TrustRemoteCode = False,
+) -> None:
+    """Plan which channels of keys tell MODEL the tokens to read: less is read, all is kept."""
+    from kvtool.calibrate.double_sparsity import calibrate_double_sparsity, plan_ahead
+    from kvtool.calibrate.statistics import StatisticsOptions, memory_bytes
+    from kvtool.calibrate.stream import LayerStream
+    from kvtool.checkpoint import Checkpoint
+    from kvtool.layer_plan import LayerPlan
+    from kvtool.plan import Plan, base_of, check_can_drop
+    from kvtool.plan_file import check_plan_output
+
+    check_plan_output(output, overwrite=overwrite)
+    checkpoint = Checkpoint.open(
+        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+    )
+    check_can_drop(checkpoint)
+    start = _options.read_plan(plan, checkpoint)
+    if start is None:
+        base = base_of(checkpoint)
+        start = Plan(base, (LayerPlan((False,) * base.kv_heads),) * base.layers)
+    ahead = plan_ahead(checkpoint, start, channels, tokens)
+    text, context = StatisticsOptions(data=data, seed=seed), _options.context_of(checkpoint, None)
+    if dry_run:
+        facts = {
+            "plan": str(output),
+            "model": checkpoint.source,
+            "channels": channels,
+            "tokens": tokens,
+            "context": context,
+            "bytes": ahead.cache_bytes(context, _BF16),
+            "bytes_read": ahead.read_bytes(context, _BF16),
+            "native_bytes": ahead.native_bytes(context, _BF16),
+            "memory_bytes": memory_bytes(LayerStream(checkpoint), text.tokens),
+            "dry_run": True,
+        }
+        _console.emit(facts, json, planned_facts("nothing written", facts))
+        return
+    with _console.progress(quiet) as report:
+        started = time.perf_counter()
+        made = calibrate_double_sparsity(checkpoint, start, channels, tokens, text, report=report)
+        seconds = time.perf_counter() - started
+    made.write(output, overwrite=overwrite)
+    emit_plan(made, output, context, json, {"seconds": seconds})

@@ -26,7 +26,6 @@ from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
-from kvtool.runtime.pages import Pages
 from kvtool.runtime.sparse import SparseAttention
 from kvtool.runtime.stores import PAGE
 from kvtool.sparse import SparseReading
@@ -225,11 +224,16 @@ def test_bytes_are_those_of_everything_and_fewer_are_read(loaded, streaming):
     assert cache_size(engine).bytes_per_token == full * 4 * 2 * 16
 
 
-def test_there_is_no_paged_store_so_other_machines_run_it_as_this_one_does(loaded):
+def test_where_kernels_run_on_pages_it_goes_on_without_them(loaded, monkeypatch):
     engine, _ = loaded()
     assert all(isinstance(attention, SparseAttention) for attention in engine.attentions)
-    pages = Pages(1, 1, 1, torch.device("cpu"))
-    assert engine.attentions[0].new_paged_store(pages) is None
+    ids = tokens(PROMPT + 10)
+    expected = prefill_and_decode(engine, ids, PROMPT)
+    monkeypatch.setenv("KVTOOL_KERNELS", "triton")
+    assert Engine.load(engine.checkpoint).paged
+    forced = Engine.load(engine.checkpoint, plan=engine.plan)
+    assert not forced.paged
+    same(prefill_and_decode(forced, ids, PROMPT), expected)
 
 
 def test_heads_of_a_layer_with_a_sliding_window_are_not_read_sparsely(tiny):

@@ -29,18 +29,22 @@ class SparseHeads(FullHeads):
 
     Args:
         order: `[H, D]`, the channels of each head as they lie, labels first.
+        group: Query heads of each.
     """
 
     def __init__(
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
-        reading: SparseReading, order: Tensor,
+        reading: SparseReading, order: Tensor, group: int,
     ) -> None:  # fmt: skip
         super().__init__(rows, heads, capacity, head_dim, like, scaling)
-        self.reading, self.order = reading, order
+        self.reading = reading
+        # A step is bound by the calls it makes: these are all that putting in order takes.
+        self.of_keys, self.of_queries = order[:, None], order.repeat_interleave(group, 0)[:, None]
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
-        q, k = self.ordered(new.q), self.ordered(new.k)
+        q = new.q.gather(-1, self.of_queries.expand(new.q.shape))
+        k = self.ordered(new.k)
         self.write(step.row, step.starts, {"keys": k, "values": new.v})
         if step.prompt is not None:
             return self.attend(q, step.row, step.lengths, self.scaling, None)
@@ -51,10 +55,9 @@ class SparseHeads(FullHeads):
         ]
         return torch.stack(parts)
 
-    def ordered(self, x: Tensor) -> Tensor:
-        """Queries or keys `[B, Q or H, T, D]` with their channels as they lie."""
-        grouped: Tensor = x.unflatten(1, (len(self.order), -1))  # [B, H, g, T, D]
-        return grouped.gather(-1, self.order[:, None, None].expand(grouped.shape)).flatten(1, 2)
+    def ordered(self, keys: Tensor) -> Tensor:
+        """Keys `[B, H, T, D]` with their channels as they lie."""
+        return keys.gather(-1, self.of_keys.expand(keys.shape))
 
     def read(self, q: Tensor, row: int, length: int) -> Tensor:
         """What the last of so many tokens of a row reads, `[Q, D]`."""
@@ -91,7 +94,7 @@ class SparseAttention(SplitAttention):
         layout, like = self.stages.layout, self.stages.qkv.weight
         return SparseHeads(
             rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.reading,
-            self.order,
+            self.order, layout.heads // layout.kv_heads,
         )  # fmt: skip
 
     def new_paged_store(self, pages: Pages) -> None:

@@ -26,6 +26,7 @@ from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
+from kvtool.runtime.scheduler import Request, Scheduler
 from kvtool.runtime.sparse import SparseAttention
 from kvtool.runtime.stores import PAGE
 from kvtool.sparse import SparseReading
@@ -222,6 +223,18 @@ def test_bytes_are_those_of_everything_and_fewer_are_read(loaded, streaming):
         assert plan.cache_bytes(length, 4) - memory.unread(length) == plan.read_bytes(length, 4)
     assert memory.holding(2 * PAGE, PAGE) == engine.new_cache(1, 2 * PAGE).allocated_bytes
     assert cache_size(engine).bytes_per_token == full * 4 * 2 * 16
+
+
+def test_what_is_counted_as_read_is_what_a_step_reads(loaded):
+    engine, _ = loaded()
+    scheduler = Scheduler(Engine.load(engine.checkpoint, plan=engine.plan), 2**30)
+    scheduler.add(Request(tokens(PROMPT).tolist(), 3, ignore_eos=True))
+    while not scheduler.idle:
+        scheduler.step()
+    plan, lengths = engine.plan, (PROMPT + 1, PROMPT + 2)
+    unread = sum(plan.cache_bytes(n, 4) - plan.read_bytes(n, 4) for n in lengths)
+    assert unread > 0
+    assert scheduler.counters.cache_bytes_read == 2 * plan.cache_bytes(PAGE, 4) - unread
 
 
 def test_where_kernels_run_on_pages_it_goes_on_without_them(loaded, monkeypatch):

@@ -69,7 +69,8 @@ class Speed:
         transformers: The original in transformers' `generate`.
         dense: The original in our runtime, where that was asked for.
         decode_ratio: Decode tokens/s of ours over transformers'.
-        floor_seconds: Weights and cache read once, at the measured bandwidth.
+        cache_bytes: Of the cache, what a step has to read.
+        floor_seconds: Weights and these bytes read once, at the measured bandwidth.
         share_of_floor: floor_seconds / step_seconds of ours; 1 is as fast as memory allows.
     """
 
@@ -357,7 +358,7 @@ def _prompts(vocabulary: int, batch: int, context: int) -> list[list[int]]:
 
 def _cache_bytes(engine: Engine, store: CacheSize, tokens: float) -> float:
     if engine.plan is not None:  # what token budgets keep is not in proportion to the length
-        return engine.plan.cache_bytes(round(tokens), engine.dtype.itemsize)
+        return engine.plan.read_bytes(round(tokens), engine.dtype.itemsize)
     return store.constant_bytes + store.bytes_per_token * tokens
 
 

@@ -143,6 +143,10 @@ def test_the_command_writes_a_plan_that_is_shown_sliced_and_run(llama, tmp_path,
     capsys.readouterr()
     generate = ["generate", llama.source, "some text " * 30, "--plan", str(tmp_path / "s")]
     assert run_command([*generate, "--max-new-tokens", "4", "--json", "-q"]) == 0
+    evaluate = ["evaluate", llama.source, "--plan", str(path), "--windows", "1", "--length", "96"]
+    capsys.readouterr()
+    assert run_command([*evaluate, "--no-speed", "--no-layers", "--no-chat-prompts", "-q"]) == 0
+    assert "tokens that a new one reads (all are kept)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,10 @@ class Report:
                 table.add_row(f"KV heads that stream (prompts are {how})", "0", heads, ABSENT)
             if (policy := self.plan["policy"]) is not None:
                 table.add_row("tokens of a prompt chosen by", ABSENT, policy, ABSENT)
+            read = {x["sparse"]["tokens"] for x in self.plan["layers"] if x["sparse"] is not None}
+            if read:
+                most = ", ".join(map(str, sorted(read)))
+                table.add_row("tokens that a new one reads (all are kept)", "all", most, ABSENT)
         self._add_cache(table)
         self._add_divergence(table)
         for recall in self.retrieval:

@@ -58,7 +58,7 @@ def calibrate_double_sparsity(
     layers = range(len(plan.layers))
     orders = [label_orders(statistics.layer(index), plan.base.kv_heads) for index in layers]
     made = labelled(plan, [order[:, :channels] for order in orders], tokens)
-    asked = {"channels": channels, "tokens": tokens, "data": text.data, "seed": text.seed}
+    asked = {"channels": channels, "tokens_read": tokens, "data": text.data, "seed": text.seed}
     corpus = str(statistics.metadata["corpus"])
     said = provenance_of("double-sparsity", asked, corpus, statistics.tokens)
     return replace(made, provenance=(*plan.provenance, said))
@@ -96,13 +96,13 @@ def check_options(checkpoint: Checkpoint, plan: Plan, channels: int, tokens: int
     least = SparseReading.sink + SparseReading.window
     if tokens < least:
         raise UsageError(
-            f"--tokens {tokens} is not possible: the first {SparseReading.sink} and the last "
+            f"--tokens-read {tokens} is not possible: the first {SparseReading.sink} and the last "
             f"{SparseReading.window} are always read"
         )
     if tokens >= positions:
         raise UsageError(
-            f"--tokens {tokens} are all that {checkpoint.source} has positions for, so nothing "
-            "would be read sparsely"
+            f"--tokens-read {tokens} are all that {checkpoint.source} has positions for, so none "
+            "would be left out"
         )
     if plan.codes or any(layer.bits or layer.kept or layer.budget for layer in plan.layers):
         raise UsageError(

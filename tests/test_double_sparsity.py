@@ -102,7 +102,7 @@ def test_a_plan_says_what_it_was_made_of(llama):
     made = calibrate_double_sparsity(llama, everything(llama), 4, 20, TEXT)
     said = made.provenance[-1]
     assert said["method"] == "double-sparsity"
-    assert said["options"] == {"channels": 4, "tokens": 20, "data": None, "seed": 0}
+    assert said["options"] == {"channels": 4, "tokens_read": 20, "data": None, "seed": 0}
     assert said["tokens"] == 2048
 
 
@@ -118,7 +118,16 @@ def test_the_command_writes_a_plan_that_is_shown_sliced_and_run(llama, tmp_path,
     heads = LayerPlan((True, False), 2, 8)
     scores = torch.arange(6.0).view(3, 2)
     Plan(base, (heads,) * 3, scores=scores).write(tmp_path / "heads")
-    words = ["--channels", "6", "--tokens", "30", "--plan", str(tmp_path / "heads"), "--json", "-q"]
+    words = [
+        "--channels",
+        "6",
+        "--tokens-read",
+        "30",
+        "--plan",
+        str(tmp_path / "heads"),
+        "--json",
+        "-q",
+    ]
     assert command(llama.source, path, *words, "--dry-run") == 0
     ahead = json.loads(capsys.readouterr().out)
     assert not path.exists()
@@ -154,8 +163,10 @@ def test_the_command_writes_a_plan_that_is_shown_sliced_and_run(llama, tmp_path,
     [
         (["--channels", "0"], 2, "--channels 0 is not possible: a head has 1 to 16"),
         (["--channels", "17"], 2, "--channels 17 is not possible"),
-        (["--tokens", "0"], 2, "--tokens 0 is not possible: the first 4 and the last 16"),
-        (["--tokens", "512"], 2, "are all that"),
+        (["--tokens-read", "0"], 2, "--tokens-read 0 is not possible: the first 4 and the last 16"),
+        (["--tokens-read", "512"], 2, "are all that"),
+        (["--tokens", "0"], 2, "greater than or equal to 1"),
+        (["--tokens", "256"], 2, "256"),
         (["--plan", "nowhere"], 3, "no such file"),
         (["--data", "nowhere.txt"], 2, "nowhere.txt"),
     ],
@@ -179,7 +190,7 @@ def test_plans_that_leave_nothing_to_read_sparsely_are_refused(llama, tmp_path, 
         )
     ):
         plan.write(tmp_path / str(number))
-        words = ["--tokens", "30", "--plan", str(tmp_path / str(number)), "-q"]
+        words = ["--tokens-read", "30", "--plan", str(tmp_path / str(number)), "-q"]
         assert command(llama.source, tmp_path / "p", *words) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     labelled(plain, [torch.arange(4).expand(2, -1)] * 3, 30).write(tmp_path / "labels")

@@ -24,7 +24,7 @@ def double_sparsity(
             rich_help_panel=_METHOD,
         ),
     ] = 16,
-    tokens: Annotated[
+    tokens_read: Annotated[
         int,
         typer.Option(
             help="Tokens that a new one reads, the first and the last ones included.",
@@ -33,6 +33,7 @@ def double_sparsity(
     ] = 256,
     plan: _options.PlanFile = None,
     data: _options.Data = None,
+    tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
     overwrite: _options.Overwrite = False,
     dry_run: _options.DryRun = False,
@@ -60,14 +61,15 @@ def double_sparsity(
     if start is None:
         base = base_of(checkpoint)
         start = Plan(base, (LayerPlan((False,) * base.kv_heads),) * base.layers)
-    ahead = plan_ahead(checkpoint, start, channels, tokens)
-    text, context = StatisticsOptions(data=data, seed=seed), _options.context_of(checkpoint, None)
+    ahead = plan_ahead(checkpoint, start, channels, tokens_read)
+    text = StatisticsOptions(data=data, tokens=tokens, seed=seed)
+    context = _options.context_of(checkpoint, None)
     if dry_run:
         facts = {
             "plan": str(output),
             "model": checkpoint.source,
             "channels": channels,
-            "tokens": tokens,
+            "tokens_read": tokens_read,
             "context": context,
             "bytes": ahead.cache_bytes(context, _BF16),
             "bytes_read": ahead.read_bytes(context, _BF16),
@@ -79,7 +81,9 @@ def double_sparsity(
         return
     with _console.progress(quiet) as report:
         started = time.perf_counter()
-        made = calibrate_double_sparsity(checkpoint, start, channels, tokens, text, report=report)
+        made = calibrate_double_sparsity(
+            checkpoint, start, channels, tokens_read, text, report=report
+        )
         seconds = time.perf_counter() - started
     made.write(output, overwrite=overwrite)
     emit_plan(made, output, context, json, {"seconds": seconds})

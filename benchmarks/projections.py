@@ -39,7 +39,10 @@ from kvtool.runtime import Engine
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.coded import Tokens
 from kvtool.runtime.layers import Step
+from kvtool.runtime.packed import PackedHeads
+from kvtool.runtime.sparse import SparseHeads
 from kvtool.runtime.split import SplitStore
+from kvtool.runtime.stores import DenseStore
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
 PREFILL, CONTINUATION, WINDOWS = 1536, 256, 6
@@ -79,10 +82,18 @@ def filled(engine: Engine, ids: Tensor, prompt: KVCache, room: int) -> KVCache:
     cos, sin = engine.tables(at[None])[0]
     for dense, store, attention in zip(prompt.stores, cache.stores, engine.attentions, strict=True):
         k, v = (dense.planes[name][:, :, :length] for name in ("keys", "values"))
+        if isinstance(store, DenseStore):
+            store.write(0, [0], {"keys": k, "values": v})
+            continue
         if isinstance(store, SplitStore):
             heads = range(k.shape[1])
             rings = [head for head in heads if attention.layer.streaming[head]]
-            store.full.end_prompt(0, k[0, attention.full], v[0, attention.full])
+            own, full = [x[:, attention.full] for x in (k, v)], store.full
+            if isinstance(full, PackedHeads):
+                full.end_prompt(0, own[0][0], own[1][0])
+            elif attention.full:
+                keys = full.ordered(own[0]) if isinstance(full, SparseHeads) else own[0]
+                full.write(0, [0], {"keys": keys, "values": own[1]})
             if store.streaming:
                 store.streaming.keep_last(0, 0, k[0, rings], v[0, rings])
             continue

@@ -43,8 +43,8 @@ def choose(
     Returns:
         `[H, k]` int64, in no order.
     """
-    asked = (q[:, :labels] * scaling).unflatten(0, (keys.shape[0], -1))  # [H, Q/H, r]
-    scores = torch.matmul(asked, keys[:, :length, :labels].mT)  # a view: rows are D apart
+    asked = (q[:, :labels] * scaling).view(keys.shape[0], -1, labels)  # [H, Q/H, r]
+    scores = torch.bmm(asked, keys[:, :length, :labels].mT)  # a view: rows are D apart
     shares = scores.softmax(dim=-1, dtype=torch.float32).sum(dim=1)  # [H, n]
     shares[:, :sink] = torch.inf
     shares[:, length - window :] = torch.inf
@@ -76,9 +76,10 @@ def sparse_attention(
     """
     chosen = choose(q, keys, length, labels, tokens, sink, window, scaling)
     heads, capacity = keys.shape[:2]
-    rows = chosen + capacity * torch.arange(heads, device=q.device)[:, None]
+    first = torch.arange(0, heads * capacity, capacity, device=q.device)
+    rows = (chosen + first[:, None]).view(-1)
     k, v = (
-        x.flatten(0, 1).index_select(0, rows.flatten()).view(1, heads, tokens, -1)
+        x.view(heads * capacity, -1).index_select(0, rows).view(1, heads, tokens, -1)
         for x in (keys, values)
     )
     return decode_attention(q[None], k, v, [tokens], scaling)[0]

@@ -387,6 +387,8 @@ class SplitStore(Store):
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
+        if len(self.parts) == 1:
+            return self.full.add(new, step)
         contexts = [
             part.add(heads, step)
             for part, count, heads in zip(

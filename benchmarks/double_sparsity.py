@@ -267,6 +267,18 @@ def _sparse(q: Tensor, caches: Iterator[Tensor], length: int, labels: int) -> Te
     return sparse_attention(q, k, v, length, labels, 256, SINK, WINDOW, q.shape[1] ** -0.5)
 
 
+def _labels(q: Tensor, caches: Iterator[Tensor], labels: int) -> Tensor:
+    """Their product as it is: rows lie as far apart as whole keys."""
+    keys = next(caches)[0]
+    return torch.bmm(q[:, :labels].view(len(keys), -1, labels), keys[..., :labels].mT)
+
+
+def _labels_in_a_plane(q: Tensor, planes: Iterator[Tensor], labels: int) -> Tensor:
+    """And as it would be if labels lay behind each other."""
+    plane = next(planes)
+    return torch.bmm(q[:, :labels].view(len(plane), -1, labels), plane.mT)
+
+
 @torch.inference_mode()
 def attention_alone() -> list[dict[str, Any]]:
     """One layer's attention of a new token, from caches that are in no cache of the processor."""
@@ -276,9 +288,12 @@ def attention_alone() -> list[dict[str, Any]]:
             copies = max(2, 2**28 // (8 * heads * width * length))
             caches = cycle(torch.randn(copies, 2, heads, length, width))
             q, labels = torch.randn(queries, width), width // 4
+            plane = cycle(torch.randn(8 * copies, heads, length, labels))
             steps = {
                 "dense": partial(_dense, q, caches, length),
                 "sparse": partial(_sparse, q, caches, length, labels),
+                "labels": partial(_labels, q, caches, labels),
+                "labels_in_a_plane": partial(_labels_in_a_plane, q, plane, labels),
             }
             taken = medians(steps)
             row = {"shape": shape, "context": length, "labels": labels, "tokens": 256}

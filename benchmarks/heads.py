@@ -107,7 +107,7 @@ def main() -> None:
     checkpoint = Checkpoint.open(arguments.model)
     tokenizer = checkpoint.tokenizer()
     plans = [Plan.read(path) for path in arguments.plans]
-    window = Window(*plans[0].ring)
+    window = Window(*ring_of(plans[0]))
     model = TailModel(LayerStream(checkpoint))
     corpus = evaluation_text()
     asked = questions(model, tokenizer, corpus.documents)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate.allocate import choose
-from kvtool.calibrate.felt import far_reads, joined
+from kvtool.calibrate.far_reads import WholeModel
+from kvtool.calibrate.felt import joined
 from kvtool.calibrate.levelled import levelled_rows
 from kvtool.calibrate.projections import Report
-from kvtool.calibrate.stream import LayerStream
-from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Fitted, Part, Projection
 from kvtool.kernels.quantise import BITS, fake_quantise
@@ -36,25 +35,21 @@ def harms(
     """Nats per prediction that all numbers of a code do with so many bits, `[codes, widths]`,
     float64; and the codes, levelled by the first window.
     """
-    model = TailModel(LayerStream(checkpoint))
+    model = WholeModel(checkpoint)
     ring = plan.codes[0].sink, plan.codes[0].window
     fitted = [_fitted(plan, index) for index in range(len(plan.codes))]
     levels: list[dict[Part, Fitted]] = []
     harm = torch.zeros(len(plan.codes), len(BITS), dtype=torch.float64)
     predictions = 0
     report("measuring", 0, len(windows))
-    reads = far_reads(model, windows, offsets, ring, seed)
-    for done, (seen, felt, count) in enumerate(reads):
-        predictions += count
+    for done, read in enumerate(model.far_reads(windows, offsets, ring, seed)):
+        predictions += read.predictions
         first = 0
         for index, code in enumerate(plan.codes):
             own = slice(first, first + code.layers)
             first += code.layers
-            scale = model.rope.scale**-2
-            y, g = (
-                joined(model, x[own], offsets[done], code.kind, by)[ring[0] :]
-                for x, by in ((seen, scale), (felt, 1.0))
-            )
+            both = joined(model.rope, read, own, offsets[done], code.kind)
+            y, g = (x[ring[0] :] for x in both)
             places = torch.arange(y.shape[1]).chunk(len(code.parts))
             if not done:
                 levels.append(

@@ -27,22 +27,18 @@ prediction. So all options of all layers are compared after one backward pass pe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvtool.attention import Rope
 from kvtool.bits import Bits, Factors, Turned, read_keys, read_values, turn
 from kvtool.calibrate.allocate import choose
-from kvtool.calibrate.felt import far_reads
+from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.projections import Report
 from kvtool.calibrate.statistics import LayerStatistics
-from kvtool.calibrate.stream import LayerStream
-from kvtool.calibrate.tail import TailModel
-from kvtool.calibrate.whole import Kept, WholeModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.kernels.quantise import BITS
 from kvtool.plan import Base, Plan
@@ -115,11 +111,12 @@ def harms(
     sums = torch.zeros(len(plan.layers), 2, len(options), dtype=torch.float64)
     predictions = 0
     report("measuring", 0, len(windows))
-    rope, reads = _reads(checkpoint, plan, windows, offsets, first, seed)
+    model = WholeModel(checkpoint)
+    reads = model.far_reads(windows, offsets, (first.sink, first.window), seed)
     for done, (seen, felt, count) in enumerate(reads):
         predictions += count
         own = first.whole_blocks(windows.shape[1])
-        cos, sin = rope.tables(torch.arange(own.start, own.stop) + offsets[done])
+        cos, sin = model.rope.tables(torch.arange(own.start, own.stop) + offsets[done])
         for index, layer in enumerate(plan.layers):
             if not (full := layer.full_heads):
                 continue
@@ -130,29 +127,12 @@ def harms(
             for at, bits in enumerate(options):
                 own_bits = bits.keys, bits.key_clip
                 if own_bits not in errors:
-                    read = read_keys(k, bits, None, cos, sin, rope.scale)
+                    read = read_keys(k, bits, None, cos, sin, model.rope.scale)
                     errors[own_bits] = _felt(read - k, to_keys)
                 sums[index, 0, at] += errors[own_bits]
                 sums[index, 1, at] += _felt(read_values(v, bits) - v, to_values)
         report("measuring", done + 1, len(windows))
     return sums / predictions
-
-
-def _reads(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    windows: Tensor,
-    offsets: Sequence[int],
-    first: Bits,
-    seed: int,
-) -> tuple[Rope, Iterator[tuple[Sequence[Kept], Sequence[Kept], int]]]:
-    """The model's RoPE, and what its predictions feel of what all layers keep."""
-    ring = (first.sink, first.window)
-    if any(layer.kept is not None for layer in plan.layers):
-        whole = WholeModel(checkpoint)
-        return whole.rope, whole.far_reads(windows, offsets, ring, seed)
-    model = TailModel(LayerStream(checkpoint))
-    return model.rope, far_reads(model, windows, offsets, ring, seed)
 
 
 def _felt(error: Tensor, gradient: Tensor) -> float:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate.allocate import choose
+from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.projections import Report
-from kvtool.calibrate.whole import WholeModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.kernels.quantise import BITS, fake_quantise
 from kvtool.latent_bits import LatentPlan

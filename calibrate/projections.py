@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate import asvd, aware, cskv, matryoshka, palu, pca, xkv
+from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.felt import Felt, feel
 from kvtool.calibrate.levelled import levelled
 from kvtool.calibrate.past import Codes, Past, measure, read_past
@@ -295,12 +296,11 @@ def _felt(
     """The methods that look at several layers together."""
     codes = empty_codes(base, options)
     windows, offsets = _windows(checkpoint, options, JUDGED)
-    model = TailModel(LayerStream(checkpoint))
     fitted_to = len(windows) - JUDGED
     ring = (options.sink, options.window)
     felt = feel(
-        model, windows[:fitted_to], offsets[:fitted_to], [code.layers for code in codes],
-        codes[0].kind, ring, options.seed, report,
+        WholeModel(checkpoint), windows[:fitted_to], offsets[:fitted_to],
+        [code.layers for code in codes], codes[0].kind, ring, options.seed, report,
     )  # fmt: skip
     report("fitting", 0, len(codes))
     fitted = []
@@ -313,7 +313,7 @@ def _felt(
     corpus, tokens = calibration_text(options.data).id, fitted_to * windows.shape[1]
     if options.method != "aware":
         return _Found(codes, fitted, corpus, tokens, {})
-    end = min(_END, windows.shape[1] // 2)
+    model, end = TailModel(LayerStream(checkpoint)), min(_END, windows.shape[1] // 2)
     pasts = [read_past(model, windows[i], end, offsets[i]) for i in range(fitted_to, len(windows))]
     fitted, losses = judged(model, pasts, codes, fitted, report)
     if options.train is not None:

@@ -16,8 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.projections import Report, text_windows
-from kvtool.calibrate.whole import WholeModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError

@@ -246,10 +246,14 @@ def step_seconds(student: Student, batch: Any, device: torch.device) -> float:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are faster than of float32."""
+    """Whether products of bfloat16 are faster than of float32.
+
+    On a processor with AMX they are. With AVX512 alone a step of `smollm2` in bfloat16 takes 1.7
+    times as long as in float32: its parameters are converted anew in every step.
+    """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.cpu._is_avx512_bf16_supported()
+    return torch.cpu._is_amx_tile_supported()
 
 
 def processes() -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """A model in memory, some of whose attention modules are replaced and taught by the original.
 
 What stands in the place of an attention module is a *replacement*: `features` of the normed hidden
-states, and a linear read-out `out_proj` of them, which has a closed form (:func:`fit_output`).
+states, and a linear read-out `out_proj` of them, which has a closed form
+(:meth:`HybridModel.fit_outputs`).
 
 * :func:`seeded_mixer` inherits queries, keys and values and mimics the rest of the attention, after
   mmMamba (arXiv 2502.13145): y_t = Σ_{j<=t} e^{-λ(t-j)} (C_t·B_j) x_j with C, B and x seeded from

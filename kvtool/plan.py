@@ -109,7 +109,8 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
     layouts = describe(model_config(checkpoint))
     if not other and (is_factored(checkpoint) or any(x.kind == "mla" for x in layouts)):
         raise UnsupportedModelError(
-            f"{checkpoint.source} has MLA: its heads share one latent, so none can keep less alone",
+            f"{checkpoint.source} has MLA: its heads share one latent, so none can keep or "
+            "read less alone",
             hint="calibrate quantization packs latents.",
         )
     if not other and any(layout.kind == "mamba" for layout in layouts):
@@ -120,7 +121,7 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
     if any(layout.sliding_window is not None for layout in layouts):
         raise UnsupportedModelError(
             f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
-            "streaming heads or token budgets in them are not supported"
+            "streaming heads, token budgets or sparse reading in them are not supported"
         )
 
 

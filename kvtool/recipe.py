@@ -180,6 +180,18 @@ class QuantizationStep(_Strict):
     seed: Natural = 0
 
 
+class ReceptiveFieldStep(_Strict):
+    """``kvtool calibrate receptive-field`` of the plan of a step before it, if there is one."""
+
+    uses: Literal["calibrate receptive-field"]
+    output: str | None = None
+    length: Annotated[int, Field(ge=2)]
+    taught: Positive | None = None
+    data: str | None = None
+    tokens: Positive = 16384
+    seed: Natural = 0
+
+
 class EvaluateStep(_Strict):
     """``kvtool evaluate`` of the last plan or conversion against the recipe's model.
 
@@ -206,10 +218,10 @@ class EvaluateStep(_Strict):
     seed: int = 0
 
 
-_PLANS = ("retrieval-heads", "budgets", "projections", "quantization")
+_PLANS = ("retrieval-heads", "budgets", "projections", "quantization", "receptive-field")
 _STEPS = (
     *(ConvertStep, VerifyStep, StatisticsStep, HeadsStep, BudgetsStep, ProjectionsStep),
-    *(QuantizationStep, EvaluateStep),
+    *(QuantizationStep, ReceptiveFieldStep, EvaluateStep),
 )
 Step = Annotated[
     ConvertStep
@@ -219,6 +231,7 @@ Step = Annotated[
     | BudgetsStep
     | ProjectionsStep
     | QuantizationStep
+    | ReceptiveFieldStep
     | EvaluateStep,
     Field(discriminator="uses"),
 ]
@@ -227,7 +240,7 @@ USES: dict[str, type[_Strict]] = {get_args(s.model_fields["uses"].annotation)[0]
 
 
 class Recipe(_Strict):
-    """A model and the steps to take with it, in order."""
+    """A model and the steps to take, in order: behind a conversion, with what it wrote."""
 
     kvtool: Literal[1]
     model: str

@@ -99,6 +99,13 @@ def fails(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -
     return lines[0]
 
 
+def test_a_choice_that_is_none_is_named_beside_those_that_are(capsys) -> None:
+    assert run_command(["convert", "smollm2", "--to", "nonsense", "-o", "x"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("error: Invalid value for '--to': 'nonsense' is not one of 'mla', ")
+    assert said[1:] == ["hint: 'kvtool convert --help' lists what is accepted"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

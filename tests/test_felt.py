@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvtool.attention import causal_attention, rotate
-from kvtool.calibrate import cskv, felt, xkv
-from kvtool.calibrate.felt import FarRead, Felt, feel
+from kvtool.calibrate import cskv, far_reads, xkv
+from kvtool.calibrate.far_reads import FarRead, WholeModel
+from kvtool.calibrate.felt import Felt, feel
 from kvtool.calibrate.past import predictions
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import Behind, TailModel
@@ -81,10 +82,13 @@ def test_far_reads_have_gradients_of_their_own(heads, group, queries, before, si
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny: Callable[..., Path]) -> Callable[[str], TailModel]:
-    def get(name: str) -> TailModel:
+def loaded(tiny: Callable[..., Path]) -> Callable[[str], tuple[WholeModel, TailModel]]:
+    """As it is measured, and as these tests write it out."""
+
+    def get(name: str) -> tuple[WholeModel, TailModel]:
         family, overrides = MODELS[name]
-        return TailModel(LayerStream(Checkpoint.open(str(tiny(family, **overrides)))))
+        checkpoint = Checkpoint.open(str(tiny(family, **overrides)))
+        return WholeModel(checkpoint), TailModel(LayerStream(checkpoint))
 
     return get
 
@@ -138,10 +142,10 @@ def felt_token_by_token(
 @pytest.mark.parametrize("kind", ["rotated", "unrotated"])
 @pytest.mark.parametrize("name", MODELS)
 def test_sums_are_those_of_every_token_and_prediction(loaded, monkeypatch, name, kind):
-    monkeypatch.setattr(felt, "END", 12)
-    model, ring, groups = loaded(name), (3, 5), [2, 1]
+    monkeypatch.setattr(far_reads, "END", 12)
+    (whole, model), ring, groups = loaded(name), (3, 5), [2, 1]
     windows, offsets = torch.stack([random_ids(40, seed=s) for s in (0, 1)]), [0, 70]
-    found = feel(model, windows, offsets, groups, kind, ring, 7, lambda *_: None)
+    found = feel(whole, windows, offsets, groups, kind, ring, 7, lambda *_: None)
     naive = felt_token_by_token(model, windows, offsets, 12, kind, ring, 7)
     width, first = 32, 0
     for layers, one in zip(groups, found, strict=True):
@@ -177,9 +181,9 @@ _HALVES = (slice(0, 32), slice(32, 64))
 
 
 def test_xkv_of_one_layer_is_what_cskv_finds(loaded):
-    model, ring = loaded("llama"), (4, 8)
+    (whole, model), ring = loaded("llama"), (4, 8)
     windows = torch.stack([random_ids(200, seed=s) for s in (0, 1)])
-    found = feel(model, windows, [0, 0], [1, 1, 1], "unrotated", ring, 0, lambda *_: None)
+    found = feel(whole, windows, [0, 0], [1, 1, 1], "unrotated", ring, 0, lambda *_: None)
     for index, one in enumerate(found):
         alone = cskv.fit(_statistics(model, windows, index, ring[0]), 2)
         for part, fitted in xkv.fit(one).items():
@@ -223,17 +227,17 @@ def _statistics(model: TailModel, windows: Tensor, wanted: int, sink: int) -> An
 
 
 def test_a_model_that_overflows_is_refused(loaded):
-    model = loaded("llama")
-    model.table = model.table * torch.inf
+    whole, _ = loaded("llama")
+    whole.model.model.embed_tokens.weight.mul_(torch.inf)
     with pytest.raises(CalibrationError, match="predictions are not all numbers"):
-        feel(model, random_ids(40)[None], [0], [3], "rotated", (1, 2), 0, lambda *_: None)
+        feel(whole, random_ids(40)[None], [0], [3], "rotated", (1, 2), 0, lambda *_: None)
 
 
 def test_what_nothing_reads_is_not_felt(loaded, monkeypatch):
     """All tokens are in the window, so no error of a code can be seen."""
-    monkeypatch.setattr(felt, "END", 12)
+    monkeypatch.setattr(far_reads, "END", 12)
     ids = random_ids(40)[None]
-    (one,) = feel(loaded("llama"), ids, [0], [3], "rotated", (0, 40), 0, lambda *_: None)
+    (one,) = feel(loaded("llama")[0], ids, [0], [3], "rotated", (0, 40), 0, lambda *_: None)
     assert isinstance(one, Felt)
     assert not one.metric.any()
     assert one.weight == 0

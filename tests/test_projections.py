@@ -25,6 +25,7 @@ from kvtool.codes import STEP, Projection
 from kvtool.errors import UsageError
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
+from kvtool.slices import cut
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -84,11 +85,12 @@ def test_every_method_is_exact_at_full_width(llama, fitted, variant):
 def test_a_slice_is_what_calibration_gives_at_that_budget(llama, fitted, variant):
     whole = fitted(100, **variant)
     for share in (0.7, 0.3):
-        cut, alone = whole.cut(budget(llama, share), CONTEXT, 2), fitted(share, **variant)
-        assert cut.codes == alone.codes
-        assert cut.allocation == alone.allocation
-        assert cut.tensors.keys() == alone.tensors.keys()
-        for name, tensor in cut.tensors.items():
+        smaller = cut(whole, budget(llama, share), CONTEXT, 2)
+        alone = fitted(share, **variant)
+        assert smaller.codes == alone.codes
+        assert smaller.allocation == alone.allocation
+        assert smaller.tensors.keys() == alone.tensors.keys()
+        for name, tensor in smaller.tensors.items():
             assert torch.equal(tensor, alone.tensors[name]), name
 
 

@@ -11,7 +11,7 @@ from _convert_tools import YARN, one_thread, random_ids
 from kvtool.bits import Bits, Tier, read_keys, read_values, turn
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.bit_options import QuantizationOptions, parse_bits, parse_tiers
-from kvtool.calibrate.felt import END
+from kvtool.calibrate.far_reads import END
 from kvtool.calibrate.head_bits import harms, offered
 from kvtool.calibrate.projections import (
     ProjectionOptions,

@@ -13,6 +13,7 @@ from kvtool.checkpoint import sha256_file
 from kvtool.cli import calibrate as calibrate_command
 from kvtool.cli import calibrate_projections as projections_command
 from kvtool.cli import calibrate_quantization as quantization_command
+from kvtool.cli import calibrate_receptive_field as receptive_field_command
 from kvtool.cli import calibrate_statistics as statistics_command
 from kvtool.cli import convert as convert_command
 from kvtool.cli import evaluate as evaluate_command
@@ -27,6 +28,7 @@ from kvtool.recipe import (
     HeadsStep,
     ProjectionsStep,
     QuantizationStep,
+    ReceptiveFieldStep,
     Recipe,
     StatisticsStep,
     VerifyStep,
@@ -53,6 +55,7 @@ COMMANDS = {
     BudgetsStep: calibrate_command.budgets,
     ProjectionsStep: projections_command.projections,
     QuantizationStep: quantization_command.quantization,
+    ReceptiveFieldStep: receptive_field_command.receptive_field,
     ConvertStep: convert_command.convert,
     VerifyStep: verify_command.verify,
     EvaluateStep: evaluate_command.evaluate,

@@ -67,6 +67,36 @@ steps:
     assert bits["bytes"] < heads["bytes"]
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_behind_a_conversion_steps_work_with_what_it_wrote(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], dry_run: bool
+) -> None:
+    text = f"""\
+kvtool: 1
+model: {tiny("llama")}
+steps:
+  - {{uses: convert, to: mla, kv_budget: 75%, tokens: 1024, output: {tmp_path}/mla}}
+  - {{uses: calibrate quantization, bits: 4, group: 16, window: 16, tokens: 1024,
+     output: {tmp_path}/bits.plan}}
+  - {{uses: evaluate, windows: 1, prefill: 96, continuation: 32, lengths: [128],
+     layers: false, chat_prompts: false, speed: false}}
+"""
+    (tmp_path / "r.yaml").write_text(text)
+    command = ["run", str(tmp_path / "r.yaml"), "--json", *["--dry-run"] * dry_run]
+    assert run_command(command) == 0
+    found = objects(capsys.readouterr().out)
+    if dry_run:
+        assert len(found) == 1
+        assert sorted(x.name for x in tmp_path.iterdir() if x.suffix != ".yaml") == []
+        return
+    _, bits, report = found
+    plan = Plan.read(tmp_path / "bits.plan")
+    assert [layer.kept.packed for layer in plan.layers] == [True] * 3
+    assert bits["bytes"] == plan.cache_bytes(bits["context"], 2)
+    assert report["divergence"]["cache_bytes"] == plan.cache_bytes(128, 4)
+    assert report["base"] == str(tiny("llama"))
+
+
 def test_the_ci_job_passes_on_a_real_model(smollm2: Checkpoint, tmp_path: Path) -> None:
     wrapper = tmp_path / "kvtool"
     wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -m kvtool "$@"\n')

@@ -135,7 +135,8 @@ def _ran_out(error: MemoryError | RuntimeError) -> str | None:
 def _usage_error(error: TyperException) -> UsageError:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "kvtool"
-    return UsageError(error.format_message(), hint=f"'{command} --help' lists what is accepted")
+    message = error.format_message().replace("Value error, ", "")  # which pydantic puts in front
+    return UsageError(message, hint=f"'{command} --help' lists what is accepted")
 
 
 def _report(error: KvtoolError) -> int:

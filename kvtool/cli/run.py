@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,7 @@ def run(
     from kvtool.cli import calibrate
     from kvtool.cli.calibrate_projections import projections
     from kvtool.cli.calibrate_quantization import quantization
+    from kvtool.cli.calibrate_receptive_field import receptive_field
     from kvtool.cli.calibrate_statistics import statistics
     from kvtool.cli.convert import convert
     from kvtool.cli.evaluate import check_output, evaluate
@@ -52,13 +54,23 @@ def run(
         HeadsStep,
         ProjectionsStep,
         QuantizationStep,
+        ReceptiveFieldStep,
         StatisticsStep,
+        VerifyStep,
         load_recipe,
     )
 
     loaded = load_recipe(recipe)
-    makers = (ConvertStep, HeadsStep, BudgetsStep, ProjectionsStep, QuantizationStep)
-    outputs = _outputs(recipe, [s.output for s in loaded.steps if isinstance(s, makers)], output)
+    calibrations: dict[type, Callable[..., None]] = {
+        HeadsStep: calibrate.retrieval_heads,
+        BudgetsStep: calibrate.budgets,
+        ProjectionsStep: projections,
+        QuantizationStep: quantization,
+        ReceptiveFieldStep: receptive_field,
+    }
+    silent = (StatisticsStep, EvaluateStep, VerifyStep)  # what they write is no result
+    made_by = [step.output for step in loaded.steps if not isinstance(step, silent)]
+    outputs = _outputs(recipe, made_by, output)
     for step in loaded.steps:
         for file in (step.output or ()) if isinstance(step, EvaluateStep) else ():
             check_output(Path(file), (".json", ".html"))
@@ -68,41 +80,40 @@ def run(
         "offline": offline,
         "trust_remote_code": trust_remote_code,
     }
-    made = Path()  # the last conversion
-    plan: Path | None = None  # the last plan, unless a conversion came after it
+    subject = loaded.model  # or what the last conversion wrote
+    plan: Path | None = None  # the last one of the subject
     writing: dict[str, Any] = {"overwrite": overwrite, "revision": loaded.revision}
     for step in loaded.steps:
         options = {**step.model_dump(exclude={"uses", "output"}), **shared}
         if isinstance(step, ConvertStep):
             made, plan = outputs.pop(0), None
+            writing["revision"] = loaded.revision
             convert(loaded.model, made, **options, **writing, resume=resume, dry_run=dry_run)
+            subject, writing["revision"] = str(made), None
+        elif dry_run and subject != loaded.model:
+            continue  # it was not written
         elif isinstance(step, StatisticsStep):
-            statistics(loaded.model, **options, **writing, resume=resume, dry_run=dry_run)
-        elif isinstance(step, HeadsStep):
+            statistics(subject, **options, **writing, resume=resume, dry_run=dry_run)
+        elif (calibration := calibrations.get(type(step))) is not None:
+            if isinstance(step, QuantizationStep | ReceptiveFieldStep):
+                options["plan"] = None if dry_run else plan
+            if isinstance(step, HeadsStep):
+                options["resume"] = resume
+            if not isinstance(step, ReceptiveFieldStep):
+                options["dry_run"] = dry_run
+            elif dry_run:
+                continue  # the command has nothing to say before
             plan = outputs.pop(0)
-            calibrate.retrieval_heads(
-                loaded.model, plan, **options, **writing, resume=resume, dry_run=dry_run
-            )
-        elif isinstance(step, BudgetsStep):
-            plan = outputs.pop(0)
-            calibrate.budgets(loaded.model, plan, **options, **writing, dry_run=dry_run)
-        elif isinstance(step, ProjectionsStep):
-            plan = outputs.pop(0)
-            projections(loaded.model, plan, **options, **writing, dry_run=dry_run)
-        elif isinstance(step, QuantizationStep):
-            if dry_run:
-                plan = None  # what it would compose with was not written
-            options["plan"], plan = plan, outputs.pop(0)
-            quantization(loaded.model, plan, **options, **writing, dry_run=dry_run)
+            calibration(subject, plan, **options, **writing)
         elif dry_run:
             continue
         elif isinstance(step, EvaluateStep):
             base = _pinned(loaded, shared)
-            judged = base if plan is not None else str(made)
+            judged = base if subject == loaded.model else subject
             reports = [Path(file) for file in step.output or ()]
             evaluate(judged, plan=plan, against=base, output=reports, **options)
         else:
-            verify(made, loaded.model, **options, revision=loaded.revision)
+            verify(Path(subject), loaded.model, **options, revision=loaded.revision)
 
 
 def _pinned(recipe: Recipe, shared: dict[str, Any]) -> str:

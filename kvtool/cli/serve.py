@@ -126,7 +126,8 @@ def serve_local(
     if scheduler.room(1) < 1:
         needed = scheduler.memory.reading(1)
         raise ResourceError(
-            f"--kv-memory {kv_memory} does not hold a single token, which takes {needed:,} bytes"
+            f"--kv-memory {kv_memory} does not hold a single token: the smallest cache takes "
+            f"{needed:,} bytes"
         )
     _warm_up(scheduler)
     native = native_bytes_per_token(engine, checkpoint)

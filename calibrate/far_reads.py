@@ -1,7 +1,7 @@
-"""What the predictions of a model of any layers feel of what it keeps, as `felt.py` tells of GQA.
+"""How the predictions at the end of a text change with what far tokens have left in the cache.
 
-The whole model is in memory as transformers makes it, fp32, and a reader stands in the place of
-each attention module or mixer.
+The model, of layers of any kind, is in memory as transformers makes it, fp32, and a reader stands
+in the place of each attention module or mixer. What the gradients are for is in `felt.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from kvtool.attention import (
     rope_of,
     rotate,
 )
-from kvtool.calibrate.felt import END, FarRead
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CalibrationError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
 from kvtool.latent import LatentAttention
 from kvtool.mamba import Mixer, Past
+
+END = 256
+"""Tokens at the end of each window whose predictions are looked at."""
 
 Kept = tuple[Tensor, ...]
 """What a layer keeps of the tokens of a window, `[1, H, S, ·]` each: rotated keys and values; or a
@@ -44,6 +46,56 @@ class Reads(NamedTuple):
     seen: list[Kept]
     felt: list[Kept]
     predictions: int
+
+
+class FarRead(torch.autograd.Function):
+    """Attention whose backward pass keeps apart how far tokens were read.
+
+    `far_keys` and `far_values` are zeros of the shape of keys and values; they get the gradients of
+    all reads of tokens that are neither sinks nor in the window, and `k` and `v` the others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, far_values: Tensor,
+        scaling: float, sink: int, window: int,
+    ) -> Tensor:  # fmt: skip
+        """`q [1, Q, M, D]`, `k`, `v` `[1, H, S, D]`; the queries are those of the last tokens."""
+        grouped = q.unflatten(1, (k.shape[1], -1))
+        distance = _distance(q, k)
+        scores = (grouped @ k[:, :, None].mT).mul_(scaling)
+        weights = scores.masked_fill_(distance < 0, -torch.inf).softmax(dim=-1)
+        ctx.save_for_backward(grouped, k, v, weights)
+        ctx.options = (scaling, sink, window)
+        context: Tensor = (weights @ v[:, :, None]).flatten(1, 2)
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """See the class."""
+        q, k, v, weights = ctx.saved_tensors  # [1, H, g, M, D], ..., [1, H, g, M, S]
+        scaling, sink, window = ctx.options
+        upper = gradient.unflatten(1, (k.shape[1], -1))
+        changes = upper @ v[:, :, None].mT
+        changes = changes.sub_((changes * weights).sum(dim=-1, keepdim=True)).mul_(weights)
+        changes.mul_(scaling)
+        keys, values = ((x.mT @ y).sum(dim=2) for x, y in ((changes, q), (weights, upper)))
+        # Behind the sinks and before the windows of all queries every read is far.
+        near = _distance(q, k) < window
+        late = max(sink, k.shape[2] - q.shape[-2] - window + 1)
+        near_keys, near_values = torch.zeros_like(keys), torch.zeros_like(values)
+        near_keys[:, :, :sink], near_values[:, :, :sink] = keys[:, :, :sink], values[:, :, :sink]
+        for into, x, y in ((near_keys, changes, q), (near_values, weights, upper)):
+            into[:, :, late:] = ((x * near)[..., late:].mT @ y).sum(dim=2)
+        queries = (changes @ k[:, :, None]).flatten(1, 2)
+        far = (keys - near_keys, values - near_values)
+        return queries, near_keys, near_values, *far, None, None, None
+
+
+def _distance(q: Tensor, k: Tensor) -> Tensor:
+    """`[M, S]`, how far each key lies behind each query."""
+    at = torch.arange(k.shape[2], device=k.device)
+    return at[k.shape[2] - q.shape[-2] :, None] - at
 
 
 class _Now:
@@ -176,7 +228,19 @@ class WholeModel:
     def far_reads(
         self, windows: Tensor, offsets: Sequence[int], ring: tuple[int, int], seed: int
     ) -> Iterator[Reads]:
-        """Window by window, see :func:`kvtool.calibrate.felt.far_reads`."""
+        """What all layers keep of each window, and what its predictions feel of it.
+
+        The last tokens of a window read the others as they are, so only they are differentiated.
+
+        Args:
+            windows: `[N, S]` token ids.
+            offsets: The position at which each begins.
+            ring: Sink and window of the tokens whose reads are not watched.
+            seed: Draws the tokens whose probability is differentiated, from the predictions.
+
+        Raises:
+            CalibrationError: A prediction is no number, or a gradient is not finite.
+        """
         end = min(END, windows.shape[1] // 2)
         generator = torch.Generator().manual_seed(seed)
         for ids, offset in zip(windows, offsets, strict=True):

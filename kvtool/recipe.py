@@ -192,6 +192,18 @@ class ReceptiveFieldStep(_Strict):
     seed: Natural = 0
 
 
+class DoubleSparsityStep(_Strict):
+    """``kvtool calibrate double-sparsity`` of the plan of a step before it, if there is one."""
+
+    uses: Literal["calibrate double-sparsity"]
+    output: str | None = None
+    channels: Positive = 16
+    tokens_read: Positive = 256
+    data: str | None = None
+    tokens: Positive = 16384
+    seed: Natural = 0
+
+
 class EvaluateStep(_Strict):
     """``kvtool evaluate`` of the last plan or conversion against the recipe's model.
 
@@ -218,10 +230,13 @@ class EvaluateStep(_Strict):
     seed: int = 0
 
 
-_PLANS = ("retrieval-heads", "budgets", "projections", "quantization", "receptive-field")
+_PLANS = (
+    *("retrieval-heads", "budgets", "projections", "quantization", "receptive-field"),
+    "double-sparsity",
+)
 _STEPS = (
     *(ConvertStep, VerifyStep, StatisticsStep, HeadsStep, BudgetsStep, ProjectionsStep),
-    *(QuantizationStep, ReceptiveFieldStep, EvaluateStep),
+    *(QuantizationStep, ReceptiveFieldStep, DoubleSparsityStep, EvaluateStep),
 )
 Step = Annotated[
     ConvertStep
@@ -232,6 +247,7 @@ Step = Annotated[
     | ProjectionsStep
     | QuantizationStep
     | ReceptiveFieldStep
+    | DoubleSparsityStep
     | EvaluateStep,
     Field(discriminator="uses"),
 ]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvtool.checkpoint import sha256_file
 from kvtool.cli import calibrate as calibrate_command
+from kvtool.cli import calibrate_double_sparsity as double_sparsity_command
 from kvtool.cli import calibrate_projections as projections_command
 from kvtool.cli import calibrate_quantization as quantization_command
 from kvtool.cli import calibrate_receptive_field as receptive_field_command
@@ -24,6 +25,7 @@ from kvtool.errors import RecipeError
 from kvtool.recipe import (
     BudgetsStep,
     ConvertStep,
+    DoubleSparsityStep,
     EvaluateStep,
     HeadsStep,
     ProjectionsStep,
@@ -56,6 +58,7 @@ COMMANDS = {
     ProjectionsStep: projections_command.projections,
     QuantizationStep: quantization_command.quantization,
     ReceptiveFieldStep: receptive_field_command.receptive_field,
+    DoubleSparsityStep: double_sparsity_command.double_sparsity,
     ConvertStep: convert_command.convert,
     VerifyStep: verify_command.verify,
     EvaluateStep: evaluate_command.evaluate,

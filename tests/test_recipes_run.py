@@ -67,6 +67,25 @@ steps:
     assert bits["bytes"] < heads["bytes"]
 
 
+def test_heads_of_the_step_before_are_read_sparsely(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"""\
+kvtool: 1
+model: {tiny("llama")}
+steps:
+  - {{uses: calibrate retrieval-heads, method: entropy, window: 8, output: {tmp_path}/heads.plan}}
+  - {{uses: calibrate double-sparsity, channels: 4, tokens_read: 40, tokens: 1024,
+     output: {tmp_path}/read.plan}}
+"""
+    (tmp_path / "read.yaml").write_text(text)
+    assert run_command(["run", str(tmp_path / "read.yaml"), "--json"]) == 0
+    heads, read = objects(capsys.readouterr().out)
+    assert read["methods"] == ["entropy", "double-sparsity"]
+    assert read["streaming_heads"] == heads["streaming_heads"] > 0
+    assert {layer["sparse"]["tokens"] for layer in read["layers"]} == {40}
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_behind_a_conversion_steps_work_with_what_it_wrote(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], dry_run: bool

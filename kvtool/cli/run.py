@@ -40,6 +40,7 @@ def run(
 ) -> None:
     """Run the steps of RECIPE. With --json every step prints one object."""
     from kvtool.cli import calibrate
+    from kvtool.cli.calibrate_double_sparsity import double_sparsity
     from kvtool.cli.calibrate_projections import projections
     from kvtool.cli.calibrate_quantization import quantization
     from kvtool.cli.calibrate_receptive_field import receptive_field
@@ -50,6 +51,7 @@ def run(
     from kvtool.recipe import (
         BudgetsStep,
         ConvertStep,
+        DoubleSparsityStep,
         EvaluateStep,
         HeadsStep,
         ProjectionsStep,
@@ -67,6 +69,7 @@ def run(
         ProjectionsStep: projections,
         QuantizationStep: quantization,
         ReceptiveFieldStep: receptive_field,
+        DoubleSparsityStep: double_sparsity,
     }
     silent = (StatisticsStep, EvaluateStep, VerifyStep)  # what they write is no result
     made_by = [step.output for step in loaded.steps if not isinstance(step, silent)]
@@ -95,7 +98,7 @@ def run(
         elif isinstance(step, StatisticsStep):
             statistics(subject, **options, **writing, resume=resume, dry_run=dry_run)
         elif (calibration := calibrations.get(type(step))) is not None:
-            if isinstance(step, QuantizationStep | ReceptiveFieldStep):
+            if isinstance(step, QuantizationStep | ReceptiveFieldStep | DoubleSparsityStep):
                 options["plan"] = None if dry_run else plan
             if isinstance(step, HeadsStep):
                 options["resume"] = resume

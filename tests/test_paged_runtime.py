@@ -20,6 +20,8 @@ from kvtool.plan import LayerPlan, Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.graphs import PagedMemory
 from kvtool.runtime.layers import FusedNorm
+from kvtool.runtime.packed_latents import PackedLatentAttention
+from kvtool.runtime.pages import Pages
 from kvtool.runtime.scheduler import Request, Scheduler
 from kvtool.runtime.stores import PAGE
 
@@ -40,10 +42,10 @@ def packed_latents(checkpoint: Checkpoint, prefill: str) -> Plan:
     generator, layers = torch.Generator().manual_seed(0), []
     for attention in Engine.load(checkpoint).attentions:
         rank, rope = attention.stages.rank, attention.stages.rope_dim
-        widths = torch.tensor(BITS if len(layers) % 2 else (4,))
+        widths = torch.tensor(BITS if len(layers) else (4,))
         drawn = widths[torch.randint(len(widths), (rank + rope,), generator=generator)]
-        bits, group = tuple(drawn.tolist()), 32 if len(layers) else 64
-        kept = LatentPlan(rank, rope, bits, group, sink=3, window=5)
+        bits, odd = tuple(drawn.tolist()), len(layers) % 2
+        kept = LatentPlan(rank, rope, bits, 32 if odd else 64, window=6 if odd else 5)
         layers.append(LayerPlan((), kept=kept))
     return Plan(base_of(checkpoint), tuple(layers), prefill=prefill)
 
@@ -244,6 +246,13 @@ def test_an_engine_whose_layers_have_no_pages_is_not_paged(tiny, monkeypatch):
     plan = coded(checkpoint)
     packed = replace(plan, codes=tuple(replace(x, bits=4) for x in plan.codes))
     assert not Engine.load(checkpoint, plan=packed).paged
+
+
+def test_latents_in_blocks_longer_than_a_page_are_not_paged(engines):
+    attention = engines("mla-packed")[1].attentions[0]
+    plan = replace(attention.plan, group=2 * PAGE)
+    other = PackedLatentAttention(attention.stages, 0, 1.0, plan, dense_prompt=True)
+    assert other.new_paged_store(Pages(0, 0, 1, torch.device(DEVICE))) is None
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA can be waited for")

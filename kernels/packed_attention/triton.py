@@ -226,15 +226,23 @@ def _attend(
         store_columns(out, at, 3 * SIZE + column, is_member, 4 * SIZE, sum3 / safe_mass[:, None])
 
 
+def cut_into_tiles(lengths: Tensor, ring: Ring, size: int) -> tuple[int, Tensor]:
+    """Tiles of a ring; and for each row `[B]` some tokens that have these and a tile per block.
+
+    A row of n tokens has ⌊x / N⌋ = ⌈(x - N + 1) / N⌉ blocks, with x = max(0, n - sink - window).
+    """
+    near = triton.cdiv(ring.keys.shape[2], size)
+    least = (near - 1) * size + 1
+    return near, (lengths + (least - ring.sink - ring.window)).clamp(min=least)
+
+
 def packed_attention(
     q: Tensor, ring: Ring, blocks: Blocks, lengths: Tensor, scaling: float
 ) -> Tensor:
     """See :func:`kvtool.kernels.packed_attention.paged.packed_attention`."""
     q = lying_together(q)
-    width, (heads, room), size = q.shape[-1], ring.keys.shape[1:3], blocks.size
-    near = triton.cdiv(room, size)
-    done = (lengths - (ring.sink + ring.window)).clamp(min=0) // size
-    tiles = torch.where(lengths > 0, (done + near) * size, 0).int()
+    width, heads, size = q.shape[-1], ring.keys.shape[1], blocks.size
+    near, tiles = cut_into_tiles(lengths, ring, size)
     pieces = pieces_of(width, blocks.value_bits, size)
     config = Config(block_n=size, least=2, items=4, warps=4, stages=3)
     cut = Cut(torch.empty_like(q), tiles, heads, 0, config)

@@ -9,7 +9,6 @@ number out of a code than folded into as many queries and sums.
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +16,13 @@ from torch import Tensor
 from kvtool.kernels.decode_attention.triton import Config, Cut, find_item
 from kvtool.kernels.packed_attention import Ring
 from kvtool.kernels.packed_attention.paged import PAGE
-from kvtool.kernels.packed_attention.triton import due_block, pack_channels, ring_tile, weigh
+from kvtool.kernels.packed_attention.triton import (
+    cut_into_tiles,
+    due_block,
+    pack_channels,
+    ring_tile,
+    weigh,
+)
 from kvtool.kernels.packed_latents.reference import Blocks
 from kvtool.kernels.tiles import (
     dot,
@@ -106,6 +111,17 @@ def _near(plane, at, inside, START: tl.constexpr, SIZE: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
+def _zeros(M: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros((M, COLUMNS), tl.float32)
+
+
+@triton.jit
+def _store(out, at, inside, x, START: tl.constexpr, SIZE: tl.constexpr):
+    """Writes the numbers of a tile of some rows, as `_near` reads them."""
+    store_columns(out + START, at, tl.arange(0, x.shape[1]), inside, SIZE, x)
+
+
+@triton.jit
 def _attend(
     q, latents, codes, scales, rings, table, lengths, tokens_cut, out, lse,
     stride_qb, stride_qh, stride_lr, stride_lt, stride_table, stride_cut, stride_cut_head,
@@ -133,7 +149,7 @@ def _attend(
     for i in tl.static_range(TILES):
         asked += (_near(q, member * stride_qh, is_member, START[i], SIZE[i], COLUMNS[i]),)
     for i in tl.static_range(SUMMED):
-        sums += (tl.zeros((BLOCK_M, COLUMNS[i]), tl.float32),)
+        sums += (_zeros(BLOCK_M, COLUMNS[i]),)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
 
@@ -178,9 +194,7 @@ def _attend(
     part = item.to(tl.int64) * group + member
     tl.store(lse + part, top + tl.log2(safe_mass), mask=is_member)
     for i in tl.static_range(SUMMED):
-        columns = tl.arange(0, COLUMNS[i])
-        found = sums[i] / safe_mass[:, None]
-        store_columns(out + START[i], part * RANK, columns, is_member, SIZE[i], found)
+        _store(out, part * RANK, is_member, sums[i] / safe_mass[:, None], START[i], SIZE[i])
 
 
 def packed_latent_attention(
@@ -188,10 +202,8 @@ def packed_latent_attention(
 ) -> Tensor:
     """See :func:`kvtool.kernels.packed_latents.reference.packed_latent_attention`."""
     q = lying_together(q)
-    room, size, rank = ring.keys.shape[2], blocks.size, ring.values.shape[-1]
-    near = triton.cdiv(room, size)
-    done = (lengths - (ring.sink + ring.window)).clamp(min=0) // size
-    tokens = torch.where(lengths > 0, (done + near) * size, 0).int()
+    size, rank = blocks.size, ring.values.shape[-1]
+    near, tokens = cut_into_tiles(lengths, ring, size)
     # Numbers of fp32 fill the shared memory of a multiprocessor.
     heads, stages = (16, 1) if q.element_size() == 4 else (32, 2)
     config = Config(block_n=size, least=2, items=1, warps=8, stages=stages, heads=heads)

@@ -40,6 +40,9 @@ from kvtool.kernels.hadamard import hadamard
 from kvtool.kernels.latent_attention import paged_latent_attention
 from kvtool.kernels.packed_attention import Blocks, Ring, pack_blocks, packed_attention
 from kvtool.kernels.packed_attention import paged as paged_packed
+from kvtool.kernels.packed_latents import Blocks as LatentBlocks
+from kvtool.kernels.packed_latents import pack_latents, packed_latent_attention
+from kvtool.kernels.packed_latents import reference as packed_latents_reference
 from kvtool.kernels.quantise import quantise
 from kvtool.kernels.rebuild_attention import rebuild_decode_attention
 from kvtool.kernels.rebuild_attention import reference as rebuild_reference
@@ -462,6 +465,54 @@ def packed_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case
     )  # fmt: skip
 
 
+def packed_latent_cases(
+    device: torch.device, shapes: dict[str, tuple[int, int, int]], sizes: list[tuple[int, int]]
+) -> Iterator[Case]:
+    """Absorbed MLA over latents of 4 bits; and packing a block of each row."""
+    size, bits, sink, window = PAGE, 4, 4, 64
+    for name, (queries, rank, rope) in shapes.items():
+        for batch, tokens in sizes:
+            width, pages = rank + rope, batch * -(-tokens // PAGE)
+            # So that the newest token of every row makes a block complete.
+            done = (tokens - sink - window) // size
+            lengths = torch.full((batch,), sink + window + size * done, device=device).int()
+            each = width * (size * bits // 8 + 4)
+            nbytes = batch * (done * each + 2 * (sink + window) * width)
+            inputs: list[Any] = []
+            for _ in range(copies(nbytes)):
+                codes, scales = quantise(normal(device, pages, 1, 1, width, size), bits, size)
+                latents = normal(device, batch, 1, sink + window + size, width)
+                rows = torch.arange(batch, device=device)
+                ring = Ring(latents, latents[..., :rank], rows, sink, window)
+                table = torch.randperm(pages, device=device).view(batch, -1).int()
+                blocks = LatentBlocks((codes,), (scales,), (bits,), (rank,), table)
+                q = normal(device, batch, queries, width)
+                inputs.append((q, ring, blocks, lengths, width**-0.5))
+
+            def error(inputs: list[Any] = inputs) -> float:
+                q, ring, blocks, lengths, scaling = inputs[0]
+                own = blocks.table[0].long()
+                first = blocks._replace(
+                    codes=(blocks.codes[0][own],), scales=(blocks.scales[0][own],),
+                    table=torch.arange(len(own), device=device)[None],
+                )  # fmt: skip
+                exact = packed_latents_reference.packed_latent_attention(
+                    q[:1].float(), ring, first, lengths[:1], scaling
+                )
+                return rms_ratio(packed_latent_attention(*inputs[0])[:1], exact)
+
+            yield Case(
+                "packed_latents", f"{name}, {bits} bits", batch, tokens, nbytes,
+                2 * batch * tokens * queries * (2 * rank + rope),
+                [lambda x=x: packed_latent_attention(*x) for x in inputs], error,
+            )  # fmt: skip
+            yield Case(
+                "pack_latents", f"{name}, {bits} bits", batch, tokens,
+                batch * (2 * size * width + each), 0,
+                [lambda x=x: pack_latents(*x[1:4]) for x in inputs], None,
+            )  # fmt: skip
+
+
 # --------------------------------------------------------------------------- everything else
 
 
@@ -593,6 +644,7 @@ def main() -> None:
         "Llama-3-8B, MLA at 25 %": (32, 448, 64),
         "DeepSeek-V3": (128, 512, 64),
     }
+    packed_latents = {name: latents[name] for name in list(latents)[1:3]}
     groups: list[Iterator[Case]]
     if asked.tiny:
         groups = [
@@ -601,6 +653,7 @@ def main() -> None:
             split_cases(device, 1, 100),
             code_cases(device, 1, 100),
             packed_cases(device, 1, 200),
+            packed_latent_cases(device, {"SmolLM2-135M": (9, 160, 32)}, [(2, 200)]),
             small_cases(device),
             state_cases(device, 1, 100),
             streaming_cases(device, 100),
@@ -614,6 +667,7 @@ def main() -> None:
             code_cases(device, 8, 32768),
             packed_cases(device, 8, 32768),
             latent_cases(device, latents, short),
+            packed_latent_cases(device, packed_latents, short[2:]),
             small_cases(device),
             state_cases(device, 4, 8192),
             streaming_cases(device, 32768),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 from kvtool.bits import Blocks
 from kvtool.errors import PlanError
@@ -57,12 +58,18 @@ class LatentPlan(Blocks):
         """Whether it has few bits."""
         return True
 
-    @property
+    @cached_property
+    def order(self) -> list[int]:
+        """How numbers are stored: those of the latent, then those of the shared key, by width."""
+        return sorted(range(self.width), key=lambda at: (at >= self.rank, self.bits[at]))
+
+    @cached_property
     def parts(self) -> dict[int, list[int]]:
-        """By width that there is, which numbers have it, in order."""
+        """By width that there is, where in that order the numbers lie that have it."""
+        stored = [self.bits[at] for at in self.order]
         return {
-            width: [at for at, bits in enumerate(self.bits) if bits == width]
-            for width in sorted(set(self.bits))
+            width: [at for at, bits in enumerate(stored) if bits == width]
+            for width in sorted(set(stored))
         }
 
     def block_bytes(self) -> int:

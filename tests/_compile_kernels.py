@@ -21,6 +21,8 @@ from kvtool.kernels.decode_attention.triton import paged_decode_attention
 from kvtool.kernels.hadamard.triton import hadamard
 from kvtool.kernels.packed_attention import Blocks, Ring
 from kvtool.kernels.packed_attention.triton import pack_blocks, packed_attention
+from kvtool.kernels.packed_latents import Blocks as LatentBlocks
+from kvtool.kernels.packed_latents.triton import pack_latents, packed_latent_attention
 from kvtool.kernels.quantise import packed_bytes
 from kvtool.kernels.rebuild_attention.triton import rebuild_decode_attention
 from kvtool.kernels.ssd.triton import causal_conv, ssd_chunked, ssd_step
@@ -72,6 +74,21 @@ def packed_step(width: int, keys: int, values: int) -> None:
     packed_attention(half(2, Q, width), ring, blocks, lengths, 0.1)
 
 
+def packed_latent_step(heads: int, rank: int, rope: int, bits: dict[int, tuple[int, int]]) -> None:
+    """Args: bits: By width, how many numbers of a latent have it, and of a shared key."""
+    lengths, table = torch.ones(2, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
+    latents = half(3, 1, 132, rank + rope)
+    planes = [((4, 1, 1, sum(n)), packed_bytes(64, width)) for width, n in bits.items()]
+    blocks = LatentBlocks(
+        tuple(torch.empty(*shape, line, dtype=torch.uint8) for shape, line in planes),
+        tuple(torch.empty(*shape, 1, 2).half() for shape, _ in planes),
+        tuple(bits), tuple(n for n, _ in bits.values()), table,
+    )  # fmt: skip
+    ring = Ring(latents, latents[..., :rank], lengths.long(), 4, 64)
+    pack_latents(ring, blocks, lengths)
+    packed_latent_attention(half(2, heads, rank + rope), ring, blocks, lengths, 0.1)
+
+
 def main() -> None:
     driver.set_active(Hopper())
     JITFunction.__getitem__ = compile_only
@@ -87,6 +104,8 @@ def main() -> None:
     paged_decode_attention(half(2, 128, 576), pages(576, 1), 512, lengths, 0.1, table)
     for width, keys, values in ((D, 4, 4), (D, 3, 2), (64, 4, 2), (64, 8, 3)):
         packed_step(width, keys, values)
+    packed_latent_step(32, 448, 64, {4: (448, 64)})
+    packed_latent_step(9, 144, 32, {2: (40, 2), 3: (20, 0), 4: (60, 20), 8: (24, 10)})
     for rank, heads in ((64, H), (512, 1)):
         coded = pages(rank, heads)
         rebuild_decode_attention(

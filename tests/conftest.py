@@ -205,10 +205,13 @@ def fresh_numbers() -> None:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is allocated is NaN until somebody writes it."""
-    empty, empty_like = torch.empty, torch.empty_like
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poisoned(made: torch.Tensor) -> torch.Tensor:
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", lambda *args, **more: poisoned(empty(*args, **more)))
     monkeypatch.setattr(torch, "empty_like", lambda x, **more: poisoned(empty_like(x, **more)))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda x, *args, **more: poisoned(new_empty(x, *args, **more))
+    )

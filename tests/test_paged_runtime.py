@@ -14,11 +14,15 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.convert import conversion, planning
 from kvtool.errors import UsageError
 from kvtool.kernels.dispatch import VARIABLE
+from kvtool.kernels.quantise import BITS
+from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.graphs import PagedMemory
 from kvtool.runtime.layers import FusedNorm
+from kvtool.runtime.packed_latents import PackedLatentAttention
+from kvtool.runtime.pages import Pages
 from kvtool.runtime.scheduler import Request, Scheduler
 from kvtool.runtime.stores import PAGE
 
@@ -26,12 +30,25 @@ pytest.importorskip("triton")
 
 KINDS = [
     "qwen3", "streaming", "streaming-sparse", "packed", "packed-sparse", "codes", "codes-narrow",
-    "mla", "hybrid",
+    "mla", "mla-packed", "mla-packed-streamed", "hybrid",
 ]  # fmt: skip
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def packed_latents(checkpoint: Checkpoint, prefill: str) -> Plan:
+    """Random widths; in some layers all, in others one."""
+    generator, layers = torch.Generator().manual_seed(0), []
+    for attention in Engine.load(checkpoint).attentions:
+        rank, rope = attention.stages.rank, attention.stages.rope_dim
+        widths = torch.tensor(BITS if len(layers) else (4,))
+        drawn = widths[torch.randint(len(widths), (rank + rope,), generator=generator)]
+        bits, odd = tuple(drawn.tolist()), len(layers) % 2
+        kept = LatentPlan(rank, rope, bits, 32 if odd else 64, window=6 if odd else 5)
+        layers.append(LayerPlan((), kept=kept))
+    return Plan(base_of(checkpoint), tuple(layers), prefill=prefill)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +78,7 @@ def engines(tiny, tmp_path_factory):
                 )
             elif kind.startswith("codes"):
                 plan = coded(checkpoint, share=0.5 if kind.endswith("narrow") else 1.0)
-            elif kind == "mla":
+            elif kind.startswith("mla"):
                 output = tmp_path_factory.mktemp("latent") / "mla"
                 options = planning.ConvertOptions(
                     method="transmla",
@@ -72,6 +89,8 @@ def engines(tiny, tmp_path_factory):
                 )
                 conversion.convert(checkpoint, output, options)
                 checkpoint = Checkpoint.open(str(output))
+                if kind != "mla":
+                    plan = packed_latents(checkpoint, "streamed" if kind[-1] == "d" else "dense")
             elif kind == "hybrid":
                 folder = tmp_path_factory.mktemp("hybrid") / "model"
                 write_hybrid(tiny("llama"), folder, [0, 2])
@@ -135,7 +154,7 @@ def test_rows_and_pages_return_with_the_cache(engines, monkeypatch):
     assert (len(memory.pages._free_pages), len(memory.pages._free_rows)) == (pages, rows)
 
 
-@pytest.mark.parametrize("kind", ["llama", "streaming", "packed"])
+@pytest.mark.parametrize("kind", ["llama", "streaming", "packed", "mla-packed"])
 def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
     contiguous, paged = engines(kind)
     prompts = [tokens(n, seed=n).tolist() for n in (150, 20, 3)]
@@ -230,8 +249,15 @@ def test_an_engine_whose_layers_have_no_pages_is_not_paged(tiny, monkeypatch):
     assert not Engine.load(checkpoint, plan=packed).paged
 
 
+def test_latents_in_blocks_longer_than_a_page_are_not_paged(engines):
+    attention = engines("mla-packed")[1].attentions[0]
+    plan = replace(attention.plan, group=2 * PAGE)
+    other = PackedLatentAttention(attention.stages, 0, 1.0, plan, dense_prompt=True)
+    assert other.new_paged_store(Pages(0, 0, 1, torch.device(DEVICE))) is None
+
+
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA can be waited for")
-@pytest.mark.parametrize("kind", ["llama", "streaming", "codes", "mla"])
+@pytest.mark.parametrize("kind", ["llama", "streaming", "codes", "mla", "mla-packed"])
 def test_a_decode_step_waits_for_nothing(engines, kind):
     _, paged = engines(kind)
     cache = paged.new_cache(2, 2 * PAGE)

@@ -23,7 +23,8 @@ class Ring(NamedTuple):
     """Exact tokens.
 
     Attributes:
-        keys, values: `[R, H, sink + window + N, D]`; keys after RoPE.
+        keys, values: `[R, H, sink + window + N, D]`; keys after RoPE. Values may be the first
+            numbers of the keys.
         rows: `[B]`, which of the R rings is a row's.
         sink, window: Tokens that stay exact: the first, and at least so many of the last.
     """
@@ -103,7 +104,8 @@ def pack_blocks(ring: Ring, blocks: Blocks, lengths: Tensor) -> None:
         done = packed_blocks(length, ring, size)
         if done == packed_blocks(length - 1, ring, size):
             continue
-        slots = _slots(ring, range(ring.sink + (done - 1) * size, ring.sink + done * size), size)
+        own = range(ring.sink + (done - 1) * size, ring.sink + done * size)
+        slots = ring_slots(ring, own, size)
         row = int(ring.rows[b])
         page, within = blocks.at(b, done - 1)
         keys, values = (x[row][:, slots].float() for x in (ring.keys, ring.values))  # [H, N, D]
@@ -130,7 +132,7 @@ def packed_attention(
     for b, length in enumerate(lengths.tolist()):
         done = packed_blocks(length, ring, size)
         exact = [*range(min(ring.sink, length)), *range(ring.sink + done * size, length)]
-        slots, row = _slots(ring, exact, size), int(ring.rows[b])
+        slots, row = ring_slots(ring, exact, size), int(ring.rows[b])
         keys = [ring.keys[row][:, slots].float()]
         values = [ring.values[row][:, slots].float()]
         for block in range(done):
@@ -147,7 +149,7 @@ def packed_attention(
     return out
 
 
-def _slots(ring: Ring, positions: range | list[int], size: int) -> list[int]:
+def ring_slots(ring: Ring, positions: range | list[int], size: int) -> list[int]:
     """Where tokens lie in the ring."""
     room = ring.window + size
     return [p if p < ring.sink else ring.sink + (p - ring.sink) % room for p in positions]

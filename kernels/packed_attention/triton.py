@@ -62,7 +62,21 @@ def _codes(
 
 
 @triton.jit
-def _softmax(scores, top, mass):
+def ring_tile(
+    tile, length, SINK: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Places of a tile of a ring `[BLOCK_N]`, and which hold a token that is in no block."""
+    ROOM: tl.constexpr = WINDOW + BLOCK_N
+    slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offset, newest = slot - SINK, length - 1 - SINK
+    latest = newest - (newest - offset + ROOM) % ROOM  # that lies there; negative for none
+    done = tl.maximum(length - SINK - WINDOW, 0) // BLOCK_N
+    kept = (offset >= 0) & (offset < ROOM) & (latest >= done * BLOCK_N)
+    return slot, kept | ((slot < SINK) & (slot < length))
+
+
+@triton.jit
+def weigh(scores, top, mass):
     """Weights of further scores `[M, n]`, what older sums shrink by, and the new top and mass."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
@@ -122,7 +136,6 @@ def _attend(
 
     DTYPE: tl.constexpr = q.dtype.element_ty
     SIZE: tl.constexpr = WIDTH // PIECES
-    ROOM: tl.constexpr = WINDOW + BLOCK_N
     member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
     is_member = member < group
     channel = tl.arange(0, PADDED)
@@ -141,20 +154,14 @@ def _attend(
         sum3 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
 
     length = tl.load(lengths + row)
-    newest = length - 1 - SINK
-    done = tl.maximum(length - SINK - WINDOW, 0) // BLOCK_N
     ring = tl.load(rings + row).to(tl.int64)
     for tile in range(begin, tl.minimum(end, NEAR)):
-        slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        offset = slot - SINK
-        latest = newest - (newest - offset + ROOM) % ROOM  # that lies there; negative for none
-        kept = (offset >= 0) & (offset < ROOM) & (latest >= done * BLOCK_N)
-        inside = kept | ((slot < SINK) & (slot < length))
+        slot, inside = ring_tile(tile, length, SINK, WINDOW, BLOCK_N)
         k_at = ring * stride_kr + head * stride_kh + slot.to(tl.int64) * stride_kt
         k = load_columns(keys, k_at, channel, inside, WIDTH, PADDED == WIDTH)
         scores = dot(asked, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         scores = tl.where(inside[None, :], scores * scale, -float("inf"))
-        weights, shrink, top, mass = _softmax(scores, top, mass)
+        weights, shrink, top, mass = weigh(scores, top, mass)
         at = ring * stride_vr + head * stride_vh + slot.to(tl.int64) * stride_vt
         sum0 = _add_near(sum0, shrink, weights, values, at, inside, 0, SIZE, COLUMNS, PRECISION)
         if PIECES > 1:
@@ -185,7 +192,7 @@ def _attend(
             scores = dot(
                 folded, codes.to(DTYPE), tl.zeros((BLOCK_M, RUN), tl.float32), PRECISION
             )  # fmt: skip
-            weights, shrink, top, mass = _softmax(scores + shift[:, None], top, mass)
+            weights, shrink, top, mass = weigh(scores + shift[:, None], top, mass)
             tokens = piece * RUN + tl.arange(0, RUN)
             sum0 = _add_far(
                 sum0, shrink, weights, v_own, s_own, tokens, 0, SIZE, COLUMNS, WIDTH, VALUE_LINE,
@@ -219,15 +226,23 @@ def _attend(
         store_columns(out, at, 3 * SIZE + column, is_member, 4 * SIZE, sum3 / safe_mass[:, None])
 
 
+def cut_into_tiles(lengths: Tensor, ring: Ring, size: int) -> tuple[int, Tensor]:
+    """Tiles of a ring; and for each row `[B]` some tokens that have these and a tile per block.
+
+    A row of n tokens has ⌊x / N⌋ = ⌈(x - N + 1) / N⌉ blocks, with x = max(0, n - sink - window).
+    """
+    near = triton.cdiv(ring.keys.shape[2], size)
+    least = (near - 1) * size + 1
+    return near, (lengths + (least - ring.sink - ring.window)).clamp(min=least)
+
+
 def packed_attention(
     q: Tensor, ring: Ring, blocks: Blocks, lengths: Tensor, scaling: float
 ) -> Tensor:
     """See :func:`kvtool.kernels.packed_attention.paged.packed_attention`."""
     q = lying_together(q)
-    width, (heads, room), size = q.shape[-1], ring.keys.shape[1:3], blocks.size
-    near = triton.cdiv(room, size)
-    done = (lengths - (ring.sink + ring.window)).clamp(min=0) // size
-    tiles = torch.where(lengths > 0, (done + near) * size, 0).int()
+    width, heads, size = q.shape[-1], ring.keys.shape[1], blocks.size
+    near, tiles = cut_into_tiles(lengths, ring, size)
     pieces = pieces_of(width, blocks.value_bits, size)
     config = Config(block_n=size, least=2, items=4, warps=4, stages=3)
     cut = Cut(torch.empty_like(q), tiles, heads, 0, config)
@@ -298,8 +313,8 @@ def _numbers(x, at, inside):
 
 
 @triton.jit
-def _pack_keys(
-    keys, stride, lines, scale, minimum, first, channel, is_channel,
+def _pack_lines(
+    x, stride, lines, scale, minimum, first, channel, is_channel,
     BIT: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, SINK: tl.constexpr,
     ROOM: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -310,10 +325,48 @@ def _pack_keys(
     words = tl.zeros((BYTES, channel.shape[0]), tl.int32)
     for field in tl.static_range(8 // BITS):
         slot = (SINK + (first + field * BYTES + byte) % ROOM).to(tl.int64)
-        x = _numbers(keys, slot[:, None] * stride + channel[None, :], inside)
-        code = _code(x, scale[None, :], minimum[None, :], TOP)
+        found = _numbers(x, slot[:, None] * stride + channel[None, :], inside)
+        code = _code(found, scale[None, :], minimum[None, :], TOP)
         words |= ((code >> BIT) & ((1 << BITS) - 1)) << (BITS * field)
     tl.store(lines[None, :] + byte[:, None], words.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def due_block(length, SINK: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+    """Whether the newest token of a row has made a block complete, and which."""
+    gone = length - SINK - WINDOW
+    return (gone >= SIZE) & (gone % SIZE == 0), gone // SIZE - 1
+
+
+@triton.jit
+def pack_channels(
+    x, stride, first, channel, is_channel, lines, scales, SINK: tl.constexpr, ROOM: tl.constexpr,
+    SIZE: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr,
+):  # fmt: skip
+    """Packs channels of a block: a line `[SIZE]`, a scale and a minimum each.
+
+    Args:
+        x: Where a ring begins, whose tokens are `stride` apart; first: an offset there.
+        channel: `[n]`, which of a token's numbers; is_channel: `[n]`, which of these there are.
+        lines, scales: `[n]`, where they are written.
+    """
+    TOP: tl.constexpr = (1 << BITS) - 1
+    token = tl.arange(0, SIZE)
+    slot = (SINK + (first + token) % ROOM).to(tl.int64)
+    inside = is_channel[None, :] & (token >= 0)[:, None]
+    numbers = _numbers(x, slot[:, None] * stride + channel[None, :], inside)
+    scale, minimum = _range(numbers, inside, 0, CLIP, TOP)
+    tl.store(scales, scale, mask=is_channel)
+    tl.store(scales + 1, minimum, mask=is_channel)
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    _pack_lines(
+        x, stride, lines, scale, minimum, first, channel, is_channel, 0, LOW, TOP, SINK, ROOM, SIZE
+    )
+    if BITS == 3:
+        _pack_lines(
+            x, stride, lines + SIZE * LOW // 8, scale, minimum, first, channel, is_channel, LOW, 1,
+            TOP, SINK, ROOM, SIZE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -347,40 +400,25 @@ def _pack(
     VALUE_BITS: tl.constexpr, VALUE_LINE: tl.constexpr, VALUE_CLIP: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    gone = tl.load(lengths + row) - SINK - WINDOW
-    if (gone < SIZE) | (gone % SIZE != 0):
+    due, block = due_block(tl.load(lengths + row), SINK, WINDOW, SIZE)
+    if not due:
         return
-    block = gone // SIZE - 1
     page = tl.load(table + row * stride_table + block // EACH).to(tl.int64)
     own = (page * tl.num_programs(1) + head) * EACH + block % EACH
     ring = tl.load(rings + row).to(tl.int64)
     first = block * SIZE
     ROOM: tl.constexpr = WINDOW + SIZE
-    k_base = keys + ring * stride_kr + head * stride_kh
     v_base = values + ring * stride_vr + head * stride_vh
     token = tl.arange(0, SIZE)
     slot = (SINK + (first + token) % ROOM).to(tl.int64)
 
     channel = tl.arange(0, PADDED)
-    is_channel = channel < WIDTH
-    K_TOP: tl.constexpr = (1 << KEY_BITS) - 1
-    inside = is_channel[None, :] & (token >= 0)[:, None]
-    k = _numbers(k_base, slot[:, None] * stride_kt + channel[None, :], inside)
-    scale, minimum = _range(k, inside, 0, KEY_CLIP, K_TOP)
-    at = key_scales + (own * WIDTH + channel) * 2
-    tl.store(at, scale, mask=is_channel)
-    tl.store(at + 1, minimum, mask=is_channel)
-    line = key_codes + (own * WIDTH + channel) * KEY_LINE
-    LOW: tl.constexpr = 2 if KEY_BITS == 3 else KEY_BITS
-    _pack_keys(
-        k_base, stride_kt, line, scale, minimum, first, channel, is_channel, 0, LOW, K_TOP, SINK,
-        ROOM, SIZE,
+    line = own * WIDTH + channel
+    pack_channels(
+        keys + ring * stride_kr + head * stride_kh, stride_kt, first, channel, channel < WIDTH,
+        key_codes + line * KEY_LINE, key_scales + line * 2,
+        SINK, ROOM, SIZE, KEY_BITS, KEY_CLIP,
     )  # fmt: skip
-    if KEY_BITS == 3:
-        _pack_keys(
-            k_base, stride_kt, line + SIZE * LOW // 8, scale, minimum, first, channel, is_channel,
-            LOW, 1, K_TOP, SINK, ROOM, SIZE,
-        )  # fmt: skip
 
     V_TOP: tl.constexpr = (1 << VALUE_BITS) - 1
     GROUPS: tl.constexpr = (WIDTH + GROUP - 1) // GROUP

@@ -195,6 +195,8 @@ class LatentRuntimeAttention(RuntimeAttention):
         # Absorption multiplies by these at every step: the group axis goes first for `bmm`.
         self.absorb_query = stages.absorb()  # [G, d_q, r + d_r]
         self.absorb_value = stages.value_up.transpose(1, 2).contiguous()  # [G, r, d_v]
+        # Where a rotated query goes behind the absorbed one.
+        self.rotated: slice | Tensor = slice(stages.rank, None)
 
     def new_store(self, rows: int, capacity: int) -> LatentStore:
         stages = self.stages
@@ -236,8 +238,7 @@ class LatentRuntimeAttention(RuntimeAttention):
         """
         groups, rank = self.absorb_query.shape[0], self.stages.rank
         absorbed = torch.matmul(q.unflatten(1, (groups, -1)), self.absorb_query).flatten(1, 2)
-        q_pe = absorbed[..., rank:]
-        q_pe.copy_(rotate(q_pe, cos, sin))
+        absorbed[..., self.rotated] = rotate(absorbed[..., rank:], cos, sin)
         context = attend(absorbed)
         values = torch.matmul(context.unflatten(1, (groups, -1)), self.absorb_value)
         return values.flatten(1, 2)[:, None]

@@ -47,11 +47,10 @@ from kvtool.kernels.quantise import dequantise
 from kvtool.kernels.sparse_values import bitmap_bytes, compress, sparse_sums
 from kvtool.plan import Plan
 from kvtool.runtime.layers import Step
-from kvtool.runtime.packed_store import PackedStore
-from kvtool.runtime.pages import Pages, Place, enlarge
+from kvtool.runtime.packed_store import PackedStore, PagedBlocks
+from kvtool.runtime.pages import Pages, Place
 from kvtool.runtime.split import (
     NewTokens,
-    PagedRings,
     PagedSplit,
     SplitAttention,
     StreamingHeads,
@@ -346,14 +345,12 @@ class PackedHeads(PackedStore):
         return [self.read_blocks(part + factor, row, first, end) for factor in _FACTORS]
 
 
-class PagedPacked(PackedHeads):
-    """The ring per row, and planes `[pages, H, blocks of a page, ...]`.
+class PagedPacked(PagedBlocks, PackedHeads):
+    """The same in shared pages.
 
     Values behind a Hadamard transform lie so in the ring as well: one softmax then sums up both,
     and its result is turned back.
     """
-
-    exact: PagedRings
 
     def __init__(
         self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float, bits: Bits,
@@ -367,13 +364,8 @@ class PagedPacked(PackedHeads):
 
     def new_exact(
         self, rows: int, heads: int, head_dim: int, like: Tensor, scaling: float, bits: Bits
-    ) -> PagedRings:
-        ring = PagedRings(
-            self.pages.rows, heads, bits.sink, bits.ring, head_dim, like, scaling,
-            dense_prompt=False,
-        )  # fmt: skip
-        ring.pages = self.pages
-        return ring
+    ) -> StreamingHeads:
+        return super().new_exact(self.pages.rows, heads, head_dim, like, scaling, bits)
 
     @staticmethod
     def possible(bits: Bits, head_dim: int) -> bool:
@@ -382,25 +374,6 @@ class PagedPacked(PackedHeads):
         more = (bits.order, bits.rest, bits.key_balance, bits.value_balance, bits.kept)
         plain = bits.hadamard != "both" and not bits.rank and all(x is None for x in more)
         return read_as_stored and plain and fits(head_dim, bits.keys, bits.values, bits.group)
-
-    @property
-    def page_bytes(self) -> int:
-        """Of a page's blocks."""
-        return sum(plane[0].nbytes for plane in self.planes.values())
-
-    @property
-    def row_bytes(self) -> int:
-        """Of a ring."""
-        return self.exact.row_bytes
-
-    @property
-    def capacity(self) -> int:
-        return (self.pages.count - 1) * PAGE
-
-    def grow(self) -> None:
-        """Takes as many pages and rows as there are now."""
-        enlarge(self.planes, self.pages.count)
-        self.exact.grow()
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         if not self.turned:
@@ -422,21 +395,6 @@ class PagedPacked(PackedHeads):
         pack_blocks(ring, blocks, at.lengths)
         context = packed_attention(asked, ring, blocks, at.lengths, self.scaling)
         return turn(context) if self.turned else context
-
-    def _at(self, row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Pages in which blocks of a row lie, and where there."""
-        table = self.pages.table[row]
-        block = torch.arange(first, end, device=table.device)
-        each = PAGE // self.bits.group
-        return table[block // each].long(), block % each
-
-    def read_blocks(self, name: str, row: int, first: int, end: int) -> Tensor:
-        page, within = self._at(row, first, end)
-        return self.planes[name].movedim(1, 2)[page, within].movedim(0, 1)
-
-    def write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
-        page, within = self._at(row, own.start, own.stop)
-        self.planes[name].movedim(1, 2)[page, within] = packed.movedim(0, 1)
 
 
 class PackedAttention(SplitAttention):

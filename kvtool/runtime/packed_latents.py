@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import rotate
-from kvtool.kernels.packed_attention import channel_scores, channel_sums
+from kvtool.kernels.packed_attention import Ring, channel_scores, channel_sums
+from kvtool.kernels.packed_latents import Blocks, fits, pack_latents, packed_latent_attention
 from kvtool.latent import LatentAttention
 from kvtool.latent_bits import LatentPlan
 from kvtool.runtime.layers import LatentRuntimeAttention, Step
-from kvtool.runtime.packed_store import PackedStore
-from kvtool.runtime.pages import Pages
+from kvtool.runtime.packed_store import PackedStore, PagedBlocks
+from kvtool.runtime.pages import Pages, Place
 from kvtool.runtime.split import StreamingHeads
-from kvtool.runtime.stores import LatentStore
+from kvtool.runtime.stores import PAGE, LatentStore
 
 
 class NewLatents(NamedTuple):
-    """What a layer makes of new tokens: absorbed queries `[B, Q, T, R]`, latents `[B, T, R]`."""
+    """What a layer makes of new tokens: absorbed queries `[B, Q, T, R]`, latents `[B, T, R]`.
+
+    Queries are in the order of the plan.
+    """
 
     q: Tensor
     latents: Tensor
@@ -36,7 +40,10 @@ class LatentRing(StreamingHeads):
 
 
 class PackedLatents(PackedStore):
-    """Latents of a layer: one head, of which the first r numbers are its values."""
+    """Latents of a layer: one head, of which the first r numbers are its values.
+
+    They are kept in the order of the plan; what is read of them is in that order, too.
+    """
 
     parts = ("latents",)
     bits: LatentPlan
@@ -46,8 +53,9 @@ class PackedLatents(PackedStore):
         self, rows: int, capacity: int, like: Tensor, scaling: float, bits: LatentPlan,
         dense_prompt: bool,
     ) -> None:  # fmt: skip
-        self.exact = LatentRing(rows, bits.sink, bits.ring, bits.width, like)
+        self.exact = self.new_exact(rows, like, bits)
         self.bits, self.scaling, self.dense_prompt = bits, scaling, dense_prompt
+        self.order = torch.tensor(bits.order, device=like.device)
         self.tokens, self.planes = capacity, {}
         room = (rows, 1, bits.blocks(capacity))
         self.widths = {
@@ -56,9 +64,13 @@ class PackedLatents(PackedStore):
         for width, own in self.widths.items():
             self.add_planes(f"{width} bits", width, bits.group, (*room, len(own)))
 
+    def new_exact(self, rows: int, like: Tensor, bits: LatentPlan) -> LatentRing:
+        """An empty ring."""
+        return LatentRing(rows, bits.sink, bits.ring, bits.width, like)
+
     def add(self, new: NewLatents, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, r]`."""
-        return self.add_tokens(new.q, (new.latents[:, None],), step)
+        return self.add_tokens(new.q, (new.latents[:, None, :, self.order],), step)
 
     def hold(self, latents: Tensor, step: Step) -> Tensor:
         """Takes a piece `[1, T, R]` of a prompt, packs it at its end; returns all of it so far."""
@@ -74,7 +86,7 @@ class PackedLatents(PackedStore):
         whole = self.prompt.gather("latents", 0, 0, step.lengths[0])
         if step.lengths[0] == step.prompt:
             self.prompt = None
-            self.end_prompt(step.row, whole)
+            self.end_prompt(step.row, whole[..., self.order])
         return whole
 
     def attend(self, q: Tensor, exact: Sequence[Tensor], row: int, start: int) -> Tensor:
@@ -115,6 +127,37 @@ class PackedLatents(PackedStore):
             self.put_blocks(f"{width} bits", row, first, blocks[:, :, own], width, 1.0)
 
 
+class PagedPackedLatents(PagedBlocks, PackedLatents):
+    """The same in shared pages."""
+
+    def __init__(
+        self, pages: Pages, like: Tensor, scaling: float, bits: LatentPlan, dense_prompt: bool
+    ) -> None:
+        self.pages = pages
+        room = bits.sink + bits.window + PAGE
+        super().__init__(pages.count, room, like, scaling, bits, dense_prompt)
+        self.places = self.order.argsort()  # of each number
+        self.values = tuple(sum(at < bits.rank for at in own) for own in bits.parts.values())
+
+    def new_exact(self, rows: int, like: Tensor, bits: LatentPlan) -> LatentRing:
+        return super().new_exact(self.pages.rows, like, bits)
+
+    def step(self, q: Tensor, states: Tensor, at: Place) -> Tensor:
+        """See :meth:`PagedLatents.step`; queries and the result are in the order of the plan."""
+        bits, latents = self.bits, self.exact.planes["latents"]
+        _, slots, _ = at.ring(bits.sink, bits.ring)
+        latents.view(-1, bits.width)[slots[:, None], self.places] = states
+        ring = Ring(latents, latents[..., : bits.rank], at.rows, bits.sink, bits.window)
+        names = [f"{width} bits" for width in self.widths]
+        blocks = Blocks(
+            tuple(self.planes[name] for name in names),
+            tuple(self.planes[f"{name} scales"] for name in names),
+            tuple(self.widths), self.values, at.table,
+        )  # fmt: skip
+        pack_latents(ring, blocks, at.lengths)
+        return packed_latent_attention(q, ring, blocks, at.lengths, self.scaling)
+
+
 class PackedLatentAttention(LatentRuntimeAttention):
     """Latent attention over packed latents; a prompt that is read densely is expanded."""
 
@@ -124,6 +167,12 @@ class PackedLatentAttention(LatentRuntimeAttention):
     ) -> None:  # fmt: skip
         super().__init__(stages, index, scale)
         self.plan, self.dense_prompt = plan, dense_prompt
+        # Queries and what they read have the plan's order at no cost.
+        order = torch.tensor(plan.order, device=self.absorb_value.device)
+        values = order[: stages.rank]
+        self.absorb_query[..., : stages.rank] = self.absorb_query[..., values]
+        self.absorb_value = self.absorb_value[:, values]
+        self.rotated = order.argsort()[stages.rank :]
 
     def new_store(  # type: ignore[override]
         self, rows: int, capacity: int
@@ -133,16 +182,25 @@ class PackedLatentAttention(LatentRuntimeAttention):
             rows, capacity, stages.value_up, stages.scaling, self.plan, self.dense_prompt,
         )  # fmt: skip
 
-    def new_paged_store(self, pages: Pages) -> None:
-        """None: packed planes are not in shared pages."""
+    def new_paged_store(  # type: ignore[override]
+        self, pages: Pages
+    ) -> PagedPackedLatents | None:
+        stages, plan = self.stages, self.plan
+        if not fits(plan.rank, plan.group):
+            return None
+        return PagedPackedLatents(pages, stages.value_up, stages.scaling, plan, self.dense_prompt)
 
     def attention(  # type: ignore[override]
-        self, hidden: Tensor, step: Step, store: PackedLatents
+        self, hidden: Tensor, step: Step, store: PackedLatents | PagedPackedLatents
     ) -> Tensor:
         stages = self.stages
         q, c, k_pe = stages.query_and_compress(hidden)
         cos, sin = step.tables[self.table]
         latents = torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)
+        if step.place is not None:
+            assert isinstance(store, PagedPackedLatents)
+            read = partial(store.step, states=latents[:, 0], at=step.place)
+            return stages.output(self._absorbed(q[:, 0], cos, sin, read))
         if step.prompt is not None and self.dense_prompt:
             c, k_pe = store.hold(latents, step).split([stages.rank, stages.rope_dim], dim=-1)
             return stages.output(stages.attend_expanded(q, c, k_pe, cos, sin))

@@ -16,8 +16,9 @@ from torch import Tensor
 from kvtool.bits import Blocks
 from kvtool.kernels.quantise import groups_of, packed_bytes, quantise
 from kvtool.runtime.layers import Step
+from kvtool.runtime.pages import Pages, enlarge
 from kvtool.runtime.split import DroppingHeads, StreamingHeads
-from kvtool.runtime.stores import whole_pages
+from kvtool.runtime.stores import PAGE, whole_pages
 
 
 class PackedStore(DroppingHeads):
@@ -164,3 +165,43 @@ class PackedStore(DroppingHeads):
     def write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
         """The other way round."""
         self.planes[name][row, :, own] = packed
+
+
+class PagedBlocks(PackedStore):
+    """The ring per row, and planes `[pages, H, blocks of a page, ...]`."""
+
+    pages: Pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a page's blocks."""
+        return sum(plane[0].nbytes for plane in self.planes.values())
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a ring."""
+        return sum(plane[0].nbytes for plane in self.exact.planes.values())
+
+    @property
+    def capacity(self) -> int:
+        return (self.pages.count - 1) * PAGE
+
+    def grow(self) -> None:
+        """Takes as many pages and rows as there are now."""
+        enlarge(self.planes, self.pages.count)
+        enlarge(self.exact.planes, self.pages.rows)
+
+    def _at(self, row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Pages in which blocks of a row lie, and where there."""
+        table = self.pages.table[row]
+        block = torch.arange(first, end, device=table.device)
+        each = PAGE // self.bits.group
+        return table[block // each].long(), block % each
+
+    def read_blocks(self, name: str, row: int, first: int, end: int) -> Tensor:
+        page, within = self._at(row, first, end)
+        return self.planes[name].movedim(1, 2)[page, within].movedim(0, 1)
+
+    def write_blocks(self, name: str, row: int, own: slice, packed: Tensor) -> None:
+        page, within = self._at(row, own.start, own.stop)
+        self.planes[name].movedim(1, 2)[page, within] = packed.movedim(0, 1)

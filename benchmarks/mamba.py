@@ -219,6 +219,7 @@ def told(taught: Taught) -> dict[str, Any]:
         "perplexity_ratio": judged.perplexity_ratio,
         "kl_by_text": judged.kl,
         "error": taught.error,
+        "learned": taught.learned,
     }
 
 

@@ -285,7 +285,8 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
             f"| {_ARMS[arm]}: KL on held-out text, perplexity ratio | {about['kl']:.3g}, "
             f"{about['perplexity_ratio']:.4f} |"
         )
-    if (amount := manifest["options"].get("heal")) is not None:
+    learned = manifest.get("arms", {}).get("mamba", {}).get("learned", True)
+    if (amount := manifest["options"].get("heal")) is not None and learned:
         teacher = manifest["options"]["teacher"] or base
         lines.append(f"| healed, taught by {teacher} | {amount} |")
     for name, (label, form) in _MEASURED.items():

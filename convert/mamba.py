@@ -112,8 +112,8 @@ class MambaResult(ConversionResult):
     """What a conversion did.
 
     Attributes:
-        arms: By arm, `kl` and `perplexity_ratio` on held-out text, and by layer the `error` that
-            alignment left.
+        arms: By arm, `kl` and `perplexity_ratio` on held-out text, by layer the `error` that
+            alignment left, and whether it `learned`: see :class:`~kvtool.convert.teaching.Taught`.
         beaten: Whether the result is clearly nearer to the original than each control.
     """
 
@@ -441,7 +441,11 @@ class _Work:
             if distill.processes()[0] == 0:
                 self._save(taught.hybrid.slots, weights)
                 unfinished = about.with_suffix(".unfinished")
-                what = {"judged": dataclasses.asdict(taught.judged), "error": taught.error}
+                what = {
+                    "judged": dataclasses.asdict(taught.judged),
+                    "error": taught.error,
+                    "learned": taught.learned,
+                }
                 unfinished.write_text(json.dumps(what))
                 unfinished.replace(about)
             distill.wait_for_everyone()
@@ -451,6 +455,7 @@ class _Work:
             "kl": judged.mean_kl,
             "perplexity_ratio": judged.perplexity_ratio,
             "error": found["error"],
+            "learned": found["learned"],
         }
         return judged, told
 

@@ -94,11 +94,14 @@ class Taught:
     Attributes:
         error: By layer, what closed form and alignment left of the attention's output, relative.
         judged: At the end, on held-out text.
+        learned: Whether teaching brought it nearer to the original there. It is what the closed
+            form made of it otherwise: a few steps, at the rates of many, make it worse.
     """
 
     hybrid: HybridModel
     error: dict[int, float]
     judged: Judged
+    learned: bool
 
 
 class Teacher:
@@ -153,21 +156,28 @@ class Teacher:
             hybrid.seed_own_tokens(self.lessons.solve)
         error = hybrid.fit_outputs(self.lessons.solve)
         self.report(f"{arm}: closed form", 1, 1)
-        if self.steps is not None:
-            learn = iter(self.lessons.learn.split(self.steps.batch))
-            for inherited, steps in ((False, self.steps.seeding), (True, self.steps.aligning)):
-                student = Alignment(hybrid, inherited=inherited)
-                texts = [next(learn) for _ in range(steps * distill.processes()[1])]
-                name = "align" if inherited else "mimic"
-                self._train(arm, name, student, texts, replace(_ALIGNMENT, steps=steps))
-                student.release()
-                error = hybrid.fit_outputs(self.lessons.solve)
-            texts = list(learn)
-            training = replace(_DISTILLATION, steps=self.steps.distilling)
-            self._train(
-                arm, "distil", Distillation(hybrid, self.teacher, self.loss), texts, training
-            )
-        return Taught(hybrid, error, judge(hybrid, self.lessons.judge))
+        closed = error, _copied(hybrid), judge(hybrid, self.lessons.judge)
+        if self.steps is None:
+            return Taught(hybrid, error, closed[-1], learned=False)
+        learn = iter(self.lessons.learn.split(self.steps.batch))
+        for inherited, steps in ((False, self.steps.seeding), (True, self.steps.aligning)):
+            student = Alignment(hybrid, inherited=inherited)
+            texts = [next(learn) for _ in range(steps * distill.processes()[1])]
+            name = "align" if inherited else "mimic"
+            self._train(arm, name, student, texts, replace(_ALIGNMENT, steps=steps))
+            student.release()
+            error = hybrid.fit_outputs(self.lessons.solve)
+        texts = list(learn)
+        training = replace(_DISTILLATION, steps=self.steps.distilling)
+        self._train(arm, "distil", Distillation(hybrid, self.teacher, self.loss), texts, training)
+        judged = judge(hybrid, self.lessons.judge)
+        # Nearness to the original says nothing of what another model taught.
+        if self.teacher is None and got_worse(closed[-1], judged):
+            error, states, judged = closed
+            for index, slot in hybrid.slots.items():
+                slot.replacement.load_state_dict(states[index])
+            return Taught(hybrid, error, judged, learned=False)
+        return Taught(hybrid, error, judged, learned=True)
 
     def _train(
         self, arm: Arm, stage: str, student: Student, texts: Sequence[Tensor], training: Training
@@ -200,8 +210,19 @@ class Teacher:
         )
 
 
+def _copied(hybrid: HybridModel) -> dict[int, dict[str, Tensor]]:
+    """The tensors of all replacements as they are now."""
+    slots = hybrid.slots.items()
+    return {i: {n: x.clone() for n, x in s.replacement.state_dict().items()} for i, s in slots}
+
+
 EVALUATION = "evaluation.jsonl"
 """Of a stage: KL to the original and perplexity ratio on held-out text, now and then."""
+
+
+def got_worse(closed: Judged, taught: Judged) -> bool:
+    """Whether teaching took an arm away from the original."""
+    return taught.mean_kl >= closed.mean_kl
 
 
 def beats(result: Judged, control: Judged) -> bool:

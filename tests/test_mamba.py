@@ -23,13 +23,15 @@ from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.hybrid import Judged
 
 SMALL = {"tokens": 1024}
+GOT_WORSE = teaching.got_worse
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
-    """Texts of 128 tokens."""
+    """Texts of 128 tokens, and what is taught is kept, however little it was."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mamba, "WINDOW", 128)
+        patch.setattr(teaching, "got_worse", lambda closed, taught: False)
         yield
 
 
@@ -72,6 +74,7 @@ def test_all_arms_are_taught_on_the_same_text_and_told(done):
     for arm in result.arms:
         stages = {x["stage"]: x["step"] for x in lines if x["arm"] == arm}  # the last step of each
         assert stages == {"mimic": 1, "align": 2, "distil": 4}
+    assert result.arms["mamba"]["learned"]
     manifest = json.loads((output / "kvtool_manifest.json").read_text())
     assert manifest["arms"]["mamba"]["kl"] == result.arms["mamba"]["kl"]
     assert manifest["plan"]["replaced_layers"] == [1]
@@ -101,6 +104,31 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(done, tmp_path, mon
     ours, theirs = weights(again), weights(output)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_teaching_that_makes_it_worse_is_dropped(tiny, monkeypatch, better):
+    """Of the closed form and what was taught, the one nearer to the original on held-out text."""
+    judged = iter((2.0, 1.0 if better else 3.0))
+    states = []
+
+    def judge(hybrid, windows):
+        states.append(teaching._copied(hybrid)[1])
+        return Judged([next(judged)], [0.0], [0.0])
+
+    monkeypatch.setattr(teaching, "judge", judge)
+    monkeypatch.setattr(teaching, "got_worse", GOT_WORSE)
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    ids = torch.arange(4 * 32).view(4, 32) % 60
+    lessons = teaching.Lessons(ids, ids, ids)
+    taught = teaching.Teacher(
+        checkpoint, {1: torch.full((4,), 8.0)}, lessons, teaching.Steps(1, 1, 1, 2)
+    ).teach("mamba")
+    assert taught.learned == better
+    assert taught.judged.mean_kl == (1.0 if better else 2.0)
+    found = teaching._copied(taught.hybrid)[1]
+    closed, end = (all(torch.equal(found[n], x) for n, x in state.items()) for state in states)
+    assert (closed, end) == (not better, better)
 
 
 def test_without_teaching_only_read_outs_are_fitted(tiny, tmp_path):

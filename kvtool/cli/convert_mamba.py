@@ -110,6 +110,8 @@ def convert_mamba(
     for arm, about in result.arms.items():
         what = "result" if arm == "mamba" else f"control: {arm}"
         told = f"KL {about['kl']:.4f}, perplexity x{about['perplexity_ratio']:.4f} on held-out text"
+        if heal != "0" and not about["learned"]:
+            told += "; taught so briefly it got worse, so this is the closed form"
         table.add_row(what, told)
     finish(output, checkpoint, result.to_dict(), table, verify=verify, json=json, quiet=quiet)
     if lost := [arm for arm, beaten in result.beaten.items() if not beaten]:

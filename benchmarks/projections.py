@@ -68,11 +68,13 @@ def read(engine: Engine, ids: Tensor) -> KVCache:
 def filled(engine: Engine, ids: Tensor, prompt: KVCache, room: int) -> KVCache:
     """What the engine's stores hold behind a prompt that a dense cache has read.
 
-    Stores that rank tokens by the attention of queries read it themselves.
+    Stores that rank tokens by the attention of queries read it themselves, and so do those whose
+    prompt streams through them.
     """
-    length = prompt.lengths[0]
+    length, plan = prompt.lengths[0], engine.plan
     cache = engine.new_cache(1, length + room)
-    if engine.plan is not None and any(x.bits and x.bits.rest for x in engine.plan.layers):
+    ranked = plan is not None and any(x.bits and x.bits.rest for x in plan.layers)
+    if ranked or (plan is not None and plan.prefill == "streamed"):
         engine.extend(cache, ids)
         return cache
     at = torch.arange(length)

@@ -45,7 +45,7 @@ from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.calibrate.whole import Kept, WholeModel
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import PlanError
+from kvtool.errors import CheckpointError
 from kvtool.fp8 import scale
 from kvtool.kernels.quantise import BITS
 from kvtool.plan import Base, Plan
@@ -97,10 +97,14 @@ def static(first: Bits, scales: Sequence[Tensor], base: Base) -> Bits:
     """fp8: keys and values divided by scales, one each `[1]`, or one by head `[H, 1, 1]`.
 
     Raises:
-        PlanError: There is not one for each head, or it is not above 0 and finite.
+        CheckpointError: There is not one for each head, above 0 and finite.
     """
-    if any(s.numel() not in (1, base.kv_heads) for s in scales):
-        raise PlanError(f"a layer has other scales for fp8 than one, or {base.kv_heads}, of heads")
+    for s in scales:
+        if s.numel() not in (1, base.kv_heads) or not bool((s.isfinite() & (s > 0)).all()):
+            raise CheckpointError(
+                f"{base.source} holds scales for fp8 that are not one number above 0 for a layer, "
+                f"or {base.kv_heads} for its heads."
+            )
     keys, values = (
         tuple((x,) for x in s.float().flatten().expand(base.kv_heads).tolist()) for s in scales
     )

@@ -353,6 +353,8 @@ def test_codes_get_bits_and_read_as_before_without_them(llama):
     assert small.cache_bytes(400, 2) <= 0.3 * native
     with pytest.raises(UsageError, match="has bits already"):
         calibrated(llama, plan)
+    with pytest.raises(UsageError, match="--bits fp8 is for keys and values, and the plan of"):
+        calibrated(llama, codes, method="fp8", bits=(8, 8))
 
 
 # ------------------------------------------------------------------------------- the command

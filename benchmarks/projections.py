@@ -84,7 +84,8 @@ def filled(engine: Engine, ids: Tensor, prompt: KVCache, room: int) -> KVCache:
         if isinstance(store, SplitStore):
             heads = range(k.shape[1])
             rings = [head for head in heads if attention.layer.streaming[head]]
-            store.full.end_prompt(0, k[0, attention.full], v[0, attention.full])
+            if attention.full:
+                store.full.end_prompt(0, k[0, attention.full], v[0, attention.full])
             if store.streaming:
                 store.streaming.keep_last(0, 0, k[0, rings], v[0, rings])
             continue

@@ -3,17 +3,27 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from _convert_tools import YARN, one_thread, random_ids
+from _packed import (
+    assert_same,
+    check_arrival,
+    check_bytes,
+    check_crop,
+    check_prompt_in_pieces,
+    check_rows,
+    check_snapshot,
+    logits,
+)
 from torch import Tensor
 
 from kvtool.attention import rotate
 from kvtool.bits import Bits, Tier
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import PlanError, UnsupportedModelError
-from kvtool.evaluate.protocol import cache_size
 from kvtool.kernels.hadamard import hadamard
 from kvtool.kernels.low_rank import low_rank
 from kvtool.kernels.packed_attention import (
@@ -95,24 +105,6 @@ def packed(checkpoint, way="kivi", keys=4, values=4, prefill="dense", streaming=
     heads = streaming or ((False,) * base.kv_heads,) * base.layers
     layers = tuple(LayerPlan(tuple(x), 3, 8, bits=bits) for x in heads)
     return Plan(base, layers, prefill)
-
-
-def logits(engine, ids, *pieces):
-    """Of all tokens, fed in pieces: the first is the prompt; at last one by one."""
-    cache = engine.new_cache(1, len(ids))
-    found, start = [], 0
-    for size in pieces:
-        found.append(engine.extend(cache, ids[start : start + size], all_logits=True))
-        start += size
-    found += [engine.decode(cache, token[None]) for token in ids[start:]]
-    return torch.cat(found)
-
-
-def assert_same(found, expected):
-    """But for a number on the edge between two codes, which other sums may round to the other."""
-    apart = (found - expected).abs()
-    assert apart.median() < 1e-4
-    assert apart.mean() < 5e-3
 
 
 # ------------------------------------------------------------------------------- operations
@@ -256,75 +248,31 @@ def test_a_factor_on_the_rotation_comes_off_again(tiny, way):
 
 @ways
 def test_the_same_however_tokens_arrive(llama, way, poison):
-    ids = random_ids(LENGTH)
-    for prefill in ("streamed", "dense"):
-        engine = Engine.load(llama, plan=packed(llama, way, 3, 2, prefill=prefill))
-        expected = logits(engine, ids, 30)
-        for pieces in ((30, 1, 40), (30, 66), (30, 2, 33, 31)):
-            assert_same(logits(engine, ids, *pieces)[30:], expected[30:])
-    # A prompt is read exactly where it is read densely.
-    dense = logits(Engine.load(llama), ids, len(ids))
-    torch.testing.assert_close(logits(engine, ids, LENGTH), dense, rtol=1e-4, atol=1e-4)
+    planned = partial(packed, llama, way, 3, 2)
+    check_arrival(llama, lambda prefill: planned(prefill=prefill), random_ids(LENGTH))
 
 
 def test_a_prompt_may_come_in_pieces_and_rows_decode_together(llama):
     engine = Engine.load(llama, plan=packed(llama, keys=2, values=2))
-    ids = random_ids(LENGTH)
-    expected = logits(engine, ids, 70)[70:]
-    caches = [engine.new_cache(1, 64) for _ in range(2)]
-    for cache in caches:
-        for piece in ids[:70].split(30):
-            engine.extend(cache, piece, prompt=70)
-    found = [engine.decode_rows(caches, [int(token)] * 2) for token in ids[70:]]
-    for row in range(2):
-        assert_same(torch.stack([x[row] for x in found]), expected)
+    check_prompt_in_pieces(engine, random_ids(LENGTH))
 
 
 def test_rows_of_different_lengths_do_not_disturb_each_other(llama, poison):
-    engine = Engine.load(llama, plan=packed(llama))
-    texts = [random_ids(n) for n in (70, 30)]
-    cache = engine.new_cache(2, 70)
-    for row, ids in enumerate(texts):
-        engine.extend(cache, ids[:-20], row)
-    for step in range(20):
-        found = engine.decode(cache, torch.stack([ids[step - 20] for ids in texts]))
-    for row, ids in enumerate(texts):
-        alone = logits(engine, ids, len(ids) - 20)[-1]
-        assert_same(found[row], alone)
+    check_rows(Engine.load(llama, plan=packed(llama)))
 
 
-@pytest.mark.parametrize("way", ["kivi", "two tiers"])
+@pytest.mark.parametrize("way", ["kivi", "two tiers", "fp8"])
 @pytest.mark.parametrize("stored", range(60, 96, 7))
 def test_a_row_goes_back_where_it_can_and_starts_over_where_not(llama, way, stored, poison):
     engine = Engine.load(llama, plan=packed(llama, way, 4, 2, prefill="streamed"))
-    ids = random_ids(LENGTH)
-    expected = logits(engine, ids, 1)
-    went = 0
-    for back in range(1, 30):
-        cache = engine.new_cache(1, LENGTH)
-        engine.extend(cache, ids[:stored])
-        cache.crop(0, stored - back)
-        if start := cache.lengths[0]:
-            went += 1
-            found = engine.extend(cache, ids[start:], all_logits=True)
-            assert_same(found, expected[start:])
-    assert went >= 1  # the last token is always let go of
+    check_crop(engine, random_ids(LENGTH), stored)
 
 
-@pytest.mark.parametrize("way", ["kivi", "two tiers"])
+@pytest.mark.parametrize("way", ["kivi", "two tiers", "fp8"])
 def test_a_snapshot_is_where_it_was(llama, way):
     streaming = ([True, False],) * 3
-    engine = Engine.load(llama, plan=packed(llama, way, streaming=streaming))
-    ids = random_ids(LENGTH)
-    cache = engine.new_cache(1, LENGTH)
-    engine.extend(cache, ids[:40])
-    saved = cache.snapshot(0)
-    expected = [engine.decode(cache, token[None]) for token in ids[40:80]]
-    cache.restore(0, saved)
-    engine.extend(cache, random_ids(30))
-    cache.restore(0, saved)
-    found = [engine.decode(cache, token[None]) for token in ids[40:80]]
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    plan = packed(llama, way, streaming=streaming)
+    check_snapshot(Engine.load(llama, plan=plan), random_ids(LENGTH))
 
 
 @ways
@@ -333,15 +281,7 @@ def test_measured_bytes_are_the_planned_ones(llama, way):
     for bits in ((2, 3), (4, 8)):
         streaming = ([True, False], [False, False], [True, True])
         plan = packed(llama, way, *bits, streaming=streaming)
-        engine = Engine.load(llama, plan=plan)
-        for tokens in (1, 8, 9, 23, 24, 25, 64, 300):
-            cache = engine.new_cache(1, tokens)
-            assert cache.allocated_bytes == plan.cache_bytes(tokens, 4)
-        cache.reserve([301])
-        assert cache.allocated_bytes == plan.cache_bytes(cache.capacity, 4)
-        slope = (plan.cache_bytes(1600, 2) - plan.cache_bytes(1440, 2)) / 160
-        assert math.ceil(slope) == plan.bytes_per_token(2)
-        assert cache_size(engine).bytes_per_token_bf16 == slope
+        check_bytes(Engine.load(llama, plan=plan), 4)
 
 
 @pytest.mark.parametrize("prefill", ["dense", "streamed"])

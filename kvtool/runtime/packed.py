@@ -397,8 +397,7 @@ class PagedPacked(PackedHeads):
         """Whether a kernel reads such blocks."""
         read_as_stored = bits.kind == "rotated" and bits.axis == "channel"
         more = (bits.order, bits.rest, bits.key_balance, bits.value_balance, bits.kept)
-        plain = bits.hadamard != "both" and all(x is None for x in more)
-        plain = plain and not bits.rank and not bits.e4m3
+        plain = bits.hadamard != "both" and not bits.rank and all(x is None for x in more)
         return read_as_stored and plain and fits(head_dim, bits.keys, bits.values, bits.group)
 
     @property

@@ -40,6 +40,7 @@ from kvtool.runtime.cache import KVCache
 from kvtool.runtime.coded import Tokens
 from kvtool.runtime.layers import Step
 from kvtool.runtime.split import SplitStore
+from kvtool.runtime.stores import DenseStore
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
 PREFILL, CONTINUATION, WINDOWS = 1536, 256, 6
@@ -81,11 +82,17 @@ def filled(engine: Engine, ids: Tensor, prompt: KVCache, room: int) -> KVCache:
     cos, sin = engine.tables(at[None])[0]
     for dense, store, attention in zip(prompt.stores, cache.stores, engine.attentions, strict=True):
         k, v = (dense.planes[name][:, :, :length] for name in ("keys", "values"))
+        if isinstance(store, DenseStore):
+            store.write(0, [0], {"keys": k, "values": v})
+            continue
         if isinstance(store, SplitStore):
             heads = range(k.shape[1])
             rings = [head for head in heads if attention.layer.streaming[head]]
-            if attention.full:
-                store.full.end_prompt(0, k[0, attention.full], v[0, attention.full])
+            full = k[:, attention.full], v[:, attention.full]
+            if isinstance(store.full, DenseStore):
+                store.full.write(0, [0], dict(zip(("keys", "values"), full, strict=True)))
+            else:
+                store.full.end_prompt(0, *(x[0] for x in full))
             if store.streaming:
                 store.streaming.keep_last(0, 0, k[0, rings], v[0, rings])
             continue

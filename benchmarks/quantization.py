@@ -98,6 +98,7 @@ class Plans:
             for read in ("absorbed", "rebuilt"):
                 yield f"aware {share} %, {read}", lambda s=share, r=read: self.aware(s, r)
         if self.heads is not None:
+            yield "half of the heads, no bits", lambda: self.heads
             for bits in ("4", "3", "2", 12.5):
                 name = f"{bits} %" if isinstance(bits, float) else bits
                 yield (

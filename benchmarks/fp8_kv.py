@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtool import fp8
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import artifact, fp8_kv
 from kvtool.convert.planning import WINDOW
 from kvtool.corpus import calibration_text, can_chat, evaluation_text
-from kvtool.fp8 import decode, encode
 from kvtool.kernels.hadamard import hadamard
 
 
@@ -101,8 +101,8 @@ def attention(stream: LayerStream, layer: StreamedLayer, row: Row, peaks: Peaks)
     def stored(x: Tensor, peak: Tensor) -> Tensor:
         if row.scales is None:
             return four_bits(x, row.hadamard)
-        scale = fp8_kv.scale(peak, row.scales, row.name) * row.room
-        return decode(encode(x, scale), scale)
+        scale = fp8.scale(peak, row.scales, row.name) * row.room
+        return fp8.decode(fp8.encode(x, scale), scale)
 
     def attend(hidden: Tensor) -> Tensor:
         q, k, v = own.project(hidden)

@@ -39,7 +39,6 @@ from kvtool.runtime import Engine
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.coded import Tokens
 from kvtool.runtime.layers import Step
-from kvtool.runtime.packed import PackedHeads
 from kvtool.runtime.sparse import SparseHeads
 from kvtool.runtime.split import SplitStore
 from kvtool.runtime.stores import DenseStore
@@ -71,11 +70,13 @@ def read(engine: Engine, ids: Tensor) -> KVCache:
 def filled(engine: Engine, ids: Tensor, prompt: KVCache, room: int) -> KVCache:
     """What the engine's stores hold behind a prompt that a dense cache has read.
 
-    Stores that rank tokens by the attention of queries read it themselves.
+    Stores that rank tokens by the attention of queries read it themselves, and so do those whose
+    prompt streams through them.
     """
-    length = prompt.lengths[0]
+    length, plan = prompt.lengths[0], engine.plan
     cache = engine.new_cache(1, length + room)
-    if engine.plan is not None and any(x.bits and x.bits.rest for x in engine.plan.layers):
+    ranked = plan is not None and any(x.bits and x.bits.rest for x in plan.layers)
+    if ranked or (plan is not None and plan.prefill == "streamed"):
         engine.extend(cache, ids)
         return cache
     at = torch.arange(length)
@@ -89,11 +90,11 @@ def filled(engine: Engine, ids: Tensor, prompt: KVCache, room: int) -> KVCache:
             heads = range(k.shape[1])
             rings = [head for head in heads if attention.layer.streaming[head]]
             own, full = [x[:, attention.full] for x in (k, v)], store.full
-            if isinstance(full, PackedHeads):
-                full.end_prompt(0, own[0][0], own[1][0])
-            elif attention.full:
+            if attention.full and isinstance(full, DenseStore):
                 keys = full.ordered(own[0]) if isinstance(full, SparseHeads) else own[0]
                 full.write(0, [0], {"keys": keys, "values": own[1]})
+            elif attention.full:
+                full.end_prompt(0, own[0][0], own[1][0])
             if store.streaming:
                 store.streaming.keep_last(0, 0, k[0, rings], v[0, rings])
             continue

@@ -92,10 +92,13 @@ class Plans:
         for bits in ("4/2", "K4V4/K4V2"):
             for method in ("zipcache", "mikv"):
                 yield f"{method} {bits}", lambda b=bits, m=method: self.tiers(b, m)
+        yield "fp8", lambda: self.fp8("streamed")
+        yield "fp8, a prompt read exactly", lambda: self.fp8("dense")
         for share in (28, 19):
             for read in ("absorbed", "rebuilt"):
                 yield f"aware {share} %, {read}", lambda s=share, r=read: self.aware(s, r)
         if self.heads is not None:
+            yield "half of the heads, no bits", lambda: self.heads
             for bits in ("4", "3", "2", 12.5):
                 name = f"{bits} %" if isinstance(bits, float) else bits
                 yield (
@@ -115,6 +118,12 @@ class Plans:
         """The methods with the same bits everywhere."""
         asked = QuantizationOptions(bits=parse_bits(bits), tokens=self.tokens, **options)
         return calibrate_quantization(self.checkpoint, asked, self.dense, None, 2)
+
+    def fp8(self, prefill: Any) -> Plan:
+        """What an engine's static fp8 cache keeps; but for the newest 16 tokens at most."""
+        asked = QuantizationOptions("fp8", (8, 8), 16, sink=0, window=1, tokens=self.tokens)
+        heads = replace(self.dense, prefill=prefill)
+        return calibrate_quantization(self.checkpoint, asked, heads, None, 2)
 
     def tiers(self, bits: str, method: Any) -> Plan:
         """The methods with two tiers of tokens, of which 128 are ranked together."""

@@ -12,8 +12,10 @@ from kvtool.errors import PlanError, UsageError
 from kvtool.kernels.quantise import BITS
 from kvtool.states import CHUNKS
 
-Method = Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear", "mustafar"]
+Method = Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear", "mustafar", "fp8"]
 METHODS: tuple[Method, ...] = get_args(Method)
+FP8 = "fp8"
+"""As bits: numbers are e4m3, with static scales. It is a method of its own."""
 SALIENT: dict[Method, float] = {"zipcache": 0.6, "mikv": 0.5}
 """Of methods with two tiers of tokens, the share of the upper one."""
 RANK = 2
@@ -59,21 +61,24 @@ class QuantizationOptions:
     heads: bool = True
     kept: int | None = None
 
+    @property
+    def named(self) -> str:
+        """How a user asks for the method."""
+        return f"--bits {FP8}" if self.method == FP8 else f"--method {self.method}"
+
     def check(self) -> None:
         """Raises UsageError if the options do not go together."""
         method = self.method
         if (self.rest is not None or self.salient is not None) and method not in SALIENT:
             raise UsageError(
-                f"--method {method} has the same bits for all tokens",
+                f"{self.named} has the same bits for all tokens",
                 hint=f"--method {' or '.join(SALIENT)}",
             )
         if self.rank is not None and method != "gear":
-            raise UsageError(f"--method {method} has no factors", hint="--method gear")
+            raise UsageError(f"{self.named} has no factors", hint="--method gear")
         sparse = method == "mustafar"
         if self.kept is not None and not sparse:
-            raise UsageError(
-                f"--method {method} keeps all numbers of a value", hint="--method mustafar"
-            )
+            raise UsageError(f"{self.named} keeps all numbers of a value", hint="--method mustafar")
         if sparse and not self.kept:
             raise UsageError(
                 "--method mustafar keeps some numbers of each value, so --sparsity is below 100%"
@@ -86,7 +91,7 @@ class QuantizationOptions:
         try:
             self.everywhere()
         except PlanError as error:
-            raise UsageError(f"--method {method}: {error}") from error
+            raise UsageError(f"{self.named}: {error}") from error
 
     def everywhere(self) -> Bits:
         """The same for every layer, at 4 bits if there are none.
@@ -106,7 +111,7 @@ class QuantizationOptions:
             keys,
             values if self.kept is None else 16,
             self.group,
-            "token" if self.method in ("rotatekv", "mikv") else "channel",
+            "token" if self.method in ("rotatekv", "mikv", FP8) else "channel",
             "unrotated" if self.read == "rebuilt" else "rotated",
             turned,
             sink=self.sink,
@@ -114,6 +119,7 @@ class QuantizationOptions:
             rest=rest,
             rank=(RANK if self.rank is None else self.rank) if self.method == "gear" else 0,
             kept=self.kept,
+            e4m3=self.method == FP8,
         )
 
 
@@ -165,5 +171,5 @@ def parse_bits(text: str) -> tuple[int, int] | None:
             return pair
     raise UsageError(
         f"--bits {text} is not possible: it is 2, 3, 4 or 8, keys and values apart such as K4V2, "
-        f"or {AUTO}"
+        f"{AUTO}, or {FP8} for all tokens, keys and values alike"
     )

@@ -12,7 +12,7 @@ from typing import Any
 from kvtool.attention import describe
 from kvtool.bits import Bits
 from kvtool.calibrate import code_bits, head_bits, latents
-from kvtool.calibrate.bit_options import QuantizationOptions
+from kvtool.calibrate.bit_options import FP8, QuantizationOptions
 from kvtool.calibrate.projections import Report, text_windows
 from kvtool.calibrate.statistics import WINDOW, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
@@ -21,6 +21,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError
 from kvtool.factored import latent_sizes, model_config
+from kvtool.fp8 import is_static, stored_scales
 from kvtool.kernels.quantise import BITS
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
@@ -32,6 +33,7 @@ _FITTED = {
     "rotatekv": head_bits.ordered,
     "zipcache": head_bits.separated,
     "mikv": head_bits.balanced,
+    "fp8": head_bits.scaled,
 }
 """Methods that ask statistics of the model's keys, values and queries."""
 
@@ -47,7 +49,8 @@ def everything(checkpoint: Checkpoint, base: Base, options: QuantizationOptions)
         LayerPlan((), kept=StatePlan.of(shape_of(config))) if layout.kind == "mamba" else heads
         for layout in describe(config)
     )
-    return Plan(base, layers)
+    # An engine with an fp8 cache reads it in prompts as well.
+    return Plan(base, layers, "streamed" if options.method == FP8 else "dense")
 
 
 def with_states(plan: Plan, bits: int | None) -> Plan:
@@ -90,6 +93,10 @@ def calibrate_quantization(
     found: dict[str, Any] = {}
     if not options.heads:
         method = "states"
+    elif method == FP8 and is_static(checkpoint.cache_scheme):
+        scales = [stored_scales(checkpoint, index) for index in range(len(plan.layers))]
+        plan = packed(plan, [head_bits.static(first, pair, plan.base) for pair in scales])
+        found = {"scales": "of the checkpoint"}
     elif method in _FITTED:
         wanted = StatisticsOptions(
             data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
@@ -160,7 +167,7 @@ def plan_ahead(
     if not options.heads:
         return plan.cache_bytes(options.context, itemsize)
     if options.method in _FITTED and any(layer.kept is not None for layer in plan.layers):
-        raise UsageError(f"--method {options.method} is for models whose layers all have KV heads")
+        raise UsageError(f"{options.named} is for models whose layers all have KV heads")
     same = options.bits is None or first.keys == first.values
     if latents.latents_of(plan):
         if options.method != "aware" or options.read != "absorbed":
@@ -173,9 +180,9 @@ def plan_ahead(
     elif plan.codes:
         if options.method != "aware":
             raise UsageError(
-                f"--method {options.method} is for keys and values, and the plan of --plan stores "
-                "codes instead",
-                hint="--method aware",
+                f"{options.named} is for keys and values, and the plan of --plan stores codes "
+                "instead",
+                hint="--method aware with bits such as 4",
             )
         if not same:
             raise UsageError("the numbers of a code have the same bits, of keys and of values")

@@ -39,7 +39,7 @@ from kvtool.calibrate.stream import BATCH, LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint, torch_dtype
 from kvtool.convert.fitting import ConvertedLayer, Fit
 from kvtool.errors import CalibrationError
-from kvtool.fp8 import LIMIT, SCALES
+from kvtool.fp8 import SCALES, scale
 from kvtool.kernels.hadamard import hadamard
 
 if TYPE_CHECKING:
@@ -69,23 +69,6 @@ def peaks(
         keys = torch.maximum(keys, k.abs().amax(dim=(0, 2)))
         values = torch.maximum(values, (turned(v) if turn_values else v).abs().amax(dim=(0, 2)))
     return keys, values
-
-
-def scale(peak: Tensor, scales: str, what: str) -> Tensor:
-    """s, `[1]` or by head `[H, 1, 1]`, of `peak [H, D]`.
-
-    Raises:
-        CalibrationError: It is zero or not finite.
-    """
-    largest = peak.amax(dim=1)
-    found = largest.view(-1, 1, 1) if scales == "head" else largest.amax(dim=0, keepdim=True)
-    if not bool((found.isfinite() & (found > 0)).all()):
-        values = "not finite" if not bool(found.isfinite().all()) else "all zero"
-        raise CalibrationError(
-            f"{what} are {values} on the calibration text, which leaves no scale for them",
-            hint="the checkpoint is damaged, or try other --data",
-        )
-    return found / LIMIT
 
 
 def check_scales(scales: Iterable[Tensor]) -> str | None:

@@ -24,7 +24,7 @@ from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import artifact, fp8_kv, granite
 from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
-from kvtool.fp8 import LIMIT, SCALES, decode, encode, skip_flag
+from kvtool.fp8 import LIMIT, decode, encode, skip_flag, stored_scales
 
 PROBE_KL = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3}
 """Largest mean KL to the conversion's logits, by the dtype that the attention was rounded to."""
@@ -130,7 +130,7 @@ def verify(output: Path, against: Checkpoint, *, long_prompt: bool = True) -> Ve
             len(ids) > LONG or context <= LONG,
             f"{len(ids)} tokens; the model's context is {context}",
         )
-    if converted.cache_scheme is None:  # kvtool itself keeps no fp8
+    if converted.cache_scheme is None:  # kvtool keeps fp8 by a plan alone
         _check_runtime(report, converted, ids[: min(len(ids), 128)], logits, manifest)
     return report
 
@@ -210,11 +210,8 @@ class Fp8Cache(DynamicCache):
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Fp8Cache:
         """With all the scales that a checkpoint holds."""
-        scales = {}
-        for i in range(int(checkpoint.config["num_hidden_layers"])):
-            k, v = (checkpoint.read(f"model.layers.{i}.self_attn.{name}") for name in SCALES)
-            scales[i] = (k, v)
-        return cls(scales)
+        layers = range(int(checkpoint.config["num_hidden_layers"]))
+        return cls({i: stored_scales(checkpoint, i) for i in layers})
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from kvtool.errors import CalibrationError, CheckpointError
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvtool.checkpoint import Checkpoint
 
 LIMIT = 448.0
 """Largest number of e4m3."""
@@ -14,7 +18,7 @@ SCALES = ("k_scale", "v_scale")
 """Of a layer's keys and values, tensors beside its projections: `[1]`, or `[H, 1, 1]` by head."""
 
 
-def encode(x: Tensor, scale: Tensor) -> Tensor:
+def encode(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """`clamp(x / s, ±448)` in `float8_e4m3fn`.
 
     Args:
@@ -29,6 +33,42 @@ def encode(x: Tensor, scale: Tensor) -> Tensor:
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """What `encode` kept, in the dtype of the scale."""
     return codes.to(scale.dtype) * scale
+
+
+def scale(peak: Tensor, scales: str, what: str) -> Tensor:
+    """s = max |x| / 448, `[1]` or by head `[H, 1, 1]`, of `peak [H, D]`.
+
+    Raises:
+        CalibrationError: It is zero or not finite.
+    """
+    largest = peak.amax(dim=1)
+    found = largest.view(-1, 1, 1) if scales == "head" else largest.amax(dim=0, keepdim=True)
+    if not bool((found.isfinite() & (found > 0)).all()):
+        values = "not finite" if not bool(found.isfinite().all()) else "all zero"
+        raise CalibrationError(
+            f"{what} are {values} on the calibration text, which leaves no scale for them",
+            hint="the checkpoint is damaged, or try other --data",
+        )
+    return found / LIMIT
+
+
+def stored_scales(checkpoint: Checkpoint, index: int) -> tuple[Tensor, Tensor]:
+    """Of keys and of values of a layer, as they stand in a checkpoint.
+
+    Raises:
+        CheckpointError: They do not, whatever its config says.
+    """
+    names = [f"model.layers.{index}.self_attn.{name}" for name in SCALES]
+    if missing := [name for name in names if name not in checkpoint.tensors]:
+        raise CheckpointError(f"{checkpoint.path} does not hold {missing[0]} of its fp8 cache.")
+    keys, values = (checkpoint.read(name) for name in names)
+    return keys, values
+
+
+def is_static(scheme: dict[str, Any] | None) -> bool:
+    """Whether it is that of a static fp8 cache."""
+    wanted = {"type": "float", "num_bits": 8, "dynamic": False}
+    return scheme is not None and wanted.items() <= scheme.items()
 
 
 def cache_scheme(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -37,7 +37,10 @@ from kvtool.plan_file import Prefill as Prefill
 from kvtool.sparse import SparseReading
 from kvtool.states import StatePlan
 
-_NEWER = ("rest", "key_balance", "value_balance", "rank", "kept")  # of bits, since version 5
+_NEWER = {  # of bits, and since which version
+    **dict.fromkeys(("rest", "key_balance", "value_balance", "rank", "kept"), 5),
+    "e4m3": 6,
+}
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
@@ -184,11 +187,12 @@ class Plan:
                 raise PlanError(
                     f"layer {index} keeps {layer.bits.kept} numbers of values of {base.head_dim}"
                 )
+            width = 1 if layer.bits is not None and layer.bits.e4m3 else base.head_dim
             for what, rows in by_head(layer.bits):
                 for row in rows:
-                    if len(row) != base.head_dim:
+                    if len(row) != width:
                         raise PlanError(
-                            f"layer {index} has {what} of {len(row)} channels of {base.head_dim}"
+                            f"layer {index} has {what} of {len(row)} channels of {width}"
                         )
             labels = () if layer.sparse is None else layer.sparse.channels
             if (last := max((max(row) for row in labels), default=0)) >= base.head_dim:
@@ -424,10 +428,11 @@ def _document(plan: Plan) -> dict[str, Any]:
                 entry["bits"] = asdict(layer.bits)
                 newer = {name: entry["bits"].pop(name) for name in _NEWER}
                 if used := {name: x for name, x in newer.items() if x}:
-                    document["format_version"] = plan_file.KEPT_VERSION
+                    since = (_NEWER[name] for name in used)
+                    document["format_version"] = max(document["format_version"], *since)
                     entry["bits"] |= used
     if any(layer.kept is not None for layer in plan.layers):
-        document["format_version"] = plan_file.KEPT_VERSION
+        document["format_version"] = max(document["format_version"], plan_file.KEPT_VERSION)
         for entry, layer in zip(document["layers"], plan.layers, strict=True):
             if layer.kept is not None:
                 kind = "latent" if isinstance(layer.kept, LatentPlan) else "state"

@@ -22,9 +22,9 @@ from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 
 FORMAT_VERSION, KEPT_VERSION, BITS_VERSION, CODES_VERSION = 6, 5, 4, 3
-"""6 knows heads that are read sparsely; 5 layers without KV heads, and tiers, balances, factors and
-sparse values; 4 bits of heads, and 3 codes. A file is of the oldest version that knows what is in
-it, 1 at least."""
+"""6 knows fp8, and heads that are read sparsely; 5 layers without KV heads, and tiers, balances,
+factors and sparse values; 4 bits of heads, and 3 codes. A file is of the oldest version that knows
+what is in it, 1 at least."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
@@ -86,6 +86,7 @@ class BitsEntry(_Strict):
     value_balance: _Factors | None = None
     rank: _Count = 0
     kept: _Count | None = None
+    e4m3: bool = False
 
 
 class StateEntry(_Strict):

@@ -43,6 +43,8 @@ from transformers import (
 
 from kvtool.checkpoint import Checkpoint
 
+pytest.register_assert_rewrite("_packed")  # so that what fails there says its numbers
+
 VOCABULARY = 300
 # The Qwen2 tokenizer class adds this token to every vocabulary that lacks it.
 _PAD = "<|endoftext|>"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from _convert_tools import one_thread, random_ids
+from _packed import logits
 from torch import Tensor
 
 from kvtool.calibrate.levelled import levelled
@@ -88,12 +89,6 @@ def coded(
     return Plan(base, plain, codes=tuple(codes), allocation="even", tensors=tensors)
 
 
-def token_by_token(engine: Engine, ids: Tensor, prompt: int = 1) -> Tensor:
-    cache = engine.new_cache(1, len(ids))
-    first = engine.extend(cache, ids[:prompt], all_logits=True)
-    return torch.cat((first, *(engine.decode(cache, token[None]) for token in ids[prompt:])))
-
-
 def divergence(expected: Tensor, found: Tensor) -> float:
     p, q = expected.log_softmax(-1), found.log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
@@ -104,11 +99,11 @@ def divergence(expected: Tensor, found: Tensor) -> float:
 
 @pytest.mark.parametrize(("kind", "parts"), [("rotated", 1), ("unrotated", 2)])
 def test_more_bits_are_closer_to_the_original(llama, ids, kind, parts):
-    expected = token_by_token(Engine.load(llama), ids)
+    expected = logits(Engine.load(llama), ids, 1)
     lost = [
         divergence(
             expected,
-            token_by_token(Engine.load(llama, plan=coded(llama, kind, bits, parts=parts)), ids),
+            logits(Engine.load(llama, plan=coded(llama, kind, bits, parts=parts)), ids, 1),
         )
         for bits in (2, 4, 8, None)
     ]
@@ -124,7 +119,7 @@ def test_how_tokens_arrive_does_not_matter(llama, ids, kind, bits, layers):
     plan = replace(coded(llama, kind, bits, 0.5, layers), prefill="streamed")
     # A sum in another order may round to the other side of a step, hardly ever in float64.
     engine = Engine.load(llama, plan=plan, dtype=torch.float64)
-    expected = token_by_token(engine, ids)
+    expected = logits(engine, ids, 1)
     for pieces in ((LENGTH,), (1, 30, 17)):
         cache = engine.new_cache(1, 8)  # grows
         parts = [engine.extend(cache, piece, all_logits=True) for piece in ids.split(pieces)]
@@ -137,7 +132,7 @@ def test_layers_read_what_the_codec_gives_back(llama, ids, kind, prefill):
     """The store with bits is the store without them, fed what the integers are read as."""
     plan = replace(coded(llama, kind, 4, 0.5), prefill=prefill)
     packed = Engine.load(llama, plan=plan)
-    found = token_by_token(packed, ids, 20)
+    found = logits(packed, ids, 20)
     plain = Engine.load(
         llama, plan=replace(plan, codes=tuple(replace(x, bits=None) for x in plan.codes))
     )
@@ -148,7 +143,7 @@ def test_layers_read_what_the_codec_gives_back(llama, ids, kind, prefill):
             return {part: fake_quantise(x, 4) for part, x in exact(keys, values).items()}
 
         code.encode = rounded
-    torch.testing.assert_close(found, token_by_token(plain, ids, 20), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, logits(plain, ids, 20), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -169,7 +164,7 @@ def test_rows_of_different_lengths_do_not_disturb_each_other(llama, ids, bits):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_runs_in_half_precision(llama, ids, dtype):
     engine = Engine.load(llama, dtype=dtype, plan=coded(llama, "unrotated", 4))
-    assert token_by_token(engine, ids, 30).isfinite().all()
+    assert logits(engine, ids, 30).isfinite().all()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -361,14 +356,14 @@ def test_every_method_with_bits_meets_its_budget_and_is_judged_as_it_runs(llama,
 
 
 def test_full_width_at_eight_bits_is_close_to_dense(llama, ids):
-    expected = token_by_token(Engine.load(llama), ids)
+    expected = logits(Engine.load(llama), ids, 1)
     for method in ("aware", "cskv", "pca"):
         options = replace(SMALL, method=method, bits=8, tuning=0)
         plan = calibrate_projections(llama, options, 10**9, 2)
         assert [code.widths for code in plan.codes] == [
             code.widths for code in empty_codes(plan.base, options)
         ]
-        found = token_by_token(Engine.load(llama, plan=plan), ids, 20)
+        found = logits(Engine.load(llama, plan=plan), ids, 20)
         assert divergence(expected, found) < 2e-3
 
 

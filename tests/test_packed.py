@@ -3,20 +3,36 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from _convert_tools import YARN, one_thread, random_ids
+from _packed import (
+    assert_same,
+    check_arrival,
+    check_bytes,
+    check_crop,
+    check_prompt_in_pieces,
+    check_rows,
+    check_snapshot,
+    logits,
+)
 from torch import Tensor
 
 from kvtool.attention import rotate
 from kvtool.bits import Bits, Tier
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import PlanError, UnsupportedModelError
-from kvtool.evaluate.protocol import cache_size
 from kvtool.kernels.hadamard import hadamard
 from kvtool.kernels.low_rank import low_rank
-from kvtool.kernels.packed_attention import channel_scores, token_scores, value_sums
+from kvtool.kernels.packed_attention import (
+    channel_scores,
+    float_scores,
+    float_sums,
+    token_scores,
+    value_sums,
+)
 from kvtool.kernels.quantise import BITS, dequantise, quantise
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
@@ -48,7 +64,9 @@ WAYS = {
         "balanced": True,
         "kept": 9,
     },
+    "fp8": {"axis": "token", "e4m3": True},
 }
+FLOATS = {"keys": 8, "values": 8, "axis": "token", "e4m3": True}
 ways = pytest.mark.parametrize("way", WAYS)
 
 
@@ -74,6 +92,11 @@ def packed(checkpoint, way="kivi", keys=4, values=4, prefill="dense", streaming=
         drawn = (0.5 + random(2, base.kv_heads, base.head_dim).abs()).tolist()
         named = zip(("key_balance", "value_balance"), drawn, strict=True)
         options |= {name: tuple(map(tuple, rows)) for name, rows in named}
+    if "e4m3" in options:
+        keys = values = 8
+        scales = ((0.01,), (0.001,), (0.02,), (0.003,))  # of what is 3 at most: some are too small
+        named = zip(("key_balance", "value_balance"), (scales[:2], scales[2:]), strict=True)
+        options = {**dict(named), **options}
     if "rest" in options:
         options["rest"] = Tier(options["rest"], 2, min(values, 3))
     if "kept" in options:
@@ -82,24 +105,6 @@ def packed(checkpoint, way="kivi", keys=4, values=4, prefill="dense", streaming=
     heads = streaming or ((False,) * base.kv_heads,) * base.layers
     layers = tuple(LayerPlan(tuple(x), 3, 8, bits=bits) for x in heads)
     return Plan(base, layers, prefill)
-
-
-def logits(engine, ids, *pieces):
-    """Of all tokens, fed in pieces: the first is the prompt; at last one by one."""
-    cache = engine.new_cache(1, len(ids))
-    found, start = [], 0
-    for size in pieces:
-        found.append(engine.extend(cache, ids[start : start + size], all_logits=True))
-        start += size
-    found += [engine.decode(cache, token[None]) for token in ids[start:]]
-    return torch.cat(found)
-
-
-def assert_same(found, expected):
-    """But for a number on the edge between two codes, which other sums may round to the other."""
-    apart = (found - expected).abs()
-    assert apart.median() < 1e-4
-    assert apart.mean() < 5e-3
 
 
 # ------------------------------------------------------------------------------- operations
@@ -191,6 +196,10 @@ def reference(checkpoint, plan: Plan, ids: Tensor) -> Tensor:
                         ):  # fmt: skip
                             z = y[head, at_].mT if axis == "channel" else y[head, at_]
                             group_ = bits.group
+                            if bits.e4m3:
+                                floats = z.clamp(-448, 448).to(torch.float8_e4m3fn)
+                                y[head, at_] = floats.float()
+                                continue
                             if width == 16:
                                 least = z.abs().sort(-1).values[:, -bits.kept, None]
                                 y[head, at_] = (z * (z.abs() >= least)).half().float()
@@ -239,75 +248,31 @@ def test_a_factor_on_the_rotation_comes_off_again(tiny, way):
 
 @ways
 def test_the_same_however_tokens_arrive(llama, way, poison):
-    ids = random_ids(LENGTH)
-    for prefill in ("streamed", "dense"):
-        engine = Engine.load(llama, plan=packed(llama, way, 3, 2, prefill=prefill))
-        expected = logits(engine, ids, 30)
-        for pieces in ((30, 1, 40), (30, 66), (30, 2, 33, 31)):
-            assert_same(logits(engine, ids, *pieces)[30:], expected[30:])
-    # A prompt is read exactly where it is read densely.
-    dense = logits(Engine.load(llama), ids, len(ids))
-    torch.testing.assert_close(logits(engine, ids, LENGTH), dense, rtol=1e-4, atol=1e-4)
+    planned = partial(packed, llama, way, 3, 2)
+    check_arrival(llama, lambda prefill: planned(prefill=prefill), random_ids(LENGTH))
 
 
 def test_a_prompt_may_come_in_pieces_and_rows_decode_together(llama):
     engine = Engine.load(llama, plan=packed(llama, keys=2, values=2))
-    ids = random_ids(LENGTH)
-    expected = logits(engine, ids, 70)[70:]
-    caches = [engine.new_cache(1, 64) for _ in range(2)]
-    for cache in caches:
-        for piece in ids[:70].split(30):
-            engine.extend(cache, piece, prompt=70)
-    found = [engine.decode_rows(caches, [int(token)] * 2) for token in ids[70:]]
-    for row in range(2):
-        assert_same(torch.stack([x[row] for x in found]), expected)
+    check_prompt_in_pieces(engine, random_ids(LENGTH))
 
 
 def test_rows_of_different_lengths_do_not_disturb_each_other(llama, poison):
-    engine = Engine.load(llama, plan=packed(llama))
-    texts = [random_ids(n) for n in (70, 30)]
-    cache = engine.new_cache(2, 70)
-    for row, ids in enumerate(texts):
-        engine.extend(cache, ids[:-20], row)
-    for step in range(20):
-        found = engine.decode(cache, torch.stack([ids[step - 20] for ids in texts]))
-    for row, ids in enumerate(texts):
-        alone = logits(engine, ids, len(ids) - 20)[-1]
-        assert_same(found[row], alone)
+    check_rows(Engine.load(llama, plan=packed(llama)))
 
 
-@pytest.mark.parametrize("way", ["kivi", "two tiers"])
+@pytest.mark.parametrize("way", ["kivi", "two tiers", "fp8"])
 @pytest.mark.parametrize("stored", range(60, 96, 7))
 def test_a_row_goes_back_where_it_can_and_starts_over_where_not(llama, way, stored, poison):
     engine = Engine.load(llama, plan=packed(llama, way, 4, 2, prefill="streamed"))
-    ids = random_ids(LENGTH)
-    expected = logits(engine, ids, 1)
-    went = 0
-    for back in range(1, 30):
-        cache = engine.new_cache(1, LENGTH)
-        engine.extend(cache, ids[:stored])
-        cache.crop(0, stored - back)
-        if start := cache.lengths[0]:
-            went += 1
-            found = engine.extend(cache, ids[start:], all_logits=True)
-            assert_same(found, expected[start:])
-    assert went >= 1  # the last token is always let go of
+    check_crop(engine, random_ids(LENGTH), stored)
 
 
-@pytest.mark.parametrize("way", ["kivi", "two tiers"])
+@pytest.mark.parametrize("way", ["kivi", "two tiers", "fp8"])
 def test_a_snapshot_is_where_it_was(llama, way):
     streaming = ([True, False],) * 3
-    engine = Engine.load(llama, plan=packed(llama, way, streaming=streaming))
-    ids = random_ids(LENGTH)
-    cache = engine.new_cache(1, LENGTH)
-    engine.extend(cache, ids[:40])
-    saved = cache.snapshot(0)
-    expected = [engine.decode(cache, token[None]) for token in ids[40:80]]
-    cache.restore(0, saved)
-    engine.extend(cache, random_ids(30))
-    cache.restore(0, saved)
-    found = [engine.decode(cache, token[None]) for token in ids[40:80]]
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    plan = packed(llama, way, streaming=streaming)
+    check_snapshot(Engine.load(llama, plan=plan), random_ids(LENGTH))
 
 
 @ways
@@ -316,15 +281,7 @@ def test_measured_bytes_are_the_planned_ones(llama, way):
     for bits in ((2, 3), (4, 8)):
         streaming = ([True, False], [False, False], [True, True])
         plan = packed(llama, way, *bits, streaming=streaming)
-        engine = Engine.load(llama, plan=plan)
-        for tokens in (1, 8, 9, 23, 24, 25, 64, 300):
-            cache = engine.new_cache(1, tokens)
-            assert cache.allocated_bytes == plan.cache_bytes(tokens, 4)
-        cache.reserve([301])
-        assert cache.allocated_bytes == plan.cache_bytes(cache.capacity, 4)
-        slope = (plan.cache_bytes(1600, 2) - plan.cache_bytes(1440, 2)) / 160
-        assert math.ceil(slope) == plan.bytes_per_token(2)
-        assert cache_size(engine).bytes_per_token_bf16 == slope
+        check_bytes(Engine.load(llama, plan=plan), 4)
 
 
 @pytest.mark.parametrize("prefill", ["dense", "streamed"])
@@ -364,9 +321,49 @@ def test_sparse_values_with_all_numbers_are_the_exact_ones(llama):
     assert all(less < more for less, more in itertools.pairwise(lost))
 
 
-def test_no_kernel_reads_sparse_values():
-    assert PagedPacked.possible(Bits(4, 4), 64)
+def test_no_kernel_reads_sparse_values_or_fp8():
+    assert PagedPacked.possible(Bits(8, 8), 64)
     assert not PagedPacked.possible(Bits(4, 16, kept=32), 64)
+    assert not PagedPacked.possible(Bits(8, 8, axis="token", e4m3=True), 64)
+
+
+def test_every_number_of_fp8_is_read_as_torch_converts_it():
+    """In more than one tile; a NaN makes what reads it NaN, and no more."""
+    heads, tokens = 2, 5000
+    codes = torch.arange(heads * tokens * 16, dtype=torch.int32).remainder(251).to(torch.uint8)
+    codes = (codes + (codes > 126)).view(heads, tokens, 16)  # 127 is NaN
+    codes[1, 4500, 3] = 255
+    expected = codes.view(torch.float8_e4m3fn).float()
+    assert expected.isnan().sum() == 1
+    assert len(expected.unique()) > 250
+    q = random(heads, 3, 16)
+    scores = float_scores(q, codes)
+    torch.testing.assert_close(scores, q @ expected.mT, equal_nan=True)
+    assert scores.isnan().sum() == 3
+    weights = torch.softmax(random(heads, 3, tokens), dim=-1)
+    sums = float_sums(weights, codes)
+    torch.testing.assert_close(sums, weights @ expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert sums.isnan().sum() == 3
+
+
+def test_numbers_beyond_the_largest_of_fp8_are_stored_as_it(llama):
+    """Whatever their sign; and all others within a sixteenth of themselves."""
+    engine = Engine.load(llama, plan=packed(llama, "fp8"))
+    cache = engine.new_cache(1, LENGTH)
+    store = cache.stores[0].full
+    k, v = random(2, 2, 16, 16)
+    k[0, 3, 5], v[1, 2, 4] = 1e9, -1e9
+    store.pack(0, 0, (k, v))
+    every = torch.eye(16).expand(2, -1, -1)
+    keys = store._scores(every, 0, 1).mT
+    values = store._sums(every, 0, 1) * store.value_balance
+    for x, read, balance in ((k, keys, store.key_balance), (v, values, store.value_balance)):
+        most = 448 * balance
+        assert (x.abs() > most).sum() > 1
+        inside = x.abs() <= most
+        torch.testing.assert_close(read[~inside], (most * x.sign())[~inside])
+        least = balance * 2.0**-10  # half of the least number
+        assert ((read - x).abs() <= (x.abs() / 16).maximum(least) * 1.001)[inside].all()
 
 
 @pytest.mark.parametrize("prefill", ["dense", "streamed"])
@@ -427,6 +424,7 @@ def test_true_bits_count_scales_and_minima():
     assert bits.blocks(4 + 64 + 64) == 1
     assert 8 * Bits(2, 2, 64, rank=2).token_bytes(64) == 2 * 64 * (2.5 + 1)
     assert 8 * Bits(4, 16, 64, kept=20).token_bytes(64) == 64 * 4.5 + 64 + 16 * 20
+    assert Bits(8, 8, 16, "token", e4m3=True).token_bytes(64) == 2 * 64
     tiers = Bits(4, 4, 128, rest=Tier(64, 2, 2))
     assert 8 * tiers.token_bytes(64) == 2 * 64 * 3.5
     assert tiers.cache_bytes(0, 64, 2) == 2 * 2 * 64 * (4 + 64 + 128) + 4 * 128
@@ -460,11 +458,13 @@ def test_budgets_drop_tokens_of_other_heads(llama):
 
 def test_a_plan_comes_back_from_its_file(llama, tmp_path):
     for way in WAYS:
-        plan = packed(llama, way, 3, 2, key_clip=0.85)
+        clip = {} if way == "fp8" else {"key_clip": 0.85}
+        plan = packed(llama, way, 3, 2, **clip)
         plan.write(tmp_path / "a.plan", overwrite=True)
         assert Plan.read(tmp_path / "a.plan").layers == plan.layers
         said = WAYS[way].keys()
         version = 5 if {"rest", "balanced", "rank", "kept"} & said else 4
+        version = 6 if "e4m3" in said else version
         head = (tmp_path / "a.plan").read_bytes()[:200000].replace(b"\\", b"")
         assert f'"format_version":{version}'.encode() in head
         assert (b'"rest"' in head) == ("rest" in WAYS[way])
@@ -502,6 +502,14 @@ def test_plans_without_bits_are_read_by_older_versions(llama, tmp_path):
         ({"values": 16, "kept": 3, "rank": 1}, "no tiers, factors or clipped codes"),
         ({"values": 16, "kept": 3, "rest": Tier(9, 2, 2)}, "no tiers, factors or clipped codes"),
         ({"values": 16, "kept": 3, "value_clip": 0.9}, "no tiers, factors or clipped codes"),
+        ({"e4m3": True}, "numbers in fp8 have 8 bits and a scale per head"),
+        ({"e4m3": True, "keys": 8, "values": 8}, "a scale per head, and keys lie behind RoPE"),
+        ({**FLOATS, "kind": "unrotated"}, "keys lie behind RoPE"),
+        ({**FLOATS, "hadamard": "values"}, "they have no transform"),
+        ({**FLOATS, "key_clip": 0.9}, "clipped range"),
+        ({**FLOATS, "rank": 1}, "factors"),
+        ({**FLOATS, "rest": Tier(9, 2, 2)}, "tiers"),
+        ({**FLOATS, "value_balance": ((0.0,),)}, "above 0 and finite"),
         ({"key_balance": ((1.0, 0.0),)}, "above 0 and finite"),
         ({"value_balance": ((math.nan,),)}, "above 0 and finite"),
     ],
@@ -526,6 +534,9 @@ def test_plans_that_do_not_fit_are_refused(llama, tiny, tmp_path):
         layers = (replace(plan.layers[0], bits=Bits(4, 4, **wrong)), *plan.layers[1:])
         with pytest.raises(PlanError, match=f"has {what} of 2 channels of"):
             replace(plan, layers=layers)
+    wide = Bits(**FLOATS, key_balance=((1.0, 1.0), (1.0, 1.0)))
+    with pytest.raises(PlanError, match="has balances of 2 channels of 1"):
+        replace(plan, layers=(replace(plan.layers[0], bits=wide), *plan.layers[1:]))
     layers = (replace(plan.layers[0], bits=Bits(4, 4, rank=20)), *plan.layers[1:])
     with pytest.raises(PlanError, match="layer 0 has factors of rank 20 for 16 channels"):
         replace(plan, layers=layers)

@@ -2,11 +2,22 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from _convert_tools import one_thread, random_ids
+from _packed import (
+    assert_same,
+    check_arrival,
+    check_bytes,
+    check_crop,
+    check_prompt_in_pieces,
+    check_rows,
+    check_snapshot,
+    logits,
+)
 from torch import Tensor
 
 from kvtool.attention import rotate
@@ -18,7 +29,6 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.convert import conversion, planning
 from kvtool.errors import PlanError, UnsupportedModelError
-from kvtool.evaluate.protocol import cache_size
 from kvtool.kernels.packed_attention import channel_sums
 from kvtool.kernels.quantise import BITS, dequantise, quantise
 from kvtool.latent_bits import LatentPlan
@@ -65,21 +75,6 @@ def planned(checkpoint, share=0.5, prefill="dense", group=16, sink=3, window=5) 
         kept = LatentPlan(stages.rank, stages.rope_dim, tuple(bits), group, sink, window)
         layers.append(LayerPlan((), kept=kept))
     return Plan(base_of(checkpoint), tuple(layers), prefill)
-
-
-def logits(engine, ids, *pieces):
-    """Of all tokens, fed in pieces: the first is the prompt; at last one by one."""
-    cache = engine.new_cache(1, len(ids))
-    fed = [engine.extend(cache, x, all_logits=True) for x in ids[: sum(pieces)].split(pieces)]
-    fed += [engine.decode(cache, token[None]) for token in ids[sum(pieces) :]]
-    return torch.cat(fed)
-
-
-def assert_same(found, expected):
-    """But for a number on the edge between two codes, which other sums may round to the other."""
-    apart = (found - expected).abs()
-    assert apart.median() < 1e-4
-    assert apart.mean() < 5e-3
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -149,72 +144,30 @@ def test_it_reads_what_fake_quantisation_gives(latent, kind, share, poison):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_however_tokens_arrive(latent, kind, poison):
-    checkpoint, ids = latent(kind), random_ids(LENGTH)
-    for prefill in ("streamed", "dense"):
-        engine = Engine.load(checkpoint, plan=planned(checkpoint, None, prefill))
-        expected = logits(engine, ids, 30)
-        for pieces in ((30, 1, 40), (30, 66), (30, 2, 33, 31)):
-            assert_same(logits(engine, ids, *pieces)[30:], expected[30:])
-    # A prompt is read exactly where it is read densely.
-    dense = logits(Engine.load(checkpoint), ids, len(ids))
-    torch.testing.assert_close(logits(engine, ids, LENGTH), dense, rtol=1e-4, atol=1e-4)
+    checkpoint = latent(kind)
+    planner = partial(planned, checkpoint, None)
+    check_arrival(checkpoint, planner, random_ids(LENGTH))
 
 
 def test_a_prompt_may_come_in_pieces_and_rows_decode_together(latent):
     engine = Engine.load(latent("transformers"), plan=planned(latent("transformers")))
-    ids = random_ids(LENGTH)
-    expected = logits(engine, ids, 70)[70:]
-    caches = [engine.new_cache(1, 64) for _ in range(2)]
-    for cache in caches:
-        for piece in ids[:70].split(30):
-            engine.extend(cache, piece, prompt=70)
-    found = [engine.decode_rows(caches, [int(token)] * 2) for token in ids[70:]]
-    for row in range(2):
-        assert_same(torch.stack([x[row] for x in found]), expected)
+    check_prompt_in_pieces(engine, random_ids(LENGTH))
 
 
 def test_rows_of_different_lengths_do_not_disturb_each_other(latent, poison):
-    engine = Engine.load(latent("kvtool"), plan=planned(latent("kvtool")))
-    texts = [random_ids(n) for n in (70, 30)]
-    cache = engine.new_cache(2, 70)
-    for row, ids in enumerate(texts):
-        engine.extend(cache, ids[:-20], row)
-    for step in range(20):
-        found = engine.decode(cache, torch.stack([ids[step - 20] for ids in texts]))
-    for row, ids in enumerate(texts):
-        assert_same(found[row], logits(engine, ids, len(ids) - 20)[-1])
+    check_rows(Engine.load(latent("kvtool"), plan=planned(latent("kvtool"))))
 
 
 @pytest.mark.parametrize("stored", [60, 77, 94])
 def test_a_row_goes_back_where_it_can_and_starts_over_where_not(latent, stored, poison):
     checkpoint = latent("transformers")
     engine = Engine.load(checkpoint, plan=planned(checkpoint, prefill="streamed"))
-    ids = random_ids(LENGTH)
-    expected = logits(engine, ids, 1)
-    went = 0
-    for back in range(1, 30):
-        cache = engine.new_cache(1, LENGTH)
-        engine.extend(cache, ids[:stored])
-        cache.crop(0, stored - back)
-        if start := cache.lengths[0]:
-            went += 1
-            found = engine.extend(cache, ids[start:], all_logits=True)
-            assert_same(found, expected[start:])
-    assert went >= 1  # the last token is always let go of
+    check_crop(engine, random_ids(LENGTH), stored)
 
 
 def test_a_snapshot_is_where_it_was(latent):
     engine = Engine.load(latent("transformers"), plan=planned(latent("transformers")))
-    ids = random_ids(LENGTH)
-    cache = engine.new_cache(1, LENGTH)
-    engine.extend(cache, ids[:40])
-    saved = cache.snapshot(0)
-    expected = [engine.decode(cache, token[None]) for token in ids[40:80]]
-    cache.restore(0, saved)
-    engine.extend(cache, random_ids(30))
-    cache.restore(0, saved)
-    found = [engine.decode(cache, token[None]) for token in ids[40:80]]
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    check_snapshot(engine, random_ids(LENGTH))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,15 +176,7 @@ def test_measured_bytes_are_the_planned_ones(latent, kind, dtype):
     checkpoint = latent(kind)
     for share in (0.5, None):
         plan = planned(checkpoint, share)
-        engine = Engine.load(checkpoint, dtype=dtype, plan=plan)
-        for tokens in (1, 8, 9, 23, 24, 25, 64, 300):
-            cache = engine.new_cache(1, tokens)
-            assert cache.allocated_bytes == plan.cache_bytes(tokens, dtype.itemsize)
-        cache.reserve([301])
-        assert cache.allocated_bytes == plan.cache_bytes(cache.capacity, dtype.itemsize)
-        slope = plan.cache_bytes(1600, 2) - plan.cache_bytes(1440, 2)
-        assert slope == 160 * cache_size(engine).bytes_per_token_bf16
-        assert -(-slope // 160) == plan.bytes_per_token(2)
+        check_bytes(Engine.load(checkpoint, dtype=dtype, plan=plan), dtype.itemsize)
         plain = Engine.load(checkpoint, dtype=dtype).new_cache(1, 64)
         assert plain.allocated_bytes == plan.native_bytes(64, dtype.itemsize)
 
@@ -349,6 +294,7 @@ def test_bits_go_to_numbers_that_predictions_feel(latent):
         (["--bits", "K4V2"], "keys and values at once"),
         (["--bits", "S8"], "no layer of"),
         (["--method", "kivi"], "by what predictions feel"),
+        (["--bits", "fp8"], "--bits fp8 is for models whose layers all have KV heads"),
         (["--read", "rebuilt"], "read as stored"),
         (["--bits", "auto", "--kv-budget", "1%"], "with 2 bits everywhere, the cache takes"),
     ],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from _convert_tools import one_thread
 from _hybrid_tools import write_hybrid
+from _packed import assert_same, logits
 
 from kvtool.bits import Bits
 from kvtool.calibrate.bit_options import QuantizationOptions
@@ -47,21 +48,6 @@ def planned(checkpoint, bits=8, chunk=8, heads: Bits | None = None) -> Plan:
         for x in plan.layers
     )
     return replace(plan, layers=layers)
-
-
-def logits(engine, ids, *pieces):
-    """Of all tokens, fed in pieces, and at last one by one."""
-    cache = engine.new_cache(1, len(ids))
-    fed = [engine.extend(cache, x, all_logits=True) for x in ids[: sum(pieces)].split(pieces)]
-    fed += [engine.decode(cache, token[None]) for token in ids[sum(pieces) :]]
-    return torch.cat(fed)
-
-
-def assert_same(found, expected):
-    """But for a number on the edge between two codes, which other sums may round to the other."""
-    apart = (found - expected).abs()
-    assert apart.median() < 1e-4
-    assert apart.mean() < 5e-3
 
 
 # --------------------------------------------------------------------------------- the codes
@@ -277,6 +263,7 @@ def test_a_budget_counts_the_states(hybrid, tmp_path, capsys):
         (["--bits", "S3"], "states have 4 or 8 bits"),
         (["--bits", "auto", "--kv-budget", "1%"], "with 2 bits everywhere, the cache takes"),
         (["--method", "rotatekv"], "all have KV heads"),
+        (["--bits", "fp8"], "--bits fp8 is for models whose layers all have KV heads"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(hybrid, tmp_path, capsys, words, message):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _convert_tools import YARN, one_thread, random_ids
+from _convert_tools import YARN, edited_copy, one_thread, random_ids
 
 from kvtool.bits import Bits, Tier, read_keys, read_values, turn
 from kvtool.calibrate.allocate import choose
@@ -23,8 +23,10 @@ from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.codes import Positions
+from kvtool.convert.verify import Fp8Cache
 from kvtool.errors import UsageError
 from kvtool.evaluate.protocol import kl_sum
+from kvtool.fp8 import stored_scales
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
@@ -247,6 +249,54 @@ def test_mustafar_keeps_a_share_of_each_value(llama):
         calibrated(llama, method="mustafar")
 
 
+@pytest.mark.parametrize("scales", ["head", "tensor"])
+def test_fp8_has_the_scales_that_a_conversion_writes_and_takes_those_of_its_output(
+    converted, scales
+):
+    """And so it predicts what a stock model does that reads everything from an fp8 cache."""
+    source, output = (
+        Checkpoint.open(str(x)) for x in converted("llama", {}, to="fp8-kv", scales=scales)
+    )
+    asked = {"method": "fp8", "bits": (8, 8), "sink": 0, "window": 1}
+    own, taken = calibrated(source, **asked), calibrated(output, **asked)
+    for index, (measured_, read) in enumerate(zip(own.layers, taken.layers, strict=True)):
+        written = [x.flatten() for x in stored_scales(output, index)]
+        for expected, name in zip(written, ("key_balance", "value_balance"), strict=True):
+            found, told = (torch.tensor(getattr(x.bits, name)) for x in (measured_, read))
+            assert torch.equal(told, expected.expand(2)[:, None])
+            if scales == "tensor":
+                found = found.amax(dim=0, keepdim=True)
+            assert torch.equal(found.flatten(), expected)
+    (said,) = taken.provenance
+    assert (said["method"], said["scales"], said["corpus"]) == ("fp8", "of the checkpoint", None)
+
+    ids, stock = random_ids(400), output.load_transformers(torch.float32)
+    with torch.inference_mode():
+        exact = stock(ids[None]).logits[0, -20:].log_softmax(-1)
+        cache = Fp8Cache.of(output)
+        engines = stock(ids[None], past_key_values=cache).logits[0, -20:].log_softmax(-1)
+    engine = Engine.load(output, plan=replace(taken, prefill="streamed"))
+    store = engine.new_cache(1, 400)
+    engine.extend(store, ids[:380])
+    found = engine.extend(store, ids[380:], all_logits=True).log_softmax(-1)
+    assert kl_sum(engines, found) < 0.05 * kl_sum(exact, found)
+
+
+def test_scales_that_are_none_are_refused(converted, tmp_path, capsys):
+    output = converted("llama", {}, to="fp8-kv")[1]
+    name = "model.layers.1.self_attn.k_scale"
+    for number, damage in enumerate((
+        lambda x: x[name].fill_(0.0), lambda x: x.update({name: torch.ones(3)}),
+    )):  # fmt: skip
+        bad = edited_copy(output, tmp_path / f"{number}", damage)
+        assert quantize(str(bad), tmp_path / "p", "--bits", "fp8") == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert "scales for fp8 that are not one number above 0 for a layer, or 2 for" in said
+    bad = edited_copy(output, tmp_path / "gone", lambda x: x.pop(name))
+    assert quantize(str(bad), tmp_path / "p", "--bits", "fp8") == 1
+    assert f"does not hold {name}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_balance_saves_the_codes_of_small_channels(llama):
     """Keys with a channel 100 times the others, that queries hardly ask for."""
     generator = torch.Generator().manual_seed(0)
@@ -303,6 +353,8 @@ def test_codes_get_bits_and_read_as_before_without_them(llama):
     assert small.cache_bytes(400, 2) <= 0.3 * native
     with pytest.raises(UsageError, match="has bits already"):
         calibrated(llama, plan)
+    with pytest.raises(UsageError, match="--bits fp8 is for keys and values, and the plan of"):
+        calibrated(llama, codes, method="fp8", bits=(8, 8))
 
 
 # ------------------------------------------------------------------------------- the command
@@ -339,6 +391,8 @@ def test_the_command_writes_a_plan_that_runs(llama, tmp_path, capsys):
          "bits of keys 8 bits of values 16 kept the 5 numbers of largest magnitude, and a bitmap"),
         (["mustafar"], "mustafar",
          "bits of keys 4 bits of values 16 kept the 8 numbers of largest magnitude, and a bitmap"),
+        (["aware", "--bits", "fp8"], "fp8",
+         "bits of keys 8 bits of values 8 stored fp8 (e4m3), by a scale per KV head"),
         (["mikv", "--bits", "K8V4/4", "--salient", "25%"], "mikv",
          "bits of keys 8/4 bits of values 4/4 tiers 4 of 16 tokens"),
     ],
@@ -353,7 +407,8 @@ def test_plans_of_other_methods_are_shown_and_run(llama, tmp_path, capsys, words
     assert said["bytes"] == planned == Plan.read(path).cache_bytes(400, 2)
     assert run_command(["plan", "show", str(path), "--context", "400"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"method {methods}" in text
+    streams = "streamed" if methods == "fp8" else "dense"
+    assert f"method {methods} prefill {streams}" in text
     assert shown in text
     command = ["generate", llama.source, "some text " * 30, "--plan", str(path)]
     assert run_command([*command, "--max-new-tokens", "4", "--json", "-q"]) == 0
@@ -389,6 +444,15 @@ def test_a_dry_run_knows_the_bytes(llama, tmp_path, capsys):
         (["--group", "0"], 2, "share a scale by 16, 32, 64 or 128, not by 0"),
         (["--bits", ""], 2, "is not possible"),
         (["--bits", "2/4", "--method", "zipcache"], 2, "more attention fewer bits"),
+        (["--bits", "fp8", "--method", "kivi"], 2, "--bits fp8 is a method of its own"),
+        (["--bits", "fp8/4"], 2, "fp8 for all tokens, keys and values alike"),
+        (["--bits", "K4Vfp8"], 2, "fp8 for all tokens, keys and values alike"),
+        (["--bits", "fp8", "--kv-budget", "50%"], 2, "come together"),
+        (["--bits", "fp8", "--salient", "50%"], 2, "--bits fp8 has the same bits for all tokens"),
+        (["--bits", "fp8", "--rank", "2"], 2, "--bits fp8 has no factors"),
+        (["--bits", "fp8", "--sparsity", "50%"], 2, "--bits fp8 keeps all numbers of a value"),
+        (["--bits", "fp8", "--read", "rebuilt"], 2, "--bits fp8: numbers in fp8 have 8 bits"),
+        (["--bits", "fp8S8"], 2, "no layer of"),
         (["--sink", "5000"], 2, "leaves no block"),
         (["--sink", "500"], 2, "leaves no block"),
         (["--group", "48"], 2, "share a scale by 16, 32, 64 or 128, not by 48"),

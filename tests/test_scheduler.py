@@ -36,6 +36,7 @@ PLANS = (
     "two tiers",
     "gear",
     "sparse",
+    "fp8",
 )
 KINDS = ("dense", "windowed", *PLANS, "mla", "kvtool-mla", "packed mla", "packed states")
 PIECE = 16
@@ -75,7 +76,7 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
             return Engine.load(checkpoint, plan=plan)
         if kind == "packed codes":
             return Engine.load(checkpoint, plan=packed(checkpoint, "rotated", 4, share=0.5))
-        if kind == "gear":
+        if kind in ("gear", "fp8"):
             return Engine.load(checkpoint, plan=few_bits(checkpoint, kind, streaming=MIXED))
         if kind.startswith("two tiers"):
             prefill = "streamed" if kind.endswith("streamed") else "dense"

@@ -1,8 +1,7 @@
 """Attention that reads packed integers: scales are folded into queries and probabilities.
 
-:func:`channel_scores`, :func:`token_scores`, :func:`channel_sums` and :func:`value_sums` read the
-blocks of one row in plain torch. :func:`pack_blocks` and :func:`packed_attention` are a decode step
-of many rows in shared pages, and run Triton on CUDA.
+What ends in `scores` and `sums` reads the blocks of one row in plain torch. :func:`pack_blocks` and
+:func:`packed_attention` are a decode step of many rows in shared pages, and run Triton on CUDA.
 """
 
 from torch import Tensor
@@ -13,6 +12,8 @@ from kvtool.kernels.packed_attention.paged import Blocks, Ring, fits
 from kvtool.kernels.packed_attention.reference import (
     channel_scores,
     channel_sums,
+    float_scores,
+    float_sums,
     token_scores,
     value_sums,
 )
@@ -23,6 +24,8 @@ __all__ = [
     "channel_scores",
     "channel_sums",
     "fits",
+    "float_scores",
+    "float_sums",
     "pack_blocks",
     "packed_attention",
     "token_scores",

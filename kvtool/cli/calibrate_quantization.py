@@ -12,6 +12,8 @@ from kvtool.cli.plan import emit_plan, planned_facts
 from kvtool.errors import UsageError
 
 _METHOD = "Method"
+_RINGS = {"kivi": (64, 0, 128), "zipcache": (128, 4, 64), "mikv": (128, 4, 64), "fp8": (16, 0, 1)}
+"""Of methods with others than most, --group, --sink and --window if they are not given."""
 _BF16 = 2
 
 
@@ -24,9 +26,10 @@ def quantization(
             help="Of a number: 2, 3, 4 or 8, keys and values apart such as K4V2, or auto for what "
             "--kv-budget allows. Of aware it is their mean: the bytes are those of such bits. Of "
             "zipcache and mikv two such as 4/2, for tokens with more attention and for the others. "
-            "Of mustafar those of keys. By default 4, and 4/2. States of Mamba-2 layers have 8, or "
-            "with S4 behind it 4; S8 alone packs only them. Latents of MLA layers have them for "
-            "each of their numbers.",
+            "Of mustafar those of keys. By default 4, and 4/2. fp8: what an engine's static fp8 "
+            "cache keeps, by the scales of MODEL itself where it has some. States of Mamba-2 "
+            "layers have 8, or with S4 behind it 4; S8 alone packs only them. Latents of MLA "
+            "layers have them for each of their numbers.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -80,7 +83,8 @@ def quantization(
         int | None,
         typer.Option(
             help="Numbers that share a scale and a minimum (4 bytes): 16, 32, 64 or 128, by "
-            "default 64. Of zipcache and mikv the tokens that are ranked together: 128.",
+            "default 64. Of zipcache and mikv the tokens that are ranked together: 128. Of fp8 the "
+            "tokens that are stored together: 16.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -97,7 +101,7 @@ def quantization(
         int | None,
         typer.Option(
             min=0,
-            help="First tokens that are kept exactly: 4, of kivi 0.",
+            help="First tokens that are kept exactly: 4, of kivi and fp8 0.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -105,7 +109,7 @@ def quantization(
         int | None,
         typer.Option(
             min=1,
-            help="Last tokens that are kept exactly, at least: 64, of kivi 128.",
+            help="Last tokens that are kept exactly, at least: 64, of kivi 128, of fp8 1.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -135,11 +139,15 @@ def quantization(
         bits = "4/2" if tiers else "4"
     if method == "mustafar":
         sparsity = sparsity or "50%"
-    if group is None:
-        group = 128 if tiers else 64
     of_heads, states = bit_options.split_states(bits)
+    chosen: bit_options.Method = method
+    if of_heads == bit_options.FP8:
+        if method != "aware":
+            raise UsageError(f"--bits fp8 is a method of its own, and --method {method} another")
+        chosen, of_heads = "fp8", "8"
     # With S8 alone, heads are left as they are.
     asked, rest = bit_options.parse_tiers(of_heads if of_heads or states is None else "4")
+    of_group, of_sink, of_window = _RINGS.get(chosen, (64, 4, 64))
     if (asked is None) != (kv_budget is not None):
         raise UsageError("--bits auto and --kv-budget come together: the one asks the other")
     if asked is None and method != "aware":
@@ -155,20 +163,19 @@ def quantization(
     check_can_drop(checkpoint, other=True)
     start = _options.read_plan(plan, checkpoint)
     width = base.head_dim
-    kivi = method == "kivi"
     options = bit_options.QuantizationOptions(
-        method,
+        chosen,
         asked,
-        group,
+        of_group if group is None else group,
         read or ("rebuilt" if method == "rotatekv" else "absorbed"),
         context,
-        (0 if kivi else 4) if sink is None else sink,
-        (128 if kivi else 64) if window is None else window,
+        of_sink if sink is None else sink,
+        of_window if window is None else window,
         data,
         tokens,
         seed,
         rest,
-        None if salient is None else parse_share(salient, group),
+        None if salient is None else parse_share(salient, of_group if group is None else group),
         rank,
         states,
         bool(of_heads),
@@ -187,7 +194,7 @@ def quantization(
         facts = {
             "plan": str(output),
             "model": checkpoint.source,
-            "method": method,
+            "method": chosen,
             "bits": bits,
             "context": context,
             "bytes_at_most": planned,

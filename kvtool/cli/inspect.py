@@ -56,7 +56,7 @@ def _facts(inspection: Inspection) -> Table:
         f"({', '.join(sorted(inspection.dtypes))})",
     )
     if inspection.cache_scales:
-        told = f"{inspection.cache_scales}; vLLM reads them, kvtool leaves them aside"
+        told = f"{inspection.cache_scales}; vLLM reads them, and kvtool with a plan of --bits fp8"
         table.add_row("cache scales", told)
     if inspection.bytes_per_token is not None:
         table.add_row("cache, bf16", f"{inspection.bytes_per_token:,} bytes per token")

@@ -214,7 +214,8 @@ def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
     if kept := one["kept"]:
         table.add_row("  kept", f"the {kept} numbers of largest magnitude, and a bitmap")
     scale = "a channel" if one["axis"] == "channel" else "a token"
-    table.add_row("  stored", f"a scale and a minimum (4 bytes) for {one['group']} of {scale}")
+    stored = f"a scale and a minimum (4 bytes) for {one['group']} of {scale}"
+    table.add_row("  stored", "fp8 (e4m3), by a scale per KV head" if one["e4m3"] else stored)
     if rank := one["rank"]:
         table.add_row("  factors", f"of rank {rank}, of what the codes leave out")
     read = "after RoPE, read as stored"

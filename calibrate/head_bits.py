@@ -49,6 +49,10 @@ from kvtool.plan import Base, Plan
 CLIPS = {2: (1.0, 0.85, 0.7), 3: (1.0, 0.85)}
 """Shares of a range to choose from: few codes are better spent on where most numbers are, if
 predictions do not feel the others."""
+UNCLIPPED = 3
+"""With more bytes than those of so many bits nothing is clipped. What is clipped errs to one side
+for every token, which adds up, where errors are taken for independent: 2 bits look better than they
+are, and layers that need not have them get them."""
 
 
 def ordered(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
@@ -190,6 +194,10 @@ def shared(
         Them, and by layer the harm of its keys and values, in nats.
     """
     size = plan.base.head_dim
+    more = replace(options[0], keys=UNCLIPPED, values=UNCLIPPED).block_bytes(size)
+    if allowed > more * sum(len(layer.full_heads) for layer in plan.layers):
+        plain = [i for i, x in enumerate(options) if min(x.key_clip, x.value_clip) == 1]
+        options, harm = [options[i] for i in plain], harm[..., plain]
     costs, losses = [], []
     for layer, own in zip(plan.layers, harm.tolist(), strict=True):
         for part, loss in enumerate(own):

@@ -183,6 +183,13 @@ def test_two_bits_are_clipped_where_that_does_less_harm(llama):
     assert min(layer.bits.value_clip for layer in plan.layers) < 1
 
 
+def test_nothing_is_clipped_where_there_are_more_than_three_bits(llama):
+    for bits, clipped in (((3, 3), True), ((4, 4), False)):
+        layers = [layer.bits for layer in calibrated(llama, bits=bits).layers]
+        least = min(min(x.key_clip, x.value_clip) for x in layers)
+        assert (least < 1) == clipped
+
+
 def test_a_budget_is_met(llama):
     native = dense(llama).native_bytes(400, 2)
     last = 0

@@ -101,9 +101,11 @@ def check_options(checkpoint: Checkpoint, plan: Plan, channels: int, tokens: int
         )
     if tokens >= positions:
         raise UsageError(
-            f"--tokens-read {tokens} are all that {checkpoint.source} has positions for, so none "
-            "would be left out"
+            f"--tokens-read {tokens} is no less than all that {checkpoint.source} has positions "
+            "for, so none would be left out"
         )
+    if any(layer.sparse for layer in plan.layers):
+        raise UsageError("the plan of --plan is read sparsely", hint="Give the one it was made of.")
     if plan.codes or any(layer.bits or layer.kept or layer.budget for layer in plan.layers):
         raise UsageError(
             "the plan of --plan has codes, few bits or token budgets, which are not read sparsely",

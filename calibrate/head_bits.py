@@ -42,7 +42,7 @@ from kvtool.calibrate.projections import Report
 from kvtool.calibrate.statistics import LayerStatistics
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError
-from kvtool.fp8 import scale
+from kvtool.fp8 import LIMIT, scale
 from kvtool.kernels.quantise import BITS
 from kvtool.plan import Base, Plan
 
@@ -86,10 +86,11 @@ def scaled(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
         for kind, of in zip(("rotated_keys", "joint"), bulk, strict=True)
     )
     peaks = {"keys": keys, "values": both[base.channels :]}
-    found = [
-        scale(peak.unflatten(0, (base.kv_heads, -1)), "head", f"the {what} of a layer")
-        for what, peak in peaks.items()
-    ]
+    found = []
+    for what, peak in peaks.items():
+        heads = peak.unflatten(0, (base.kv_heads, -1))
+        dead = heads.amax(dim=1, keepdim=True) == 0  # any scale will do
+        found.append(scale(heads.masked_fill(dead, LIMIT), "head", f"the {what} of a layer"))
     return static(first, found, base)
 
 

@@ -97,6 +97,7 @@ def calibrate_quantization(
         scales = [stored_scales(checkpoint, index) for index in range(len(plan.layers))]
         plan = packed(plan, [head_bits.static(first, pair, plan.base) for pair in scales])
         found = {"scales": "of the checkpoint"}
+        options = replace(options, data=None, tokens=0)
     elif method in _FITTED:
         wanted = StatisticsOptions(
             data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
@@ -220,7 +221,8 @@ def allowed_bytes(
 
 def memory_bytes(checkpoint: Checkpoint, base: Base, options: QuantizationOptions) -> int:
     """About what a calibration holds at once, besides Python and its libraries."""
-    if options.method not in ("aware", *_FITTED):
+    static = options.method == FP8 and is_static(checkpoint.cache_scheme)
+    if static or options.method not in ("aware", *_FITTED):
         return 0
     if options.method != "aware":
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvtool.attention import GroupedQueryAttention, decoder_layers, describe, rope_of
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import CalibrationError, CheckpointError
+from kvtool.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from kvtool.fp8 import SCALES
 
 BATCH = 8
@@ -105,6 +105,11 @@ class LayerStream:
         self.checkpoint = checkpoint
         self.config = checkpoint.hf_config()
         self.layouts = describe(self.config)
+        if any(layout.kind in ("mla", "mamba") for layout in self.layouts):
+            raise UnsupportedModelError(
+                f"{checkpoint.source} has layers that keep a latent or a state: this looks at keys "
+                "and values of heads"
+            )
         self.rope = rope_of(self.config)
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(self.config)

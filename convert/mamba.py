@@ -455,7 +455,7 @@ class _Work:
             "kl": judged.mean_kl,
             "perplexity_ratio": judged.perplexity_ratio,
             "error": found["error"],
-            "learned": found["learned"],
+            "learned": found.get("learned", True),
         }
         return judged, told
 

@@ -124,7 +124,7 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
     if any(layout.sliding_window is not None for layout in layouts):
         raise UnsupportedModelError(
             f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
-            "streaming heads, token budgets or sparse reading in them are not supported"
+            "streaming heads, token budgets, few bits or sparse reading in them are not supported"
         )
 
 

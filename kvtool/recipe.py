@@ -256,7 +256,10 @@ USES: dict[str, type[_Strict]] = {get_args(s.model_fields["uses"].annotation)[0]
 
 
 class Recipe(_Strict):
-    """A model and the steps to take, in order: behind a conversion, with what it wrote."""
+    """A model and the steps to take, in order.
+
+    Conversions are of the model; steps behind one look at what it wrote.
+    """
 
     kvtool: Literal[1]
     model: str

@@ -20,8 +20,8 @@ def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
     one count also do for every larger one.
 
     Raises:
-        PlanError: There are no scores, fewer heads than `count`, or token budgets, which were
-            made for the heads that are full now.
+        PlanError: There are no scores, fewer heads than `count`, or token budgets or bits, which
+            were made for the heads that are full now.
     """
     heads = plan.base.all_heads
     if plan.scores is None:
@@ -31,12 +31,17 @@ def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
             "the plan has token budgets for the heads that are full now",
             hint="Slice the plan that it was composed from, and compose again.",
         )
+    if any(layer.bits is not None for layer in plan.layers):
+        raise PlanError(
+            "the bits of the plan were chosen for the heads that are full now",
+            hint="Slice the plan of the heads, and calibrate the bits again with --plan.",
+        )
     if not 0 <= count <= heads:
         raise PlanError(f"{count} heads cannot stream: the model has {heads}")
     streaming = torch.zeros(heads, dtype=torch.bool)
     streaming[plan.scores.flatten().argsort(stable=True)[:count]] = True
     layers = tuple(
-        LayerPlan(tuple(row), sink, window, None, layer.bits, layer.kept, layer.sparse)
+        LayerPlan(tuple(row), sink, window, kept=layer.kept, sparse=layer.sparse)
         for row, layer in zip(streaming.view(plan.scores.shape).tolist(), plan.layers, strict=True)
     )
     return replace(plan, layers=layers)
@@ -76,11 +81,6 @@ def cut(plan: Plan, budget_bytes: int, context: int, itemsize: int) -> Plan:
     heads, per_token = plan.base.all_heads, 2 * itemsize * plan.base.head_dim
     saved = per_token * (context - sink - window)  # by each head that streams
     native = plan.native_bytes(context, itemsize)
-    if any(layer.bits is not None for layer in plan.layers):
-        raise PlanError(
-            "the bits of the plan were chosen for the heads that are full now",
-            hint="Slice the plan of the heads, and calibrate the bits again with --plan.",
-        )
     for count in range(heads + 1):
         if native - count * saved <= budget_bytes:
             return stream_heads(plan, count, sink, window)

@@ -140,7 +140,7 @@ def test_the_command_writes_a_plan_that_is_shown_sliced_and_run(llama, tmp_path,
     assert said["streaming_heads"] == 3
     assert run_command(["plan", "show", str(path), "--context", "512"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "3 layers: 30 tokens, of all that are kept chosen by 6 label channels" in shown
+    assert "3 layers: 30 tokens, of all that full heads keep chosen by 6 label channels" in shown
     assert "always the first 4 and last 16 tokens" in shown
     assert f"read {read / 1000:.1f} kB of these by each new token" in shown
     assert "it saves reading, not memory" in shown
@@ -155,7 +155,7 @@ def test_the_command_writes_a_plan_that_is_shown_sliced_and_run(llama, tmp_path,
     evaluate = ["evaluate", llama.source, "--plan", str(path), "--windows", "1", "--length", "96"]
     capsys.readouterr()
     assert run_command([*evaluate, "--no-speed", "--no-layers", "--no-chat-prompts", "-q"]) == 0
-    assert "tokens that a new one reads (all are kept)" in capsys.readouterr().out
+    assert "tokens that a new one reads (full heads keep all)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -194,6 +194,8 @@ def test_plans_that_leave_nothing_to_read_sparsely_are_refused(llama, tmp_path, 
         assert command(llama.source, tmp_path / "p", *words) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     labelled(plain, [torch.arange(4).expand(2, -1)] * 3, 30).write(tmp_path / "labels")
+    assert command(llama.source, tmp_path / "p", "--plan", str(tmp_path / "labels"), "-q") == 2
+    assert "the plan of --plan is read sparsely" in capsys.readouterr().err
     words = ["-o", str(tmp_path / "p"), "--plan", str(tmp_path / "labels"), "-q"]
     assert run_command(["calibrate", "quantization", llama.source, *words]) == 2
     assert "reads sparsely, which few bits do not go with" in capsys.readouterr().err
@@ -211,3 +213,6 @@ def test_models_without_kv_heads_or_with_a_window_are_refused(tiny, tmp_path, ca
         assert command(str(model), tmp_path / "p", "-q") == 4
         assert capsys.readouterr().err.strip()
     assert not (tmp_path / "p").exists()
+    for model in (tmp_path / "latent", tmp_path / "hybrid"):
+        assert run_command(["calibrate", "statistics", str(model), "-q"]) == 4
+        assert "looks at keys and values of heads" in capsys.readouterr().err

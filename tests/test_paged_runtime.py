@@ -21,6 +21,7 @@ from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.graphs import PagedMemory
 from kvtool.runtime.layers import FusedNorm
+from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.packed_latents import PackedLatentAttention
 from kvtool.runtime.pages import Pages
 from kvtool.runtime.scheduler import Request, Scheduler
@@ -171,6 +172,22 @@ def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
         scheduler.forget_prefixes()
         assert scheduler.used == 0
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "streaming", "packed", "mla-packed"])
+def test_what_a_row_takes_of_shared_pages_is_foreseen(engines, monkeypatch, kind):
+    """Pages have room for packed blocks: they are not counted again, nor is what a row takes."""
+    monkeypatch.setenv(VARIABLE, "triton")
+    _, paged = engines(kind)
+    memory = RowMemory(paged)
+    for length in (PAGE, 5 * PAGE):
+        assert memory.holding(length, length) == paged.new_cache(1, length).allocated_bytes
+        paged.memory = None
+    assert memory.bytes_per_token * PAGE == memory.page_bytes
+    scheduler = Scheduler(paged, 20 * memory.holding(4 * PAGE, 4 * PAGE), max_running=4)
+    pool, counted = paged.memory, scheduler.memory
+    assert counted.holding(PAGE, PAGE) + pool.row_bytes == memory.holding(PAGE, PAGE)
+    assert counted.holding(4 * PAGE, PAGE) == 4 * pool.page_bytes
 
 
 @pytest.mark.parametrize(("kind", "room"), [("llama", 6), ("streaming", 8)])

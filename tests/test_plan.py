@@ -608,6 +608,7 @@ def test_what_cannot_be_sliced_is_refused_with_the_reason() -> None:
     for plan, complaint in (
         (replace(SCORED, scores=None), "no scores"),
         (compose(stream_heads(SCORED, 2, 4, 8), BUDGETS), "token budgets"),
+        (replace(SCORED, layers=(replace(FULL, bits=Bits(4, 4)),) * 3), "bits of the plan"),
     ):
         with pytest.raises(PlanError, match=complaint):
             stream_heads(plan, 1, 4, 8)

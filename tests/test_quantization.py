@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from kvtool.bits import Bits, Tier, read_keys, read_values, turn
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.bit_options import QuantizationOptions, parse_bits, parse_tiers
 from kvtool.calibrate.far_reads import END
-from kvtool.calibrate.head_bits import harms, offered
+from kvtool.calibrate.head_bits import harms, offered, scaled
 from kvtool.calibrate.projections import (
     ProjectionOptions,
     calibrate_projections,
@@ -287,6 +288,20 @@ def test_fp8_has_the_scales_that_a_conversion_writes_and_takes_those_of_its_outp
     engine.extend(store, ids[:380])
     found = engine.extend(store, ids[380:], all_logits=True).log_softmax(-1)
     assert kl_sum(engines, found) < 0.05 * kl_sum(exact, found)
+
+
+def test_a_head_whose_values_are_all_zero_has_any_scale(llama):
+    found = SimpleNamespace(
+        sinks={
+            "rotated_keys": SimpleNamespace(peak=torch.zeros(32)),
+            "joint": SimpleNamespace(peak=torch.zeros(64)),
+        },
+        rotated_keys=SimpleNamespace(peak=torch.full((32,), 448.0)),
+        joint=SimpleNamespace(peak=torch.tensor([9.0] * 48 + [0.0] * 16)),
+    )
+    bits = scaled(Bits(8, 8, 16, "token", e4m3=True), found, base_of(llama))
+    assert bits.key_balance == ((1.0,), (1.0,))
+    assert torch.tensor(bits.value_balance).flatten().tolist() == pytest.approx([9 / 448, 1.0])
 
 
 def test_scales_that_are_none_are_refused(converted, tmp_path, capsys):

@@ -181,6 +181,7 @@ def quantization(
         bool(of_heads),
         None if sparsity is None else width - parse_share(sparsity, width),
     )
+    options.check()
     if start is None:
         start = method_of.everything(checkpoint, base, options)
     elif any(isinstance(layer.kept, LatentPlan) for layer in start.layers):

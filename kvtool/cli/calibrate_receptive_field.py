@@ -77,5 +77,8 @@ def _noted(checkpoint: Checkpoint) -> int | None:
 
     if not (checkpoint.path / MANIFEST).exists():
         return None
-    healing = read_manifest(checkpoint.path)["plan"].get("healing")
-    return int(healing["window"]) if healing else None
+    manifest = read_manifest(checkpoint.path)
+    healing = manifest["plan"].get("healing")
+    if not healing or not manifest["arms"]["mamba"].get("learned", True):
+        return None  # the closed form was taught nothing
+    return int(healing["window"])

@@ -164,7 +164,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
                 "budget": layer.budget,
                 "bits": None if layer.bits is None else _bits(layer.bits),
                 "kept": None if layer.kept is None else asdict(layer.kept),
-                "sparse": None if layer.sparse is None else asdict(layer.sparse),
+                "sparse": asdict(layer.sparse) if layer.sparse and layer.full_heads else None,
             }
             for layer in plan.layers
         ],
@@ -238,7 +238,8 @@ def _describe_sparse(table: Table, layers: list[dict[str, Any]]) -> None:
         return
     labels = _spread([len(x["channels"][0]) for x in sparse])
     tokens = _spread([x["tokens"] for x in sparse])
-    table.add_row("sparse reading", f"{len(sparse)} layers: {tokens} tokens, of all that are kept")
+    few = f"{len(sparse)} layers: {tokens} tokens, of all that full heads keep"
+    table.add_row("sparse reading", few)
     table.add_row("  chosen", f"by {labels} label channels of each key")
     always = sorted({(x["sink"], x["window"]) for x in sparse})
     each = ", ".join(f"the first {sink} and last {window} tokens" for sink, window in always)

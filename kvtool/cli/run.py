@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,9 +72,10 @@ def run(
         ReceptiveFieldStep: receptive_field,
         DoubleSparsityStep: double_sparsity,
     }
+    composing = (QuantizationStep, ReceptiveFieldStep, DoubleSparsityStep)
     silent = (StatisticsStep, EvaluateStep, VerifyStep)  # what they write is no result
-    made_by = [step.output for step in loaded.steps if not isinstance(step, silent)]
-    outputs = _outputs(recipe, made_by, output)
+    named = {i: x.output for i, x in enumerate(loaded.steps) if not isinstance(x, silent)}
+    outputs = dict(zip(named, _outputs(recipe, list(named.values()), output), strict=True))
     for step in loaded.steps:
         for file in (step.output or ()) if isinstance(step, EvaluateStep) else ():
             check_output(Path(file), (".json", ".html"))
@@ -86,30 +88,34 @@ def run(
     subject = loaded.model  # or what the last conversion wrote
     plan: Path | None = None  # the last one of the subject
     writing: dict[str, Any] = {"overwrite": overwrite, "revision": loaded.revision}
-    for step in loaded.steps:
+    for index, step in enumerate(loaded.steps):
         options = {**step.model_dump(exclude={"uses", "output"}), **shared}
         if isinstance(step, ConvertStep):
-            made, plan = outputs.pop(0), None
+            made, plan = outputs[index], None
             writing["revision"] = loaded.revision
             convert(loaded.model, made, **options, **writing, resume=resume, dry_run=dry_run)
             subject, writing["revision"] = str(made), None
-        elif dry_run and subject != loaded.model:
-            continue  # it was not written
+        elif dry_run and isinstance(step, EvaluateStep | VerifyStep):
+            continue
+        elif dry_run and (
+            subject != loaded.model
+            or isinstance(step, ReceptiveFieldStep)
+            or (plan is not None and isinstance(step, composing))
+        ):
+            if not quiet:
+                why = "what it works with is not written yet, so its result is not foreseen"
+                print(f"step {index + 1}, {step.uses}: {why}", file=sys.stderr)
         elif isinstance(step, StatisticsStep):
             statistics(subject, **options, **writing, resume=resume, dry_run=dry_run)
         elif (calibration := calibrations.get(type(step))) is not None:
-            if isinstance(step, QuantizationStep | ReceptiveFieldStep | DoubleSparsityStep):
-                options["plan"] = None if dry_run else plan
+            if isinstance(step, composing):
+                options["plan"] = plan
             if isinstance(step, HeadsStep):
                 options["resume"] = resume
             if not isinstance(step, ReceptiveFieldStep):
                 options["dry_run"] = dry_run
-            elif dry_run:
-                continue  # the command has nothing to say before
-            plan = outputs.pop(0)
+            plan = outputs[index]
             calibration(subject, plan, **options, **writing)
-        elif dry_run:
-            continue
         elif isinstance(step, EvaluateStep):
             base = _pinned(loaded, shared)
             judged = base if subject == loaded.model else subject

@@ -187,7 +187,13 @@ def _plan_words(plan: Mapping[str, Any] | None) -> str:
         return f"; plan: {_code_words(codes)}"
     if not plan["kv_heads"]:
         return "; plan: latents of few bits"
-    return f"; plan: {plan['streaming_heads']} of {plan['kv_heads']} KV heads stream"
+    words = f"; plan: {plan['streaming_heads']} of {plan['kv_heads']} KV heads stream"
+    layers = plan.get("layers", ())
+    if any(layer.get("bits") for layer in layers):
+        words += ", others have few bits"
+    if any(layer.get("sparse") for layer in layers):
+        words += ", others are read sparsely"
+    return words
 
 
 def _code_words(codes: Sequence[Mapping[str, Any]]) -> str:

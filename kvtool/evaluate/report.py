@@ -148,7 +148,8 @@ class Report:
             read = {x["sparse"]["tokens"] for x in self.plan["layers"] if x["sparse"] is not None}
             if read:
                 most = ", ".join(map(str, sorted(read)))
-                table.add_row("tokens that a new one reads (all are kept)", "all", most, ABSENT)
+                what = "tokens that a new one reads (full heads keep all)"
+                table.add_row(what, "all", most, ABSENT)
         self._add_cache(table)
         self._add_divergence(table)
         for recall in self.retrieval:

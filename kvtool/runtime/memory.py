@@ -22,6 +22,7 @@ class RowMemory:
 
     def __init__(self, engine: Engine) -> None:
         self.layers: Sequence[LayerPlan] = () if engine.plan is None else engine.plan.layers
+        self.paged = engine.paged  # a page has room for the blocks of its tokens
         self.latents = [x.kept for x in self.layers if isinstance(x.kept, LatentPlan)]
         self.head_dim = 0 if engine.plan is None else engine.plan.base.head_dim
         self.itemsize = engine.dtype.itemsize
@@ -57,12 +58,14 @@ class RowMemory:
     @property
     def bytes_per_token(self) -> float:
         """What a further token costs, once a prompt is read."""
-        packed = sum(
-            len(layer.full_heads) * float(layer.bits.token_bytes(self.head_dim))
-            for layer in self.layers
-            if layer.bits is not None
-        )
-        packed += sum(float(latent.token_bytes()) for latent in self.latents)
+        packed = 0.0
+        if not self.paged:
+            packed = sum(
+                len(layer.full_heads) * float(layer.bits.token_bytes(self.head_dim))
+                for layer in self.layers
+                if layer.bits is not None
+            )
+            packed += sum(float(latent.token_bytes()) for latent in self.latents)
         return self.page_bytes / PAGE + packed + len(self.budgets) * self.head_bytes
 
     def reading(self, prompt: int) -> int:
@@ -102,7 +105,11 @@ class RowMemory:
         return exact + self._packed(room)
 
     def _packed(self, room: int) -> int:
-        """Blocks of heads and of latents with few bits, in the room for so many tokens."""
+        """Blocks of heads and of latents with few bits, in the room for so many tokens; they do
+        not grow in step with it, other than pages.
+        """
+        if self.paged:
+            return 0
         heads = sum(
             len(layer.full_heads) * layer.bits.blocks(room) * layer.bits.block_bytes(self.head_dim)
             for layer in self.layers

@@ -179,7 +179,8 @@ class Scheduler:
             pool.record(min(rows, max_running))
             # What rows take besides pages is there from the start, also of the spare one.
             self.budget -= (rows + 1) * pool.row_bytes + pool.page_bytes
-            self.memory.constant = 0
+            self.memory.least -= pool.row_bytes
+            self.memory.constant -= pool.row_bytes
         self.waiting: deque[Request] = deque()
         self.counters = Counters()
         self._reading: _Row | None = None

@@ -107,8 +107,9 @@ class LayerStream:
         self.layouts = describe(self.config)
         if any(layout.kind in ("mla", "mamba") for layout in self.layouts):
             raise UnsupportedModelError(
-                f"{checkpoint.source} has layers that keep a latent or a state: this looks at keys "
-                "and values of heads"
+                f"{checkpoint.source} has layers that keep a state or a latent: this looks at keys "
+                "and values of heads",
+                hint="calibrate quantization packs latents and states.",
             )
         self.rope = rope_of(self.config)
         with torch.device("meta"):

@@ -46,7 +46,7 @@ from kvtool.convert.conversion import ConversionResult, peak_memory
 from kvtool.convert.fitting import save
 from kvtool.convert.heal import check_teacher
 from kvtool.convert.planning import PROBE, shard_bytes
-from kvtool.convert.teaching import ARMS, Lessons, Report, Steps, Teacher, beats
+from kvtool.convert.teaching import ALIGNED, ARMS, Lessons, Report, Steps, Teacher, beats
 from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
 from kvtool.distill import Amount
 from kvtool.errors import UnsupportedModelError, UsageError
@@ -425,7 +425,7 @@ class _Work:
             times = [
                 distill.step_seconds(student, lesson.learn, hybrid.device) for student in students
             ]
-            shares = (0.4, 0.6)
+            shares = (ALIGNED, 1 - ALIGNED)
             one = sum(share * t for share, t in zip(shares, times, strict=True))
             unfinished = self.scratch / "steps.unfinished"
             unfinished.write_text(str(max(3, int(seconds / one))))

@@ -13,6 +13,7 @@ from test_split_store import (
     Masked,
     MaskedAttention,
     S,
+    beside,
     poison,
     prefill_and_decode,
     same,
@@ -71,18 +72,7 @@ class SparseMasked(Masked):
 
 @pytest.fixture(scope="module")
 def loaded(tiny):
-    """`loaded(family, **plan)`: an engine and, on the same weights, the masked original."""
-    made = {}
-
-    def get(family="llama", kv_heads=2, **options):
-        key = repr((family, kv_heads, sorted(options.items())))
-        if key not in made:
-            checkpoint = Checkpoint.open(str(tiny(family, num_key_value_heads=kv_heads)))
-            plan = sparse(checkpoint, **options)
-            made[key] = Engine.load(checkpoint, plan=plan), SparseMasked(checkpoint, plan)
-        return made[key]
-
-    return get
+    return beside(tiny, sparse, SparseMasked)
 
 
 @pytest.mark.parametrize("streaming", [NONE, MIXED])

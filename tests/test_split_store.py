@@ -35,20 +35,24 @@ def make_plan(checkpoint, streaming=MIXED, prefill="dense", budgets=None, policy
     return Plan(base_of(checkpoint), layers, prefill, policy)
 
 
-@pytest.fixture(scope="session")
-def loaded(tiny):
-    """`loaded(family, **plan)`: an engine and, on the same weights, the masked original."""
+def beside(tiny, plan_of, masked):
+    """`get(family, **plan)`: an engine and, on the same weights, the masked original."""
     made = {}
 
     def get(family="llama", kv_heads=2, **options):
         key = repr((family, kv_heads, sorted(options.items())))
         if key not in made:
             checkpoint = Checkpoint.open(str(tiny(family, num_key_value_heads=kv_heads)))
-            plan = make_plan(checkpoint, **options)
-            made[key] = Engine.load(checkpoint, plan=plan), Masked(checkpoint, plan)
+            plan = plan_of(checkpoint, **options)
+            made[key] = Engine.load(checkpoint, plan=plan), masked(checkpoint, plan)
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny):
+    return beside(tiny, make_plan, Masked)
 
 
 class MaskedAttention(nn.Module):

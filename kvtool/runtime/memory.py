@@ -105,8 +105,8 @@ class RowMemory:
         return exact + self._packed(room)
 
     def _packed(self, room: int) -> int:
-        """Blocks of heads and of latents with few bits, in the room for so many tokens; they do
-        not grow in step with it, other than pages.
+        """Blocks of heads and of latents with few bits in the room for so many tokens, which do not
+        grow in step with it; 0 on pages, which hold them.
         """
         if self.paged:
             return 0

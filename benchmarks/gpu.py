@@ -151,11 +151,15 @@ class Bench:
         a @ b
         return 2 * 8192**3 / median(self._events(lambda: a @ b, 10))
 
-    def measure(self, case: Case) -> None:
-        """Checks a case and times it, beside what others do on the same."""
+    def measure(self, case: Case, **about: Any) -> None:
+        """Checks a case and times it, beside what others do on the same.
+
+        Args:
+            about: What else its row is to say.
+        """
         row: dict[str, Any] = {
             "kernel": case.kernel, "shape": case.shape, "batch": case.batch, "tokens": case.tokens,
-            "bytes": case.nbytes, "flops": case.flops,
+            "bytes": case.nbytes, "flops": case.flops, **about,
         }  # fmt: skip
         try:
             row["error"] = case.error() if case.error else None

@@ -41,7 +41,8 @@ class Config(NamedTuple):
         least: Tiles of an item at least: fewer would not pay for its part in the merge.
         items: Work items to aim at, per multiprocessor.
         warps, stages: Of an item's program. Two of the stages go to finding the page.
-        heads: Query heads of a program at most.
+        heads: Rows of queries in a program's products, where they are not to follow the group: more
+            heads are several programs, fewer are filled up with zeros (wgmma takes 64 rows).
     """
 
     block_n: int
@@ -49,7 +50,7 @@ class Config(NamedTuple):
     items: int
     warps: int
     stages: int
-    heads: int = 64
+    heads: int | None = None
 
 
 def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
@@ -282,7 +283,8 @@ class Cut:
         self.part_lse = out.new_empty((self.most_items, self.group), dtype=torch.float32)
         self.lse = out.new_empty((rows, query_heads), dtype=torch.float32)
         self.strides = (lengths.stride(0), lengths.stride(1) if lengths.dim() == 2 else 0)
-        self.block_m = min(config.heads, max(16, triton.next_power_of_2(self.group)))
+        fitting = min(64, max(16, triton.next_power_of_2(self.group)))
+        self.block_m = fitting if config.heads is None else config.heads
         self.grid = (triton.cdiv(self.group, self.block_m), self.most_items)
         # The merge is launched while the first stage ends (programmatic dependent launch).
         self.overlap = has_dependent_launch(out.device)

@@ -236,6 +236,11 @@ def cut_into_tiles(lengths: Tensor, ring: Ring, size: int) -> tuple[int, Tensor]
     return near, (lengths + (least - ring.sink - ring.window)).clamp(min=least)
 
 
+def config_for(size: int) -> Config:
+    """How the work over blocks of `size` tokens is cut and run."""
+    return Config(block_n=size, least=2, items=4, warps=4, stages=3)
+
+
 def packed_attention(
     q: Tensor, ring: Ring, blocks: Blocks, lengths: Tensor, scaling: float
 ) -> Tensor:
@@ -244,7 +249,7 @@ def packed_attention(
     width, heads, size = q.shape[-1], ring.keys.shape[1], blocks.size
     near, tiles = cut_into_tiles(lengths, ring, size)
     pieces = pieces_of(width, blocks.value_bits, size)
-    config = Config(block_n=size, least=2, items=4, warps=4, stages=3)
+    config = config_for(size)
     cut = Cut(torch.empty_like(q), tiles, heads, 0, config)
     _attend[cut.grid](
         q, ring.keys, ring.values, *_planes(blocks), ring.rows, blocks.table, lengths, tiles,

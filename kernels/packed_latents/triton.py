@@ -197,6 +197,14 @@ def _attend(
         _store(out, part * RANK, is_member, sums[i] / safe_mass[:, None], START[i], SIZE[i])
 
 
+def config_for(heads: int, size: int, itemsize: int) -> Config:
+    """How the work of `heads` query heads over blocks of `size` tokens is cut and run."""
+    # Numbers of fp32 fill the shared memory of a multiprocessor.
+    most, stages = (16, 1) if itemsize == 4 else (32, 2)
+    fitting = min(most, max(16, triton.next_power_of_2(heads)))
+    return Config(block_n=size, least=2, items=1, warps=8, stages=stages, heads=fitting)
+
+
 def packed_latent_attention(
     q: Tensor, ring: Ring, blocks: Blocks, lengths: Tensor, scaling: float
 ) -> Tensor:
@@ -204,9 +212,7 @@ def packed_latent_attention(
     q = lying_together(q)
     size, rank = blocks.size, ring.values.shape[-1]
     near, tokens = cut_into_tiles(lengths, ring, size)
-    # Numbers of fp32 fill the shared memory of a multiprocessor.
-    heads, stages = (16, 1) if q.element_size() == 4 else (32, 2)
-    config = Config(block_n=size, least=2, items=1, warps=8, stages=stages, heads=heads)
+    config = config_for(q.shape[1], size, q.element_size())
     cut = Cut(q.new_empty((*q.shape[:2], rank)), tokens, 1, 0, config)
     values, others = tiles_for(blocks)
     tiles = dict(zip(map(str.upper, Tile._fields), zip(*values, *others, strict=True), strict=True))

@@ -14,7 +14,8 @@ from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.selection import keep, selector
-from kvtool.runtime.split import SplitAttention, SplitStore
+from kvtool.runtime.split import SplitStore
+from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE
 
 SINK, WINDOW = 3, 8

@@ -22,8 +22,9 @@ from kvtool.kernels.append import Encoder, append
 from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
 from kvtool.runtime.layers import RuntimeAttention, Step, step_of
+from kvtool.runtime.paged_split import PagedRings
 from kvtool.runtime.pages import WIDEST, PagedStore, Pages, Place
-from kvtool.runtime.split import DroppingHeads, NewTokens, PagedRings, StreamingHeads
+from kvtool.runtime.split import DroppingHeads, NewTokens, StreamingHeads
 from kvtool.runtime.stores import Store
 
 _ROWS = 256  # queries whose scores are written out at once

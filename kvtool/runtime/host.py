@@ -37,7 +37,7 @@ from kvtool.runtime.packed import PackedAttention
 from kvtool.runtime.packed_latents import PackedLatentAttention
 from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.sparse import SparseAttention
-from kvtool.runtime.split import SplitAttention
+from kvtool.runtime.split_attention import SplitAttention
 from kvtool.states import StatePlan
 
 _KEPT = {"gqa": "KV heads", "mla": "latents", "mamba": "states"}

@@ -54,13 +54,10 @@ from kvtool.kernels.sparse_values import bitmap_bytes, compress, sparse_sums
 from kvtool.plan import Plan
 from kvtool.runtime.layers import Step
 from kvtool.runtime.packed_store import PackedStore, PagedBlocks
+from kvtool.runtime.paged_split import PagedSplit
 from kvtool.runtime.pages import Pages, Place
-from kvtool.runtime.split import (
-    NewTokens,
-    PagedSplit,
-    SplitAttention,
-    StreamingHeads,
-)
+from kvtool.runtime.split import NewTokens, StreamingHeads
+from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE
 
 _BLOCKS = 16  # whose keys are rebuilt at once

@@ -23,18 +23,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvtool.attention import GroupedQueryAttention, Rope, causal_attention
-from kvtool.kernels.append import append
-from kvtool.kernels.decode_attention import decode_attention, paged_decode_attention
+from kvtool.attention import causal_attention
+from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.streaming_attention import streaming_attention
-from kvtool.plan import Plan
-from kvtool.runtime.layers import RuntimeAttention, Step, step_of
-from kvtool.runtime.pages import PagedHeads, Pages, Place, enlarge
-from kvtool.runtime.selection import Selector, keep, selector
+from kvtool.runtime.layers import Step
+from kvtool.runtime.pages import PagedHeads
+from kvtool.runtime.selection import Selector, keep
 from kvtool.runtime.stores import DenseStore, Store, whole_pages, with_spare_rows
 
 if TYPE_CHECKING:
-    from kvtool.runtime.packed import PackedHeads, PagedPacked
+    from kvtool.runtime.packed import PackedHeads
 
 
 class NewTokens(NamedTuple):
@@ -407,138 +405,3 @@ class SplitStore(Store):
                 parts: list[Any] = [store.parts[part] for store in stores]
                 contexts.append(parts[0].add_together(parts, heads, step))
         return torch.cat(contexts, dim=1)
-
-
-class PagedRings(StreamingHeads):
-    """Heads that keep the first tokens and the last: a ring per row."""
-
-    pages: Pages
-
-    @property
-    def page_bytes(self) -> int:
-        """Rings have no pages."""
-        return 0
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a ring."""
-        return sum(plane[0].nbytes for plane in self.planes.values())
-
-    def grow(self) -> None:
-        """Takes as many rows as there are now."""
-        enlarge(self.planes, self.pages.rows)
-
-    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
-        """See :meth:`PagedHeads.step`."""
-        table, slots, lengths = at.ring(self.sink, self.window)
-        keys, values = self.planes["keys"], self.planes["values"]
-        turned = append(k, v, cos, sin, keys, values, slots, q)
-        assert turned is not None
-        return paged_decode_attention(turned, keys, values, lengths, self.scaling, table)[0]
-
-
-class PagedSplit(SplitStore):
-    """Full heads in pages, packed or not, and streaming heads in rings."""
-
-    full: PagedHeads | PagedPacked
-    streaming: PagedRings | None
-
-    @property
-    def page_bytes(self) -> int:
-        """Of the full heads."""
-        return self.full.page_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Of the streaming heads, and of what packed heads keep exactly."""
-        return self.full.row_bytes + (self.streaming.row_bytes if self.streaming else 0)
-
-    def grow(self) -> None:
-        """Takes as many pages and rows as there are now."""
-        self.full.grow()
-        if self.streaming:
-            self.streaming.grow()
-
-    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
-        """See :meth:`PagedHeads.step`."""
-        if self.streaming is None:
-            return self.full.step(q, k, v, cos, sin, at)
-        full = self.counts[0]
-        if not full:
-            return self.streaming.step(q, k, v, cos, sin, at)
-        group = q.shape[1] // k.shape[1]
-        near = self.streaming.step(q[:, full * group :], k[:, full:], v[:, full:], cos, sin, at)
-        far = self.full.step(q[:, : full * group], k[:, :full], v[:, :full], cos, sin, at)
-        return torch.cat((far, near), dim=1)
-
-
-class SplitAttention(RuntimeAttention):
-    """Grouped-query attention over a split store; the KV heads of `stages` get its order."""
-
-    def __init__(
-        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float, plan: Plan
-    ) -> None:
-        super().__init__()
-        self.stages, self.layer_index = stages, index
-        self.inv_freq, self.scale = inv_freq, scale
-        self.layer, self.prefill, self.policy = plan.layers[index], plan.prefill, plan.policy
-        heads = range(stages.layout.kv_heads)
-        streaming = [head for head in heads if self.layer.streaming[head]]
-        budgeted = [head for head in heads if self.layer.budgets[head] is not None]
-        full = self.layer.full_heads
-        stages.reorder_kv_heads(full + streaming + budgeted)
-        self.full, self.counts = full, (len(full), len(streaming))
-        self.budgets = [n for n in self.layer.budgets if n is not None]
-
-    def new_store(self, rows: int, capacity: int) -> SplitStore:
-        layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
-        streaming, size, scaling = self.counts[1], layout.head_dim, layout.scaling
-        ring = tails = None
-        if streaming:
-            ring = StreamingHeads(
-                rows, streaming, layer.sink, layer.window, size, like, scaling,
-                dense_prompt=self.prefill == "dense",
-            )  # fmt: skip
-        if self.budgets:
-            tails = BudgetedHeads(rows, self.budgets, size, like, scaling, self._new_selector)
-        return SplitStore(self.new_full_heads(rows, capacity), ring, tails)
-
-    def new_full_heads(self, rows: int, capacity: int) -> FullHeads | PackedHeads:
-        """Empty planes of those heads that keep every token."""
-        layout, like = self.stages.layout, self.stages.qkv.weight
-        return FullHeads(rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling)
-
-    def new_paged_store(self, pages: Pages) -> PagedSplit | None:
-        if self.budgets:
-            return None
-        layout, like = self.stages.layout, self.stages.qkv.weight
-        full = PagedHeads(pages, self.counts[0], layout.head_dim, like, layout.scaling)
-        return PagedSplit(full, self.new_paged_rings(pages))
-
-    def new_paged_rings(self, pages: Pages) -> PagedRings | None:
-        """Of the streaming heads, where there are any."""
-        layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
-        if not self.counts[1]:
-            return None
-        rings = PagedRings(
-            pages.rows, self.counts[1], layer.sink, layer.window, layout.head_dim, like,
-            layout.scaling, dense_prompt=self.prefill == "dense",
-        )  # fmt: skip
-        rings.pages = pages
-        return rings
-
-    def attention(self, hidden: Tensor, step: Step, store: SplitStore) -> Tensor:
-        stages = self.stages
-        cos, sin = (table[:, None] for table in step.tables[self.table])
-        q, k, v = stages.project(hidden)
-        unrotated, k = stages.normalise(q, k)
-        if step.place is not None:
-            assert isinstance(store, PagedSplit)
-            return stages.output(step_of(store, unrotated, k, v, step, self.table))
-        q, k = stages.rotate(unrotated, k, cos, sin)
-        return stages.output(store.add(NewTokens(q, unrotated, k, v), step))
-
-    def _new_selector(self) -> Selector:
-        assert self.policy is not None
-        rope = Rope(self.inv_freq, self.scale)
-        return selector(self.policy, self.stages.layout.scaling, rope)

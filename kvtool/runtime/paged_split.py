@@ -1,0 +1,79 @@
+"""A layer whose heads keep different parts of the past, in shared pages (see `split.py`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvtool.kernels.append import append
+from kvtool.kernels.decode_attention import paged_decode_attention
+from kvtool.runtime.pages import PagedHeads, Pages, Place, enlarge
+from kvtool.runtime.split import SplitStore, StreamingHeads
+
+if TYPE_CHECKING:
+    from kvtool.runtime.packed import PagedPacked
+
+
+class PagedRings(StreamingHeads):
+    """Heads that keep the first tokens and the last: a ring per row."""
+
+    pages: Pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Rings have no pages."""
+        return 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a ring."""
+        return sum(plane[0].nbytes for plane in self.planes.values())
+
+    def grow(self) -> None:
+        """Takes as many rows as there are now."""
+        enlarge(self.planes, self.pages.rows)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
+        """See :meth:`PagedHeads.step`."""
+        table, slots, lengths = at.ring(self.sink, self.window)
+        keys, values = self.planes["keys"], self.planes["values"]
+        turned = append(k, v, cos, sin, keys, values, slots, q)
+        assert turned is not None
+        return paged_decode_attention(turned, keys, values, lengths, self.scaling, table)[0]
+
+
+class PagedSplit(SplitStore):
+    """Full heads in pages, packed or not, and streaming heads in rings."""
+
+    full: PagedHeads | PagedPacked
+    streaming: PagedRings | None
+
+    @property
+    def page_bytes(self) -> int:
+        """Of the full heads."""
+        return self.full.page_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the streaming heads, and of what packed heads keep exactly."""
+        return self.full.row_bytes + (self.streaming.row_bytes if self.streaming else 0)
+
+    def grow(self) -> None:
+        """Takes as many pages and rows as there are now."""
+        self.full.grow()
+        if self.streaming:
+            self.streaming.grow()
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
+        """See :meth:`PagedHeads.step`."""
+        if self.streaming is None:
+            return self.full.step(q, k, v, cos, sin, at)
+        full = self.counts[0]
+        if not full:
+            return self.streaming.step(q, k, v, cos, sin, at)
+        group = q.shape[1] // k.shape[1]
+        near = self.streaming.step(q[:, full * group :], k[:, full:], v[:, full:], cos, sin, at)
+        far = self.full.step(q[:, : full * group], k[:, :full], v[:, :full], cos, sin, at)
+        return torch.cat((far, near), dim=1)

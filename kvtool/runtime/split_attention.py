@@ -1,0 +1,90 @@
+"""Attention over heads that keep different parts of the past."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kvtool.attention import GroupedQueryAttention, Rope
+from kvtool.plan import Plan
+from kvtool.runtime.layers import RuntimeAttention, Step, step_of
+from kvtool.runtime.paged_split import PagedRings, PagedSplit
+from kvtool.runtime.pages import PagedHeads, Pages
+from kvtool.runtime.selection import Selector, selector
+from kvtool.runtime.split import BudgetedHeads, FullHeads, NewTokens, SplitStore, StreamingHeads
+
+if TYPE_CHECKING:
+    from kvtool.runtime.packed import PackedHeads
+
+
+class SplitAttention(RuntimeAttention):
+    """Grouped-query attention over a split store; the KV heads of `stages` get its order."""
+
+    def __init__(
+        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float, plan: Plan
+    ) -> None:
+        super().__init__()
+        self.stages, self.layer_index = stages, index
+        self.inv_freq, self.scale = inv_freq, scale
+        self.layer, self.prefill, self.policy = plan.layers[index], plan.prefill, plan.policy
+        heads = range(stages.layout.kv_heads)
+        streaming = [head for head in heads if self.layer.streaming[head]]
+        budgeted = [head for head in heads if self.layer.budgets[head] is not None]
+        full = self.layer.full_heads
+        stages.reorder_kv_heads(full + streaming + budgeted)
+        self.full, self.counts = full, (len(full), len(streaming))
+        self.budgets = [n for n in self.layer.budgets if n is not None]
+
+    def new_store(self, rows: int, capacity: int) -> SplitStore:
+        layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
+        streaming, size, scaling = self.counts[1], layout.head_dim, layout.scaling
+        ring = tails = None
+        if streaming:
+            ring = StreamingHeads(
+                rows, streaming, layer.sink, layer.window, size, like, scaling,
+                dense_prompt=self.prefill == "dense",
+            )  # fmt: skip
+        if self.budgets:
+            tails = BudgetedHeads(rows, self.budgets, size, like, scaling, self._new_selector)
+        return SplitStore(self.new_full_heads(rows, capacity), ring, tails)
+
+    def new_full_heads(self, rows: int, capacity: int) -> FullHeads | PackedHeads:
+        """Empty planes of those heads that keep every token."""
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        return FullHeads(rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling)
+
+    def new_paged_store(self, pages: Pages) -> PagedSplit | None:
+        if self.budgets:
+            return None
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        full = PagedHeads(pages, self.counts[0], layout.head_dim, like, layout.scaling)
+        return PagedSplit(full, self.new_paged_rings(pages))
+
+    def new_paged_rings(self, pages: Pages) -> PagedRings | None:
+        """Of the streaming heads, where there are any."""
+        layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
+        if not self.counts[1]:
+            return None
+        rings = PagedRings(
+            pages.rows, self.counts[1], layer.sink, layer.window, layout.head_dim, like,
+            layout.scaling, dense_prompt=self.prefill == "dense",
+        )  # fmt: skip
+        rings.pages = pages
+        return rings
+
+    def attention(self, hidden: Tensor, step: Step, store: SplitStore) -> Tensor:
+        stages = self.stages
+        cos, sin = (table[:, None] for table in step.tables[self.table])
+        q, k, v = stages.project(hidden)
+        unrotated, k = stages.normalise(q, k)
+        if step.place is not None:
+            assert isinstance(store, PagedSplit)
+            return stages.output(step_of(store, unrotated, k, v, step, self.table))
+        q, k = stages.rotate(unrotated, k, cos, sin)
+        return stages.output(store.add(NewTokens(q, unrotated, k, v), step))
+
+    def _new_selector(self) -> Selector:
+        assert self.policy is not None
+        rope = Rope(self.inv_freq, self.scale)
+        return selector(self.policy, self.stages.layout.scaling, rope)

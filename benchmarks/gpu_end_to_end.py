@@ -58,12 +58,16 @@ def end_to_end(bench: Any, layers: int, batch: int, tokens: int, shrink: int = 1
                 else (torch.zeros(size) if name.endswith("mean") else torch.ones(size))
             )
     streams = tuple(head % 2 == 1 for head in range(heads))
+    budgets = tuple(tokens // 8 * (1 + head % 3) for head in range(heads))
     plans = {
         "dense": None,
         "codes of half the width": Plan(
             base, (plain,) * layers, codes=(half,) * layers, allocation="even", tensors=tensors
         ),
         "half of the heads stream": Plan(base, (LayerPlan(streams, 4, 256),) * layers),
+        "budgets of 12, 25 and 37 %": Plan(
+            base, (LayerPlan((False,) * heads, budget=budgets),) * layers, policy="snapkv"
+        ),
         "4 bits": Plan(base, (replace(plain, bits=Bits(4, 4)),) * layers),
     }
     for name, plan in plans.items():
@@ -109,9 +113,12 @@ def end_to_end(bench: Any, layers: int, batch: int, tokens: int, shrink: int = 1
     add("transformers generate", median(between), 2 * 2 * layers * batch * heads * width * tokens)
 
 
+@torch.inference_mode()
 def _decode_seconds(engine: Any, batch: int, tokens: int) -> tuple[float, int]:
     """Median time of a decode step behind caches of random numbers, and the bytes of these."""
     cache = engine.new_cache(batch, tokens + 64)
+    for row in range(batch):
+        cache.begin(row, tokens)
     for store in cache.stores:
         full = getattr(store, "full", None)
         parts = [store, full, *(getattr(x, "exact", None) for x in (store, full))]

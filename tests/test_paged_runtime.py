@@ -31,12 +31,25 @@ pytest.importorskip("triton")
 
 KINDS = [
     "qwen3", "streaming", "streaming-sparse", "packed", "packed-sparse", "codes", "codes-narrow",
-    "mla", "mla-packed", "mla-packed-streamed", "hybrid",
+    "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
 ]  # fmt: skip
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def budgeted(checkpoint: Checkpoint, mixed: bool) -> Plan:
+    """Budgets of every kind: within a page, of several, and more than any prompt has."""
+    layers = [LayerPlan((False, False), budget=n) for n in ((7, 70), (64, 30), (500, 1))]
+    if mixed:
+        layers = [
+            LayerPlan((True, False), 3, 9, budget=(None, 70)),
+            LayerPlan((False, False)),
+            LayerPlan((False, False), budget=(5, None)),
+        ]
+    policy = "expected" if mixed else "snapkv"
+    return Plan(base_of(checkpoint), tuple(layers), prefill="dense", policy=policy)
 
 
 def packed_latents(checkpoint: Checkpoint, prefill: str) -> Plan:
@@ -69,6 +82,8 @@ def engines(tiny, tmp_path_factory):
                     tuple(LayerPlan(streams, 3, 9) for streams in layers),
                     prefill=prefill,
                 )
+            elif kind.startswith("budgets"):
+                plan = budgeted(checkpoint, mixed=kind.endswith("mixed"))
             elif kind.startswith("packed"):
                 bits = Bits(4, 2, 64, window=5), Bits(8, 3, 64, hadamard="values", window=6), None
                 layers = [((False, True), bits[0]), ((False, False), bits[1]), ((True,) * 2, None)]
@@ -155,7 +170,7 @@ def test_rows_and_pages_return_with_the_cache(engines, monkeypatch):
     assert (len(memory.pages._free_pages), len(memory.pages._free_rows)) == (pages, rows)
 
 
-@pytest.mark.parametrize("kind", ["llama", "streaming", "packed", "mla-packed"])
+@pytest.mark.parametrize("kind", ["llama", "streaming", "packed", "mla-packed", "budgets-mixed"])
 def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
     contiguous, paged = engines(kind)
     prompts = [tokens(n, seed=n).tolist() for n in (150, 20, 3)]
@@ -190,16 +205,65 @@ def test_what_a_row_takes_of_shared_pages_is_foreseen(engines, monkeypatch, kind
     assert counted.holding(4 * PAGE, PAGE) == 4 * pool.page_bytes
 
 
-@pytest.mark.parametrize(("kind", "room"), [("llama", 6), ("streaming", 8)])
+@pytest.mark.parametrize("kind", ["budgets", "budgets-mixed"])
+def test_heads_with_budgets_take_pages_of_their_own(engines, monkeypatch, kind):
+    """As many as are foreseen, before the prompt, behind it, and in later turns."""
+    contiguous, paged = engines(kind)
+    ids, later = tokens(200), tokens(71, seed=1)
+    monkeypatch.setenv(VARIABLE, "reference")
+    expected = contiguous.new_cache(1, 1)
+    logits = [contiguous.extend(expected, ids), contiguous.extend(expected, later)]
+    logits.append(contiguous.decode(expected, tokens(1))[0])
+    monkeypatch.setenv(VARIABLE, "triton")
+    memory, cache = RowMemory(paged), paged.new_cache(1, len(ids))
+    paged.extend(cache, ids[:90], prompt=len(ids))
+    found = [paged.extend(cache, ids[90:], prompt=len(ids))]
+    assert cache.allocated_bytes == memory.holding(len(ids), len(ids))
+    found.append(paged.extend(cache, later))
+    found.append(paged.decode(cache, tokens(1))[0])
+    torch.testing.assert_close(torch.stack(found), torch.stack(logits), atol=2e-3, rtol=1e-3)
+    assert cache.allocated_bytes == memory.holding(272, len(ids))
+    dense = 2 * 2 * paged.plan.base.head_dim * 4 * 3  # keys and values of two heads in three layers
+    assert cache.allocated_bytes < 0.75 * 320 * dense
+    pages = cache.memory.pages
+    taken = sum(len(pages) for pages in pages.owned[cache.rows[0]])
+    assert taken + len(pages._free_pages) == pages.count - 1
+
+
+def test_a_row_with_budgets_may_start_over(engines, monkeypatch):
+    """With another prompt, or with none; and go back to what its prompt left."""
+    contiguous, paged = engines("budgets")
+    found = []
+    for engine in (contiguous, paged):
+        monkeypatch.setenv(VARIABLE, "triton" if engine is paged else "reference")
+        cache = engine.new_cache(1, 40)
+        engine.extend(cache, tokens(150))
+        cache.crop(0, 149)
+        assert cache.lengths == [0]
+        logits = [engine.extend(cache, tokens(80, seed=1)), engine.extend(cache, tokens(3, seed=2))]
+        cache.crop(0, 81)
+        assert cache.lengths == [81]
+        logits.append(engine.extend(cache, tokens(4, seed=3)))
+        cache.crop(0, 0)
+        logits += [engine.decode(cache, tokens(1, seed=n))[0] for n in range(2)]
+        found.append(torch.stack(logits))
+    torch.testing.assert_close(found[1], found[0], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "room"), [("llama", 6), ("streaming", 8), ("budgets", 36), ("budgets-mixed", 36)]
+)
 def test_shared_pages_stay_within_the_budget_and_all_return(engines, monkeypatch, kind, room):
     """Also when requests are preempted, or cancelled in the middle of a prompt."""
     _, paged = engines(kind)
     monkeypatch.setenv(VARIABLE, "triton")
-    page, row = (getattr(PagedMemory(paged, 0, 0), name) for name in ("page_bytes", "row_bytes"))
-    scheduler = Scheduler(paged, room * page + 4 * row, max_running=3)
+    probe = PagedMemory(paged, 0, 0)
+    page, row, table = probe.page_bytes, probe.row_bytes, probe.pages.table_bytes
+    nbytes = room * page + 4 * row + 13 * table  # prefixes that are kept are rows as well
+    scheduler = Scheduler(paged, nbytes, max_running=3)
     memory = paged.memory
     pages, rows = memory.pages.count, memory.pages.rows
-    assert pages * page + rows * row <= room * page + 4 * row
+    assert pages * page + rows * (row + table) <= nbytes
     requests = [Request(tokens(n, seed=n).tolist(), 5, ignore_eos=True) for n in (124, 126, 150)]
     for request in requests:
         scheduler.add(request)
@@ -264,6 +328,10 @@ def test_an_engine_whose_layers_have_no_pages_is_not_paged(tiny, monkeypatch):
     plan = coded(checkpoint)
     packed = replace(plan, codes=tuple(replace(x, bits=4) for x in plan.codes))
     assert not Engine.load(checkpoint, plan=packed).paged
+    budgets = budgeted(checkpoint, mixed=True)
+    bits = replace(budgets.layers[1], bits=Bits(4, 4, 64))
+    mixed = replace(budgets, layers=(budgets.layers[0], bits, budgets.layers[2]))
+    assert not Engine.load(checkpoint, plan=mixed).paged
 
 
 def test_latents_in_blocks_longer_than_a_page_are_not_paged(engines):
@@ -274,7 +342,9 @@ def test_latents_in_blocks_longer_than_a_page_are_not_paged(engines):
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA can be waited for")
-@pytest.mark.parametrize("kind", ["llama", "streaming", "codes", "mla", "mla-packed"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "streaming", "codes", "mla", "mla-packed", "budgets-mixed"]
+)
 def test_a_decode_step_waits_for_nothing(engines, kind):
     _, paged = engines(kind)
     cache = paged.new_cache(2, 2 * PAGE)

@@ -48,6 +48,9 @@ class KVCache:
         """Where a row lies in the stores."""
         return row
 
+    def begin(self, row: int, prompt: int) -> None:
+        """Told how long the prompt is that an empty row is fed next."""
+
     def bytes_per_token(self) -> float:
         """Allocated bytes per token of one row."""
         return self.allocated_bytes / (len(self.lengths) * self.capacity)

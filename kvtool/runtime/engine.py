@@ -18,10 +18,12 @@ from kvtool.latent import FactoredAttention
 from kvtool.plan import Plan
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.graphs import PagedCache, PagedMemory
+from kvtool.runtime.head_pages import HeadPages
 from kvtool.runtime.host import load_host
 from kvtool.runtime.layers import DecodeLinear, Step
 from kvtool.runtime.pages import Pages
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling
+from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE, Rows, whole_pages
 
 
@@ -90,7 +92,7 @@ class Engine:
         Where there is a shared memory, it takes part of that.
         """
         if self.paged:
-            pages = batch_size * whole_pages(capacity) // PAGE
+            pages = batch_size * sum(self.new_pages(0, 0).wanted(0, capacity))
             memory = self.memory or PagedMemory(self, batch_size, pages)
             return memory.new_cache(batch_size, capacity)
         stores = [attention.new_store(batch_size, capacity) for attention in self.attentions]
@@ -129,6 +131,8 @@ class Engine:
         self._check_length(total)
         if prompt is None and begin == 0:
             prompt = total
+        if prompt is not None:
+            cache.begin(row, prompt)
         cache.reserve([total if r == row else n for r, n in enumerate(cache.lengths)])
         # A layer may drop what the row would need to go back, so until all layers are through, an
         # interrupted row holds nothing.
@@ -209,12 +213,23 @@ class Engine:
         """
         self.memory = None  # before another takes its place
         probe = PagedMemory(self, 0, 0)
-        pages = most = rows * whole_pages(self.max_context) // PAGE
+        lists = probe.pages.table.shape[1]
+        pages = most = rows * lists * whole_pages(self.max_context) // PAGE
         if probe.page_bytes:
-            pages = min(most, (nbytes - (rows + 1) * probe.row_bytes) // probe.page_bytes - 1)
+            pages = min(most, (nbytes - probe.fixed_bytes(rows)) // probe.page_bytes)
         pages = max(0, pages)
         self.memory = PagedMemory(self, rows, pages)
         return self.memory
+
+    def new_pages(self, rows: int, pages: int) -> Pages:
+        """So many pages for so many rows; of single heads if the plan has token budgets."""
+        most = whole_pages(self.max_context) // PAGE
+        split = [x for x in self.attentions if isinstance(x, SplitAttention)]
+        if self.plan is None or self.plan.policy is None or len(split) < len(self.attentions):
+            return Pages(rows, pages, most, self.device)
+        budgets = [attention.paged_budgets for attention in split]
+        like = split[0].stages.qkv.weight
+        return HeadPages(rows, pages, most, budgets, split[0].stages.layout.head_dim, like)
 
     def pack(self) -> None:
         """Puts the weights into the order in which the CPU reads them for few rows, for good."""
@@ -302,7 +317,7 @@ class Engine:
             raise UsageError(str(error)) from error
         if not triton:
             return False
-        pages = Pages(0, 0, 1, self.device)
+        pages = self.new_pages(0, 0)
         return all(attention.new_paged_store(pages) is not None for attention in self.attentions)
 
     def _check_length(self, length: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.layers import Step
-from kvtool.runtime.pages import Paged, PagedStore, Pages, Place
+from kvtool.runtime.pages import Paged, PagedStore
 from kvtool.runtime.stores import PAGE
 
 if TYPE_CHECKING:
@@ -32,9 +32,8 @@ class PagedMemory:
     """
 
     def __init__(self, engine: Engine, rows: int, pages: int) -> None:
-        most = -(-engine.max_context // PAGE)
         self.engine = engine
-        self.pages = Pages(rows, pages, most, engine.device)
+        self.pages = engine.new_pages(rows, pages)
         self.stores: list[Paged] = []
         for attention in engine.attentions:
             store = attention.new_paged_store(self.pages)
@@ -45,12 +44,16 @@ class PagedMemory:
     @property
     def page_bytes(self) -> int:
         """Bytes of a page in all layers."""
-        return sum(store.page_bytes for store in self.stores)
+        return self.pages.page_bytes + sum(store.page_bytes for store in self.stores)
 
     @property
     def row_bytes(self) -> int:
         """Bytes that a row takes besides its pages, in all layers."""
         return sum(store.row_bytes for store in self.stores)
+
+    def fixed_bytes(self, rows: int) -> int:
+        """What there is from the start for so many rows: the spare row and page, and tables."""
+        return (rows + 1) * (self.row_bytes + self.pages.table_bytes) + self.page_bytes
 
     @torch.inference_mode()
     def new_cache(self, rows: int, capacity: int) -> PagedCache:
@@ -74,9 +77,15 @@ class PagedMemory:
             store.forget(row)
 
     @torch.inference_mode()
+    def begin(self, row: int, prompt: int) -> None:
+        """Told how long the prompt is that an empty row is fed next."""
+        self.pages.begin(row, prompt)
+        self.resize(row, self.pages.room(row))
+
+    @torch.inference_mode()
     def resize(self, row: int, tokens: int) -> None:
         """Gives a row pages for so many tokens."""
-        if -(-tokens // PAGE) > self.pages.table.shape[1]:
+        if -(-tokens // PAGE) > self.pages.table.shape[-1]:
             self._recorded.clear()
             self.pages.widen(-(-tokens // PAGE))
         while missing := self.pages.resize(row, tokens):
@@ -89,6 +98,9 @@ class PagedMemory:
             starts: Tokens that each row holds. It has a page for one more.
             ids: `[B]`.
         """
+        for row, start in zip(rows, starts, strict=True):
+            if start == 0:
+                self.begin(row, 0)
         count = len(rows)
         padded = 1 << (count - 1).bit_length()
         spare = [0] * (padded - count)
@@ -109,7 +121,7 @@ class PagedMemory:
     def _step(self, rows: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
         """The same with all `[B]` on the device, where nothing is asked of it."""
         engine = self.engine
-        place = Place.of(self.pages, rows, positions)
+        place = self.pages.place(rows, positions)
         tables = engine.tables(positions[:, None])
         step = Step(self.stores, None, [], [], None, tables, place)
         return engine.logits(engine.run(step, ids[:, None]))[:, 0]
@@ -139,18 +151,21 @@ class PagedCache(KVCache):
 
     @property
     def capacity(self) -> int:
-        return min(len(self.memory.pages.owned[row]) for row in self.rows) * PAGE
+        return min(self.memory.pages.room(row) for row in self.rows)
 
     @property
     def layer_bytes(self) -> list[int]:
-        pages = sum(len(self.memory.pages.owned[row]) for row in self.rows)
+        pages = self.memory.pages
         return [
-            pages * store.page_bytes + len(self.rows) * store.row_bytes
+            sum(pages.bytes_in(store, row) + store.row_bytes for row in self.rows)
             for store in self.memory.stores
         ]
 
     def place_of(self, row: int) -> int:
         return self.rows[row]
+
+    def begin(self, row: int, prompt: int) -> None:
+        self.memory.begin(self.rows[row], prompt)
 
     def release(self) -> None:
         for give in self._returns:
@@ -158,7 +173,7 @@ class PagedCache(KVCache):
 
     def reserve(self, lengths: Sequence[int]) -> None:
         for row, length in zip(self.rows, lengths, strict=True):
-            if length > len(self.memory.pages.owned[row]) * PAGE:
+            if length > self.memory.pages.room(row):
                 self.memory.resize(row, length)
 
     def resize(self, capacity: int) -> None:
@@ -170,7 +185,7 @@ class PagedCache(KVCache):
         assert isinstance(source, PagedCache)
         assert source.memory is self.memory
         owned, count = self.memory.pages.owned, -(-length // PAGE)
-        new, old = (owned[cache.rows[0]][:count] for cache in (self, source))
+        new, old = (owned[cache.rows[0]][0][:count] for cache in (self, source))
         for store in self.stores:
             assert isinstance(store, PagedStore)
             for plane in store.planes.values():

@@ -102,7 +102,7 @@ def swap_attention(
             if plan is not None and plan.codes:
                 dense = plan.prefill == "dense"
                 attention = CodedAttention(grouped, i, inv_freq, rope.scale, *codes[i], dense)
-            elif plan is None or plan.layers[i].plain:
+            elif plan is None or (plan.layers[i].plain and not _by_head(plan, grouped)):
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
             elif plan.layers[i].bits is not None:
                 attention = PackedAttention(grouped, i, plan, exact)
@@ -114,6 +114,14 @@ def swap_attention(
         swapped.append(attention)
     DecodeLinear.replace_in(model)
     return swapped
+
+
+def _by_head(plan: Plan, stages: GroupedQueryAttention) -> bool:
+    """Whether even a layer that keeps everything counts its tokens head by head.
+
+    Other layers of the plan do, for their token budgets, and all draw on the same pages.
+    """
+    return plan.policy is not None and stages.layout.sliding_window is None
 
 
 def _latent_attention(

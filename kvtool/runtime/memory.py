@@ -71,13 +71,13 @@ class RowMemory:
     def reading(self, prompt: int) -> int:
         """While a prompt of so many tokens is read."""
         held = self.dropping * self.head_bytes + self.held + 4 * self.watched
-        return self._planes(prompt) + held * prompt
+        # On pages, room for what is kept of the prompt is there before it is read.
+        there = self.holding(prompt, prompt) if self.paged else self._planes(prompt)
+        return there + held * prompt
 
     def holding(self, tokens: int, prompt: int) -> int:
         """With `tokens` stored, of which the first `prompt` were the prompt."""
-        kept = sum(min(budget, prompt) for budget in self.budgets)
-        tails = len(self.budgets) * whole_pages(tokens - prompt)
-        return self._planes(tokens) + self.head_bytes * (kept + tails)
+        return self._planes(tokens) + self.head_bytes * self._budgeted(tokens, prompt)
 
     def most_tokens(self, budget: int, prompt: int, limit: int) -> int:
         """Tokens, up to `limit`, that a sequence can come to within a byte budget; 0 for none."""
@@ -98,6 +98,16 @@ class RowMemory:
     def unread(self, tokens: int) -> int:
         """Of `tokens` that are stored, what a step does not read."""
         return sum(x.unread_bytes(tokens, self.head_dim, self.itemsize) for x in self.layers)
+
+    def _budgeted(self, tokens: int, prompt: int) -> int:
+        """Tokens that budgeted heads have room for: what they keep of the prompt, and all later
+        ones behind it, in planes of their own or in the same pages.
+        """
+        kept = [min(budget, prompt) for budget in self.budgets]
+        if self.paged:
+            later = max(0, whole_pages(tokens) - prompt)
+            return sum(whole_pages(n + later) for n in kept)
+        return sum(kept) + len(kept) * whole_pages(tokens - prompt)
 
     def _planes(self, tokens: int) -> int:
         room = whole_pages(tokens)

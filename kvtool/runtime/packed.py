@@ -52,6 +52,7 @@ from kvtool.kernels.packed_attention import (
 from kvtool.kernels.quantise import dequantise
 from kvtool.kernels.sparse_values import bitmap_bytes, compress, sparse_sums
 from kvtool.plan import Plan
+from kvtool.runtime.head_pages import HeadPages
 from kvtool.runtime.layers import Step
 from kvtool.runtime.packed_store import PackedStore, PagedBlocks
 from kvtool.runtime.paged_split import PagedSplit
@@ -437,7 +438,7 @@ class PackedAttention(SplitAttention):
 
     def new_paged_store(self, pages: Pages) -> PagedSplit | None:
         layout, like = self.stages.layout, self.stages.qkv.weight
-        if self.budgets or not PagedPacked.possible(self.bits, layout.head_dim):
+        if isinstance(pages, HeadPages) or not PagedPacked.possible(self.bits, layout.head_dim):
             return None
         full = PagedPacked(
             pages, self.counts[0], layout.head_dim, like, layout.scaling, self.bits,

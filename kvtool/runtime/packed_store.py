@@ -193,7 +193,7 @@ class PagedBlocks(PackedStore):
 
     def _at(self, row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Pages in which blocks of a row lie, and where there."""
-        table = self.pages.table[row]
+        table = self.pages.of(row)
         block = torch.arange(first, end, device=table.device)
         each = PAGE // self.bits.group
         return table[block // each].long(), block % each

@@ -45,7 +45,7 @@ class PagedRings(StreamingHeads):
 
 
 class PagedSplit(SplitStore):
-    """Full heads in pages, packed or not, and streaming heads in rings."""
+    """Heads in pages, and streaming heads in rings."""
 
     full: PagedHeads | PagedPacked
     streaming: PagedRings | None
@@ -69,11 +69,17 @@ class PagedSplit(SplitStore):
     def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
         """See :meth:`PagedHeads.step`."""
         if self.streaming is None:
-            return self.full.step(q, k, v, cos, sin, at)
-        full = self.counts[0]
-        if not full:
+            return self.step_pages(q, k, v, cos, sin, at)
+        there = k.shape[1] - self.streaming.kv_heads  # heads in pages come first
+        if not there:
             return self.streaming.step(q, k, v, cos, sin, at)
-        group = q.shape[1] // k.shape[1]
-        near = self.streaming.step(q[:, full * group :], k[:, full:], v[:, full:], cos, sin, at)
-        far = self.full.step(q[:, : full * group], k[:, :full], v[:, :full], cos, sin, at)
+        asked = there * (q.shape[1] // k.shape[1])
+        near = self.streaming.step(q[:, asked:], k[:, there:], v[:, there:], cos, sin, at)
+        far = self.step_pages(q[:, :asked], k[:, :there], v[:, :there], cos, sin, at)
         return torch.cat((far, near), dim=1)
+
+    def step_pages(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place
+    ) -> Tensor:
+        """Of the heads in pages."""
+        return self.full.step(q, k, v, cos, sin, at)

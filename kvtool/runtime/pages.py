@@ -24,7 +24,7 @@ from kvtool.attention import causal_attention
 from kvtool.kernels.append import append
 from kvtool.kernels.decode_attention import paged_decode_attention
 from kvtool.kernels.latent_attention import paged_latent_attention
-from kvtool.runtime.stores import PAGE, Store
+from kvtool.runtime.stores import PAGE, Store, whole_pages
 
 if TYPE_CHECKING:
     from kvtool.runtime.layers import Step
@@ -38,15 +38,19 @@ WIDEST = 640
 class Pages:
     """Which pages belong to which row, the same in all layers.
 
+    A row may have several lists of pages, see `head_pages.py`. Here it has one.
+
     Attributes:
-        table: `[rows, most]` int32, on the device: token t of row b lies in page
-            `table[b, t // PAGE]`.
-        owned: The same on the host, by row.
+        table: `[rows, lists, most]` int32, on the device: what is stored at place p of a list lies
+            in its page `p // PAGE`.
+        owned: The same on the host, by row and list.
     """
 
-    def __init__(self, rows: int, pages: int, most: int, device: torch.device) -> None:
-        self.table = torch.zeros((rows + 1, most), dtype=torch.int32, device=device)
-        self.owned: list[list[int]] = [[] for _ in range(rows + 1)]
+    def __init__(
+        self, rows: int, pages: int, most: int, device: torch.device, lists: int = 1
+    ) -> None:
+        self.table = torch.zeros((rows + 1, lists, most), dtype=torch.int32, device=device)
+        self.owned: list[list[list[int]]] = [[[] for _ in range(lists)] for _ in range(rows + 1)]
         self.count = pages + 1
         self._free_pages = list(range(pages, 0, -1))
         self._free_rows = list(range(rows, 0, -1))
@@ -55,6 +59,28 @@ class Pages:
     def rows(self) -> int:
         """All rows, the spare one included."""
         return len(self.owned)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes that a page takes here: none, its tokens lie in the stores of the layers."""
+        return 0
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes that a row takes here."""
+        return self.table[0].nbytes
+
+    def of(self, row: int) -> Tensor:
+        """The pages of a row that has one list, `[most]`."""
+        return self.table[row, 0]
+
+    def room(self, row: int) -> int:
+        """Tokens that a row has room for."""
+        return len(self.owned[row][0]) * PAGE
+
+    def bytes_in(self, store: Paged, row: int) -> int:
+        """Bytes of the pages that a row has in a layer."""
+        return len(self.owned[row][0]) * store.page_bytes
 
     def take_row(self) -> int | None:
         """A row that nobody has, if there is one."""
@@ -65,25 +91,39 @@ class Pages:
         self.resize(row, 0)
         self._free_rows.append(row)
 
+    def begin(self, row: int, prompt: int) -> None:
+        """Told how long the prompt is that an empty row is fed next."""
+
+    def wanted(self, row: int, tokens: int) -> list[int]:
+        """How many pages each list of a row needs for so many tokens."""
+        return [whole_pages(tokens) // PAGE]
+
     def resize(self, row: int, tokens: int) -> int:
         """Gives a row pages for so many tokens; returns how many pages there are too few."""
-        owned, wanted = self.owned[row], -(-tokens // PAGE)
-        missing = wanted - len(owned) - len(self._free_pages)
-        if missing > 0:
-            return missing
-        while len(owned) > wanted:
-            self._free_pages.append(owned.pop())
-        if len(owned) < wanted:
-            new = [self._free_pages.pop() for _ in range(wanted - len(owned))]
-            columns = slice(len(owned), wanted)
-            self.table[row, columns] = torch.tensor(new, dtype=torch.int32).to(self.table.device)
-            owned += new
+        owned, wanted = self.owned[row], self.wanted(row, tokens)
+        for pages, count in zip(owned, wanted, strict=True):
+            while len(pages) > count:
+                self._free_pages.append(pages.pop())
+        new = [
+            (i, column)
+            for i, (pages, count) in enumerate(zip(owned, wanted, strict=True))
+            for column in range(len(pages), count)
+        ]
+        if len(new) > len(self._free_pages):
+            return len(new) - len(self._free_pages)
+        if new:
+            taken = [self._free_pages.pop() for _ in new]
+            for (i, _), page in zip(new, taken, strict=True):
+                owned[i].append(page)
+            lists, columns = torch.tensor(new).T.to(self.table.device)
+            pages_there = torch.tensor(taken, dtype=torch.int32).to(self.table.device)
+            self.table[row, lists, columns] = pages_there
         return 0
 
     def widen(self, most: int) -> None:
-        """Makes room for so many pages per row."""
-        wider = self.table.new_zeros((self.rows, most))
-        wider[:, : self.table.shape[1]] = self.table
+        """Makes room for so many pages per list."""
+        wider = self.table.new_zeros((*self.table.shape[:2], most))
+        wider[..., : self.table.shape[-1]] = self.table
         self.table = wider
 
     def grow(self, rows: int, pages: int) -> None:
@@ -91,10 +131,18 @@ class Pages:
         self._free_pages += range(self.count + pages - 1, self.count - 1, -1)
         self.count += pages
         if rows:
-            more = self.table.new_zeros((rows, self.table.shape[1]))
+            lists = self.table.shape[1]
+            more = self.table.new_zeros((rows, *self.table.shape[1:]))
             self.table = torch.cat((self.table, more))
             self._free_rows += range(self.rows + rows - 1, self.rows - 1, -1)
-            self.owned += [[] for _ in range(rows)]
+            self.owned += [[[] for _ in range(lists)] for _ in range(rows)]
+
+    def place(self, rows: Tensor, positions: Tensor) -> Place:
+        """Where the new tokens `[B]` of some rows `[B]` go, and what they read."""
+        table = self.table[rows, 0]
+        page = table.gather(1, (positions // PAGE)[:, None])[:, 0].long()
+        slots = page * PAGE + positions % PAGE
+        return Place(rows, positions, table, slots, (positions + 1).int())
 
 
 @dataclass
@@ -115,20 +163,12 @@ class Place:
     slots: Tensor
     lengths: Tensor
 
-    @classmethod
-    def of(cls, pages: Pages, rows: Tensor, positions: Tensor) -> Place:
-        """Of some rows of a memory."""
-        table = pages.table[rows]
-        page = table.gather(1, (positions // PAGE)[:, None])[:, 0].long()
-        slots = page * PAGE + positions % PAGE
-        return cls(rows, positions, table, slots, (positions + 1).int())
-
     def ring(self, sink: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same three of a ring per row, whose first `sink` places are never overwritten."""
         capacity, at = sink + window, self.positions
         within = torch.where(at < sink, at, sink + (at - sink) % window)
         slots = self.rows * capacity + within
-        return self.rows.int()[:, None], slots, self.lengths.clamp(max=capacity)
+        return self.rows.int()[:, None], slots, (at + 1).clamp(max=capacity).int()
 
 
 class PagedStore(Store):
@@ -153,13 +193,13 @@ class PagedStore(Store):
         for name, new in states.items():
             plane = self.planes[name]
             at = torch.arange(starts[0], starts[0] + new.shape[-2], device=plane.device)
-            page = self.pages.table[row][at // PAGE].long()
+            page = self.pages.of(row)[at // PAGE].long()
             plane.movedim(-2, 1)[page, at % PAGE] = new[0].movedim(-2, 0)
 
     def gather(self, name: str, row: int, start: int, end: int) -> Tensor:
         """Tokens of one row of a plane, side by side: `[1, ..., end - start, width]`."""
         first = start // PAGE
-        own = self.pages.table[row, first : -(-end // PAGE)].long()
+        own = self.pages.of(row)[first : -(-end // PAGE)].long()
         found = self.planes[name][own]  # [n, ..., PAGE, width]
         joined = found.movedim(0, -3).flatten(-3, -2)
         return joined[None, ..., start - first * PAGE : end - first * PAGE, :]

@@ -178,7 +178,7 @@ class Scheduler:
             pool = engine.open_memory(memory, rows)
             pool.record(min(rows, max_running))
             # What rows take besides pages is there from the start, also of the spare one.
-            self.budget -= (rows + 1) * pool.row_bytes + pool.page_bytes
+            self.budget -= pool.fixed_bytes(rows)
             self.memory.least -= pool.row_bytes
             self.memory.constant -= pool.row_bytes
         self.waiting: deque[Request] = deque()

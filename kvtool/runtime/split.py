@@ -250,6 +250,10 @@ class BudgetedHeads(DroppingHeads):
                 self.selector = self.new_selector()
             self.selector.see(new.q[0], new.unrotated[0], step.starts[0])
             return self.read_prompt(new, step)
+        return self.add_later(new, step)
+
+    def add_later(self, new: NewTokens, step: Step) -> Tensor:
+        """The same of tokens behind the prompt."""
         rows = range(len(self.kept)) if step.row is None else [step.row]
         for row, start in zip(rows, step.starts, strict=True):
             if start == 0:
@@ -269,6 +273,10 @@ class BudgetedHeads(DroppingHeads):
         scores = self.selector.scores(keys, values)
         del self.selector
         chosen = [keep(score, n) for score, n in zip(scores, self.budgets, strict=True)]
+        self.keep(row, chosen, keys, values)
+
+    def keep(self, row: int, chosen: Sequence[Tensor], keys: Tensor, values: Tensor) -> None:
+        """Keeps those tokens of a prompt `[H, n, D]` that were chosen head by head."""
         self.kept[row] = Kept(
             keys.shape[1],
             tuple(len(columns) for columns in chosen),
@@ -348,8 +356,8 @@ class SplitStore(Store):
         budgeted: BudgetedHeads | None = None,
     ) -> None:
         self.full, self.streaming, self.budgeted = full, streaming, budgeted
-        self.parts = [part for part in (full, streaming, budgeted) if part is not None]
-        self.counts = [part.planes["keys"].shape[1] for part in self.parts]
+        self.parts = [part for part in (full, budgeted, streaming) if part is not None]
+        self.counts = [part.kv_heads for part in self.parts]
 
     @property
     def allocated_bytes(self) -> int:

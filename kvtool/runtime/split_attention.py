@@ -8,6 +8,12 @@ from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention, Rope
 from kvtool.plan import Plan
+from kvtool.runtime.head_pages import (
+    BudgetedHeadsInPages,
+    FullHeadsInPages,
+    HeadPages,
+    PagedByHead,
+)
 from kvtool.runtime.layers import RuntimeAttention, Step, step_of
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
@@ -32,7 +38,7 @@ class SplitAttention(RuntimeAttention):
         streaming = [head for head in heads if self.layer.streaming[head]]
         budgeted = [head for head in heads if self.layer.budgets[head] is not None]
         full = self.layer.full_heads
-        stages.reorder_kv_heads(full + streaming + budgeted)
+        stages.reorder_kv_heads(full + budgeted + streaming)
         self.full, self.counts = full, (len(full), len(streaming))
         self.budgets = [n for n in self.layer.budgets if n is not None]
 
@@ -54,12 +60,32 @@ class SplitAttention(RuntimeAttention):
         layout, like = self.stages.layout, self.stages.qkv.weight
         return FullHeads(rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling)
 
+    @property
+    def paged_budgets(self) -> list[int | None]:
+        """Of the heads that have pages: tokens of a prompt that they keep, `None` for all."""
+        return [*[None] * self.counts[0], *self.budgets]
+
     def new_paged_store(self, pages: Pages) -> PagedSplit | None:
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        rings = self.new_paged_rings(pages)
+        if isinstance(pages, HeadPages):
+            return self._by_head(pages, rings)
         if self.budgets:
             return None
-        layout, like = self.stages.layout, self.stages.qkv.weight
         full = PagedHeads(pages, self.counts[0], layout.head_dim, like, layout.scaling)
-        return PagedSplit(full, self.new_paged_rings(pages))
+        return PagedSplit(full, rings)
+
+    def _by_head(self, pages: HeadPages, rings: PagedRings | None) -> PagedByHead:
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        lists = range(len(pages.owned[0]))[pages.layers[self.layer_index]]
+        own, others = lists[: self.counts[0]], lists[self.counts[0] :]
+        full = FullHeadsInPages(pages, own, layout.scaling)
+        budgeted = None
+        if others:
+            budgeted = BudgetedHeadsInPages(
+                pages, others, self.budgets, like, layout.scaling, self._new_selector
+            )
+        return PagedByHead(pages, self.layer_index, full, budgeted, rings)
 
     def new_paged_rings(self, pages: Pages) -> PagedRings | None:
         """Of the streaming heads, where there are any."""

@@ -42,6 +42,11 @@ class Store:
         return sum(plane.numel() * plane.element_size() for plane in self.planes.values())
 
     @property
+    def kv_heads(self) -> int:
+        """Of which it stores the keys, `[B, H, capacity, D]`."""
+        return self.planes["keys"].shape[1]
+
+    @property
     def capacity(self) -> int:
         """Tokens that each row has room for."""
         return next(iter(self.planes.values())).shape[-2]

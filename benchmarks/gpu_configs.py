@@ -22,7 +22,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu import Bench, Case, code_cases, latent_cases, packed_cases, packed_latent_cases
+from benchmarks.gpu import (
+    Bench,
+    Case,
+    code_cases,
+    decode_cases,
+    latent_cases,
+    packed_cases,
+    packed_latent_cases,
+)
 from kvtool.kernels.decode_attention import triton as decode
 from kvtool.kernels.decode_attention.triton import Config
 from kvtool.kernels.packed_attention import triton as packed
@@ -67,6 +75,10 @@ def sweeps(device: torch.device, tiny: bool) -> Iterator[Sweep]:
     yield Sweep(read, decode, lambda _, width, *__: width == 512, codes)
     blocks = [(64, 16, 4, 2, 4), (64, 16, 4, 4, 4), (64, 16, 2, 3, 6), (64, 16, 8, 3, 2)]
     yield Sweep(packed_cases(device, batch, tokens), packed, always, blocks)
+    own = [(64, 16, 4, 4, 4), (64, 16, 4, 5, 2), (32, 16, 4, 6, 4), (128, 16, 4, 3, 2)]
+    rows = [(1, tokens)] if tiny else [(1, tokens), (64, tokens)]
+    cases = decode_cases(device, {"Llama-3-8B": (32, 8, 128)}, rows)
+    yield Sweep(cases, decode, always, own)
     for heads, rank in ((16, 512), (32, 448)):
         tried = [
             (64, heads, 8, 2, 1),

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from kvtool.calibrate.past import Past, beside, predictions
+from kvtool.calibrate.past import Past, beside
 from kvtool.calibrate.students import CodeStudent
 from kvtool.calibrate.tail import Attend, TailModel, divergence
 from kvtool.codes import Fitted, Part, Projection
@@ -159,7 +159,7 @@ def greedy_ranks(
             for i in range(layer, layers):
                 attend = student.attend(past, i, trial) if i == layer else attends[i]
                 hidden = model.layer(i, hidden, past.reading, attend)
-            return float(divergence(past.expected, predictions(model, hidden)))
+            return float(divergence(past.expected, model.predictions(hidden)[0]))
 
         entries = [(i, p, h) for i in range(layers) for p in (0, 1) for h in range(heads)]
         bounds = [(cost(entry), entry) for entry in entries]

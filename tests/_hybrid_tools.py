@@ -11,6 +11,14 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.convert import granite
 from kvtool.mamba import Mixer
 
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 0.5,
+}
+"""Of a config; Granite's own are none of them 1."""
+
 
 @torch.no_grad()
 def random_linear_mixer(layout, seed):

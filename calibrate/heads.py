@@ -29,7 +29,6 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Training, train
 from kvtool.errors import CalibrationError, UsageError
-from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, Prefill, base_of, check_can_drop, provenance_of
 
 Method = Literal["ablation", "duo", "attention", "semantic", "entropy"]
@@ -150,10 +149,9 @@ def calibrate_heads(
         recall=[{**asdict(check), "passed": check.passed} for check in found.checks],
         **found.details,
     )
-    full = LayerPlan((False,) * base.kv_heads)
     return Plan(
         base,
-        (full,) * base.layers,
+        base.full_layers,
         prefill=options.prefill,
         provenance=(provenance,),
         scores=found.scores.float(),

@@ -47,7 +47,6 @@ from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
 from kvtool.factored import model_config
-from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Base, Plan, base_of, check_can_drop, provenance_of
 from kvtool.slices import cut
 
@@ -147,7 +146,7 @@ def calibrate_projections(
     provenance = provenance_of(options.method, asked, found.corpus, found.tokens, **found.losses)
     plan = Plan(
         base,
-        (LayerPlan((False,) * base.kv_heads),) * base.layers,
+        base.full_layers,
         provenance=(provenance,),
         codes=tuple(found.codes),
         allocation=allocation(options),

@@ -46,11 +46,11 @@ from kvtool.convert.conversion import ConversionResult, peak_memory
 from kvtool.convert.fitting import save
 from kvtool.convert.heal import check_teacher
 from kvtool.convert.planning import PROBE, shard_bytes
-from kvtool.convert.teaching import ALIGNED, ARMS, Lessons, Report, Steps, Teacher, beats
+from kvtool.convert.teaching import ARMS, Lessons, Report, Steps, Teacher, beats
 from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
 from kvtool.distill import Amount
 from kvtool.errors import UnsupportedModelError, UsageError
-from kvtool.hybrid import Alignment, Arm, Distillation, Judged
+from kvtool.hybrid import Arm, Judged
 from kvtool.mamba import Mixer
 
 AUTO = 512 * 1024
@@ -420,15 +420,9 @@ class _Work:
             trial = Teacher(
                 self.checkpoint, reach, lesson, None, teacher=taught, device=self.device
             )
-            hybrid = trial.new("mamba")
-            students = (Alignment(hybrid, inherited=True), Distillation(hybrid, taught))
-            times = [
-                distill.step_seconds(student, lesson.learn, hybrid.device) for student in students
-            ]
-            shares = (ALIGNED, 1 - ALIGNED)
-            one = sum(share * t for share, t in zip(shares, times, strict=True))
+            steps = max(3, int(seconds / trial.step_seconds()))
             unfinished = self.scratch / "steps.unfinished"
-            unfinished.write_text(str(max(3, int(seconds / one))))
+            unfinished.write_text(str(steps))
             unfinished.replace(noted)
         distill.wait_for_everyone()
         return int(noted.read_text())

@@ -148,6 +148,15 @@ class Teacher:
         model = self.checkpoint.load_transformers(torch.float32, self.device)
         return HybridModel(model, self.reach, make)
 
+    def step_seconds(self) -> float:
+        """Of a step that learns from all of `lessons.learn`, the stages by their shares."""
+        hybrid = self.new("mamba")
+        students = (Alignment(hybrid, inherited=True), Distillation(hybrid, self.teacher))
+        align, distil = (
+            distill.step_seconds(student, self.lessons.learn, hybrid.device) for student in students
+        )
+        return ALIGNED * align + (1 - ALIGNED) * distil
+
     def teach(self, arm: Arm) -> Taught:
         """One arm from beginning to end."""
         hybrid = self.new(arm)

@@ -157,8 +157,9 @@ class LayerStatistics:
         mass = self.distance_mass[:, :-1]
         middle = 1.5 * 2.0 ** torch.arange(-1, mass.shape[1] - 1, dtype=torch.float64) - 0.5
         middle[0] = 0
-        mean = (mass * (1 + middle).log()).sum(dim=1) / mass.sum(dim=1)
-        return mean.exp() - 1
+        # A head may look at sinks with all that fp32 holds of its attention: it looks no way back.
+        behind = mass.sum(dim=1).clamp(min=torch.finfo(mass.dtype).tiny)
+        return ((mass * (1 + middle).log()).sum(dim=1) / behind).exp() - 1
 
     @property
     def joint_moment(self) -> Tensor:

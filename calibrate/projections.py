@@ -229,14 +229,14 @@ def _per_layer(
     if method != "asvd":
         fit = pca.fit if method == "pca" else cskv.fit
         fitted = [fit(statistics.layer(i), base.kv_heads) for i in layers]
+    if options.bits is not None:  # by what rows are worth, which Fisher's ranks do not say
+        fitted = [_levelled(fitted[i], statistics.layer(i), method == "pca") for i in layers]
     if method == "palu":
         windows, _ = _windows(checkpoint, options, 0)
         keys, values = palu.fisher(checkpoint, windows, report)
         for i, parts in enumerate(fitted):
             parts["keys"] = palu.ranked(parts["keys"], float(keys[i]))
             parts["values"] = palu.ranked(parts["values"], float(values[i]))
-    if options.bits is not None:
-        fitted = [_levelled(fitted[i], statistics.layer(i), method == "pca") for i in layers]
     corpus = str(statistics.metadata["corpus"])
     return _Found(empty_codes(base, options), fitted, corpus, statistics.tokens, {})
 

@@ -129,7 +129,8 @@ class LayerStatistics:
             most attended keys of a window hold, for n in `Statistics.budgets`. One choice of keys
             serves all queries looked at (AdaKV, arXiv 2407.11550; PrefixKV, arXiv 2412.03409).
         eviction_error: Relative change of the attention module's output when only the 32 keys most
-            attended in the layer and the last 8 are left (CompressKV, arXiv 2508.02401).
+            attended in the layer and the last 8 are left (CompressKV, arXiv 2508.02401, whose code
+            leaves 24 and 8).
         query_entropy: `[Q]` float64, truncated matrix entropy of the rotated queries of a window
             (UNComp, arXiv 2410.03090, with the D/4 largest singular values).
     """

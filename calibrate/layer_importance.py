@@ -27,7 +27,8 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Training
 from kvtool.errors import UnsupportedModelError, UsageError
-from kvtool.hybrid import Alignment, HybridModel, seeded_mixer
+from kvtool.hybrid import Alignment, HybridModel
+from kvtool.replacements import seeded_mixer
 
 WINDOW, WINDOW_CUDA = 512, 1024
 """Tokens of a text."""

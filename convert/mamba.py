@@ -52,6 +52,7 @@ from kvtool.distill import Amount
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.hybrid import Arm, Judged
 from kvtool.mamba import Mixer
+from kvtool.replacements import mixer_shape
 
 AUTO = 512 * 1024
 """Tokens of `--heal auto`, and of no `--heal`."""
@@ -155,7 +156,7 @@ def plan(
         if options.amount is None:
             raise UsageError("--teacher teaches: with --heal 0 nobody does")
         check_teacher(teacher, checkpoint)
-    shape = granite.mixer_shape(layout)
+    shape = mixer_shape(layout)
     mixer = _mixer_values(layout)
     weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
     taken = granite.other_tensors(checkpoint.tensors, options.layers)
@@ -242,7 +243,7 @@ def save_dtype(checkpoint: Checkpoint, options: MambaOptions) -> torch.dtype:
 
 def _mixer_values(layout: AttentionLayout) -> int:
     """Numbers in the tensors of one mixer."""
-    shape = granite.mixer_shape(layout)
+    shape = mixer_shape(layout)
     return (
         shape.projected * (shape.hidden_size + 1)
         + shape.convolved * (shape.taps + 1)
@@ -467,7 +468,7 @@ class _Work:
         with safe_open(self.scratch / "mamba.safetensors", "pt") as stored:
             names = [n for n in stored.keys() if n.startswith(f"{index}.")]  # noqa: SIM118
             state = {name.split(".", 1)[1]: stored.get_tensor(name) for name in names}
-        mixer = Mixer(granite.mixer_shape(layout), linear=True)
+        mixer = Mixer(mixer_shape(layout), linear=True)
         mixer.load_state_dict(state)
         return mixer
 

@@ -30,11 +30,9 @@ from kvtool.hybrid import (
     Distillation,
     HybridModel,
     Judged,
-    Pointwise,
     judge,
-    random_mixer,
-    seeded_mixer,
 )
+from kvtool.replacements import Pointwise, random_mixer, seeded_mixer
 
 ARMS: tuple[Arm, ...] = ("mamba", "random", "pointwise")
 """The result, and its controls."""
@@ -108,7 +106,7 @@ class Teacher:
     """Teaches the arms of one conversion.
 
     Args:
-        reach: By layer `[Q]`, see :func:`kvtool.hybrid.seeded_mixer`.
+        reach: By layer `[Q]`, see :func:`kvtool.replacements.seeded_mixer`.
         steps: None stops behind the closed form.
         teacher: Another model than the original, for distillation.
         rate: Multiplies all learning rates.

@@ -11,7 +11,7 @@ tasks, which plain text hardly needs. The two, in nats, are added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from kvtool.attention import FAMILIES, GroupedQueryAttention
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
+from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text, can_chat
@@ -39,9 +40,6 @@ SOLVE = 16
 WIDER = 3
 """Candidates of a round, by layers chosen in it."""
 _KINDS: tuple[Kind, ...] = ("names", "ordinals")
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ Real GQA: one basis per KV head, where the published code repeats heads before i
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from kvtool.calibrate.past import Past, beside
+from kvtool.calibrate.stream import Report
 from kvtool.calibrate.students import CodeStudent
 from kvtool.calibrate.tail import Attend, TailModel, divergence
 from kvtool.codes import Fitted, Part, Projection
@@ -129,9 +130,7 @@ class MatryoshkaStudent(CodeStudent):
 
 
 @torch.no_grad()
-def greedy_ranks(
-    student: MatryoshkaStudent, past: Past, report: Callable[[str, int, int], None]
-) -> Tensor:
+def greedy_ranks(student: MatryoshkaStudent, past: Past, report: Report) -> Tensor:
     """Step 3, down to D/8 everywhere.
 
     A trial changes one layer, so it starts there, from the hidden states below. Costs of all heads

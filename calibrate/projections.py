@@ -7,7 +7,7 @@ of the same plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,7 @@ from kvtool.calibrate.statistics import (
     collect,
 )
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
-from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.stream import LayerStream, Report
 from kvtool.calibrate.students import LENGTH, FreeStudent, train_codes
 from kvtool.calibrate.tail import TailModel
 from kvtool.calibrate.tuned import tokens_of, tune
@@ -62,9 +62,6 @@ AUTO = 64 * 1024
 JUDGED = 2
 """Windows of calibration text, not fitted to, by which codes are judged."""
 _END = 128  # tokens of such a window that are read through the codes
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)

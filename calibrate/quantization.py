@@ -13,10 +13,10 @@ from kvtool.attention import describe
 from kvtool.bits import Bits
 from kvtool.calibrate import code_bits, head_bits, latents
 from kvtool.calibrate.bit_options import FP8, QuantizationOptions
-from kvtool.calibrate.projections import Report, text_windows
+from kvtool.calibrate.projections import text_windows
 from kvtool.calibrate.statistics import WINDOW, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
-from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.stream import LayerStream, Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError

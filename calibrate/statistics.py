@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,13 +32,10 @@ from torch import Tensor
 
 from kvtool import __version__
 from kvtool.calibrate.layer_sums import KINDS, LayerSums, Seen, shapes, unpack, watched
-from kvtool.calibrate.stream import LayerStream, StreamedLayer
+from kvtool.calibrate.stream import LayerStream, Report, StreamedLayer
 from kvtool.checkpoint import Checkpoint, check_disk
 from kvtool.corpus import Corpus, calibration_text, can_chat
 from kvtool.errors import CalibrationError, UsageError
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 FORMAT = 2
 """Of the file and of what the numbers in it mean; another one is measured anew."""

@@ -31,7 +31,7 @@ from kvtool.attention import AttentionLayout, describe
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
-from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.stream import LayerStream, Report
 from kvtool.checkpoint import (
     Checkpoint,
     Staging,
@@ -46,7 +46,7 @@ from kvtool.convert.conversion import ConversionResult, peak_memory
 from kvtool.convert.fitting import save
 from kvtool.convert.heal import check_teacher
 from kvtool.convert.planning import PROBE, shard_bytes
-from kvtool.convert.teaching import ARMS, Lessons, Report, Steps, Teacher, beats
+from kvtool.convert.teaching import ARMS, Lessons, Steps, Teacher, beats
 from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
 from kvtool.distill import Amount
 from kvtool.errors import UnsupportedModelError, UsageError

@@ -11,7 +11,7 @@ The same for the result and for its controls, with the same texts in the same or
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvtool import distill
 from kvtool.attention import GroupedQueryAttention
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.distill import Student, Training
 from kvtool.divergence import Loss
@@ -45,9 +46,6 @@ EVALUATIONS = 5
 # Rates are relative, see `kvtool.hybrid`.
 _ALIGNMENT = Training(1, 3e-3, warmup=0.2, cooldown=0.6, floor=0.02, clip=1.0)
 _DISTILLATION = Training(1, 1.5e-3, warmup=0.15, cooldown=0.6, floor=0.02, clip=1.0)
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ from kvtool.corpus import evaluation_text
 from kvtool.evaluate.throughput import environment
 from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.sparse_reading import sparse_attention
-from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.cache import KVCache
@@ -173,7 +172,7 @@ class Recall:
 def everything(checkpoint: Checkpoint) -> Plan:
     """The plan that all is kept and read."""
     base = base_of(checkpoint)
-    return Plan(base, (LayerPlan((False,) * base.kv_heads),) * base.layers)
+    return Plan(base, base.full_layers)
 
 
 def quality(checkpoint: Checkpoint, orders: Orders) -> list[dict[str, Any]]:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.calibrate.allocate import duo_threshold
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import Reading, TailModel, Window, divergence
 from kvtool.calibrate.tasks import RecallSample
@@ -30,7 +29,7 @@ from kvtool.corpus import evaluation_text
 from kvtool.evaluate.retrieval import is_exact, needle_cases, passkey_cases, plain_ids
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan
-from kvtool.slices import ring_of
+from kvtool.slices import ring_of, stream_heads
 
 SHARES = (0.5, 0.75, 0.9)
 LENGTHS = (2048, 4096)
@@ -131,7 +130,9 @@ def main() -> None:
         scores[f"random, seed {seed}"] = torch.rand(shape, generator=generator)
     for share in SHARES:
         for method, score in scores.items():
-            streaming = duo_threshold(score, int(share * score.numel()))
+            scored = replace(plans[0], scores=score)
+            sliced = stream_heads(scored, int(share * score.numel()), window.sink, window.window)
+            streaming = torch.tensor([layer.streaming for layer in sliced.layers])
             row = measure(model, tokenizer, asked, windows, streaming, window)
             rows.append({"method": method, "share": share, **row})
             print(json.dumps(rows[-1]), flush=True)

@@ -31,7 +31,6 @@ from kvtool import distill
 from kvtool.calibrate.layer_importance import ImportanceOptions, rank_layers
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert.teaching import (
-    ALIGNED,
     ARMS,
     EVALUATION,
     Lessons,
@@ -43,7 +42,7 @@ from kvtool.convert.teaching import (
 from kvtool.corpus import evaluation_text
 from kvtool.distill import Amount
 from kvtool.evaluate import retrieval
-from kvtool.hybrid import Alignment, Arm, Distillation, HybridModel
+from kvtool.hybrid import Arm, HybridModel
 
 SOLVE, SOLVED = 16, 1024
 """Texts that read-outs are solved on, and their tokens."""
@@ -199,15 +198,10 @@ def measured(
 ) -> Steps:
     """As many steps as fit into the time, and as there is text for."""
     lessons = Lessons(texts["solve"], texts["learn"][: args.batch], texts["judge"])
-    hybrid = Teacher(checkpoint, reach, lessons, None, device=device).new("mamba")
-    students = (Alignment(hybrid, inherited=True), Distillation(hybrid))
-    align, distil = (
-        distill.step_seconds(student, lessons.learn, hybrid.device) for student in students
-    )
-    one = ALIGNED * align + (1 - ALIGNED) * distil
+    one = Teacher(checkpoint, reach, lessons, None, device=device).step_seconds()
     steps = min(int(args.seconds / one), len(texts["learn"]) // args.batch)
     tokens = args.batch * texts["learn"].shape[1]
-    say(f"a step of {tokens} tokens: align {align:.3f} s, distil {distil:.3f} s; {steps} steps")
+    say(f"a step of {tokens} tokens: {one:.3f} s; {steps} steps")
     return Steps.of(max(3, steps), args.batch)
 
 

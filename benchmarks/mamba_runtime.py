@@ -32,6 +32,7 @@ from kvtool.convert import granite
 from kvtool.evaluate.throughput import environment
 from kvtool.kernels.ssd import ssd_chunked
 from kvtool.mamba import CHUNK, Mixer
+from kvtool.replacements import mixer_shape
 from kvtool.runtime import Engine
 from kvtool.runtime.cache import KVCache
 
@@ -58,7 +59,7 @@ def write_hybrid(checkpoint: Checkpoint, layers: Collection[int], folder: Path) 
     taken = granite.other_tensors(checkpoint.tensors, layers)
     tensors = {name: granite.reader(checkpoint.read, parts)() for name, parts in taken.items()}
     for index in layers:
-        mixer = Mixer(granite.mixer_shape(layout), linear=True)
+        mixer = Mixer(mixer_shape(layout), linear=True)
         for name, tensor in granite.stock_mixer(mixer, config.rms_norm_eps).items():
             tensors[f"model.layers.{index}.mamba.{name}"] = tensor
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")

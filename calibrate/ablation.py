@@ -7,15 +7,13 @@ recalled, in nats. No gradient, no threshold, no attention heuristic: the effect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Reading, TailModel, Window, divergence
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @torch.no_grad()

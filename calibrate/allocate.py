@@ -95,27 +95,6 @@ def uniform(units: int | tuple[int, ...], total: int, low: Bound, high: Bound) -
     return round_exactly(torch.zeros(units, dtype=torch.float64), total, low, high)
 
 
-def duo_threshold(scores: Tensor, streaming: int) -> Tensor:
-    """DuoAttention (arXiv 2410.10819): the `streaming` heads of lowest score stream.
-
-    Of equal scores the lower index streams first, so the heads chosen for a number are among those
-    chosen for any larger one.
-
-    Args:
-        scores: `[L, H]`, higher for heads that need the whole past.
-        streaming: How many heads stream.
-
-    Returns:
-        `[L, H]` bool, true for heads that stream.
-    """
-    _check_finite("scores of heads", scores)
-    if not 0 <= streaming <= scores.numel():
-        raise UsageError(f"{streaming} heads cannot stream: the model has {scores.numel()}.")
-    streams = torch.zeros(scores.numel(), dtype=torch.bool)
-    streams[scores.flatten().argsort(stable=True)[:streaming]] = True
-    return streams.view_as(scores)
-
-
 def pyramid(
     layers: int, heads: int, total: int, low: Bound, high: Bound, beta: float = 20
 ) -> Tensor:

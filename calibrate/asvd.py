@@ -21,7 +21,15 @@ ALPHA = 0.5
 
 @torch.inference_mode()
 def fit(stream: LayerStream, windows: Tensor) -> list[dict[Part, Fitted]]:
-    """Keys and values of every layer, from `windows [N, S]` of token ids."""
+    """Keys and values of every layer, from `windows [N, S]` of token ids.
+
+    Raises:
+        UnsupportedModelError: Keys are normed behind their projection.
+    """
+    if any(layout.qk_norm for layout in stream.layouts):
+        raise UnsupportedModelError(
+            "asvd codes what projections give, and this model norms its keys behind them"
+        )
     hidden = stream.embed(windows)
     found: list[dict[Part, Fitted]] = []
     for index in range(len(stream)):
@@ -35,10 +43,6 @@ def fit(stream: LayerStream, windows: Tensor) -> list[dict[Part, Fitted]]:
             return output
 
         layer.run(hidden, watched, BATCH)
-        if layer.attention.layout.qk_norm:
-            raise UnsupportedModelError(
-                "asvd codes what projections give, and this model norms its keys behind them"
-            )
         _, *parts = layer.attention.qkv.weight.double().split(layer.attention.sizes)
         biases = [torch.zeros(len(x), dtype=torch.float64) for x in parts]
         if layer.attention.layout.qkv_bias:

@@ -12,16 +12,14 @@ needed when any head of its group needs it, so its score is their maximum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Attend, Reading, TailModel
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ budget is for; `allocate.py` turns them into integers. All methods are given the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -16,15 +15,13 @@ from torch import Tensor
 
 from kvtool.calibrate import allocate
 from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, Policy, base_of, check_can_drop, provenance_of
 
 Method = Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"]
 METHODS: tuple[Method, ...] = get_args(Method)
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.felt import joined
 from kvtool.calibrate.levelled import levelled_rows
-from kvtool.calibrate.projections import Report
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Fitted, Part, Projection
 from kvtool.kernels.quantise import BITS, fake_quantise

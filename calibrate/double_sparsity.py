@@ -23,8 +23,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvtool.calibrate.projections import Report
 from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions, collect
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
 from kvtool.plan import Plan, check_can_drop, provenance_of

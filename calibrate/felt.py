@@ -14,7 +14,7 @@ stands for count: sinks and the window are exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvtool.attention import Rope, rotate
 from kvtool.calibrate.far_reads import Kept, Reads, WholeModel
+from kvtool.calibrate.stream import Report
 from kvtool.codes import CodeKind
 from kvtool.errors import CalibrationError
 
@@ -57,7 +58,7 @@ def feel(
     kind: CodeKind,
     ring: tuple[int, int],
     seed: int,
-    report: Callable[[str, int, int], None],
+    report: Report,
 ) -> list[Felt]:
     """One :class:`Felt` per group of consecutive layers.
 

@@ -2,9 +2,10 @@
 
 * **kivi** (arXiv 2402.02750): keys with a scale per channel, values with one per token, the same
   bits in every layer.
-* **rotatekv** (IJCAI 2025): keys and values with scales per token, behind a Hadamard transform of
-  each head and with the channels of keys in the order of their means, so that those that share a
-  scale are alike. The order lies within a head, where the paper's goes over several.
+* **rotatekv** (IJCAI 2025, arXiv 2501.16383): keys and values with scales per token, behind a
+  Hadamard transform of each head and with the channels of keys in the order of their means, so that
+  those that share a scale are alike. Transform and order of keys lie within a head, where the
+  paper's go over several; as in the paper, keys are those before RoPE, if they are to be rebuilt.
 * **zipcache** (arXiv 2405.14256): kivi's axes in two tiers of tokens, and the channel-separable
   quantiser for values: each channel is divided by c = √max|v_c| before a token's numbers share a
   scale. The maximum is that of a calibration text, where the paper's is that of the text at hand:
@@ -14,7 +15,7 @@
   keys does to the others is evened out between keys and queries: with the balancer
   b_c = √(max|q_c| / max|k_c|), b ∘ k is stored and q / b reads it.
 * **gear** (arXiv 2403.05527): kivi's codes, and of what they leave out of a block of keys or values
-  an approximation of rank r.
+  an approximation of rank r, without the paper's sparse outliers (its GEAR-L).
 * **mustafar** (arXiv 2505.22913): kivi's keys; of each value the numbers of largest magnitude,
   exactly, and a bitmap. The paper leaves numbers of keys out as well.
 * **fp8**: e4m3 with one scale per head for all tokens, as the static fp8 caches of engines.
@@ -38,8 +39,8 @@ from torch import Tensor
 from kvtool.bits import Bits, Factors, Turned, read_keys, read_values, turn
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.far_reads import WholeModel
-from kvtool.calibrate.projections import Report
 from kvtool.calibrate.statistics import LayerStatistics
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError
 from kvtool.fp8 import LIMIT, scale

@@ -9,7 +9,7 @@ order is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,14 +22,13 @@ from kvtool.calibrate.attention_scores import attention_scores
 from kvtool.calibrate.duo import GatedModel, Mix, teach
 from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as statistics_memory
-from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.stream import LayerStream, Report
 from kvtool.calibrate.tail import Reading, TailModel, Window
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Training, train
 from kvtool.errors import CalibrationError, UsageError
-from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, Prefill, base_of, check_can_drop, provenance_of
 
 Method = Literal["ablation", "duo", "attention", "semantic", "entropy"]
@@ -42,9 +41,6 @@ MIN_ACCURACY, MAX_NLL = 0.8, 0.5
 
 TIE = 1e-6
 """Far below one copied token in any number of samples."""
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +146,9 @@ def calibrate_heads(
         recall=[{**asdict(check), "passed": check.passed} for check in found.checks],
         **found.details,
     )
-    full = LayerPlan((False,) * base.kv_heads)
     return Plan(
         base,
-        (full,) * base.layers,
+        base.full_layers,
         prefill=options.prefill,
         provenance=(provenance,),
         scores=found.scores.float(),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.far_reads import WholeModel
-from kvtool.calibrate.projections import Report
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.kernels.quantise import BITS, fake_quantise
 from kvtool.latent_bits import LatentPlan

@@ -11,23 +11,25 @@ tasks, which plain text hardly needs. The two, in nats, are added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from kvtool import distill
-from kvtool.attention import GroupedQueryAttention
+from kvtool.attention import FAMILIES, GroupedQueryAttention
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
+from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Training
-from kvtool.errors import UsageError
-from kvtool.hybrid import Alignment, HybridModel, seeded_mixer
+from kvtool.errors import UnsupportedModelError, UsageError
+from kvtool.hybrid import Alignment, HybridModel
+from kvtool.replacements import seeded_mixer
 
 WINDOW, WINDOW_CUDA = 512, 1024
 """Tokens of a text."""
@@ -38,9 +40,6 @@ SOLVE = 16
 WIDER = 3
 """Candidates of a round, by layers chosen in it."""
 _KINDS: tuple[Kind, ...] = ("names", "ordinals")
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,9 @@ def rank_layers(
 
     Raises:
         UsageError: The text is too short.
-        UnsupportedModelError: The model is not one that kvtool knows.
+        UnsupportedModelError: The model is of another type than those that can be converted.
     """
+    _check_family(checkpoint)
     layers = int(checkpoint.hf_config().num_hidden_layers)
     texts = _texts(checkpoint, options, device)
     alone = HybridModel(
@@ -196,13 +196,27 @@ def _probe(
 def reaches(
     checkpoint: Checkpoint, options: ImportanceOptions, report: Report = lambda *_: None
 ) -> list[Tensor]:
-    """How far the heads of all layers look back, from the model's statistics."""
+    """How far the heads of all layers look back, from the model's statistics.
+
+    Raises:
+        UnsupportedModelError: See :func:`rank_layers`.
+    """
+    _check_family(checkpoint)
     found = statistics.collect(
         checkpoint,
         StatisticsOptions(data=options.data, tokens=options.tokens, seed=options.seed),
         report,
     )
     return [found.layer(index).reach for index in range(len(found))]
+
+
+def _check_family(checkpoint: Checkpoint) -> None:
+    family = checkpoint.config.get("model_type")
+    if family not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{checkpoint.source} is of type '{family}': layers are ranked whose attention can be "
+            f"replaced, of {', '.join(FAMILIES)}"
+        )
 
 
 def _align(

@@ -249,7 +249,8 @@ def evicted(mass: Tensor) -> Tensor:
     chosen = torch.zeros_like(per_key, dtype=torch.bool).scatter(1, top, True)
     latest = _distance(rows, length) < EVICTION_LAST
     few = mass * (chosen[:, None, None, None] | latest)
-    return few / few.sum(dim=-1, keepdim=True)
+    # A query may look elsewhere with all that fp32 holds of its attention: it then reads nothing.
+    return few / few.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(few.dtype).tiny)
 
 
 def matrix_entropy(queries: Tensor) -> Tensor:

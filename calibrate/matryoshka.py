@@ -19,13 +19,14 @@ Real GQA: one basis per KV head, where the published code repeats heads before i
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from kvtool.calibrate.past import Past, beside, predictions
+from kvtool.calibrate.past import Past, beside
+from kvtool.calibrate.stream import Report
 from kvtool.calibrate.students import CodeStudent
 from kvtool.calibrate.tail import Attend, TailModel, divergence
 from kvtool.codes import Fitted, Part, Projection
@@ -34,7 +35,7 @@ PARTS: tuple[Part, ...] = ("keys", "values")
 TRUTH = 0.75
 """Share of the cross-entropy in the loss."""
 STEPS = 8
-"""Ranks are multiples of D / 8."""
+"""Ranks are multiples of D / 8, rounded down where that is no whole number."""
 RATE = 1e-3
 """Learning rate of the published run, for bases and means."""
 SEARCHED = 64
@@ -129,9 +130,7 @@ class MatryoshkaStudent(CodeStudent):
 
 
 @torch.no_grad()
-def greedy_ranks(
-    student: MatryoshkaStudent, past: Past, report: Callable[[str, int, int], None]
-) -> Tensor:
+def greedy_ranks(student: MatryoshkaStudent, past: Past, report: Report) -> Tensor:
     """Step 3, down to D/8 everywhere.
 
     A trial changes one layer, so it starts there, from the hidden states below. Costs of all heads
@@ -143,23 +142,24 @@ def greedy_ranks(
         being higher numbers; the first eighths, never taken, have the highest.
     """
     layers, heads = len(student.bases) // 2, student.heads
-    slab = past.keys[0].shape[-1] // STEPS
-    ranks = torch.full((layers, 2, heads), STEPS * slab)
+    size = past.keys[0].shape[-1]
+    eighths = torch.full((layers, 2, heads), STEPS)  # that are left
     removal = torch.zeros(layers, 2, heads, STEPS)
     model = student.model
     with parametrize.cached():
-        attends = [student.attend(past, i, ranks[i]) for i in range(layers)]
+        attends = [student.attend(past, i, own * size // STEPS) for i, own in enumerate(eighths)]
         states = list(past.states)  # the end in front of every layer, at the ranks reached
 
         def cost(entry: tuple[int, int, int]) -> float:
             """KL(original ‖ student) with one more eighth of this head gone."""
-            layer, trial = entry[0], ranks[entry[0]].clone()
-            trial[entry[1:]] -= slab
+            layer, trial = entry[0], eighths[entry[0]].clone()
+            trial[entry[1:]] -= 1
+            tried = student.attend(past, layer, trial * size // STEPS)
             hidden = states[layer]
             for i in range(layer, layers):
-                attend = student.attend(past, i, trial) if i == layer else attends[i]
+                attend = tried if i == layer else attends[i]
                 hidden = model.layer(i, hidden, past.reading, attend)
-            return float(divergence(past.expected, predictions(model, hidden)))
+            return float(divergence(past.expected, model.predictions(hidden)[0]))
 
         entries = [(i, p, h) for i in range(layers) for p in (0, 1) for h in range(heads)]
         bounds = [(cost(entry), entry) for entry in entries]
@@ -171,12 +171,12 @@ def greedy_ranks(
             while bounds and (now := cost(entry)) > bounds[0][0]:
                 _, entry = heapq.heappushpop(bounds, (now, entry))
             layer = entry[0]
-            removal[(*entry, int(ranks[entry]) // slab - 1)] = step + 1
-            ranks[entry] -= slab
-            attends[layer] = student.attend(past, layer, ranks[layer])
+            eighths[entry] -= 1
+            removal[(*entry, int(eighths[entry]))] = step + 1
+            attends[layer] = student.attend(past, layer, eighths[layer] * size // STEPS)
             for i in range(layer, layers - 1):
                 states[i + 1] = model.layer(i, states[i], past.reading, attends[i])
-            if ranks[entry] > slab:
+            if eighths[entry] > 1:
                 heapq.heappush(bounds, (bounds[0][0] if bounds else 0.0, entry))
             report("searching ranks", step + 1, total)
     return removal.masked_fill(removal == 0, total + 1)
@@ -193,11 +193,11 @@ def ranked(fitted: Sequence[Mapping[Part, Fitted]], removal: Tensor) -> list[dic
         ordered: dict[Part, Fitted] = {}
         for place, part in enumerate(PARTS):
             one = parts[part].projection
-            heads, size = removal.shape[2], len(one.mean) // removal.shape[2]
-            worth = removal[layer, place].repeat_interleave(size // STEPS, dim=1)  # [H, D]
+            size = len(one.mean) // removal.shape[2]
+            widths = (torch.arange(STEPS + 1) * size // STEPS).diff()  # of the eighths
+            worth = removal[layer, place].repeat_interleave(widths, dim=1)  # [H, D]
             worth = worth.T.flatten()  # heads take turns
             order = worth.argsort(descending=True, stable=True)
-            assert len(order) == heads * size
             rows = one.encode[order]
             ordered[part] = Fitted(Projection(rows, rows.T, one.mean), worth[order].double())
         found.append(ordered)

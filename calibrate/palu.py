@@ -8,19 +8,16 @@ group (J-LRD, the paper's most exact). What differs is how ranks are shared: mat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from kvtool.attention import decoder_layers
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Fitted
 
 
-def fisher(
-    checkpoint: Checkpoint, windows: Tensor, report: Callable[[str, int, int], None]
-) -> tuple[Tensor, Tensor]:
+def fisher(checkpoint: Checkpoint, windows: Tensor, report: Report) -> tuple[Tensor, Tensor]:
     """F of the key and of the value projections, `[L]` each, from `windows [N, S]` of token ids."""
     model = checkpoint.load_transformers(torch.float32, "cpu").requires_grad_(False)
     weights = [

@@ -73,7 +73,7 @@ def read_past(model: TailModel, ids: Tensor, end: int, offset: int = 0) -> Past:
             return model.dense(index)(q, k, v, start)
 
         hidden = model.layer(index, hidden, whole, remember)
-    expected = predictions(model, hidden[:, -end:])
+    expected = model.predictions(hidden[:, -end:])[0]
     past = len(ids) - end
     reading = Behind(
         [k[:, :, :past] for k in keys],
@@ -82,11 +82,6 @@ def read_past(model: TailModel, ids: Tensor, end: int, offset: int = 0) -> Past:
         offset=offset,
     )
     return Past(reading, keys, values, expected, states)
-
-
-def predictions(model: TailModel, hidden: Tensor) -> Tensor:
-    """Log-probabilities `[M, V]` behind hidden states `[1, M, hidden]` of the last layer."""
-    return torch.log_softmax(model.finish(hidden)[0] @ model.head.T, dim=-1)
 
 
 def coded(
@@ -153,7 +148,7 @@ def read_again(model: TailModel, past: Past, attends: Sequence[Attend | None]) -
     for index in range(first, len(attends)):
         attend = attends[index] or model.dense(index)
         hidden = model.layer(index, hidden, past.reading, attend)
-    return predictions(model, hidden)
+    return model.predictions(hidden)[0]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ of the same plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,7 @@ from kvtool.calibrate.statistics import (
     collect,
 )
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
-from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.stream import LayerStream, Report
 from kvtool.calibrate.students import LENGTH, FreeStudent, train_codes
 from kvtool.calibrate.tail import TailModel
 from kvtool.calibrate.tuned import tokens_of, tune
@@ -47,7 +47,6 @@ from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
 from kvtool.factored import model_config
-from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Base, Plan, base_of, check_can_drop, provenance_of
 from kvtool.slices import cut
 
@@ -63,9 +62,6 @@ AUTO = 64 * 1024
 JUDGED = 2
 """Windows of calibration text, not fitted to, by which codes are judged."""
 _END = 128  # tokens of such a window that are read through the codes
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,7 @@ def calibrate_projections(
     provenance = provenance_of(options.method, asked, found.corpus, found.tokens, **found.losses)
     plan = Plan(
         base,
-        (LayerPlan((False,) * base.kv_heads),) * base.layers,
+        base.full_layers,
         provenance=(provenance,),
         codes=tuple(found.codes),
         allocation=allocation(options),
@@ -230,14 +226,14 @@ def _per_layer(
     if method != "asvd":
         fit = pca.fit if method == "pca" else cskv.fit
         fitted = [fit(statistics.layer(i), base.kv_heads) for i in layers]
+    if options.bits is not None:  # by what rows are worth, which Fisher's ranks do not say
+        fitted = [_levelled(fitted[i], statistics.layer(i), method == "pca") for i in layers]
     if method == "palu":
         windows, _ = _windows(checkpoint, options, 0)
         keys, values = palu.fisher(checkpoint, windows, report)
         for i, parts in enumerate(fitted):
             parts["keys"] = palu.ranked(parts["keys"], float(keys[i]))
             parts["values"] = palu.ranked(parts["values"], float(values[i]))
-    if options.bits is not None:
-        fitted = [_levelled(fitted[i], statistics.layer(i), method == "pca") for i in layers]
     corpus = str(statistics.metadata["corpus"])
     return _Found(empty_codes(base, options), fitted, corpus, statistics.tokens, {})
 

@@ -13,10 +13,10 @@ from kvtool.attention import describe
 from kvtool.bits import Bits
 from kvtool.calibrate import code_bits, head_bits, latents
 from kvtool.calibrate.bit_options import FP8, QuantizationOptions
-from kvtool.calibrate.projections import Report, text_windows
+from kvtool.calibrate.projections import text_windows
 from kvtool.calibrate.statistics import WINDOW, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
-from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.stream import LayerStream, Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError
@@ -44,10 +44,10 @@ def everything(checkpoint: Checkpoint, base: Base, options: QuantizationOptions)
         ring = options.group, options.sink, options.window
         kept = [LatentPlan(r, rope, (max(BITS),) * (r + rope), *ring) for r, rope in sizes]
         return Plan(base, tuple(LayerPlan((), kept=one) for one in kept))
-    config, heads = model_config(checkpoint), LayerPlan((False,) * base.kv_heads)
+    config = model_config(checkpoint)
     layers = tuple(
         LayerPlan((), kept=StatePlan.of(shape_of(config))) if layout.kind == "mamba" else heads
-        for layout in describe(config)
+        for layout, heads in zip(describe(config), base.full_layers, strict=True)
     )
     # An engine with an fp8 cache reads it in prompts as well.
     return Plan(base, layers, "streamed" if options.method == FP8 else "dense")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate.far_reads import WholeModel
-from kvtool.calibrate.projections import Report, text_windows
+from kvtool.calibrate.projections import text_windows
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,13 +32,10 @@ from torch import Tensor
 
 from kvtool import __version__
 from kvtool.calibrate.layer_sums import KINDS, LayerSums, Seen, shapes, unpack, watched
-from kvtool.calibrate.stream import LayerStream, StreamedLayer
+from kvtool.calibrate.stream import LayerStream, Report, StreamedLayer
 from kvtool.checkpoint import Checkpoint, check_disk
 from kvtool.corpus import Corpus, calibration_text, can_chat
 from kvtool.errors import CalibrationError, UsageError
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 FORMAT = 2
 """Of the file and of what the numbers in it mean; another one is measured anew."""
@@ -129,7 +126,8 @@ class LayerStatistics:
             most attended keys of a window hold, for n in `Statistics.budgets`. One choice of keys
             serves all queries looked at (AdaKV, arXiv 2407.11550; PrefixKV, arXiv 2412.03409).
         eviction_error: Relative change of the attention module's output when only the 32 keys most
-            attended in the layer and the last 8 are left (CompressKV, arXiv 2508.02401).
+            attended in the layer and the last 8 are left (CompressKV, arXiv 2508.02401, whose code
+            leaves 24 and 8).
         query_entropy: `[Q]` float64, truncated matrix entropy of the rotated queries of a window
             (UNComp, arXiv 2410.03090, with the D/4 largest singular values).
     """
@@ -157,8 +155,9 @@ class LayerStatistics:
         mass = self.distance_mass[:, :-1]
         middle = 1.5 * 2.0 ** torch.arange(-1, mass.shape[1] - 1, dtype=torch.float64) - 0.5
         middle[0] = 0
-        mean = (mass * (1 + middle).log()).sum(dim=1) / mass.sum(dim=1)
-        return mean.exp() - 1
+        # A head may look at sinks with all that fp32 holds of its attention: it looks no way back.
+        behind = mass.sum(dim=1).clamp(min=torch.finfo(mass.dtype).tiny)
+        return ((mass * (1 + middle).log()).sum(dim=1) / behind).exp() - 1
 
     @property
     def joint_moment(self) -> Tensor:

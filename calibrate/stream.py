@@ -22,6 +22,9 @@ BATCH = 8
 IGNORED = ("rotary_emb.inv_freq", *SCALES)
 """Endings of tensors that nothing here reads: of old checkpoints, and for the cache of engines."""
 
+Report = Callable[[str, int, int], None]
+"""Told (stage, steps done, steps in all)."""
+
 Attention = Callable[[Tensor], Tensor]
 """Normed hidden states `[B, T, hidden]` to the attention's output, same shape."""
 
@@ -97,6 +100,8 @@ class LayerStream:
     Attributes:
         layouts: The attention of every layer.
         rope: Its rotary embedding.
+        embedding_multiplier, logits_scaling: Of Granite, 1 elsewhere: what embeddings are
+            multiplied and logits divided by.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -112,6 +117,8 @@ class LayerStream:
                 hint="calibrate quantization packs latents and states.",
             )
         self.rope = rope_of(self.config)
+        self.embedding_multiplier = float(getattr(self.config, "embedding_multiplier", 1.0))
+        self.logits_scaling = float(getattr(self.config, "logits_scaling", 1.0))
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(self.config)
         self._model.eval()
@@ -150,7 +157,7 @@ class LayerStream:
                 f"{self.checkpoint.path}: its tokenizer gives id {int(ids.max())}, its embedding "
                 f"has {len(table)} rows."
             )
-        return table[ids].float()
+        return table[ids].float() * self.embedding_multiplier
 
     def layer(self, index: int) -> StreamedLayer:
         """Reads one layer; drop the result before asking for the next."""
@@ -186,7 +193,7 @@ class LayerStream:
         """Final norm and output head: `[..., hidden]` to `[..., vocabulary]`, fp32."""
         tied = self.config.tie_word_embeddings
         head = self.checkpoint.read("model.embed_tokens.weight" if tied else "lm_head.weight")
-        result: Tensor = self.final_norm()(hidden) @ head.float().T
+        result: Tensor = self.final_norm()(hidden) @ head.float().T / self.logits_scaling
         return result
 
     def final_norm(self) -> nn.Module:

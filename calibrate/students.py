@@ -6,13 +6,14 @@ The teacher is the model itself, on a window whose end the student reads again t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.past import Past, coded, read_again, read_past
+from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Attend, TailModel, divergence
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import STEP, Allocation, CodePlan, Fitted, Part, Projection, share_budget
@@ -138,7 +139,7 @@ def train_codes(
     learning_rate: float,
     data: str | None,
     seed: int,
-    report: Callable[[str, int, int], None],
+    report: Report,
 ) -> dict[str, float]:
     """Trains in place; returns the number of steps, their tokens, and the last losses' mean."""
     length = min(LENGTH, int(checkpoint.hf_config().max_position_embeddings))

@@ -82,6 +82,8 @@ class TailModel:
         self.head = self.table
         if not stream.config.tie_word_embeddings:
             self.head = checkpoint.read("lm_head.weight").float().to(self.device)
+        self.embedding_multiplier = stream.embedding_multiplier
+        self.logits_scaling = stream.logits_scaling
 
     def embed(self, ids: Tensor) -> Tensor:
         """`[M]` to `[1, M, hidden]`.
@@ -93,7 +95,7 @@ class TailModel:
             raise CheckpointError(
                 f"the tokenizer gives id {int(ids.max())}, the embedding has {len(self.table)} rows"
             )
-        return self.table[ids.to(self.device)][None]
+        return self.table[ids.to(self.device)][None] * self.embedding_multiplier
 
     @torch.no_grad()
     def read(self, sample: RecallSample, prefill: Prefill = "dense") -> Reading:
@@ -181,8 +183,12 @@ class TailModel:
         Returns:
             `[B, A, V]` fp32.
         """
-        before = self.finish(hidden[:, reading.answers - 1])
-        return torch.log_softmax(before @ self.head.T, dim=-1)
+        return self.predictions(hidden[:, reading.answers - 1])
+
+    def predictions(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities `[B, M, V]` fp32 behind `hidden [B, M, hidden]` of the last layer."""
+        logits = self.finish(hidden) @ self.head.T / self.logits_scaling
+        return torch.log_softmax(logits, dim=-1)
 
     @torch.no_grad()
     def recall(self, reading: Reading, streaming: Tensor, window: Window) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 from kvtool import __version__, distill
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics import Statistics
-from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.stream import LayerStream, Report
 from kvtool.checkpoint import (
     Checkpoint,
     Staging,
@@ -43,7 +43,6 @@ from kvtool.checkpoint import (
 from kvtool.convert import artifact, fitting, heal
 from kvtool.convert.fitting import (
     ConvertedLayer,
-    Report,
     converted_attention,
     fitted_file,
     healed_file,

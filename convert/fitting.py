@@ -18,12 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtool.attention import DenseAttention, GroupedQueryAttention, Rope
-from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
+from kvtool.calibrate.stream import Attention, LayerStream, Report, StreamedLayer
 from kvtool.convert import aware
 from kvtool.latent import FactoredAttention, LatentFactors
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)

@@ -21,27 +21,14 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import HYBRID, AttentionLayout
-from kvtool.mamba import Mixer, MixerShape
+from kvtool.mamba import Mixer
+from kvtool.replacements import mixer_shape
 
 EPSILON = 2.0**-40
 """A power of two, so that weights are scaled exactly. Too small for float16."""
 
 _MLP = {"mlp.down_proj.weight": "shared_mlp.output_linear.weight"}
 _GATE, _UP, _INPUT = "mlp.gate_proj.weight", "mlp.up_proj.weight", "shared_mlp.input_linear.weight"
-
-
-def mixer_shape(layout: AttentionLayout) -> MixerShape:
-    """The mixer in the place of an attention layer: a group, and a state of D x D, per query head.
-
-    Heads of a group share B and C, which are keys and queries here, and no two heads share queries.
-    """
-    return MixerShape(
-        hidden_size=layout.hidden_size,
-        heads=layout.heads,
-        head_dim=layout.head_dim,
-        groups=layout.heads,
-        state=layout.head_dim,
-    )
 
 
 def other_tensors(names: Collection[str], layers: Collection[int]) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ Text alone does not teach a cache to be searched, so a quarter of the windows ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kvtool.attention import (
     decoder_layers,
 )
 from kvtool.calibrate.lessons import lessons
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert.fitting import ConvertedLayer, converted_stages
 from kvtool.distill import Amount, Student, Training, fast_bfloat16
@@ -163,7 +164,7 @@ def heal(
     teacher: Checkpoint | None,
     device: str,
     seed: int,
-    report: Callable[[str, int, int], None],
+    report: Report,
 ) -> list[ConvertedLayer]:
     """Trains the converted layers; goes on where a killed run stopped that left its state.
 

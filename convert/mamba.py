@@ -31,7 +31,7 @@ from kvtool.attention import AttentionLayout, describe
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
-from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.stream import LayerStream, Report
 from kvtool.checkpoint import (
     Checkpoint,
     Staging,
@@ -46,12 +46,13 @@ from kvtool.convert.conversion import ConversionResult, peak_memory
 from kvtool.convert.fitting import save
 from kvtool.convert.heal import check_teacher
 from kvtool.convert.planning import PROBE, shard_bytes
-from kvtool.convert.teaching import ALIGNED, ARMS, Lessons, Report, Steps, Teacher, beats
+from kvtool.convert.teaching import ARMS, Lessons, Steps, Teacher, beats
 from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
 from kvtool.distill import Amount
 from kvtool.errors import UnsupportedModelError, UsageError
-from kvtool.hybrid import Alignment, Arm, Distillation, Judged
+from kvtool.hybrid import Arm, Judged
 from kvtool.mamba import Mixer
+from kvtool.replacements import mixer_shape
 
 AUTO = 512 * 1024
 """Tokens of `--heal auto`, and of no `--heal`."""
@@ -155,7 +156,7 @@ def plan(
         if options.amount is None:
             raise UsageError("--teacher teaches: with --heal 0 nobody does")
         check_teacher(teacher, checkpoint)
-    shape = granite.mixer_shape(layout)
+    shape = mixer_shape(layout)
     mixer = _mixer_values(layout)
     weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
     taken = granite.other_tensors(checkpoint.tensors, options.layers)
@@ -242,7 +243,7 @@ def save_dtype(checkpoint: Checkpoint, options: MambaOptions) -> torch.dtype:
 
 def _mixer_values(layout: AttentionLayout) -> int:
     """Numbers in the tensors of one mixer."""
-    shape = granite.mixer_shape(layout)
+    shape = mixer_shape(layout)
     return (
         shape.projected * (shape.hidden_size + 1)
         + shape.convolved * (shape.taps + 1)
@@ -420,15 +421,9 @@ class _Work:
             trial = Teacher(
                 self.checkpoint, reach, lesson, None, teacher=taught, device=self.device
             )
-            hybrid = trial.new("mamba")
-            students = (Alignment(hybrid, inherited=True), Distillation(hybrid, taught))
-            times = [
-                distill.step_seconds(student, lesson.learn, hybrid.device) for student in students
-            ]
-            shares = (ALIGNED, 1 - ALIGNED)
-            one = sum(share * t for share, t in zip(shares, times, strict=True))
+            steps = max(3, int(seconds / trial.step_seconds()))
             unfinished = self.scratch / "steps.unfinished"
-            unfinished.write_text(str(max(3, int(seconds / one))))
+            unfinished.write_text(str(steps))
             unfinished.replace(noted)
         distill.wait_for_everyone()
         return int(noted.read_text())
@@ -473,7 +468,7 @@ class _Work:
         with safe_open(self.scratch / "mamba.safetensors", "pt") as stored:
             names = [n for n in stored.keys() if n.startswith(f"{index}.")]  # noqa: SIM118
             state = {name.split(".", 1)[1]: stored.get_tensor(name) for name in names}
-        mixer = Mixer(granite.mixer_shape(layout), linear=True)
+        mixer = Mixer(mixer_shape(layout), linear=True)
         mixer.load_state_dict(state)
         return mixer
 

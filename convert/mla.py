@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate.statistics import Statistics
-from kvtool.calibrate.stream import LayerStream, StreamedLayer
+from kvtool.calibrate.stream import LayerStream, Report, StreamedLayer
 from kvtool.convert import aware, deepseek_v3, targets, transmla
 from kvtool.convert.exact import exact_factors
-from kvtool.convert.fitting import ConvertedLayer, Fit, Report
+from kvtool.convert.fitting import ConvertedLayer, Fit
 from kvtool.convert.planning import ConvertOptions, save_dtype
 from kvtool.factored import factor_tensors, factored_config
 from kvtool.latent import LatentFactors

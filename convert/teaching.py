@@ -11,7 +11,7 @@ The same for the result and for its controls, with the same texts in the same or
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvtool import distill
 from kvtool.attention import GroupedQueryAttention
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.distill import Student, Training
 from kvtool.divergence import Loss
@@ -30,11 +31,9 @@ from kvtool.hybrid import (
     Distillation,
     HybridModel,
     Judged,
-    Pointwise,
     judge,
-    random_mixer,
-    seeded_mixer,
 )
+from kvtool.replacements import Pointwise, random_mixer, seeded_mixer
 
 ARMS: tuple[Arm, ...] = ("mamba", "random", "pointwise")
 """The result, and its controls."""
@@ -47,9 +46,6 @@ EVALUATIONS = 5
 # Rates are relative, see `kvtool.hybrid`.
 _ALIGNMENT = Training(1, 3e-3, warmup=0.2, cooldown=0.6, floor=0.02, clip=1.0)
 _DISTILLATION = Training(1, 1.5e-3, warmup=0.15, cooldown=0.6, floor=0.02, clip=1.0)
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class Teacher:
     """Teaches the arms of one conversion.
 
     Args:
-        reach: By layer `[Q]`, see :func:`kvtool.hybrid.seeded_mixer`.
+        reach: By layer `[Q]`, see :func:`kvtool.replacements.seeded_mixer`.
         steps: None stops behind the closed form.
         teacher: Another model than the original, for distillation.
         rate: Multiplies all learning rates.
@@ -147,6 +143,15 @@ class Teacher:
 
         model = self.checkpoint.load_transformers(torch.float32, self.device)
         return HybridModel(model, self.reach, make)
+
+    def step_seconds(self) -> float:
+        """Of a step that learns from all of `lessons.learn`, the stages by their shares."""
+        hybrid = self.new("mamba")
+        students = (Alignment(hybrid, inherited=True), Distillation(hybrid, self.teacher))
+        align, distil = (
+            distill.step_seconds(student, self.lessons.learn, hybrid.device) for student in students
+        )
+        return ALIGNED * align + (1 - ALIGNED) * distil
 
     def teach(self, arm: Arm) -> Taught:
         """One arm from beginning to end."""

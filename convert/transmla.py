@@ -12,18 +12,13 @@ All algebra is float64, on uncentred second moments, as published.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.attention import Rope, causal_attention, rotate
-from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
+from kvtool.calibrate.stream import Attention, LayerStream, Report, StreamedLayer
 from kvtool.latent import LatentFactors, query_blocks
-
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
 
 NEGLIGIBLE = 1e-12
 """Share of the largest eigenvalue below which a latent direction is rounding noise."""

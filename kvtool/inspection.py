@@ -10,9 +10,10 @@ from typing import Any
 
 from kvtool.attention import AttentionLayout, describe
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import granite, targets
+from kvtool.convert import targets
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config
+from kvtool.replacements import mixer_shape
 
 CONTEXTS = (4096, 32768, 131072)
 """Lengths, in tokens, that cache sizes are stated for."""
@@ -135,7 +136,7 @@ class Inspection:
         if not applies or not layers:
             return None
         run = self.runs[0]  # there is one kind of layer
-        constant = granite.mixer_shape(run.layout).constant_bytes(_BF16)
+        constant = mixer_shape(run.layout).constant_bytes(_BF16)
         return HybridForecast(
             layers,
             constant,

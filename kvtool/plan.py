@@ -71,6 +71,11 @@ class Base:
         """KV heads of all layers together, were they alike."""
         return self.layers * self.kv_heads
 
+    @property
+    def full_layers(self) -> tuple[LayerPlan, ...]:
+        """The layers of a plan, were all to have KV heads: every head keeps everything."""
+        return (LayerPlan((False,) * self.kv_heads),) * self.layers
+
     def native_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the cache of one sequence without a plan."""
         return 2 * itemsize * self.head_dim * self.all_heads * tokens

@@ -10,13 +10,22 @@ from kvtool.attention import describe
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import granite
 from kvtool.mamba import Mixer
+from kvtool.replacements import mixer_shape
+
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 0.5,
+}
+"""Of a config; Granite's own are none of them 1."""
 
 
 @torch.no_grad()
 def random_linear_mixer(layout, seed):
     """Every tensor matters: no gate, tap, skip or decay is trivial."""
     generator = torch.Generator().manual_seed(seed)
-    mixer = Mixer(granite.mixer_shape(layout), linear=True)
+    mixer = Mixer(mixer_shape(layout), linear=True)
     for parameter in mixer.parameters():
         parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return mixer

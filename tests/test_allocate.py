@@ -13,7 +13,6 @@ from kvtool.calibrate.allocate import (
     ada_layers,
     allocate,
     compress,
-    duo_threshold,
     prefix,
     pyramid,
     round_exactly,
@@ -21,9 +20,6 @@ from kvtool.calibrate.allocate import (
     uniform,
 )
 from kvtool.errors import CalibrationError, UsageError
-from kvtool.layer_plan import LayerPlan
-from kvtool.plan import Base, Plan
-from kvtool.slices import stream_heads
 
 property_test = settings(derandomize=True, deadline=None, max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
@@ -349,36 +345,6 @@ def test_uncomp_gives_twice_as_much_to_the_half_of_higher_entropy() -> None:
     assert uncomp(torch.rand(6, 1), 60, 0, 40).tolist() == [[10]] * 6
 
 
-@property_test
-@given(st.lists(st.integers(0, 5), min_size=6, max_size=6))
-def test_duo_streams_the_lowest_scores_and_nests(values) -> None:
-    scores = torch.tensor(values, dtype=torch.float64).view(2, 3)
-    before = torch.zeros(2, 3, dtype=torch.bool)
-    for streaming in range(7):
-        streams = duo_threshold(scores, streaming)
-        assert int(streams.sum()) == streaming
-        assert bool((streams | ~before).all())
-        if 0 < streaming < 6:
-            assert float(scores[streams].max()) <= float(scores[~streams].min())
-        before = streams
-
-
-def test_duo_breaks_ties_by_index_and_refuses_impossible_counts() -> None:
-    assert duo_threshold(torch.ones(2, 2), 3).tolist() == [[True, True], [True, False]]
-    for streaming in (-1, 5):
-        with pytest.raises(UsageError, match="the model has 4"):
-            duo_threshold(torch.ones(2, 2), streaming)
-
-
-def test_a_plan_streams_the_heads_that_the_threshold_names() -> None:
-    scores = torch.tensor([[0.5, 0.1], [0.5, 0.9], [0.1, 0.5]])
-    full = (LayerPlan((False, False)),) * 3
-    plan = Plan(Base("m", "f", "c", 3, 2, 16), full, scores=scores)
-    for streaming in range(7):
-        planned = [layer.streaming for layer in stream_heads(plan, streaming, 4, 8).layers]
-        assert torch.equal(torch.tensor(planned), duo_threshold(scores, streaming))
-
-
 def test_budgets_beyond_the_measured_curves_are_refused() -> None:
     curves, grid = masses(2, 3, seed=0)
     for method in (allocate, ada_layers, prefix):
@@ -394,7 +360,6 @@ def test_numbers_that_mean_nothing_are_refused() -> None:
         lambda: ada(nan, grid, 2, 0, 2),
         lambda: prefix(nan, grid, 2, 0, 2),
         lambda: uncomp(nan, 2, 0, 2),
-        lambda: duo_threshold(nan, 2),
         lambda: compress(nan[0], 2, 0, 2),
         lambda: compress(torch.zeros(3), 2, 0, 2),
         lambda: compress(torch.tensor([1.0, -0.5]), 2, 0, 2),

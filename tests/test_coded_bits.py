@@ -11,6 +11,7 @@ from _convert_tools import one_thread, random_ids
 from _packed import logits
 from torch import Tensor
 
+from kvtool.calibrate import cskv
 from kvtool.calibrate.levelled import levelled
 from kvtool.calibrate.past import measure, read_past
 from kvtool.calibrate.projections import (
@@ -19,6 +20,7 @@ from kvtool.calibrate.projections import (
     calibrate_projections,
     empty_codes,
 )
+from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.calibrate.tuned import tokens_of, tune
@@ -353,6 +355,18 @@ def test_every_method_with_bits_meets_its_budget_and_is_judged_as_it_runs(llama,
     engine.extend(cache, ids[:-1])
     found = divergence(past.expected, engine.decode(cache, ids[-1:]))
     assert found == pytest.approx(measure(model, [past], codes), rel=2e-2)
+
+
+def test_ranks_by_fisher_do_not_change_how_rows_are_levelled(llama):
+    options = replace(SMALL, method="palu", bits=4)
+    plan = calibrate_projections(llama, options, 10**9, 2)
+    text = StatisticsOptions(tokens=options.tokens, sinks=options.sink)
+    for index, layer in enumerate(map(collect(llama, text).layer, range(3))):
+        second, width = layer.joint.second / layer.joint.tokens, plan.base.channels
+        for part, own in (("keys", slice(0, width)), ("values", slice(width, None))):
+            expected = levelled(cskv.fit(layer, 2)[part], second[own, own]).projection.encode
+            found = plan.tensors[f"codes.{index}.{part}.encode"]
+            torch.testing.assert_close(found, expected.float())
 
 
 def test_full_width_at_eight_bits_is_close_to_dense(llama, ids):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from _code_tools import KINDS, coded
 from _convert_tools import convert, edited_copy, one_thread
+from _hybrid_tools import MULTIPLIERS, write_hybrid
 from test_packed_latents import planned as packed_latents
 from torch import Tensor
 
@@ -74,6 +75,14 @@ def test_a_damaged_layer_alone_is_to_blame(
     assert second.kl == pytest.approx(whole_kl(engine, base), rel=1e-4)
     assert second.kl > 1e-4
     assert (second.output_error > 1e-3) == (part != "mlp.up_proj")
+
+
+def test_multipliers_of_granite_are_applied(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    write_hybrid(tiny("llama"), tmp_path / "granite", [], **MULTIPLIERS)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    wrong = edited_copy(tmp_path / "granite", tmp_path / "wrong", lambda t: add_noise(t, name))
+    engine, base = load(wrong), load(tmp_path / "granite")
+    assert damage(engine, base)[1].kl == pytest.approx(whole_kl(engine, base), rel=1e-4)
 
 
 def test_each_layer_gets_what_the_original_gives_it(

@@ -15,7 +15,6 @@ from kvtool.attention import causal_attention, rotate
 from kvtool.calibrate import cskv, far_reads, xkv
 from kvtool.calibrate.far_reads import FarRead, WholeModel
 from kvtool.calibrate.felt import Felt, feel
-from kvtool.calibrate.past import predictions
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import Behind, TailModel
 from kvtool.checkpoint import Checkpoint
@@ -124,7 +123,7 @@ def felt_token_by_token(
         for index in range(len(model.layers)):
             hidden = model.layer(index, hidden, whole, attend)
             hidden = torch.cat((hidden[:, :-end].detach(), hidden[:, -end:]), dim=1)
-        said = predictions(model, hidden[:, -end:])
+        said = model.predictions(hidden[:, -end:])[0]
         drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
         wanted = [x for pair in errors for x in pair]
         grads = torch.autograd.grad(said.gather(1, drawn).sum(), wanted)

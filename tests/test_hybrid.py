@@ -9,17 +9,14 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.distill import Training, train
 from kvtool.divergence import divergence
 from kvtool.hybrid import (
-    NEARER,
     Alignment,
     Distillation,
     HybridModel,
     Judged,
-    Pointwise,
     judge,
-    random_mixer,
-    seeded_mixer,
 )
 from kvtool.mamba import Mixer
+from kvtool.replacements import NEARER, Pointwise, random_mixer, seeded_mixer
 
 TEXTS = torch.randint(0, 300, (6, 48), generator=torch.Generator().manual_seed(0))
 REACH = torch.tensor([4.0, 8.0, 16.0, 32.0])

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from _hybrid_tools import write_hybrid
+from _hybrid_tools import MULTIPLIERS, write_hybrid
 
 from kvtool.attention import decoder_layers
+from kvtool.calibrate.past import read_past
+from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UnsupportedModelError
 from kvtool.hybrid import HybridModel
@@ -87,6 +90,20 @@ def test_a_stock_mixer_with_groups_norm_and_multipliers_runs_as_in_transformers(
     steps = torch.stack([engine.decode(cache, token[None])[0] for token in IDS[50:]])
     expected = stock_logits(tmp_path)  # its attention has no positions: its config says no rope
     torch.testing.assert_close(torch.cat((ours, steps)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_reads_a_granite_without_mixers_as_transformers_does(tiny, tmp_path):
+    write_hybrid(tiny("llama"), tmp_path, [], **MULTIPLIERS)
+    expected = stock_logits(tmp_path)
+    stream = LayerStream(Checkpoint.open(str(tmp_path)))
+    hidden = stream.embed(IDS[None])
+    for index in range(len(stream)):
+        layer = stream.layer(index)
+        layer.run(hidden, stream.exact_attention(layer))
+    torch.testing.assert_close(stream.logits(hidden)[0], expected, rtol=1e-4, atol=1e-4)
+    past = read_past(TailModel(stream), IDS, 40)
+    log_probabilities = expected[-40:].log_softmax(dim=-1)
+    torch.testing.assert_close(past.expected, log_probabilities, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cuts", [[90], [1, 89], [3, 1, 2, 60, 24], [64, 26], [1] * 90])

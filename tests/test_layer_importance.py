@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from _convert_tools import edit
+from _hybrid_tools import MULTIPLIERS, write_hybrid
 from conftest import make_model
 
 from kvtool.calibrate import layer_importance
@@ -70,6 +71,15 @@ def test_without_probes_layers_are_in_the_order_of_leaving_them_out(model, capsy
     left_out = [score["left_out"] for score in found["scores"]]
     assert left_out == sorted(left_out)
     assert all(score["probe"] is None for score in found["scores"])
+
+
+@pytest.mark.parametrize("mixers", [[], [1]])
+@pytest.mark.parametrize("count", ["0", "2"])
+def test_models_whose_attention_is_not_replaced_are_refused(tiny, tmp_path, capsys, mixers, count):
+    write_hybrid(tiny("llama"), tmp_path, mixers, **MULTIPLIERS)
+    words = ["calibrate", "layer-importance", str(tmp_path), "--count", count, "--quiet"]
+    assert run_command(words) == 4
+    assert "is of type 'granitemoehybrid'" in capsys.readouterr().err
 
 
 def test_a_copy_of_the_model_is_ranked_alike(model, ranked, tmp_path):

@@ -274,3 +274,12 @@ def test_matryoshka_plans_are_cut_evenly_or_by_the_search(llama):
     assert searched.allocation == "spectrum"
     with pytest.raises(PlanError):
         replace(searched, allocation=None)
+
+
+def test_ranks_are_searched_where_8_does_not_divide_the_head_size(tiny):
+    checkpoint = Checkpoint.open(str(tiny("llama", head_dim=20)))  # OpenLLaMA 3B has 100
+    plan = calibrated(checkpoint, method="matryoshka", train=Amount(tokens=1024), search_ranks=True)
+    for parts in fitted_of(plan):
+        for part in PARTS:
+            encode = parts[part].projection.encode
+            torch.testing.assert_close(encode @ encode.T, torch.eye(40), rtol=0, atol=1e-4)

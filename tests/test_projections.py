@@ -22,7 +22,7 @@ from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import STEP, Projection
-from kvtool.errors import UsageError
+from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.slices import cut
@@ -210,6 +210,13 @@ def test_asvd_is_the_decomposition_of_the_scaled_projections(tiny, family):
             torch.testing.assert_close(fitted.spectrum, sizes**2, rtol=1e-4, atol=0)
             bias = linear.bias if linear.bias is not None else torch.zeros(len(linear.weight))
             assert torch.equal(fitted.projection.mean, bias.double())
+
+
+def test_asvd_refuses_normed_keys_before_it_reads_a_weight(tiny, monkeypatch):
+    stream = LayerStream(Checkpoint.open(str(tiny("qwen3"))))
+    monkeypatch.setattr(stream, "embed", None)
+    with pytest.raises(UnsupportedModelError, match="norms its keys"):
+        asvd.fit(stream, random_ids(60)[None])
 
 
 # -------------------------------------------------------------------------------------- aware

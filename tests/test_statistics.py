@@ -224,6 +224,22 @@ def test_eviction_error_is_the_change_of_the_modules_output(tiny):
         )
 
 
+def test_attention_that_is_all_at_one_place_leaves_numbers(tiny, tmp_path):
+    def sharpen(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "q_proj" in name:
+                tensor.mul_(1e4)
+
+    model = edited_copy(tiny("llama"), tmp_path / "sharp", sharpen)
+    measured = measure(model, window=256)
+    for index in range(len(measured)):
+        layer = measured.layer(index)
+        assert 0 < layer.eviction_error < 2
+        assert bool(layer.reach.isfinite().all())
+    only_sinks = torch.tensor([[0.0, 0, 0, 1]], dtype=torch.float64)
+    assert dataclasses.replace(layer, distance_mass=only_sinks).reach.tolist() == [0]
+
+
 def test_query_entropy_is_that_of_the_published_code(tiny):
     model = tiny("llama")
     measured, oracle = measure(model), Oracle(model)

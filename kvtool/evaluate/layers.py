@@ -107,6 +107,7 @@ def layer_damage(engine: Engine, base: Engine, ids: Tensor, prefill: int) -> Ite
     """
     ours, theirs = _Walk(engine, len(ids), prefill), _Walk(base, len(ids), prefill)
     embedded = base.model.model.embed_tokens(ids.to(base.device)[None])
+    embedded = embedded * getattr(base.config, "embedding_multiplier", 1.0)  # of Granite
     hidden: Parts = (embedded[:, :prefill], embedded[:, prefill:])
     expected = _log_probabilities(base, theirs.run(hidden, 0))
     for i, attention in enumerate(engine.attentions):

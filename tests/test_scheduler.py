@@ -284,6 +284,35 @@ def test_prompts_that_start_alike_are_read_once(engine, kind):
         assert request.tokens == alone(engine(kind), fresh, share_prefixes=False)
 
 
+def test_who_waits_in_vain_takes_no_prefixes(engine):
+    """Where even all prefixes would not make room, they stay."""
+    memory = Scheduler(engine("dense"), GIGABYTE, piece=PIECE).memory
+    budget = memory.holding(64, 64) + memory.holding(128, 128) + memory.holding(64, 64) // 2
+    scheduler = Scheduler(engine("dense"), budget, piece=PIECE)
+    scheduler.add(Request(prompt(64), 1, ignore_eos=True))
+    drain(scheduler)
+    assert len(scheduler._prefixes) == 1
+    scheduler.add(Request(prompt(100, seed=1), 20, ignore_eos=True))
+    scheduler.step()
+    assert scheduler.running
+    scheduler.add(Request(prompt(120, seed=2), 1, ignore_eos=True))
+    scheduler.step()
+    assert len(scheduler.waiting) == len(scheduler._prefixes) == 1
+
+
+def test_a_prefix_that_is_about_to_be_read_goes_last(engine):
+    memory = Scheduler(engine("dense"), GIGABYTE, piece=PIECE).memory
+    scheduler = Scheduler(engine("dense"), 3 * memory.holding(64, 64), piece=PIECE)
+    for seed in (1, 2):
+        scheduler.add(Request(prompt(64, seed), 1, ignore_eos=True))
+        drain(scheduler)
+    assert len(scheduler._prefixes) == 2
+    again = Request([*prompt(64, 1), *prompt(30, 3)], 1, ignore_eos=True)  # the older of them
+    scheduler.add(again)
+    drain(scheduler)
+    assert again.cached == 64
+
+
 def test_a_running_request_shares_its_prompt_too(engine):
     scheduler = Scheduler(engine("dense"), GIGABYTE, piece=PIECE)
     twins = [Request(prompt(40), 30, ignore_eos=True) for _ in range(2)]

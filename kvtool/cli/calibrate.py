@@ -135,7 +135,6 @@ def retrieval_heads(
     """Find the heads of MODEL that need the whole past; the others keep sinks and a window."""
     from kvtool.calibrate.heads import HeadOptions, calibrate_heads, check_options, memory_bytes
     from kvtool.checkpoint import Checkpoint
-    from kvtool.layer_plan import LayerPlan
     from kvtool.plan import Plan, base_of
     from kvtool.plan_file import check_plan_output
 
@@ -165,9 +164,10 @@ def retrieval_heads(
     context = _options.context_of(checkpoint, context)
     base = base_of(checkpoint)
     # Before the work: the size is possible whatever the scores turn out to be.
-    full = (LayerPlan((False,) * base.kv_heads),) * base.layers
     size = _Size(streaming_heads, kv_budget, context, sink, window)
-    planned = size.apply(Plan(base, full, prefill, scores=_zeros(base.layers, base.kv_heads)))
+    planned = size.apply(
+        Plan(base, base.full_layers, prefill, scores=_zeros(base.layers, base.kv_heads))
+    )
     needed = memory_bytes(checkpoint, options)
     if (there := _options.memory_of(device)) is not None and needed > there:
         raise ResourceError(

@@ -48,7 +48,6 @@ def double_sparsity(
     from kvtool.calibrate.statistics import StatisticsOptions, memory_bytes
     from kvtool.calibrate.stream import LayerStream
     from kvtool.checkpoint import Checkpoint
-    from kvtool.layer_plan import LayerPlan
     from kvtool.plan import Plan, base_of, check_can_drop
     from kvtool.plan_file import check_plan_output
 
@@ -60,7 +59,7 @@ def double_sparsity(
     start = _options.read_plan(plan, checkpoint)
     if start is None:
         base = base_of(checkpoint)
-        start = Plan(base, (LayerPlan((False,) * base.kv_heads),) * base.layers)
+        start = Plan(base, base.full_layers)
     ahead = plan_ahead(checkpoint, start, channels, tokens_read)
     text = StatisticsOptions(data=data, tokens=tokens, seed=seed)
     context = _options.context_of(checkpoint, None)

@@ -244,10 +244,10 @@ class PagedCoded(CodedStore):
 
     def __init__(self, codes: PagedCodes, exact: PagedRings, dense_prompt: bool) -> None:
         super().__init__(0, codes, exact, dense_prompt)
-        self.encoders: dict[Part, Encoder] = {}
+        self.encoders: dict[Part, tuple[Tensor, Tensor | None]] = {}
         for part, projection in codes.code.projections.items():
             bias = -(projection.encode @ projection.mean) if projection.mean.any() else None
-            self.encoders[part] = Encoder(projection.encode.T, bias, self.planes[part])
+            self.encoders[part] = projection.encode.T, bias
 
     @property
     def page_bytes(self) -> int:
@@ -270,7 +270,7 @@ class PagedCoded(CodedStore):
         table, slots, lengths = at.ring(ring.sink, ring.window)
         exact = ring.planes["keys"], ring.planes["values"]
         key_code, value_code = (
-            self.encoders[part]._replace(pages=planes[part]) for part in ("keys", "values")
+            Encoder(*self.encoders[part], planes[part]) for part in ("keys", "values")
         )
         turned = append(
             k, v, cos, sin, *exact, slots, q,

@@ -22,7 +22,7 @@ from kvtool.runtime.head_pages import HeadPages
 from kvtool.runtime.host import load_host
 from kvtool.runtime.layers import DecodeLinear, Step
 from kvtool.runtime.pages import Pages
-from kvtool.runtime.sampling import GREEDY, Sampler, Sampling
+from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE, Rows, whole_pages
 
@@ -278,10 +278,7 @@ class Engine:
         )
         running = [True] * len(texts)
         for step in range(max_new_tokens):
-            drawn = [
-                draw(scores, text)
-                for draw, scores, text in zip(samplers, logits, texts, strict=True)
-            ]
+            drawn = draw(samplers, logits, [(text,) for text in texts])
             yield [t if on else None for t, on in zip(drawn, running, strict=True)]
             for row, token in enumerate(drawn):
                 texts[row].append(token)

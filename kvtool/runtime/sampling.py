@@ -102,6 +102,9 @@ class Sampler:
         stops: Sequence[int] = (),
     ) -> None:
         self.processors = sampling.processors(prompt)
+        # The others look at the logits alone.
+        penalties = sampling.presence_penalty, sampling.frequency_penalty
+        self._reads_text = sampling.repetition_penalty != 1.0 or any(penalties)
         self.prompt, self.least, self.stops = prompt, least, list(stops)
         self.generator: torch.Generator | None = None
         if sampling.temperature > 0.0:
@@ -111,17 +114,37 @@ class Sampler:
             else:
                 self.generator.manual_seed(seed)
 
-    def __call__(self, logits: Tensor, text: Sequence[int]) -> int:
-        """The token after `text`, whose logits are `[V]`."""
+    def is_greedy(self, *text: Sequence[int]) -> bool:
+        """Whether the token after a text, in parts, is the likeliest, whatever that is."""
+        return self.generator is None and not self.processors and not self._must_go_on(text)
+
+    def __call__(self, logits: Tensor, *text: Sequence[int]) -> int:
+        """The token after a text, in parts, whose logits are `[V]`."""
         scores = logits[None]
-        if self.stops and len(text) - self.prompt < self.least:
+        if self._must_go_on(text):
             scores = scores.clone()
             scores[:, self.stops] = -torch.inf
-        if self.processors:
-            ids = torch.tensor([list(text)], device=logits.device)
-            for process in self.processors:
-                scores = process(ids, scores)
+        seen = [token for part in text for token in part] if self._reads_text else []
+        ids = torch.tensor([seen], dtype=torch.long, device=logits.device)
+        for process in self.processors:
+            scores = process(ids, scores)
         if self.generator is None:
             return int(scores.argmax())
         weights = torch.softmax(scores, dim=-1)
         return int(torch.multinomial(weights, 1, generator=self.generator))
+
+    def _must_go_on(self, text: Sequence[Sequence[int]]) -> bool:
+        return bool(self.stops) and sum(map(len, text)) - self.prompt < self.least
+
+
+def draw(
+    samplers: Sequence[Sampler], logits: Tensor, texts: Sequence[tuple[Sequence[int], ...]]
+) -> list[int]:
+    """The next token of each of several texts, whose logits are `[B, V]`.
+
+    Greedy ones are taken together, so that a device is waited for once.
+    """
+    greedy = [sampler.is_greedy(*text) for sampler, text in zip(samplers, texts, strict=True)]
+    likeliest: list[int] = logits.argmax(-1).tolist() if any(greedy) else [0] * len(greedy)
+    rows = zip(samplers, logits, texts, greedy, likeliest, strict=True)
+    return [best if take else sampler(row, *text) for sampler, row, text, take, best in rows]

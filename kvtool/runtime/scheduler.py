@@ -30,7 +30,7 @@ from kvtool.runtime.cache import KVCache
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.recurrent import keeps_states
-from kvtool.runtime.sampling import GREEDY, Sampler, Sampling
+from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
 from kvtool.runtime.stores import PAGE, whole_pages
 
 PIECE = 128
@@ -317,16 +317,26 @@ class Scheduler:
         request = self.waiting[0]
         prompt, nbytes = len(request.prompt), self.memory.reading(len(request.prompt))
         # One that was preempted waits for the room that it had, lest it is read in vain.
-        again = self.memory.holding(prompt + len(request.tokens), prompt)
-        if len(self._running) >= self.max_running or not self._make_room(max(nbytes, again)):
+        again = max(nbytes, self.memory.holding(prompt + len(request.tokens), prompt))
+        if len(self._running) >= self.max_running or not self._could_free(again):
             return None
+        shared, source = self._find_prefix(request)
+        if not self._make_room(again, source):
+            shared, source = 0, None  # it had to go
         self.waiting.popleft()
         self._reading = _Row(request, self.engine.new_cache(1, whole_pages(prompt)), nbytes)
-        self._copy_prefix(self._reading)
+        if source is not None:
+            self._reading.cache.copy_prefix(source.cache, shared)
+        if isinstance(source, _Prefix):
+            self._prefixes.remove(source)
+            self._prefixes.append(source)  # the most recently used
         if request.admitted is None:
             request.admitted = perf_counter()
-            request.cached = self._reading.length
+            request.cached = shared
             self.counters.prompt_tokens += prompt
+            if self.share_prefixes and request.prompt_logprobs is None:
+                self.counters.prefix_queries += prompt
+                self.counters.prefix_hits += shared
         return self._reading
 
     def _read_piece(self, row: _Row) -> list[Drawn]:
@@ -358,7 +368,8 @@ class Scheduler:
             length = row.length + 1
             more = self.memory.holding(length, len(row.request.prompt)) - row.nbytes
             while row in self._running and more > 0:
-                if self._make_room(more):
+                if self._could_free(more):
+                    self._make_room(more)
                     row.nbytes += more
                     break
                 self._preempt()
@@ -379,11 +390,14 @@ class Scheduler:
 
     def _draw(self, rows: Sequence[_Row], logits: Tensor) -> list[Drawn]:
         """The next token of each row, whose logits are `[B, V]`."""
+        samplers = [row.request.sampler for row in rows]
+        assert all(samplers)  # since they were added
+        texts = [(row.request.prompt, row.request.tokens) for row in rows]
+        tokens = draw([x for x in samplers if x is not None], logits, texts)
         drawn = []
-        for row, scores in zip(rows, logits, strict=True):
-            request, sampler = row.request, row.request.sampler
-            assert sampler is not None  # since it was added
-            token = sampler(scores, [*request.prompt, *request.tokens])
+        for row, scores, sampler, token in zip(rows, logits, samplers, tokens, strict=True):
+            request = row.request
+            assert sampler is not None
             if not request.tokens:
                 request.answered = perf_counter()
             request.tokens.append(token)
@@ -414,13 +428,20 @@ class Scheduler:
     def _row_of(self, request: Request) -> _Row | None:
         return next((row for row in self._rows() if row.request is request), None)
 
-    def _make_room(self, nbytes: int) -> bool:
-        """Whether so many bytes are free, once prefixes that nobody uses have gone."""
-        while self.used + nbytes > self.budget:
-            if not self._prefixes:
-                return False
-            del self._prefixes[0]
-        return True
+    def _could_free(self, nbytes: int) -> bool:
+        """Whether so many bytes are free, but for prefixes that nobody uses."""
+        return self.used - self.shared + nbytes <= self.budget
+
+    def _make_room(self, nbytes: int, source: _Prefix | _Row | None = None) -> bool:
+        """Lets prefixes go until so many bytes are free; whether `source` is still there.
+
+        It goes last.
+        """
+        for prefix in sorted(self._prefixes, key=lambda prefix: prefix is source):
+            if self.used + nbytes <= self.budget:
+                break
+            self._prefixes.remove(prefix)
+        return not isinstance(source, _Prefix) or source in self._prefixes
 
     def _preempt(self) -> None:
         """Sends the newest request back to the head of the queue."""
@@ -437,31 +458,25 @@ class Scheduler:
         else:
             self._running.remove(row)
 
-    def _copy_prefix(self, row: _Row) -> None:
-        """Takes over the pieces that another request has read of the same start."""
-        request = row.request
+    def _find_prefix(self, request: Request) -> tuple[int, _Prefix | _Row | None]:
+        """How many tokens of the start, in whole pieces, another request has read, and where."""
         if not self.share_prefixes or request.prompt_logprobs is not None:
-            return
+            return 0, None
         ids = list(request.prompt)
         most = (len(ids) - 1) // self.piece * self.piece  # the last token's logits are needed
         best, source = 0, None
         read: list[_Prefix | _Row] = [*self._prefixes, *self._running]
         for other in read:
-            theirs = other.ids if isinstance(other, _Prefix) else list(other.request.prompt)
-            shared = most
-            while shared > best and (len(theirs) < shared or theirs[:shared] != ids[:shared]):
-                shared -= self.piece
+            theirs = other.ids if isinstance(other, _Prefix) else other.request.prompt
+            shared = 0
+            while shared < most:
+                piece = slice(shared, shared + self.piece)
+                if [*theirs[piece]] != ids[piece]:
+                    break
+                shared = piece.stop
             if shared > best:
                 best, source = shared, other
-        if request.admitted is None:
-            self.counters.prefix_queries += len(ids)
-            self.counters.prefix_hits += best
-        if source is None:
-            return
-        row.cache.copy_prefix(source.cache, best)
-        if isinstance(source, _Prefix):
-            self._prefixes.remove(source)
-            self._prefixes.append(source)
+        return best, source
 
     def _keep_prefix(self, row: _Row) -> bool:
         """Keeps the whole pieces of a prompt, unless a longer one is there already."""

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from kvtool.errors import UnsupportedModelError
 from kvtool.mamba import MixerShape, shape_of
@@ -434,9 +435,12 @@ def causal_attention(
     if width < q.shape[-1]:
         # The fused CPU kernel wants one head size; without it every score would be written out.
         v = F.pad(v, (0, q.shape[-1] - width))
-    mask = None
+    mask: Tensor | None = None
     if t == 1 and window is not None:
         k, v = k[:, :, -window:], v[:, :, -window:]
+    elif t > 1 and s > t and window is None and q.is_cuda:
+        # Flash attention takes no mask written out, but knows this one.
+        mask = causal_lower_right(t, s)
     elif t > 1 and (s > t or (window is not None and window < s)):
         query_at = torch.arange(s - t, s, device=q.device)[:, None]
         key_at = torch.arange(s, device=q.device)[None, :]

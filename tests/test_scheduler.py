@@ -292,9 +292,10 @@ def test_who_waits_in_vain_takes_no_prefixes(engine):
     scheduler.add(Request(prompt(64), 1, ignore_eos=True))
     drain(scheduler)
     assert len(scheduler._prefixes) == 1
-    scheduler.add(Request(prompt(100, seed=1), 20, ignore_eos=True))
-    scheduler.step()
-    assert scheduler.running
+    running = Request(prompt(100, seed=1), 20, ignore_eos=True)
+    scheduler.add(running)
+    while not running.tokens:
+        scheduler.step()
     scheduler.add(Request(prompt(120, seed=2), 1, ignore_eos=True))
     scheduler.step()
     assert len(scheduler.waiting) == len(scheduler._prefixes) == 1

@@ -17,6 +17,7 @@ from kvtool.calibrate import allocate
 from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect
 from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
+from kvtool.errors import UsageError
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, Policy, base_of, check_can_drop, provenance_of
 
@@ -66,7 +67,17 @@ def calibrate_budgets(
     """
     base = base_of(checkpoint)
     check_can_drop(checkpoint)
-    total = budget_bytes // (2 * itemsize * base.head_dim)
+    unit = 2 * itemsize * base.head_dim
+    total = budget_bytes // unit
+    low = min(options.minimum, options.context)
+    least, most = low * base.all_heads, options.context * base.all_heads
+    if not least <= total <= most:
+        raise UsageError(
+            f"a budget of {budget_bytes:,} bytes after {options.context} tokens is impossible: all "
+            f"of them take {most * unit:,}, and the {low} that every head keeps at "
+            f"least {least * unit:,}",
+            hint="--minimum says how many those are",
+        )
     statistics = None
     corpus, tokens = None, 0
     if options.method not in ("uniform", "pyramidkv"):

@@ -146,8 +146,8 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ResourceError(
-            f"Writing {folder} needs {needed / 1e9:.2f} GB of disk, "
-            f"but only {free / 1e9:.2f} GB are free.",
+            f"Writing {folder} needs {needed / 1e6:,.1f} MB of disk, "
+            f"but only {free / 1e6:,.1f} MB are free.",
             hint="Free some space or choose an output on another disk.",
         )
 

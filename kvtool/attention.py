@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from kvtool._tensors import first_line
 from kvtool.errors import UnsupportedModelError
 from kvtool.mamba import MixerShape, shape_of
 
@@ -203,8 +204,16 @@ def describe(config: Any) -> list[AttentionLayout]:
         config.num_hidden_layers
     ):
         raise UnsupportedModelError("deepseek_v3 with mixture-of-experts layers is not supported")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a config of impossible values makes transformers raise
+        raise UnsupportedModelError(
+            f"transformers makes no model of this {config.model_type} config: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not decoder_layers(model):
+        raise UnsupportedModelError(f"this {config.model_type} config has no layers")
     return [
         _mixer_layout(config)
         if is_mixer(layer)

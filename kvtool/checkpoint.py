@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,9 @@ __all__ = [
     "torch_dtype",
     "write_shards",
 ]
+
+# What tokenizers of transformers are read from; without one of them, it only guesses why.
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 
 # What is in a folder but must not travel into a converted one: weights in any format, what
 # describes them, and what kvtool wrote about an earlier conversion.
@@ -232,9 +235,19 @@ class Checkpoint:
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that lies beside the weights."""
+        """The tokenizer that lies beside the weights.
+
+        Raises:
+            CheckpointError: There is none, or none that transformers can read.
+        """
         from transformers import AutoTokenizer
 
+        files = (file for pattern in _TOKENIZERS for file in self.path.glob(pattern))
+        if not self.trust_remote_code and not any(files):
+            raise CheckpointError(
+                f"{self.path} has no tokenizer: there is neither tokenizer.json nor a vocabulary.",
+                hint="Copy the tokenizer's files beside the weights.",
+            )
         with self._transformers("its tokenizer"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
@@ -267,7 +280,7 @@ class Checkpoint:
                 name for name in info["unexpected_keys"] if name.split(".")[-1] not in SCALES
             ]
         wrong = {
-            kind.removesuffix("_keys"): sorted(map(str, info[kind]))
+            kind.removesuffix("_keys"): sorted(map(_named, info[kind]))
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
             if info[kind]
         }
@@ -289,6 +302,14 @@ class Checkpoint:
             raise CheckpointError(
                 f"transformers cannot load {what} from {self.path}: {first_line(error)}"
             ) from error
+
+
+def _named(key: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
+    """A weight that is wrong; with its shape and the right one, where transformers tells them."""
+    if isinstance(key, str):
+        return key
+    name, found, wanted = key
+    return f"{name} is {list(found)} instead of {list(wanted)}"
 
 
 def _check_decoder(path: Path, config: dict[str, Any] | None) -> None:

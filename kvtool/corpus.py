@@ -259,7 +259,10 @@ def _part(data: str | None, part: Part) -> Corpus:
     name, documents = _load(data)
     parts = _cut(documents)
     if not parts[part]:
-        raise UsageError(f"{data} is too short to give a calibration and an evaluation part.")
+        raise UsageError(
+            f"{data} is too short to give a calibration and an evaluation part.",
+            hint="A text is cut between paragraphs, at an empty line; a .jsonl file between lines.",
+        )
     return Corpus(f"{name}/{part}", parts[part])
 
 

@@ -274,11 +274,14 @@ def write(path: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
     """Writes document and tensors in one rename. The same always give the same bytes."""
     named = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as handle:
-        handle.write(save(named, metadata={_KEY: text}))
-        handle.flush()
-        os.fsync(handle.fileno())
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as handle:
+            handle.write(save(named, metadata={_KEY: text}))
+            handle.flush()
+            os.fsync(handle.fileno())
+        unfinished.replace(path)
+    finally:  # a disk that is full, or an interruption, leaves nothing
+        unfinished.unlink(missing_ok=True)
 
 
 def as_json(value: Any) -> str:

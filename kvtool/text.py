@@ -5,8 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kvtool.errors import UsageError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def check_text(text: str) -> str:
+    """The text itself, if it can be tokenized.
+
+    Raises:
+        UsageError: It holds half of a character: bytes of a terminal, or an escape of JSON, that
+            are no Unicode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the text is no Unicode: character {error.start} is half of one"
+        ) from error
+    return text
 
 
 class TextStream:

@@ -178,8 +178,18 @@ def test_loading_checks_that_every_weight_is_there(model: Path, damage: str) -> 
     else:
         tensors["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(16, 64)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"1 {damage}.*layers\.1\.self_attn\.k_proj"):
+    with pytest.raises(
+        CheckpointError, match=rf"1 {damage}.*layers\.1\.self_attn\.k_proj"
+    ) as caught:
         Checkpoint.open(str(model)).load_transformers(torch.float32)
+    shapes = "k_proj.weight is [16, 64] instead of [32, 64])"
+    assert (shapes in str(caught.value)) == (damage == "mismatched")
+
+
+def test_a_missing_tokenizer_is_one_sentence(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        Checkpoint.open(str(model)).tokenizer()
 
 
 def test_a_folder_of_links_opens_as_in_a_hub_cache(sharded: Path, tmp_path: Path) -> None:

@@ -144,6 +144,28 @@ def test_an_unsupported_model_is_exit_code_4(
     assert "norm" in fails(qwen3, 4, capsys)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_hidden_layers": 0}, "has no layers"),
+        ({"num_attention_heads": -4}, "negative dimension"),
+        ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "nonsense"),
+    ],
+)
+def test_an_impossible_config_is_told_and_no_traceback(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: dict[str, Any],
+    said: str,
+) -> None:
+    model = str(damaged(tiny("llama"), tmp_path / "m", **config))
+    assert said in fails(["generate", model, "Hello"], 4, capsys)
+    assert said in fails(["convert", model, "--to", "mla", "-o", str(tmp_path / "o")], 4, capsys)
+    assert run_command(["inspect", model, "--json"]) == 0
+    assert said in json.loads(capsys.readouterr().out)["unsupported"]
+
+
 def test_a_damaged_checkpoint_is_exit_code_1(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -229,6 +229,10 @@ def test_standard_errors_are_of_the_mean_over_windows() -> None:
     assert estimate.value == 2.5
     assert estimate.standard_error == pytest.approx(math.sqrt(5 / 3) / 2)
     assert Estimate.of([1.0]).standard_error is None
+    damaged = Estimate.of([1.0, math.nan]).exp()
+    assert math.isnan(damaged.value)
+    assert math.isnan(damaged.standard_error or 0.0)
+    assert Estimate.of([1.0, math.inf]).value == math.inf
     # The ratio's error comes from paired differences: a spread that both models share cancels.
     scores = [protocol.WindowScores(n + 0.1, 64, 96, n, 0.05, 1.0) for n in (1.0, 2.0, 3.0)]
     ratio = protocol.summarise(scores, 8, 4).perplexity_ratio

@@ -85,6 +85,11 @@ def test_the_prompt_comes_from_stdin_for_a_dash(
     assert capfd.readouterr().out == expected
 
 
+def test_bytes_that_are_no_text_are_refused(tiny: Tiny, capfd: Capture) -> None:
+    assert run_command(["generate", str(tiny("llama")), "half \ud83e", "--quiet"]) == 2
+    assert capfd.readouterr().err == "error: the text is no Unicode: character 5 is half of one\n"
+
+
 def test_a_seed_fixes_sampled_text(tiny: Tiny, capfd: Capture) -> None:
     def sample(seed: int) -> str:
         command = ["generate", str(tiny("llama")), "The", "--max-new-tokens", "16", "-q", "--json"]

@@ -342,7 +342,7 @@ def test_thresholds_let_steps_add_up_to_what_was_taught():
     assert (thresholds(steps, rates, 1000, 1001)[:2] < 0.05).all()
 
 
-def test_the_command_plans_receptive_fields_beside_bits(hybrid, tmp_path, capsys):
+def test_the_command_plans_receptive_fields_beside_bits(hybrid, tiny, tmp_path, capsys):
     bits, path = tmp_path / "bits", tmp_path / "p"
     assert command(hybrid, bits, "--bits", "S8") == 0
     words = ["calibrate", "receptive-field", hybrid.source, "-o", str(path), "--tokens", "1024"]
@@ -350,6 +350,9 @@ def test_the_command_plans_receptive_fields_beside_bits(hybrid, tmp_path, capsys
     assert "does not say with how long texts it was taught" in capsys.readouterr().err
     assert run_command([*words, "--length", "400", "--taught", "500", "-q"]) == 2
     assert "is not beyond the 500" in capsys.readouterr().err
+    without = [*words[:2], str(tiny("llama")), *words[3:]]
+    assert run_command([*without, "--length", "400", "-q"]) == 4
+    assert "no layer of" in capsys.readouterr().err
     words += ["--length", "400", "--taught", "2", "--plan", str(bits), "-q"]
     assert run_command(words) == 0
     plan = Plan.read(path)

@@ -1,6 +1,7 @@
 """Plans: sizes are exact, slices are nested, and no file can do more than be refused."""
 
 import copy
+import errno
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
+from kvtool import plan_file
 from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodePlan, code_shapes
@@ -848,3 +850,13 @@ def test_a_share_is_a_percentage_or_a_count() -> None:
             parse_share(text, 6)
     for total, percent in itertools.product((1, 7, 90), range(101)):
         assert parse_share(f"{percent}%", total) == percent * total // 100
+
+
+def test_a_plan_that_cannot_be_written_leaves_no_file(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plan_file.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        coded_plan().write(tmp_path / "codes.plan")
+    assert list(tmp_path.iterdir()) == []

@@ -620,6 +620,14 @@ def test_chromium_shows_the_status_page(server, tmp_path):
     assert (abs(pixels - blue).max(axis=-1) < 0.01).sum() > 1000, "the bars have their colour"
 
 
+@pytest.mark.parametrize("route", ["/tokenize", TEXT])
+def test_half_of_a_character_is_the_fault_of_the_request(server: Running, route: str) -> None:
+    as_json = {"content-type": "application/json"}
+    answer = httpx.post(server.url + route, content=rb'{"prompt": "half \ud83e"}', headers=as_json)
+    assert answer.status_code == 400
+    assert "half of one" in answer.json()["error"]["message"]
+
+
 def test_facts_about_model_and_tokenizer(server):
     client = server.client()
     assert client.models.retrieve("tiny").max_model_len == 512

@@ -13,7 +13,7 @@ from rich.table import Table
 from kvtool.cli import _console, _options
 
 _METHOD = "Method"
-_BAR = 24
+_BAR = 12
 
 
 def layer_importance(

@@ -9,7 +9,7 @@ import typer
 
 from kvtool.cli import _console, _options
 from kvtool.cli.plan import emit_plan
-from kvtool.errors import UsageError
+from kvtool.errors import UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -43,10 +43,12 @@ def receptive_field(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Plan which tokens the Mamba-2 heads of MODEL pass over behind the length they were taught."""
+    from kvtool.attention import describe
     from kvtool.calibrate.bit_options import QuantizationOptions
     from kvtool.calibrate.quantization import everything
     from kvtool.calibrate.receptive_field import calibrate_receptive_field
     from kvtool.checkpoint import Checkpoint
+    from kvtool.factored import model_config
     from kvtool.plan import base_of
     from kvtool.plan_file import check_plan_output
 
@@ -54,6 +56,8 @@ def receptive_field(
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
+    if not any(layout.kind == "mamba" for layout in describe(model_config(checkpoint))):
+        raise UnsupportedModelError(f"no layer of {checkpoint.source} keeps a state")
     if taught is None and (taught := _noted(checkpoint)) is None:
         raise UsageError(
             f"{checkpoint.source} does not say with how long texts it was taught", hint="--taught"

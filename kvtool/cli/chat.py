@@ -22,7 +22,7 @@ from kvtool.cli.generate import (
     sampling_options,
 )
 from kvtool.errors import UsageError
-from kvtool.text import TextStream
+from kvtool.text import TextStream, check_text
 
 if TYPE_CHECKING:
     from kvtool.runtime import KVCache
@@ -55,7 +55,7 @@ def chat(
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
     kept = options.read_plan(plan, checkpoint)
     tokenizer = checkpoint.tokenizer()
-    opening = [] if system is None else [{"role": "system", "content": system}]
+    opening = [] if system is None else [{"role": "system", "content": check_text(system)}]
     chat_ids(tokenizer, [*opening, {"role": "user", "content": "?"}], model)  # before the weights
     device = options.resolve_device(device)
     precision = options.resolve_dtype(dtype, device)
@@ -76,7 +76,7 @@ def chat(
             continue
         if not said:
             continue
-        asked = [*messages, {"role": "user", "content": said}]
+        asked = [*messages, {"role": "user", "content": check_text(said)}]
         ids = chat_ids(tokenizer, asked, model)
         room = engine.max_context - len(ids)
         if room < 1:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from kvtool.errors import UsageError
+from kvtool.evaluate.tables import narrow_table
 
 READS = (1, 2)  # format versions
 ABSENT = "–"
@@ -76,25 +77,23 @@ class Comparison:
     def table(self) -> Table:
         """One row per report, the Pareto-optimal ones marked."""
         given = self.conditions
-        table = Table(
-            title=f"against {given['original']} ({given['dtype']}, {given['prefill']}"
-            f"+{given['continuation']} tokens, {given['windows']} windows)",
-            title_justify="left",
-            caption="● no other report has both a smaller cache and a lower KL",
-            caption_justify="left",
-        )
-        table.add_column("report", overflow="fold")
-        table.add_column("Pareto", justify="center")
-        for name in (
+        numbers = (
             "cache",
-            "bytes/token\nbfloat16",
+            "bytes per\ntoken,\nbfloat16",
             "KL\nin nats",
             "perplexity\nratio",
             "recall\nkept",
-            "chat ends\nkept",
+            "chat\nends\nkept",
             "decode\nspeed",
-        ):
-            table.add_column(name, justify="right", no_wrap=True)
+        )
+        table = narrow_table(
+            f"against {given['original']} ({given['dtype']}, {given['prefill']}"
+            f"+{given['continuation']} tokens, {given['windows']} windows)",
+            ("report", "Pareto"),
+            numbers,
+            caption="● no other report has both a smaller cache and a lower KL",
+            caption_justify="left",
+        )
         for row in self.rows:
             table.add_row(
                 row.label,

@@ -12,6 +12,7 @@ from rich.table import Table
 from kvtool.codes import CodePlan
 from kvtool.errors import UsageError
 from kvtool.evaluate.compare import ABSENT
+from kvtool.evaluate.tables import narrow_table
 from kvtool.plan import Plan
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -119,24 +120,21 @@ class Explained:
 
     def table(self) -> Table:
         """One row per code."""
-        table = Table(
-            title=f"codes of {self.model} by {self.method}, {self.bytes_per_token:,} bytes per "
-            f"token (native {self.native_bytes_per_token:,})",
-            title_justify="left",
-        )
-        unit = "nats" if self.nats else "own unit"
-        table.add_column("layers", no_wrap=True)
-        table.add_column("keys", no_wrap=True)
-        for name in (
+        numbers = (
             "numbers\nper token",
             "of",
             "bytes\nper token",
             "spectrum\nlost",
-            f"predicted\nloss, {unit}",
-            "measured\nalone, nats",
+            f"predicted\nloss,\n{'nats' if self.nats else 'own unit'}",
+            "measured\nalone,\nnats",
             "at\nnumbers",
-        ):
-            table.add_column(name, justify="right", no_wrap=True)
+        )
+        table = narrow_table(
+            f"codes of {self.model} by {self.method}, {self.bytes_per_token:,} bytes per "
+            f"token (native {self.native_bytes_per_token:,})",
+            ("layers", "keys"),
+            numbers,
+        )
         for code in self.codes:
             table.add_row(
                 code.name,

@@ -40,13 +40,18 @@ class Estimate:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Estimate:
-        """Mean of per-window means; windows are the independent samples, positions are not."""
+        """Mean of per-window means; windows are the independent samples, positions are not.
+
+        NaN and infinity are what a damaged model gives; they have no spread.
+        """
+        if not all(map(math.isfinite, samples)):
+            return cls(fmean(samples), math.nan if len(samples) > 1 else None)
         error = stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else None
         return cls(fmean(samples), error)
 
     def exp(self) -> Estimate:
         """exp of the estimate, with its error carried over to first order."""
-        value = math.exp(self.value) if self.value < 700 else math.inf
+        value = math.inf if self.value >= 700 else math.exp(self.value)
         error = None if self.standard_error is None else value * self.standard_error
         return Estimate(value, error)
 

@@ -11,6 +11,7 @@ from kvtool.evaluate.chat import Chat, Sample
 from kvtool.evaluate.layers import LayerResult
 from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
 from kvtool.evaluate.retrieval import PassKey, Recall
+from kvtool.evaluate.tables import narrow_table
 from kvtool.evaluate.throughput import Bandwidth, Speed
 from kvtool.plan import Plan
 
@@ -130,9 +131,9 @@ class Report:
     def table(self) -> Table:
         """Every number with the original's beside it."""
         table = Table(title=self._title(), title_justify="left")
-        table.add_column("measure", no_wrap=True)
-        for name in ("original", "measured", "measured / original"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("measure", overflow="fold")
+        for name in ("original", "measured", "measured /\noriginal"):
+            table.add_column(name, justify="right", overflow="fold")
         if self.plan is not None:
             how = "read densely, then dropped" if self.plan["prefill"] == "dense" else "streamed"
             if codes := self.plan["codes"]:
@@ -280,33 +281,32 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 def speed_table(speeds: list[Speed], title: str) -> Table:
     """One row per context length, for `kvtool bench`."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("context", justify="right")
     dense = any(speed.dense is not None for speed in speeds)
     theirs = "trans-\nformers"
-    for name in (
+    columns = (
+        "context",
         "prefill\ntok/s",
         theirs,
         "ratio",
         "decode\ntok/s",
         theirs,
         "ratio",
-        *(["original\nin kvtool"] if dense else []),
+        *(["original\nin\nkvtool"] if dense else []),
         "step\nms",
         "floor\nms",
         "share of\nfloor",
-    ):
-        table.add_column(name, justify="right")
+    )
+    table = narrow_table(title, (), columns)
     for speed in speeds:
         ours, rival = speed.ours, speed.transformers
         table.add_row(
             f"{speed.context}",
             f"{ours.prefill_tokens_per_second:.1f}",
             f"{rival.prefill_tokens_per_second:.1f}",
-            f"{speed.prefill_ratio:.2f} x",
+            f"{speed.prefill_ratio:.2f}",
             f"{ours.decode_tokens_per_second:.1f}",
             f"{rival.decode_tokens_per_second:.1f}",
-            f"{speed.decode_ratio:.2f} x",
+            f"{speed.decode_ratio:.2f}",
             *([f"{speed.dense.decode_tokens_per_second:.1f}"] if speed.dense else []),
             f"{ours.step_seconds * 1e3:.1f}",
             f"{speed.floor_seconds * 1e3:.1f}",

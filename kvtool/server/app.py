@@ -21,6 +21,7 @@ from kvtool.server.errors import ApiError, error_body
 from kvtool.server.limits import Gate
 from kvtool.server.page import status_page
 from kvtool.server.worker import Answer, Delta, Worker
+from kvtool.text import check_text
 
 Deltas = asyncio.Queue[tuple[int, Delta]]
 
@@ -247,7 +248,7 @@ class Service:
         prompts: list[list[int]] = []
         for prompt in body.prompts:
             if isinstance(prompt, str):
-                encoded = await asyncio.to_thread(self.tokenizer, prompt, verbose=False)
+                encoded = await asyncio.to_thread(self.tokenizer, check_text(prompt), verbose=False)
                 ids = list(encoded["input_ids"])
             else:
                 self.check_tokens(prompt, "prompt")
@@ -443,7 +444,7 @@ def create_app(service: Service, *, api_key: str | None = None, max_body: int = 
         else:
             encoded = await asyncio.to_thread(
                 service.tokenizer,
-                body.prompt,
+                check_text(body.prompt or ""),
                 add_special_tokens=body.add_special_tokens,
                 verbose=False,
             )

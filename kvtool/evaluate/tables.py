@@ -1,0 +1,22 @@
+"""Tables of many numbers, as they are shown on a terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def narrow_table(title: str, words: Sequence[str], numbers: Sequence[str], **more: Any) -> Table:
+    """A table of many columns without lines between them, so that a terminal of 80 has room.
+
+    Where there is less, cells break: a number that was cut would be another number.
+    """
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0, **more
+    )
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", overflow="fold")
+    return table

@@ -7,7 +7,8 @@ Every kernel is checked against its contract in plain torch first, on the inputs
 that fails gets no speed; of attention, the first row is checked. Times are medians over replays of
 a CUDA graph of several calls on up to four inputs: a few megabytes stay in the L2 cache. Bandwidth
 is that of the bytes that must be read and written, beside a copy of 2 GiB measured in the same
-process. The file is written row by row.
+process. A copy reads and writes; what only reads can be faster, so a sum over as much is measured
+as well. The file is written row by row, and a row that fails does not take the others with it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -100,7 +103,10 @@ class Bench:
 
             self.header["versions"]["triton"] = triton.__version__
         self.copy = self._copy_bandwidth()
-        self.header |= {"copy_bytes_per_second": self.copy, "matmul_flops": self._matmul()}
+        self.header |= {
+            "copy_bytes_per_second": self.copy, "read_bytes_per_second": self._read_bandwidth(),
+            "matmul_flops": self._matmul(),
+        }  # fmt: skip
 
     def late(self, seconds: float = 0.0) -> bool:
         """Whether so many seconds are not left."""
@@ -118,7 +124,12 @@ class Bench:
             for run in runs:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
-        graph, calls = torch.cuda.CUDAGraph(), max(4, len(runs))
+        seconds = self._graph_seconds(runs, max(4, len(runs)), repeats)
+        # Of short calls, too, what it takes to launch the graph is to be small.
+        return seconds if seconds > 5e-5 else self._graph_seconds(runs, 40, repeats)
+
+    def _graph_seconds(self, runs: list[Callable[[], Any]], calls: int, repeats: int) -> float:
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for i in range(calls):
                 runs[i % len(runs)]()
@@ -143,6 +154,13 @@ class Bench:
         y = torch.empty_like(x)
         y.copy_(x)
         return 2 * x.nbytes / median(self._events(lambda: y.copy_(x), 20))
+
+    def _read_bandwidth(self) -> float:
+        if self.device.type != "cuda":
+            return float("nan")
+        x = torch.randn(2**30, device=self.device, dtype=BFLOAT16)
+        x.sum()
+        return x.nbytes / median(self._events(x.sum, 20))
 
     def _matmul(self) -> float:
         if self.device.type != "cuda":
@@ -176,6 +194,20 @@ class Bench:
             except Exception as failure:
                 row[f"{name}_failed"] = f"{type(failure).__name__}: {failure}"[:200]
         self.add(row)
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Writes down what fails in here; what comes behind it is measured all the same.
+
+        Not where the device itself is lost, as after an illegal access: nothing works then.
+        """
+        try:
+            yield
+        except Exception as failure:
+            said = f"{type(failure).__name__}: {failure}"[:300]
+            self.add({"kernel": what, "shape": "", "batch": 0, "tokens": 0, "failed": said})
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()  # raises again if so
 
     def add(self, row: dict[str, Any]) -> None:
         """Keeps a row."""
@@ -262,8 +294,11 @@ def decode_cases(
 
 
 def flex_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
-    """FlexAttention decoding, on the rows that decode_attention reads above."""
-    from torch.nn.attention.flex_attention import flex_attention
+    """FlexAttention decoding, on as many rows as decode_attention reads above.
+
+    Also with a mask of blocks in which every token is seen: what it is given decides how it splits.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     flex = torch.compile(flex_attention, dynamic=False)
     queries, heads, width = 32, 8, 128
@@ -272,8 +307,13 @@ def flex_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
     for _ in range(copies(nbytes)):
         keys, values = (normal(device, batch, heads, tokens, width) for _ in range(2))
         q = normal(device, batch, queries, 1, width)
-        runs.append(lambda q=q, k=keys, v=values: flex(q, k, v, enable_gqa=True))
-    yield Case("flex_attention", "Llama-3-8B", batch, tokens, nbytes, 0, runs, None)
+        runs.append(partial(flex, q, keys, values, enable_gqa=True))
+    mask = create_block_mask(
+        lambda b, h, i, j: j < tokens, None, None, 1, tokens, device=str(device)
+    )
+    masked = [lambda run=run: run(block_mask=mask) for run in runs]
+    others: dict[str, list[Callable[[], Any]]] = {"flex_masked": masked}
+    yield Case("flex_attention", "Llama-3-8B", batch, tokens, nbytes, 0, runs, None, others)
 
 
 def latent_cases(
@@ -676,21 +716,26 @@ def main() -> None:
             state_cases(device, 4, 8192),
             streaming_cases(device, 32768),
         ]
-    for cases in groups:
-        for case in cases:
-            if bench.late(15):
-                break
-            bench.measure(case)
-            del case
-    if asked.tiny:
-        end_to_end(bench, 2, 2, 100, shrink=16)
-    else:
-        end_to_end(bench, 32, 8, 32768)
-        for batch in (1, 8):
-            for case in flex_cases(device, batch, 32768):
-                if not bench.late(20):
+    try:
+        for cases in groups:
+            with bench.going_on("cases"):
+                for case in cases:
+                    if bench.late(15):
+                        break
                     bench.measure(case)
-    show(bench)
+                    del case
+        with bench.going_on("end to end"):
+            if asked.tiny:
+                end_to_end(bench, 2, 2, 100, shrink=16)
+            else:
+                end_to_end(bench, 32, 8, 32768)
+        for batch in () if asked.tiny else (1, 8):
+            with bench.going_on("flex_attention"):
+                for case in flex_cases(device, batch, 32768):
+                    if not bench.late(20):
+                        bench.measure(case)
+    finally:
+        show(bench)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def show(bench: Bench) -> None:
         by_case.setdefault((row["kernel"], row["shape"]), []).append(row)
     for rows in by_case.values():
         for row in sorted(rows, key=lambda row: row.get("seconds", float("inf"))):
-            config = row["config"]
+            config = row.get("config")
             said = " ".join(f"{k}={v}" for k, v in config.items()) if config else "[bold]present"
             seconds = row.get("seconds")
             table.add_row(
@@ -152,9 +152,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench = Bench(asked.out, device, asked.seconds)
     torch.manual_seed(0)
-    for sweep in sweeps(device, asked.tiny):
-        measure(bench, sweep, 1 if asked.tiny else None)
-    show(bench)
+    try:
+        for sweep in sweeps(device, asked.tiny):
+            with bench.going_on("sweep"):
+                measure(bench, sweep, 1 if asked.tiny else None)
+    finally:
+        show(bench)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def rebuild_decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.rebuild_attention.reference.rebuild_decode_attention`.
 
-    Triton runs where it was seen to be right on a GPU: with Triton 3.6 a rank of 200 was not.
+    Triton runs where it was seen to be right on a GPU: as Triton 3.6 assembles it a rank of 200 was
+    not, see the README.
     """
     run = reference.rebuild_decode_attention
     rank = codes.shape[-1]

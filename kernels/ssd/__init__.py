@@ -53,7 +53,7 @@ def causal_conv(
 def _scans(x: Tensor, b: Tensor) -> bool:
     """Whether states have a size at which the kernel was seen to be right on a GPU.
 
-    In bfloat16, states of 16 x 32 came out wrong there, with Triton 3.6.
+    In bfloat16, states of 16 x 32 came out wrong there, as Triton 3.6 assembles it; see the README.
     """
     return x.shape[-1] % 64 == 0 and b.shape[-1] % 64 == 0
 

@@ -281,6 +281,20 @@ def test_shared_pages_stay_within_the_budget_and_all_return(engines, monkeypatch
     assert all(getattr(store, "prompt", None) is None for store in stores)
 
 
+def test_prefixes_leave_rows_for_requests(engines, monkeypatch):
+    """No row is made while requests run: what was recorded would have to be recorded again."""
+    _, paged = engines("llama")
+    monkeypatch.setenv(VARIABLE, "triton")
+    scheduler = Scheduler(paged, 2**24, max_running=1, piece=PAGE)
+    rows = paged.memory.pages.rows
+    for seed in range(6):
+        scheduler.add(Request(tokens(PAGE + 1, seed=seed).tolist(), 1, ignore_eos=True))
+        while not scheduler.idle:
+            scheduler.step()
+    assert len(scheduler._prefixes) == 3
+    assert paged.memory.pages.rows == rows
+
+
 def test_caches_of_several_memories_are_not_mixed(engines, monkeypatch):
     _, paged = engines("llama")
     monkeypatch.setenv(VARIABLE, "triton")

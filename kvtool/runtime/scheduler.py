@@ -171,7 +171,10 @@ class Scheduler:
         kept_whole = engine.plan is None and not keeps_states(engine.new_cache(1, 1).stores)
         self.share_prefixes = share_prefixes and kept_whole
         self.memory = RowMemory(engine)
+        self._most_prefixes: int | None = None
         if engine.paged:
+            # As rows there are, so that no row has to be made while requests run.
+            self._most_prefixes = 3 * max_running
             smallest = max(1, self.memory.holding(PAGE, PAGE))
             most = memory // smallest
             rows = max(1, min(4 * max_running if self.share_prefixes else max_running, most))
@@ -491,6 +494,8 @@ class Scheduler:
         row.cache.crop(0, length)
         row.cache.resize(whole_pages(length))
         self._prefixes.append(_Prefix(ids, row.cache, self.memory.holding(length, length)))
+        if self._most_prefixes is not None and len(self._prefixes) > self._most_prefixes:
+            del self._prefixes[0]
         return True
 
 

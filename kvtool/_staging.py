@@ -145,9 +145,10 @@ def check_disk(folder: Path, needed: int) -> None:
     )
     free = shutil.disk_usage(existing).free
     if free < needed:
+        unit, name = (1e9, "GB") if needed >= 1e9 else (1e6, "MB")
         raise ResourceError(
-            f"Writing {folder} needs {needed / 1e6:,.1f} MB of disk, "
-            f"but only {free / 1e6:,.1f} MB are free.",
+            f"Writing {folder} needs {needed / unit:.2f} {name} of disk, "
+            f"but only {free / unit:.2f} {name} are free.",
             hint="Free some space or choose an output on another disk.",
         )
 

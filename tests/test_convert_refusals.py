@@ -240,7 +240,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
     usage = namedtuple("usage", "total used free")
     needed = plan(tiny("llama"), method="exact")["disk_bytes"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, needed - 1))
-    with pytest.raises(ResourceError, match=r"needs \d\.\d MB of disk") as caught:
+    with pytest.raises(ResourceError, match=r"needs \d\.\d\d MB of disk") as caught:
         convert(tiny("llama"), tmp_path / "out", method="exact")
     assert caught.value.exit_code == 5
     assert not list(tmp_path.iterdir())

@@ -408,7 +408,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_work_starts(tiny, monkeypatc
     free = dataclasses.make_dataclass("usage", ["free"])
     monkeypatch.setattr(statistics.shutil, "disk_usage", lambda _: free(1000))
     monkeypatch.setattr(LayerStream, "layer", lambda *_: pytest.fail("work started"))
-    with pytest.raises(ResourceError, match=r"needs 0\.\d MB of disk"):
+    with pytest.raises(ResourceError, match=r"needs 0\.\d\d MB of disk"):
         measure(tiny("llama"))
 
 

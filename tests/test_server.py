@@ -31,6 +31,7 @@ from kvtool.cli import run_command
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import give_back
 from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.server import chat
 from kvtool.server import worker as worker_module
 from kvtool.server.app import Service, create_app
 from kvtool.server.worker import Worker
@@ -452,13 +453,50 @@ def test_the_key_opens_everything_and_health_needs_none(engine):
             assert response.json()["error"]["code"] == 413
 
 
-def test_a_full_queue_says_when_to_come_again(engine):
+@contextmanager
+def held(server: Running) -> Iterator[None]:
+    """Lets no step begin, so that what was sent before is there until the end."""
+    step, now = server.worker.scheduler.step, threading.Event()
+    server.worker.scheduler.step = lambda: (now.wait(60), step())[1]
+    try:
+        yield
+    finally:
+        now.set()
+        server.worker.scheduler.step = step
+
+
+def test_a_full_queue_says_when_to_come_again_before_anything_is_tokenized(engine, monkeypatch):
+    chats = {"messages": HELLO, "n": 2}
     with serving(engine, max_running=1, max_waiting=1) as server:
-        response = server.post(TEXT, {"prompt": "x", "n": 3})
-        assert response.status_code == 429
-        assert response.headers["retry-after"] == "1"
-        assert response.json()["error"]["type"] == "overloaded_error"
-        assert server.post(TEXT, {"prompt": "x", "n": 2, "max_tokens": 2}).status_code == 200
+        first = {"prompt": "x", "max_tokens": 2, "stream": True}
+        with (
+            held(server),
+            httpx.stream("POST", f"{server.url}{TEXT}", json=first, timeout=60),
+            monkeypatch.context() as patched,
+        ):
+            patched.setattr(Service, "answers", None)
+            patched.setattr(chat, "render", None)
+            for path, body in ((TEXT, {"prompt": "x", "n": 2}), (CHAT, chats)):
+                refused = server.post(path, body)
+                assert refused.status_code == 429
+                assert refused.headers["retry-after"] == "1"
+                assert refused.json()["error"]["type"] == "overloaded_error"
+        fits = {"prompt": "x", "n": 2, "max_tokens": 2}
+        wait_until(lambda: server.post(TEXT, fits).status_code == 200)
+
+
+def test_more_answers_than_could_ever_wait_are_refused_for_good_and_at_once(engine):
+    with serving(engine, max_running=1, max_waiting=1) as server:
+        for path, body, count in (
+            (TEXT, {"prompt": ["a"] * 8000, "n": 64}, 512_000),
+            (CHAT, {"messages": HELLO, "n": 3}, 3),
+        ):
+            begin = time.monotonic()
+            response = server.post(path, body)
+            assert response.status_code == 400
+            message = f"{count} answers at once are asked for, but at most 2 can be"
+            assert response.json()["error"]["message"].startswith(message)
+            assert time.monotonic() - begin < 2, "nothing is tokenized before"
 
 
 def test_an_engine_that_fails_ends_its_requests_and_goes_on(engine, monkeypatch, capfd):
@@ -601,17 +639,12 @@ def test_chromium_shows_the_status_page(server, tmp_path):
     with httpx.stream("POST", f"{server.url}{TEXT}", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
-        step, now = server.worker.scheduler.step, threading.Event()
-        server.worker.scheduler.step = lambda: (now.wait(60), step())[1]  # held while looked at
-        try:
+        with held(server):
             shown = subprocess.run(
                 [*browser, "--dump-dom", server.url], capture_output=True, text=True, check=True
             )
             picture = tmp_path / "page.png"
             subprocess.run([*browser, f"--screenshot={picture}", server.url], check=True)
-        finally:
-            now.set()
-            server.worker.scheduler.step = step
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert "<strong>3 running</strong>" in shown.stdout
     assert "CONSOLE" not in shown.stderr, "nothing is refused or broken"

@@ -142,21 +142,33 @@ class Worker(threading.Thread):
 
     # ------------------------------------------------------------------- for the event loop
 
+    def check_queue(self, answers: int) -> None:
+        """Refuses an HTTP request for so many answers that cannot be queued.
+
+        Raises:
+            ApiError: There is no room now (429) or ever (400), or the server is shutting down.
+        """
+        if self._stopping:
+            raise ApiError(503, "the server is shutting down")
+        most = self.max_waiting + self.scheduler.max_running
+        if answers > most:
+            message = f"{answers} answers at once are asked for, but at most {most} can be"
+            raise ApiError(400, f"{message}: send fewer prompts, or a smaller n")
+        if self._queued + answers > most:
+            message = f"{self._queued} requests are being served or wait; no more are taken"
+            raise ApiError(429, message, headers={"Retry-After": "1"})
+
     def submit(self, answers: Sequence[Answer]) -> None:
         """Queues the choices of one HTTP request.
 
         Raises:
-            ApiError: The queue is full, or the server is shutting down.
+            ApiError: As in :meth:`check_queue`.
             UsageError, ResourceError: One of them could never run.
         """
-        if self._stopping:
-            raise ApiError(503, "the server is shutting down")
+        self.check_queue(len(answers))
         for answer in answers:
             request = answer.request
             self.scheduler.check(len(request.prompt), request.max_new_tokens)
-        if self._queued + len(answers) > self.max_waiting + self.scheduler.max_running:
-            message = f"{self._queued} requests are being served or wait; no more are taken"
-            raise ApiError(429, message, headers={"Retry-After": "1"})
         self._loop = asyncio.get_running_loop()
         self._queued += len(answers)
         now = perf_counter()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import signal
@@ -516,6 +517,50 @@ def test_an_engine_that_fails_ends_its_requests_and_goes_on(engine, monkeypatch,
         monkeypatch.setattr(server.worker.scheduler, "step", step)
         assert server.post(TEXT, body).status_code == 200
         assert server.kv()["running"] == []
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("out of luck")
+
+
+def test_a_closed_stderr_does_not_end_the_engine(engine, monkeypatch):
+    with serving(engine) as server:
+        body = {"prompt": "The", "max_tokens": 2}
+        with monkeypatch.context() as patched, Path(os.devnull).open("w") as closed:
+            closed.close()
+            patched.setattr(worker_module.sys, "stderr", closed)
+            patched.setattr(server.worker.scheduler, "step", refuse)
+            assert server.post(TEXT, body).status_code == 500
+        assert server.post(TEXT, body).status_code == 200
+
+
+def test_an_engine_that_ends_leaves_nobody_waiting(engine, monkeypatch, capfd):
+    """Neither who is being answered, nor who has just asked, nor who asks later."""
+    begun, now = threading.Event(), threading.Event()
+
+    def step() -> None:
+        begun.set()
+        now.wait(60)
+        refuse()
+
+    with serving(engine) as server:
+        monkeypatch.setattr(server.worker.scheduler, "step", step)
+        monkeypatch.setattr(server.worker.scheduler, "forget_prefixes", refuse)
+        body = {"prompt": "The", "max_tokens": 5, "stream": True}
+        with httpx.stream("POST", f"{server.url}{TEXT}", json=body, timeout=20) as running:
+            assert begun.wait(20)
+            with httpx.stream("POST", f"{server.url}{TEXT}", json=body, timeout=20) as queued:
+                now.set()
+                for response in (running, queued):
+                    last = response.read().decode().removeprefix("data: ")
+                    assert json.loads(last)["error"]["code"] == 500
+                    assert "out of luck" in last
+        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        for path, more in ((TEXT, {"prompt": "The"}), (CHAT, {"messages": HELLO})):
+            refused = server.post(path, more)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["message"] == "the engine has stopped"
 
 
 # ------------------------------------------------------------------------------ memory and life

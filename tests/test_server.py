@@ -563,6 +563,29 @@ def test_an_engine_that_ends_leaves_nobody_waiting(engine, monkeypatch, capfd):
             assert refused.json()["error"]["message"] == "the engine has stopped"
 
 
+def test_a_choice_that_is_refused_late_ends_the_others_of_its_request(engine, monkeypatch, capfd):
+    with serving(engine) as server:
+        add, added = server.worker.scheduler.add, []
+
+        def add_one(request: Request) -> None:
+            if added:
+                refuse()
+            add(request)
+            added.append(request)
+
+        body = {"prompt": "The", "n": 3, "max_tokens": 2, "stream": True}
+        with monkeypatch.context() as patched:
+            patched.setattr(server.worker.scheduler, "add", add_one)
+            failed = server.post(TEXT, body).text
+        assert json.loads(failed.removeprefix("data: "))["error"]["code"] == 500
+        text = httpx.get(f"{server.url}/metrics").text
+        assert 'request_success_total{finished_reason="error",model_name="tiny"} 3.0' in text
+        latency = re.search(r"e2e_request_latency_seconds_sum\S* (\S+)", text)
+        assert latency is not None
+        assert float(latency[1]) < 60
+        assert len(events(server.post(TEXT, body).text)) >= 3
+
+
 # ------------------------------------------------------------------------------ memory and life
 
 

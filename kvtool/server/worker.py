@@ -178,10 +178,13 @@ class Worker(threading.Thread):
         now = perf_counter()
 
         def add() -> None:
+            # All are known before one fails: that ends the others too.
             for answer in answers:
                 self._answers[answer.request] = answer
-                self.scheduler.add(answer.request)
                 answer.request.added = now
+            for answer in answers:
+                self.scheduler.add(answer.request)
+                answer.request.added = now  # the scheduler knows only when the step before ended
 
         self._commands.put(add)
 
@@ -263,10 +266,11 @@ class Worker(threading.Thread):
         answers = list(self._answers.values())
         self._answers.clear()
         for answer in answers:
-            self.scheduler.cancel(answer.request)
             self.metrics.ended(answer.request, "error")
-        self.scheduler.forget_prefixes()
         self._send([(answer, Delta(error=failure)) for answer in answers])
+        for answer in answers:
+            self.scheduler.cancel(answer.request)
+        self.scheduler.forget_prefixes()
 
     def _end(self, error: BaseException) -> None:
         """Tells everybody who waits, also for what the thread has not taken yet, that it ends."""

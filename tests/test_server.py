@@ -23,6 +23,7 @@ import openai
 import psutil
 import pytest
 import schemathesis
+import torch
 import uvicorn
 from conftest import make_tokenizer
 from hypothesis import HealthCheck, given, settings
@@ -561,6 +562,29 @@ def test_an_engine_that_ends_leaves_nobody_waiting(engine, monkeypatch, capfd):
             refused = server.post(path, more)
             assert refused.status_code == 503
             assert refused.json()["error"]["message"] == "the engine has stopped"
+
+
+@pytest.mark.parametrize("said_by", ["torch", "others"])
+def test_an_accelerator_that_fails_ends_the_engine_for_good(engine, monkeypatch, capfd, said_by):
+    """Its errors stay with the process; kernels that torch did not start raise other errors."""
+
+    def fail(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def fail_in_kernel() -> None:
+        monkeypatch.setattr(engine, "device", torch.device("cuda"))
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    with serving(engine) as server:
+        step = fail if said_by == "torch" else fail_in_kernel
+        monkeypatch.setattr(server.worker.scheduler, "step", step)
+        monkeypatch.setattr(torch.cuda, "synchronize", fail)
+        response = server.post(TEXT, {"prompt": "The", "max_tokens": 5})
+        assert response.status_code == 500
+        assert "illegal memory access" in response.json()["error"]["message"]
+        for path in ("/health", "/ready"):
+            wait_until(lambda path=path: httpx.get(f"{server.url}{path}").status_code == 503)
+        assert server.post(TEXT, {"prompt": "The"}).status_code == 503
 
 
 def test_a_choice_that_is_refused_late_ends_the_others_of_its_request(engine, monkeypatch, capfd):

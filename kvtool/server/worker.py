@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from kvtool.runtime.memory import give_back
 from kvtool.runtime.scheduler import Counters, Drawn, Request, Scheduler, Scored
 from kvtool.server.errors import ApiError
@@ -224,6 +226,12 @@ class Worker(threading.Thread):
             self._end(error)
 
     def _turn(self) -> None:
+        """A step, and what was asked for before.
+
+        Raises:
+            RuntimeError: The accelerator failed. Every later call would meet the same error, so
+                only a new process helps.
+        """
         try:
             self._obey()
             if not self.scheduler.idle:
@@ -231,6 +239,10 @@ class Worker(threading.Thread):
                 self._deliver(self.scheduler.step())
         except Exception as error:
             self._fail(error)
+            if isinstance(error, torch.AcceleratorError):
+                raise
+            if self.engine.device.type == "cuda":
+                torch.cuda.synchronize()  # raises if a kernel that torch did not start broke it
         self._state = self._look()
 
     def _obey(self) -> None:

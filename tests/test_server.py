@@ -709,6 +709,37 @@ def test_metrics_have_the_names_of_vllm(engine):
     assert 'kvtool:kv_bytes_used{model_name="tiny"} 0.0' in text
 
 
+def test_the_first_token_is_counted_when_it_comes(engine):
+    def count(server: Running, name: str) -> float:
+        text = httpx.get(f"{server.url}/metrics").text
+        found = re.search(rf"^kvtool:{name}_seconds_count\S* (\S+)", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    with serving(engine) as server:
+        step, drawn = server.worker.scheduler.step, threading.Event()
+
+        def step_once() -> Any:
+            return [] if drawn.is_set() else (drawn.set(), step())[1]
+
+        body = {"prompt": "The", "max_tokens": 4, "ignore_eos": True, "stream": True}
+        server.worker.scheduler.step = step_once
+        try:
+            with httpx.stream("POST", f"{server.url}{TEXT}", json=body, timeout=60) as response:
+                lines = response.iter_lines()
+                wait_until(lambda: count(server, "time_to_first_token") == 1)
+                assert count(server, "e2e_request_latency") == 0
+                server.worker.scheduler.step = step
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+        finally:
+            server.worker.scheduler.step = step
+        assert count(server, "time_to_first_token") == 1
+        assert count(server, "inter_token_latency") == 3
+        # Nothing is drawn of a request for no tokens.
+        assert server.post(TEXT, {"prompt": "The", "max_tokens": 0}).status_code == 200
+        assert count(server, "e2e_request_latency") == 2
+        assert count(server, "time_to_first_token") == 1
+
+
 def test_the_status_page_needs_nothing_from_elsewhere(server):
     response = httpx.get(server.url)
     assert response.headers["content-type"].startswith("text/html")

@@ -262,9 +262,9 @@ class Worker(threading.Thread):
         for item in drawn:
             answer = self._answers[item.request]
             delta = answer.add(item)
-            if answer.last is not None:
-                self.metrics.token(now - answer.last)
-            answer.last = now
+            if item.token is not None:
+                self.metrics.token(item.request, now, answer.last)
+                answer.last = now
             if delta.finish is not None:
                 self.scheduler.finish(item.request)
                 del self._answers[item.request]

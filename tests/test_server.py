@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ import openai
 import psutil
 import pytest
 import schemathesis
+import torch
 import uvicorn
 from conftest import make_tokenizer
 from hypothesis import HealthCheck, given, settings
@@ -31,6 +33,7 @@ from kvtool.cli import run_command
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import give_back
 from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.server import chat
 from kvtool.server import worker as worker_module
 from kvtool.server.app import Service, create_app
 from kvtool.server.worker import Worker
@@ -452,13 +455,50 @@ def test_the_key_opens_everything_and_health_needs_none(engine):
             assert response.json()["error"]["code"] == 413
 
 
-def test_a_full_queue_says_when_to_come_again(engine):
+@contextmanager
+def held(server: Running) -> Iterator[None]:
+    """Lets no step begin, so that what was sent before is there until the end."""
+    step, now = server.worker.scheduler.step, threading.Event()
+    server.worker.scheduler.step = lambda: (now.wait(60), step())[1]
+    try:
+        yield
+    finally:
+        now.set()
+        server.worker.scheduler.step = step
+
+
+def test_a_full_queue_says_when_to_come_again_before_anything_is_tokenized(engine, monkeypatch):
+    chats = {"messages": HELLO, "n": 2}
     with serving(engine, max_running=1, max_waiting=1) as server:
-        response = server.post(TEXT, {"prompt": "x", "n": 3})
-        assert response.status_code == 429
-        assert response.headers["retry-after"] == "1"
-        assert response.json()["error"]["type"] == "overloaded_error"
-        assert server.post(TEXT, {"prompt": "x", "n": 2, "max_tokens": 2}).status_code == 200
+        first = {"prompt": "x", "max_tokens": 2, "stream": True}
+        with (
+            held(server),
+            httpx.stream("POST", f"{server.url}{TEXT}", json=first, timeout=60),
+            monkeypatch.context() as patched,
+        ):
+            patched.setattr(Service, "answers", None)
+            patched.setattr(chat, "render", None)
+            for path, body in ((TEXT, {"prompt": "x", "n": 2}), (CHAT, chats)):
+                refused = server.post(path, body)
+                assert refused.status_code == 429
+                assert refused.headers["retry-after"] == "1"
+                assert refused.json()["error"]["type"] == "overloaded_error"
+        fits = {"prompt": "x", "n": 2, "max_tokens": 2}
+        wait_until(lambda: server.post(TEXT, fits).status_code == 200)
+
+
+def test_more_answers_than_could_ever_wait_are_refused_for_good_and_at_once(engine):
+    with serving(engine, max_running=1, max_waiting=1) as server:
+        for path, body, count in (
+            (TEXT, {"prompt": ["a"] * 8000, "n": 64}, 512_000),
+            (CHAT, {"messages": HELLO, "n": 3}, 3),
+        ):
+            begin = time.monotonic()
+            response = server.post(path, body)
+            assert response.status_code == 400
+            message = f"{count} answers at once are asked for, but at most 2 can be"
+            assert response.json()["error"]["message"].startswith(message)
+            assert time.monotonic() - begin < 2, "nothing is tokenized before"
 
 
 def test_an_engine_that_fails_ends_its_requests_and_goes_on(engine, monkeypatch, capfd):
@@ -478,6 +518,96 @@ def test_an_engine_that_fails_ends_its_requests_and_goes_on(engine, monkeypatch,
         monkeypatch.setattr(server.worker.scheduler, "step", step)
         assert server.post(TEXT, body).status_code == 200
         assert server.kv()["running"] == []
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("out of luck")
+
+
+def test_a_closed_stderr_does_not_end_the_engine(engine, monkeypatch):
+    with serving(engine) as server:
+        body = {"prompt": "The", "max_tokens": 2}
+        with monkeypatch.context() as patched, Path(os.devnull).open("w") as closed:
+            closed.close()
+            patched.setattr(worker_module.sys, "stderr", closed)
+            patched.setattr(server.worker.scheduler, "step", refuse)
+            assert server.post(TEXT, body).status_code == 500
+        assert server.post(TEXT, body).status_code == 200
+
+
+def test_an_engine_that_ends_leaves_nobody_waiting(engine, monkeypatch, capfd):
+    """Neither who is being answered, nor who has just asked, nor who asks later."""
+    begun, now = threading.Event(), threading.Event()
+
+    def step() -> None:
+        begun.set()
+        now.wait(60)
+        refuse()
+
+    with serving(engine) as server:
+        monkeypatch.setattr(server.worker.scheduler, "step", step)
+        monkeypatch.setattr(server.worker.scheduler, "forget_prefixes", refuse)
+        body = {"prompt": "The", "max_tokens": 5, "stream": True}
+        with httpx.stream("POST", f"{server.url}{TEXT}", json=body, timeout=20) as running:
+            assert begun.wait(20)
+            with httpx.stream("POST", f"{server.url}{TEXT}", json=body, timeout=20) as queued:
+                now.set()
+                for response in (running, queued):
+                    last = response.read().decode().removeprefix("data: ")
+                    assert json.loads(last)["error"]["code"] == 500
+                    assert "out of luck" in last
+        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        for path, more in ((TEXT, {"prompt": "The"}), (CHAT, {"messages": HELLO})):
+            refused = server.post(path, more)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["message"] == "the engine has stopped"
+
+
+@pytest.mark.parametrize("said_by", ["torch", "others"])
+def test_an_accelerator_that_fails_ends_the_engine_for_good(engine, monkeypatch, capfd, said_by):
+    """Its errors stay with the process; kernels that torch did not start raise other errors."""
+
+    def fail(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def fail_in_kernel() -> None:
+        monkeypatch.setattr(engine, "device", torch.device("cuda"))
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    with serving(engine) as server:
+        step = fail if said_by == "torch" else fail_in_kernel
+        monkeypatch.setattr(server.worker.scheduler, "step", step)
+        monkeypatch.setattr(torch.cuda, "synchronize", fail)
+        response = server.post(TEXT, {"prompt": "The", "max_tokens": 5})
+        assert response.status_code == 500
+        assert "illegal memory access" in response.json()["error"]["message"]
+        for path in ("/health", "/ready"):
+            wait_until(lambda path=path: httpx.get(f"{server.url}{path}").status_code == 503)
+        assert server.post(TEXT, {"prompt": "The"}).status_code == 503
+
+
+def test_a_choice_that_is_refused_late_ends_the_others_of_its_request(engine, monkeypatch, capfd):
+    with serving(engine) as server:
+        add, added = server.worker.scheduler.add, []
+
+        def add_one(request: Request) -> None:
+            if added:
+                refuse()
+            add(request)
+            added.append(request)
+
+        body = {"prompt": "The", "n": 3, "max_tokens": 2, "stream": True}
+        with monkeypatch.context() as patched:
+            patched.setattr(server.worker.scheduler, "add", add_one)
+            failed = server.post(TEXT, body).text
+        assert json.loads(failed.removeprefix("data: "))["error"]["code"] == 500
+        text = httpx.get(f"{server.url}/metrics").text
+        assert 'request_success_total{finished_reason="error",model_name="tiny"} 3.0' in text
+        latency = re.search(r"e2e_request_latency_seconds_sum\S* (\S+)", text)
+        assert latency is not None
+        assert float(latency[1]) < 60
+        assert len(events(server.post(TEXT, body).text)) >= 3
 
 
 # ------------------------------------------------------------------------------ memory and life
@@ -579,6 +709,37 @@ def test_metrics_have_the_names_of_vllm(engine):
     assert 'kvtool:kv_bytes_used{model_name="tiny"} 0.0' in text
 
 
+def test_the_first_token_is_counted_when_it_comes(engine):
+    def count(server: Running, name: str) -> float:
+        text = httpx.get(f"{server.url}/metrics").text
+        found = re.search(rf"^kvtool:{name}_seconds_count\S* (\S+)", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    with serving(engine) as server:
+        step, drawn = server.worker.scheduler.step, threading.Event()
+
+        def step_once() -> Any:
+            return [] if drawn.is_set() else (drawn.set(), step())[1]
+
+        body = {"prompt": "The", "max_tokens": 4, "ignore_eos": True, "stream": True}
+        server.worker.scheduler.step = step_once
+        try:
+            with httpx.stream("POST", f"{server.url}{TEXT}", json=body, timeout=60) as response:
+                lines = response.iter_lines()
+                wait_until(lambda: count(server, "time_to_first_token") == 1)
+                assert count(server, "e2e_request_latency") == 0
+                server.worker.scheduler.step = step
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+        finally:
+            server.worker.scheduler.step = step
+        assert count(server, "time_to_first_token") == 1
+        assert count(server, "inter_token_latency") == 3
+        # Nothing is drawn of a request for no tokens.
+        assert server.post(TEXT, {"prompt": "The", "max_tokens": 0}).status_code == 200
+        assert count(server, "e2e_request_latency") == 2
+        assert count(server, "time_to_first_token") == 1
+
+
 def test_the_status_page_needs_nothing_from_elsewhere(server):
     response = httpx.get(server.url)
     assert response.headers["content-type"].startswith("text/html")
@@ -601,17 +762,12 @@ def test_chromium_shows_the_status_page(server, tmp_path):
     with httpx.stream("POST", f"{server.url}{TEXT}", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
-        step, now = server.worker.scheduler.step, threading.Event()
-        server.worker.scheduler.step = lambda: (now.wait(60), step())[1]  # held while looked at
-        try:
+        with held(server):
             shown = subprocess.run(
                 [*browser, "--dump-dom", server.url], capture_output=True, text=True, check=True
             )
             picture = tmp_path / "page.png"
             subprocess.run([*browser, f"--screenshot={picture}", server.url], check=True)
-        finally:
-            now.set()
-            server.worker.scheduler.step = step
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert "<strong>3 running</strong>" in shown.stdout
     assert "CONSOLE" not in shown.stderr, "nothing is refused or broken"

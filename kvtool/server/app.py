@@ -161,6 +161,7 @@ class Service:
 
     async def chat(self, http: Request, body: schema.ChatCompletion) -> Response:
         self.check_model(body.model)
+        self.worker.check_queue(body.choices)
         ids = await asyncio.to_thread(
             chat.render,
             self.tokenizer,
@@ -245,6 +246,7 @@ class Service:
 
     async def complete(self, http: Request, body: schema.Completion) -> Response:
         self.check_model(body.model)
+        self.worker.check_queue(len(body.prompts) * body.choices)
         prompts: list[list[int]] = []
         for prompt in body.prompts:
             if isinstance(prompt, str):

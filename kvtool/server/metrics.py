@@ -64,12 +64,15 @@ class Metrics:
         """The exposition format."""
         return generate_latest(self.registry)
 
-    def token(self, seconds: float) -> None:
-        """A token came so long after the one before."""
-        self._observe("inter_token_latency_seconds", seconds)
+    def token(self, request: Request, now: float, last: float | None) -> None:
+        """A token came, and the one before at `last`, by `perf_counter`; None for the first."""
+        if last is None:
+            self._observe("time_to_first_token_seconds", now - request.added)
+        else:
+            self._observe("inter_token_latency_seconds", now - last)
 
     def ended(self, request: Request, reason: str) -> None:
-        """A request came to its end."""
+        """A request came to its end: `stop`, `length`, `abort` or `error`, as vLLM counts them."""
         for counter in self._endings:
             counter.labels(self._model, reason).inc()
         now = perf_counter()
@@ -79,7 +82,6 @@ class Metrics:
         if request.admitted is not None:
             self._observe("request_queue_time_seconds", request.admitted - request.added)
         if request.admitted is not None and request.answered is not None:
-            self._observe("time_to_first_token_seconds", request.answered - request.added)
             self._observe("request_prefill_time_seconds", request.answered - request.admitted)
             self._observe("request_decode_time_seconds", now - request.answered)
 

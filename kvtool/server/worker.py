@@ -9,9 +9,12 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
+
+import torch
 
 from kvtool.runtime.memory import give_back
 from kvtool.runtime.scheduler import Counters, Drawn, Request, Scheduler, Scored
@@ -133,7 +136,7 @@ class Worker(threading.Thread):
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._answers: dict[Request, Answer] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._queued = 0  # submitted and not ended; touched by the event loop alone
+        self._open: set[Answer] = set()  # somebody waits; touched by the event loop alone
         self._stopping = False
         self._worked = True  # since memory was last given back; loading the model is work too
         self._recent: deque[tuple[float, Counters]] = deque()  # of the last seconds, oldest first
@@ -142,36 +145,54 @@ class Worker(threading.Thread):
 
     # ------------------------------------------------------------------- for the event loop
 
+    def check_queue(self, answers: int) -> None:
+        """Refuses an HTTP request for so many answers that cannot be queued.
+
+        Raises:
+            ApiError: There is no room now (429) or ever (400), or the server is shutting down or
+                its engine has stopped (503).
+        """
+        if not self.is_alive():
+            raise ApiError(503, "the engine has stopped")
+        if self._stopping:
+            raise ApiError(503, "the server is shutting down")
+        most = self.max_waiting + self.scheduler.max_running
+        if answers > most:
+            message = f"{answers} answers at once are asked for, but at most {most} can be"
+            raise ApiError(400, f"{message}: send fewer prompts, or a smaller n")
+        if len(self._open) + answers > most:
+            message = f"{len(self._open)} requests are being served or wait; no more are taken"
+            raise ApiError(429, message, headers={"Retry-After": "1"})
+
     def submit(self, answers: Sequence[Answer]) -> None:
         """Queues the choices of one HTTP request.
 
         Raises:
-            ApiError: The queue is full, or the server is shutting down.
+            ApiError: As in :meth:`check_queue`.
             UsageError, ResourceError: One of them could never run.
         """
-        if self._stopping:
-            raise ApiError(503, "the server is shutting down")
+        self.check_queue(len(answers))
         for answer in answers:
             request = answer.request
             self.scheduler.check(len(request.prompt), request.max_new_tokens)
-        if self._queued + len(answers) > self.max_waiting + self.scheduler.max_running:
-            message = f"{self._queued} requests are being served or wait; no more are taken"
-            raise ApiError(429, message, headers={"Retry-After": "1"})
         self._loop = asyncio.get_running_loop()
-        self._queued += len(answers)
+        self._open.update(answers)
         now = perf_counter()
 
         def add() -> None:
+            # All are known before one fails: that ends the others too.
             for answer in answers:
                 self._answers[answer.request] = answer
-                self.scheduler.add(answer.request)
                 answer.request.added = now
+            for answer in answers:
+                self.scheduler.add(answer.request)
+                answer.request.added = now  # the scheduler knows only when the step before ended
 
         self._commands.put(add)
 
     def release(self, answers: Sequence[Answer]) -> None:
         """Nobody waits for these any more; what has not ended is free before the next step."""
-        self._queued -= len(answers)
+        self._open.difference_update(answers)
 
         def cancel() -> None:
             for answer in answers:
@@ -198,18 +219,31 @@ class Worker(threading.Thread):
     # ------------------------------------------------------------------------- the thread
 
     def run(self) -> None:
-        while True:
-            try:
-                self._obey()
-                if not self.scheduler.idle:
-                    self._worked = True
-                    self._deliver(self.scheduler.step())
-            except Exception as error:
-                traceback.print_exc(file=sys.stderr)
-                self._fail(error)
-            self._state = self._look()
-            if self.scheduler.idle and self._stopping and self._commands.empty():
-                return
+        try:
+            while not (self._stopping and self.scheduler.idle and self._commands.empty()):
+                self._turn()
+        except BaseException as error:
+            self._end(error)
+
+    def _turn(self) -> None:
+        """A step, and what was asked for before.
+
+        Raises:
+            RuntimeError: The accelerator failed. Every later call would meet the same error, so
+                only a new process helps.
+        """
+        try:
+            self._obey()
+            if not self.scheduler.idle:
+                self._worked = True
+                self._deliver(self.scheduler.step())
+        except Exception as error:
+            self._fail(error)
+            if isinstance(error, torch.AcceleratorError):
+                raise
+            if self.engine.device.type == "cuda":
+                torch.cuda.synchronize()  # raises if a kernel that torch did not start broke it
+        self._state = self._look()
 
     def _obey(self) -> None:
         """Does what was asked for; waits for it if there is nothing else to do."""
@@ -228,9 +262,9 @@ class Worker(threading.Thread):
         for item in drawn:
             answer = self._answers[item.request]
             delta = answer.add(item)
-            if answer.last is not None:
-                self.metrics.token(now - answer.last)
-            answer.last = now
+            if item.token is not None:
+                self.metrics.token(item.request, now, answer.last)
+                answer.last = now
             if delta.finish is not None:
                 self.scheduler.finish(item.request)
                 del self._answers[item.request]
@@ -240,23 +274,40 @@ class Worker(threading.Thread):
 
     def _fail(self, error: Exception) -> None:
         """Ends everything that runs: nobody knows in which state its memory is."""
-        failure = ApiError(500, f"the engine failed: {type(error).__name__}: {error}")
+        failure = _failure(error)
         answers = list(self._answers.values())
         self._answers.clear()
         for answer in answers:
-            self.scheduler.cancel(answer.request)
             self.metrics.ended(answer.request, "error")
-        self.scheduler.forget_prefixes()
         self._send([(answer, Delta(error=failure)) for answer in answers])
+        for answer in answers:
+            self.scheduler.cancel(answer.request)
+        self.scheduler.forget_prefixes()
+
+    def _end(self, error: BaseException) -> None:
+        """Tells everybody who waits, also for what the thread has not taken yet, that it ends."""
+        self._stopping = True  # what comes later is refused, so all that came is open
+        failure = _failure(error)
+
+        def put() -> None:
+            for answer in self._open:
+                answer.deltas.put_nowait((answer.index, Delta(error=failure)))
+
+        self._call(put)
 
     def _send(self, deltas: list[tuple[Answer, Delta]]) -> None:
         def put() -> None:
             for answer, delta in deltas:
                 answer.deltas.put_nowait((answer.index, delta))
 
-        assert self._loop is not None
+        self._call(put)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Runs it in the event loop."""
+        if self._loop is None:  # nobody has asked for anything yet
+            return
         try:
-            self._loop.call_soon_threadsafe(put)
+            self._loop.call_soon_threadsafe(function)
         except RuntimeError:  # the loop has closed, so nobody reads any more
             self._stopping = True
 
@@ -288,3 +339,10 @@ class Worker(threading.Thread):
             counters=counters,
             requests=scheduler.sizes,
         )
+
+
+def _failure(error: BaseException) -> ApiError:
+    """What clients hear of it; all of it is said on stderr, unless that is closed."""
+    with suppress(Exception):
+        traceback.print_exception(error, file=sys.stderr)
+    return ApiError(500, f"the engine failed: {type(error).__name__}: {error}")

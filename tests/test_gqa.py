@@ -84,11 +84,16 @@ def difference(model: Path, other: Path) -> float:
 # ------------------------------------------------------------------------- what must not be lost
 
 
-def test_as_many_kv_heads_as_before_lose_nothing(model, tmp_path, monkeypatch):
-    # A conversion refuses it; but where nothing is merged, the algebra must be exact.
+@pytest.fixture
+def any_size(monkeypatch) -> None:
+    """As many KV heads as before, which a conversion refuses: there the algebra must be exact."""
     monkeypatch.setattr(
         targets, "heads_size", lambda x, n: targets.HeadsSize(n, x.head_dim, x.cached_values)
     )
+
+
+@pytest.mark.usefixtures("any_size")
+def test_as_many_kv_heads_as_before_lose_nothing(model, tmp_path):
     wide = tmp_path / "wide"
     convert_dtype = {"dtype": "float32"}
     output = merged(model, wide, kv_heads_of(model), **convert_dtype)
@@ -440,6 +445,7 @@ def test_attention_may_be_saved_in_another_dtype(tiny, tmp_path):
     assert report.passed, report.checks
 
 
+@pytest.mark.usefixtures("any_size")
 def test_more_kv_heads_are_closer_to_the_original(tiny, tmp_path):
     source, ids, kl = tiny("llama", **MHA), random_ids(), []
     for kv_heads in (1, 2, 4):

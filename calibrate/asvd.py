@@ -7,9 +7,12 @@ Where the inputs' full second moment takes the place of S², it is CSKV's optimu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from kvtool.attention import AttentionLayout
 from kvtool.calibrate.cskv import principal
 from kvtool.calibrate.stream import BATCH, LayerStream
 from kvtool.codes import Fitted, Part, Projection
@@ -19,6 +22,14 @@ ALPHA = 0.5
 """Of the paper and its code."""
 
 
+def check(layouts: Sequence[AttentionLayout]) -> None:
+    """Raises UnsupportedModelError where keys are normed behind their projection."""
+    if any(layout.qk_norm for layout in layouts):
+        raise UnsupportedModelError(
+            "asvd codes what projections give, and this model norms its keys behind them"
+        )
+
+
 @torch.inference_mode()
 def fit(stream: LayerStream, windows: Tensor) -> list[dict[Part, Fitted]]:
     """Keys and values of every layer, from `windows [N, S]` of token ids.
@@ -26,10 +37,7 @@ def fit(stream: LayerStream, windows: Tensor) -> list[dict[Part, Fitted]]:
     Raises:
         UnsupportedModelError: Keys are normed behind their projection.
     """
-    if any(layout.qk_norm for layout in stream.layouts):
-        raise UnsupportedModelError(
-            "asvd codes what projections give, and this model norms its keys behind them"
-        )
+    check(stream.layouts)
     hidden = stream.embed(windows)
     found: list[dict[Part, Fitted]] = []
     for index in range(len(stream)):

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from kvtool.attention import describe
 from kvtool.calibrate import asvd, aware, cskv, matryoshka, palu, pca, xkv
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.felt import Felt, feel
@@ -178,6 +179,12 @@ def check_budget(base: Base, options: ProjectionOptions, budget_bytes: int, item
         _even_codes(base, options, budget_bytes, itemsize)
     except PlanError as error:
         raise UsageError(str(error)) from error
+
+
+def check_keys(checkpoint: Checkpoint, options: ProjectionOptions) -> None:
+    """Raises UnsupportedModelError where the method cannot code the keys of the model."""
+    if options.method == "asvd":
+        asvd.check(describe(checkpoint.hf_config()))
 
 
 def check_ring(checkpoint: Checkpoint, options: ProjectionOptions) -> None:

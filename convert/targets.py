@@ -99,17 +99,19 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
     if str(config.dtype) in ("float16", "torch.float16"):
         reasons.append(FLOAT16)
     if target == "vllm":
+        way = "kvtool" if reasons else "transformers"
         if layout.qkv_bias or layout.output_bias:
-            reasons.append("vLLM's MLA has no attention bias: use --target transformers or kvtool")
+            way_out = "kvtool" if reasons else "transformers or kvtool"
+            reasons.append(f"vLLM's MLA has no attention bias: use --target {way_out}")
         if method == "exact" and layout.kv_heads > 1:
             reasons.append(
                 "the exact method repeats each RoPE frequency once per KV head, which vLLM's MLA "
-                "cannot express: use --target transformers"
+                f"cannot express: use --target {way}"
             )
         default = default_inv_freq(_theta(config), layout.head_dim)
         if rope.scale != 1 or not torch.allclose(rope.inv_freq, default, rtol=1e-5):
             kind = config.rope_parameters.get("rope_type")
-            reasons.append(f"vLLM's MLA has no '{kind}' RoPE scaling: use --target transformers")
+            reasons.append(f"vLLM's MLA has no '{kind}' RoPE scaling: use --target {way}")
     return reasons
 
 
@@ -190,13 +192,16 @@ def heads_size(layout: AttentionLayout, kv_heads: int | None) -> HeadsSize:
     """Checks how many KV heads are asked for.
 
     Raises:
-        UsageError: None are, or they cannot be made by merging groups of equal size.
+        UsageError: None are, or they cannot be made by merging groups of equal size, or are all.
     """
     there = layout.kv_heads
-    possible = [str(n) for n in range(1, there + 1) if there % n == 0]
-    choose = f"the model has {there}, which can be merged into {', '.join(possible)}"
+    possible = [str(n) for n in range(1, there) if there % n == 0]
+    merged = f"which can be merged into {', '.join(possible)}" if possible else "the least"
+    choose = f"the model has {there}, {merged}"
     if kv_heads is None:
         raise UsageError(f"--to gqa needs --kv-heads: {choose}")
+    if kv_heads == there:
+        raise UsageError(f"--kv-heads {kv_heads} does not shrink the cache: {choose}")
     if str(kv_heads) not in possible:
         raise UsageError(f"--kv-heads {kv_heads} is impossible: {choose}")
     return HeadsSize(kv_heads, layout.head_dim, layout.cached_values)

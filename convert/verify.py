@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvtool._transformers import quiet_transformers
 from kvtool.attention import apply_latent_eps
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import artifact, fp8_kv, granite
@@ -187,7 +188,8 @@ def _logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
         return engine.extend(engine.new_cache(1, len(ids)), ids, all_logits=True)
     model = checkpoint.load_transformers(torch.float32)
     apply_latent_eps(model, checkpoint.config)
-    logits: Tensor = model(ids[None], use_cache=False).logits[0]
+    with quiet_transformers():  # it would tell of packages that make its Mamba-2 layers faster
+        logits: Tensor = model(ids[None], use_cache=False).logits[0]
     del model
     gc.collect()
     return logits

@@ -138,6 +138,26 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file in one rename: a full disk, or an interruption, leaves what was there before.
+
+    Raises:
+        OSError: It cannot be written; the error names `path`.
+    """
+    target = path.resolve()  # a link stays one
+    unfinished = target.with_name(target.name + ".unfinished")
+    try:
+        with unfinished.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        unfinished.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def check_disk(folder: Path, needed: int) -> None:
     """Raises ResourceError if the disk of `folder` (which need not exist yet) has less room."""
     existing = next(

@@ -342,7 +342,10 @@ def _check_finite(measured: Record, step: int, training: Training) -> None:
         if not math.isfinite(value):
             raise CalibrationError(
                 f"Training reached a {name} of {value} at step {step + 1} of {training.steps}.",
-                hint=f"Try a learning rate smaller than {training.learning_rate:g}.",
+                hint="Train for less, or on other text with --data."
+                if step
+                else "Nothing is trained yet: the weights hold no numbers, or the text is at "
+                "fault; --data takes another.",
             )
 
 

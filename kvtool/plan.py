@@ -359,8 +359,11 @@ class Plan:
             what = "their shapes agree, but not their configs"
         else:
             what = "their configs agree, but not their weights"
+        made = f"the plan was made for {base.source} and not for {found.source}: {what}"
+        if found.source == base.source:
+            made = f"{base.source} is not what it was when the plan was made: {what}"
         raise PlanError(
-            f"the plan was made for {base.source} and not for {found.source}: {what}",
+            made,
             hint="Calibrate again for this model.",
         )
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from kvtool._staging import write_file
 from kvtool._tensors import first_line, open_safetensors
 from kvtool.bits import Axis, Turned
 from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
@@ -273,15 +273,7 @@ def read_tensors(handle: Any, document: Document) -> dict[str, Tensor]:
 def write(path: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
     """Writes document and tensors in one rename. The same always give the same bytes."""
     named = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with unfinished.open("wb") as handle:
-            handle.write(save(named, metadata={_KEY: text}))
-            handle.flush()
-            os.fsync(handle.fileno())
-        unfinished.replace(path)
-    finally:  # a disk that is full, or an interruption, leaves nothing
-        unfinished.unlink(missing_ok=True)
+    write_file(path, save(named, metadata={_KEY: text}))
 
 
 def as_json(value: Any) -> str:

@@ -277,7 +277,8 @@ def load_recipe(path: Path) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"{path}: cannot be read as a recipe: {why}") from error
     return parse_recipe(text, str(path))
 
 

@@ -157,7 +157,7 @@ def test_settings_that_decide_no_number_may_differ(write: Write) -> None:
         ('{"format_version": 1, "base": "B"}', "it has no 'environment'"),
         ('{"format_version": 3}', "is of format 3, but this kvtool reads 1 to 2"),
         ('{"format_version": 2, "base": null}', "measured without an original"),
-        (None, "cannot be read as a report"),
+        (None, "cannot be read as a report: No such file or directory"),
     ],
 )
 def test_a_file_that_is_no_report_is_named(

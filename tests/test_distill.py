@@ -249,8 +249,7 @@ def test_values_that_are_not_finite_end_the_training_before_they_reach_the_weigh
     student = Breaking(where)
     with pytest.raises(CalibrationError, match=rf"{where} .*step 3 of 5") as raised:
         train(student, lambda i: torch.full((2,), float(i)), Training(5, 0.25), tmp_path)
-    assert raised.value.hint is not None
-    assert "learning rate smaller than 0.25" in raised.value.hint
+    assert raised.value.hint == "Train for less, or on other text with --data."
     assert student.weight.isfinite().all()
     assert len(lines(tmp_path)) == 2
 

@@ -1,5 +1,6 @@
 """The evaluation protocol: what it measures, what it refuses, and that its gates hold."""
 
+import errno
 import json
 import math
 import os
@@ -529,15 +530,15 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     assert str(missing) in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize(("exists", "name"), [(False, "."), (True, "report.json"), (True, ".")])
 def test_a_read_only_output_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool, name: str
 ) -> None:
     output = tmp_path / "report.json"
     if exists:
         output.touch()
     check_output(output, (".json",))
-    denied = output if exists else tmp_path
+    denied = tmp_path / name
     # Modes would not do: root may write everywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (denied, os.W_OK))
     with pytest.raises(UsageError, match=r"report\.json cannot be written: permission"):
@@ -554,6 +555,30 @@ def test_what_was_measured_is_shown_even_if_a_report_cannot_be_written(
     out, err = capfd.readouterr()
     assert str(page) in err
     assert json.loads(report.read_text()) == json.loads(out)
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    report = tmp_path / "report.json"
+    report.write_text("of yesterday")
+    command = ["evaluate", str(tiny("llama")), *SHORT_OPTIONS, "-o", str(report)]
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        assert run_command(command) == 5
+    assert f"the disk is full: [Errno 28] No space left on device: '{report}'" in (
+        capfd.readouterr().err
+    )
+    assert report.read_text() == "of yesterday"
+    assert list(tmp_path.iterdir()) == [report]
+    assert run_command(command) == 0
+    assert json.loads(report.read_text())["bytes_share"] is None
 
 
 def test_layers_and_chat_are_left_out_on_request(

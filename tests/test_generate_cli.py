@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from kvtool.checkpoint import Checkpoint
@@ -83,6 +84,44 @@ def test_the_prompt_comes_from_stdin_for_a_dash(
     monkeypatch.setattr("sys.stdin", io.StringIO("The lazy dog"))
     assert run_command(["generate", str(tiny("llama")), "-", *arguments]) == 0
     assert capfd.readouterr().out == expected
+
+
+@pytest.mark.parametrize("command", [["generate", "-"], ["chat", ""]])
+def test_a_closed_stdin_is_named(
+    tiny: Tiny, capfd: Capture, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    model = str(tiny("llama"))
+    assert run_command([command[0], model, *filter(None, command[1:]), "-q"]) == 2
+    assert capfd.readouterr().err == ("error: stdin is closed, and the text is read from there\n")
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a NaN in its last norm."""
+    folder = make_model("llama", tmp_path_factory.mktemp("broken"))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_a_model_that_gives_no_numbers_is_named(broken: Path, capfd: Capture, command: str) -> None:
+    more = ["The lazy dog"] if command == "generate" else ["--context", "8", "--repeats", "1"]
+    assert run_command([command, str(broken), *more, "-q"]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err == f"error: {broken} gives no numbers for the prompt: its logits are NaN\n"
+
+
+def test_a_model_that_gives_no_numbers_can_be_reported_on(broken: Path, capfd: Capture) -> None:
+    options = ["--quick", "--windows", "2", "--prefill", "48", "--continuation", "16"]
+    assert run_command(["evaluate", str(broken), *options, "--no-speed", "-q", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["divergence"]["perplexity"]["value"] is None
+    assert {sample["text"] for sample in result["samples"]} == {""}
 
 
 def test_bytes_that_are_no_text_are_refused(tiny: Tiny, capfd: Capture) -> None:

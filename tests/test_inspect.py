@@ -65,6 +65,27 @@ def test_it_says_why_a_conversion_does_not_apply(tiny: Tiny) -> None:
     assert "q/k norm" in reasons(tiny("qwen3"), **merged)
 
 
+def test_advice_is_a_target_that_has_no_reason_against_it(tiny: Tiny) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    yarn["original_max_position_embeddings"] = 128
+    said = reasons(tiny("qwen3", rope_parameters=yarn), target="vllm")
+    assert "q/k norm" in said
+    assert "'yarn'" in said
+    assert "--target transformers" not in said
+    assert "use --target transformers" in reasons(
+        tiny("llama", rope_parameters=yarn), target="vllm"
+    )
+
+
+def test_one_layer_is_no_layers(tiny: Tiny, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["inspect", str(tiny("llama", num_hidden_layers=2))]) == 0
+    assert ": 1 layer of " in capfd.readouterr().out
+    assert run_command(["inspect", str(tiny("llama", num_hidden_layers=1))]) == 0
+    out = capfd.readouterr().out
+    assert "layer 0 " in out
+    assert "layers" not in out
+
+
 def test_a_window_bounds_the_cache(tiny: Tiny) -> None:
     inspection = inspect_checkpoint(Checkpoint.open(str(tiny("mistral", sliding_window=64))))
     assert "window of 64 tokens" in inspection.runs[0].summary

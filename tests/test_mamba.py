@@ -52,6 +52,16 @@ def test_the_result_is_what_verification_asks_for(done):
     assert report.measured["bytes_per_token"] == 2 * 2 * 2 * 16 * 2
 
 
+def test_verification_is_not_told_of_packages_that_would_be_faster(done):
+    source, output, _ = done
+    told = subprocess.run(
+        [sys.executable, "-m", "kvtool", "verify", str(output), "--against", str(source)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert told.stderr == ""
+
+
 def test_verification_sees_a_changed_row_and_a_wrong_decay(done, tmp_path):
     import shutil
 

@@ -5,6 +5,8 @@ import errno
 import itertools
 import json
 import math
+import os
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +20,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from kvtool import plan_file
 from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodePlan, code_shapes
@@ -799,6 +800,10 @@ def test_a_plan_notices_other_weights_but_not_another_folder(tiny: Tiny, tmp_pat
     weights.write_bytes(content)
     with pytest.raises(PlanError, match="not their weights"):
         plan.check_base(Checkpoint.open(str(trained)))
+    changed = replace(plan, base=replace(plan.base, source=str(trained)))
+    said = f"{trained} is not what it was when the plan was made: their configs agree, but not"
+    with pytest.raises(PlanError, match=re.escape(said)):
+        changed.check_base(Checkpoint.open(str(trained)))
 
 
 def test_heads_that_share_one_latent_cannot_be_planned(tmp_path: Path) -> None:
@@ -856,7 +861,7 @@ def test_a_plan_that_cannot_be_written_leaves_no_file(tmp_path: Path, monkeypatc
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(plan_file.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         coded_plan().write(tmp_path / "codes.plan")
     assert list(tmp_path.iterdir()) == []

@@ -155,3 +155,9 @@ def test_outputs_are_kept_and_strangers_refused(heads: Path, budgets: Path, tmp_
         run("compose", heads, other, "-o", tmp_path / "both.plan")
     with pytest.raises(PlanError, match="no such file"):
         run("show", tmp_path / "missing.plan")
+
+
+def test_show_counts_in_words_that_fit(tmp_path: Path) -> None:
+    layers = (LayerPlan((False, False), budget=(128, 128)),) * 4
+    Plan(BASE, layers, policy="snapkv").write(tmp_path / "p")
+    assert "8 KV heads, 128 tokens, chosen" in run("show", tmp_path / "p")

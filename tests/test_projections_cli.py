@@ -139,3 +139,10 @@ def test_models_that_no_code_is_for_are_refused(
 ) -> None:
     assert calibrate(tiny("mistral", sliding_window=32), tmp_path / "p") == 4
     assert "sliding window" in capsys.readouterr().err
+    said = [
+        (calibrate(tiny("qwen3"), tmp_path / "p", "--method", "asvd", *words), capsys.readouterr())
+        for words in ([], ["--dry-run"])
+    ]
+    assert said[0] == said[1]
+    assert said[0][0] == 4
+    assert "norms its keys" in said[0][1].err

@@ -1,5 +1,6 @@
 """Many requests in one memory: each as if it were alone, and never a byte more than allowed."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from test_sparse_store import sparse
 from test_split_store import MIXED, SINK, WINDOW, make_plan
 
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli.serve import room
 from kvtool.convert import conversion, planning
 from kvtool.errors import ResourceError, UsageError
 from kvtool.runtime import Engine, Sampling
@@ -441,3 +443,20 @@ def test_plans_that_stream_prompts_take_no_more_while_they_read(engine):
     assert streamed.reading(100) == streamed.holding(100, 100)
     dense = Scheduler(engine("split"), GIGABYTE).memory
     assert dense.reading(100) > dense.holding(100, 100)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_server_says_what_really_fits(engine, kind):
+    memory = Scheduler(engine(kind), GIGABYTE).memory
+    few = Scheduler(engine(kind), memory.holding(100, 1))
+    count, longest = map(int, re.findall(r"^(\d+) sequences? of up to (\d+) token", room(few))[0])
+    few.check(1, longest - 1)
+    with pytest.raises((ResourceError, UsageError)):
+        few.check(1, longest)
+    assert longest >= 100
+    assert (
+        count * memory.holding(longest, 1)
+        <= few.budget
+        < (count + 1) * few.memory.holding(longest, 1)
+    )
+    assert ("bytes and" in room(few)) == (memory.constant > 0)

@@ -5,12 +5,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+
+from kvtool.errors import UsageError
 
 # A pipe or a log file has no width; rich would assume 80 columns and break table rows there.
 _PIPE_WIDTH = 120
@@ -28,6 +30,18 @@ def _console(*, stderr: bool) -> Console:
         highlight=False,
         markup=False,
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """Such as `1 layer` and `2 layers`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def stdin() -> TextIO:
+    """Raises UsageError where the shell has closed it."""
+    if sys.stdin is None:
+        raise UsageError("stdin is closed, and the text is read from there")
+    return sys.stdin
 
 
 out = _console(stderr=False)

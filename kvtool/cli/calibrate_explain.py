@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvtool._staging import write_file
 from kvtool.cli import _console, _options
 from kvtool.cli.evaluate import check_output
 from kvtool.cli.plan import PlanFile
@@ -40,7 +41,7 @@ def explain(
     if output.suffix == ".html":
         from kvtool.evaluate.html import explain_page
 
-        output.write_text(explain_page(explained), encoding="utf-8")
+        write_file(output, explain_page(explained).encode())
     else:
         from kvtool.evaluate.spectra import save_explained
 

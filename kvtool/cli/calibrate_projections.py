@@ -145,6 +145,7 @@ def projections(
     allowed = parse_budget(kv_budget, native)
     method_of.check_budget(base, options, allowed, _BF16)
     method_of.check_ring(checkpoint, options)
+    method_of.check_keys(checkpoint, options)
     if dry_run:
         planned = {
             "plan": str(output),

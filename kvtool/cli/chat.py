@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtool.cli import _options as options
-from kvtool.cli._console import err
+from kvtool.cli._console import err, stdin
 from kvtool.cli.generate import (
     MaxNewTokens,
     MinP,
@@ -63,7 +63,7 @@ def chat(
     sampling = Sampling(**chosen)
     cache = engine.new_cache(1, min(_FIRST_CAPACITY, engine.max_context))
 
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = stdin().isatty() and sys.stdout.isatty()
     if interactive and not quiet:
         err.print("/reset forgets the conversation, /exit or Ctrl-D ends it")
     messages, stored = list(opening), list[int]()
@@ -139,4 +139,4 @@ def _read(interactive: bool) -> str | None:
         except EOFError:
             print(file=sys.stderr)
             return None
-    return sys.stdin.readline() or None
+    return stdin().readline() or None

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvtool._staging import write_file
 from kvtool.cli import _options as options
 from kvtool.cli._console import emit
 from kvtool.cli.evaluate import check_output
@@ -42,6 +43,6 @@ def compare(
         from kvtool.evaluate.pictures import save_comparison
 
         if output.suffix == ".html":
-            output.write_text(compare_page(comparison), encoding="utf-8")
+            write_file(output, compare_page(comparison).encode())
         else:
             save_comparison(comparison, output)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from kvtool._staging import write_file
 from kvtool.cli import _options as options
 from kvtool.cli._console import dump_json, emit, out, progress
 from kvtool.cli.plan import head_picture
@@ -79,7 +80,8 @@ def evaluate(
         typer.Option(
             "--output",
             "-o",
-            help="Also write the report here, a .json or .html; may be given more than once.",
+            help="Also write the report here, a .json or .html, in place of one that is there; "
+            "may be given more than once.",
         ),
     ] = None,
     json: options.Json = False,
@@ -155,7 +157,7 @@ def evaluate(
                 from kvtool.evaluate.html import report_page
 
                 text = report_page(loads(text), report.table())
-            file.write_text(text, encoding="utf-8")
+            write_file(file, text.encode())
     if failed := report.failures(gates):
         raise GateError(f"{model}: {'; '.join(failed)}")
 
@@ -169,7 +171,8 @@ def check_output(file: Path, suffixes: Sequence[str]) -> None:
     parent = file.absolute().parent
     if file.is_dir() or not parent.is_dir():
         raise UsageError(f"{file} cannot be written: it must be a file in an existing folder")
-    if not os.access(file if file.exists() else parent, os.W_OK):
+    # It is written beside, then renamed; a file that is there must allow it all the same.
+    if not all(os.access(path, os.W_OK) for path in (parent, file) if path.exists()):
         raise UsageError(f"{file} cannot be written: permission is denied")
     if file.suffix not in suffixes:
         raise UsageError(f"{file} cannot be written: it must end in {' or '.join(suffixes)}")

@@ -10,7 +10,7 @@ import typer
 from rich.filesize import decimal
 
 from kvtool.cli import _options as options
-from kvtool.cli._console import emit, err
+from kvtool.cli._console import emit, err, stdin
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.text import TextStream, check_text
 
@@ -79,7 +79,7 @@ def generate(
     from kvtool.runtime import Engine, Sampling
 
     chosen = sampling_options(temperature, top_p, top_k, min_p, repetition_penalty)
-    text = check_text(sys.stdin.read() if prompt == "-" else prompt)
+    text = check_text(stdin().read() if prompt == "-" else prompt)
     checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
     kept = options.read_plan(plan, checkpoint)
     tokenizer = checkpoint.tokenizer()

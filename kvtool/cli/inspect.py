@@ -40,7 +40,8 @@ def _facts(inspection: Inspection) -> Table:
     table = Table(title=inspection.model, title_justify="left", box=box.SIMPLE, show_header=False)
     table.add_row("family", f"{inspection.family} ({inspection.architecture})")
     for run in inspection.runs:
-        table.add_row(f"layers {run.first}-{run.last}", run.summary)
+        which = f"layers {run.first}-{run.last}" if run.layers > 1 else f"layer {run.first}"
+        table.add_row(which, run.summary)
     if inspection.unsupported:
         table.add_row("attention", f"not supported: {inspection.unsupported}")
     positions = inspection.max_positions
@@ -71,8 +72,9 @@ def _facts(inspection: Inspection) -> Table:
         )
         table.add_row(
             "  with --to mamba",
-            f"{sizes}: {hybrid.layers} layers take {decimal(hybrid.constant_bytes)} each at any "
-            f"length, less from {hybrid.even_at} tokens on",
+            f"{sizes}: {_console.counted(hybrid.layers, 'layer')} of "
+            f"{decimal(hybrid.constant_bytes)} each at any length, less from {hybrid.even_at} "
+            "tokens on",
         )
     return table
 

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from kvtool.cli import _console, _options
+from kvtool.cli._console import counted
 from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _describe_heads(table: Table, result: dict[str, Any]) -> None:
     table.add_row("  per layer", " ".join(str(layer["streaming"]) for layer in layers))
     budgets = [x for layer in layers for x in layer["budget"] or () if x is not None]
     if budgets:
-        spread = f"{min(budgets)} to {max(budgets)} tokens, chosen by {result['policy']}"
+        spread = f"{_spread(budgets)} tokens, chosen by {result['policy']}"
         table.add_row("token budgets", f"{len(budgets)} KV heads, {spread}")
 
 
@@ -238,7 +239,7 @@ def _describe_sparse(table: Table, layers: list[dict[str, Any]]) -> None:
         return
     labels = _spread([len(x["channels"][0]) for x in sparse])
     tokens = _spread([x["tokens"] for x in sparse])
-    few = f"{len(sparse)} layers: {tokens} tokens, of all that full heads keep"
+    few = f"{counted(len(sparse), 'layer')}: {tokens} tokens, of all that full heads keep"
     table.add_row("sparse reading", few)
     table.add_row("  chosen", f"by {labels} label channels of each key")
     always = sorted({(x["sink"], x["window"]) for x in sparse})
@@ -282,7 +283,7 @@ def _describe_kept(table: Table, layers: list[dict[str, Any]]) -> None:
     if one["bits"] is not None:
         bits = f"{one['bits']} bits, packed every {one['chunk']} tokens, a scale (2 bytes) for "
         bits += f"{one['state']} numbers"
-    table.add_row("states", f"{len(states)} layers: {bits}")
+    table.add_row("states", f"{counted(len(states), 'layer')}: {bits}")
     if one["taught"] is not None:
         heads = sum(x > 0 for state in states for x in state["least"] or ())
         table.add_row("  beyond", f"{heads} heads pass tokens over behind {one['taught']} tokens")
@@ -298,8 +299,7 @@ def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:
     table.add_row("codes", f"{len(codes)}{together}: {read}")
     for part, place in (("keys", 0), ("values", 1)) if len(one["widths"]) == 2 else (("joint", 0),):
         widths = [x["widths"][place] for x in codes]
-        spread = f"{min(widths)} to {max(widths)}" if len(set(widths)) > 1 else f"{widths[0]}"
-        table.add_row(f"  {part}", f"{spread} numbers per token")
+        table.add_row(f"  {part}", f"{_spread(widths)} numbers per token")
     if one["bits"] is not None:
         own = [str(x["bits"]) for x in codes]
         each = f"{' '.join(own) if len(set(own)) > 1 else own[0]} bits each"

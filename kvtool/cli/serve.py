@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kvtool.cli import _options as options
-from kvtool.cli._console import err
+from kvtool.cli._console import counted, err
 from kvtool.errors import KvtoolError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -148,14 +148,22 @@ def serve_local(
         address, bound = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         err.print(f"http://{shown}:{bound} serves {service.name}: {service.description}")
-        each = scheduler.memory.bytes_per_token
-        err.print(
-            f"{kv_memory} of caches hold about {memory / each:,.0f} tokens of {each:,.0f} bytes "
-            f"(uncompressed {native:,.0f})"
-        )
+        err.print(f"{kv_memory} of caches hold {room(scheduler)} (uncompressed {native:,.0f})")
         if api_key is None and not _is_local(address):
             err.print("warning: other machines can reach it, and no --api-key is asked for")
     _run(create_app(service, api_key=api_key, max_body=body), listener, drain)
+
+
+def room(scheduler: Scheduler) -> str:
+    """What the caches have room for, in words: whole sequences, as long as one alone may become."""
+    memory = scheduler.memory
+    longest = 1 + scheduler.room(1)
+    count = scheduler.budget // memory.holding(longest, 1)
+    constant = f"{memory.constant:,} bytes and " if memory.constant else ""
+    return (
+        f"{counted(count, 'sequence')} of up to {counted(longest, 'token')}: each takes {constant}"
+        f"{memory.bytes_per_token:,.0f} bytes per token"
+    )
 
 
 def native_bytes_per_token(engine: Engine, checkpoint: Checkpoint) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtool.corpus import chat_tokens, start_tokens
-from kvtool.errors import UnsupportedModelError
+from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.evaluate.retrieval import Filler
 
 if TYPE_CHECKING:
@@ -144,8 +144,11 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
 def greedy_replies(
     engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[Reply]:
-    """Greedy continuations of all prompts, in one batch."""
-    steps = engine.generate(prompts, max_new_tokens=max_new_tokens)
+    """Greedy continuations of all prompts, in one batch; a model that gives NaN says nothing."""
+    try:
+        steps = list(engine.generate(prompts, max_new_tokens=max_new_tokens))
+    except CheckpointError:  # a report is of damaged models too
+        return [Reply("", False)] * len(prompts)
     replies = []
     for row in zip(*steps, strict=True):
         tokens = [token for token in row if token is not None]

@@ -148,7 +148,8 @@ def _read(file: Path) -> tuple[dict[str, Any], Row]:
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: cannot be read as a report: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{file}: cannot be read as a report: {why}") from error
     try:
         version = report["format_version"]
         if version not in READS:

@@ -26,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 from rich.filesize import decimal
 
+from kvtool._staging import write_file
 from kvtool.evaluate.compare import ABSENT, Comparison, Row
 
 LIGHT = {
@@ -151,7 +152,7 @@ def save_comparison(comparison: Comparison, file: Path) -> None:
 
 def save(figure: Figure, file: Path) -> None:
     """Writes a figure as .svg or .png, as the suffix says, on white."""
-    file.write_bytes(_save(figure, file.suffix[1:], facecolor=LIGHT["page"], dpi=144))
+    write_file(file, _save(figure, file.suffix[1:], facecolor=LIGHT["page"], dpi=144))
 
 
 @contextmanager

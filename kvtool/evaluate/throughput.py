@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvtool import __version__
+from kvtool._transformers import quiet_transformers
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
 from kvtool.evaluate.protocol import CacheSize, cache_size
@@ -205,7 +206,7 @@ def transformers_generation(
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def run(on_token: Callable[[], None]) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), quiet_transformers():
             model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),

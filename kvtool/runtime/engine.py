@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvtool.attention import Rope, decoder_layers
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import UsageError
+from kvtool.errors import CheckpointError, UsageError
 from kvtool.kernels.dispatch import use_triton
 from kvtool.kernels.linear import LEAST_ROWS
 from kvtool.latent import FactoredAttention
@@ -257,6 +257,9 @@ class Engine:
             seed: Same seed and same batch give the same text.
             ignore_eos: Go on after a stop token.
             cache: Kept by the caller for later turns; made here if not given.
+
+        Raises:
+            CheckpointError: The logits after a prompt are NaN.
         """
         longest = max(len(prompt) for prompt in prompts)
         self._check_length(longest + max_new_tokens)
@@ -276,6 +279,13 @@ class Engine:
                 for row, text in enumerate(texts)
             ]
         )
+        if bool(logits.isnan().any()):  # not in every step, which would wait for the device
+            raise CheckpointError(
+                f"{self.checkpoint.source} gives no numbers for the prompt: its logits are NaN",
+                hint="float16 overflows easily: --dtype float32"
+                if self.dtype == torch.float16
+                else None,
+            )
         running = [True] * len(texts)
         for step in range(max_new_tokens):
             drawn = draw(samplers, logits, [(text,) for text in texts])

@@ -277,8 +277,25 @@ def test_shared_pages_stay_within_the_budget_and_all_return(engines, monkeypatch
     assert (memory.pages.count, memory.pages.rows) == (pages, rows)
     assert len(memory.pages._free_pages) == pages - 1
     assert len(memory.pages._free_rows) == rows - 1
-    stores = [x for store in memory.stores for x in (store, getattr(store, "streaming", None))]
-    assert all(getattr(store, "prompt", None) is None for store in stores)
+    stores = [
+        part
+        for store in memory.stores
+        for part in (store, getattr(store, "streaming", None), getattr(store, "budgeted", None))
+    ]
+    for held in ("prompt", "selector"):
+        assert all(getattr(store, held, None) is None for store in stores)
+
+
+def test_tables_of_a_long_context_leave_room_for_requests(tiny, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "triton")
+    checkpoint = Checkpoint.open(str(tiny("llama", max_position_embeddings=1_000_000)))
+    engine = Engine.load(checkpoint, plan=budgeted(checkpoint, mixed=False), device=DEVICE)
+    scheduler = Scheduler(engine, 2**24)
+    pool = engine.memory
+    assert pool.pages.count * pool.page_bytes + pool.fixed_bytes(pool.pages.rows - 1) <= 2**24 + (
+        pool.page_bytes
+    )
+    assert scheduler.room(200) > 200
 
 
 def test_prefixes_leave_rows_for_requests(engines, monkeypatch):

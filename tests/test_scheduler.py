@@ -316,6 +316,22 @@ def test_a_prefix_that_is_about_to_be_read_goes_last(engine):
     assert again.cached == 64
 
 
+def test_where_the_prefix_has_to_go_a_running_request_shares(engine):
+    page = Scheduler(engine("dense"), GIGABYTE, piece=64).memory.holding(64, 64)
+    scheduler = Scheduler(engine("dense"), 9 * page, piece=64)
+    start = prompt(64)
+    scheduler.add(Request([*start, *prompt(64, 1)], 1, ignore_eos=True))
+    drain(scheduler)
+    running = Request([*start, *prompt(56, 2)], 60, ignore_eos=True)
+    scheduler.add(running)
+    while not running.tokens:
+        scheduler.step()
+    last = Request([*start, *prompt(290, 3)], 1, ignore_eos=True)
+    scheduler.add(last)
+    drain(scheduler)
+    assert last.cached == 64
+
+
 def test_a_running_request_shares_its_prompt_too(engine):
     scheduler = Scheduler(engine("dense"), GIGABYTE, piece=PIECE)
     twins = [Request(prompt(40), 30, ignore_eos=True) for _ in range(2)]

@@ -92,8 +92,10 @@ class Engine:
         Where there is a shared memory, it takes part of that.
         """
         if self.paged:
-            pages = batch_size * sum(self.new_pages(0, 0).wanted(0, capacity))
-            memory = self.memory or PagedMemory(self, batch_size, pages)
+            memory = self.memory
+            if memory is None:
+                pages = batch_size * sum(self.new_pages(0, 0).wanted(0, capacity))
+                memory = PagedMemory(self, batch_size, pages)
             return memory.new_cache(batch_size, capacity)
         stores = [attention.new_store(batch_size, capacity) for attention in self.attentions]
         return KVCache(stores, batch_size)

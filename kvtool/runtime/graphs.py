@@ -80,7 +80,8 @@ class PagedMemory:
     def begin(self, row: int, prompt: int) -> None:
         """Told how long the prompt is that an empty row is fed next."""
         self.pages.begin(row, prompt)
-        self.resize(row, self.pages.room(row))
+        while missing := self.pages.resize(row, self.pages.room(row)):
+            self._grow(0, missing)
 
     @torch.inference_mode()
     def resize(self, row: int, tokens: int) -> None:

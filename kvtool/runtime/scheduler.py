@@ -176,7 +176,7 @@ class Scheduler:
             # As rows there are, so that no row has to be made while requests run.
             self._most_prefixes = 3 * max_running
             smallest = max(1, self.memory.holding(PAGE, PAGE))
-            most = memory // smallest
+            most = memory // (smallest + engine.new_pages(0, 0).table_bytes)
             rows = max(1, min(4 * max_running if self.share_prefixes else max_running, most))
             pool = engine.open_memory(memory, rows)
             pool.record(min(rows, max_running))
@@ -325,7 +325,7 @@ class Scheduler:
             return None
         shared, source = self._find_prefix(request)
         if not self._make_room(again, source):
-            shared, source = 0, None  # it had to go
+            shared, source = self._find_prefix(request)  # it had to go; who runs stays
         self.waiting.popleft()
         self._reading = _Row(request, self.engine.new_cache(1, whole_pages(prompt)), nbytes)
         if source is not None:

@@ -221,6 +221,8 @@ class Kept:
 class BudgetedHeads(DroppingHeads):
     """Heads that keep the best tokens of the prompt, and in growing tails all that come later."""
 
+    selector: Selector | None = None
+
     def __init__(
         self, rows: int, budgets: Sequence[int], head_dim: int, like: Tensor, scaling: float,
         new_selector: Callable[[], Selector],
@@ -248,9 +250,15 @@ class BudgetedHeads(DroppingHeads):
         if step.prompt is not None:
             if step.starts[0] == 0:
                 self.selector = self.new_selector()
+            assert self.selector is not None
             self.selector.see(new.q[0], new.unrotated[0], step.starts[0])
             return self.read_prompt(new, step)
         return self.add_later(new, step)
+
+    def forget(self, row: int) -> None:
+        if self.prompt_row == row:
+            self.selector = None
+        super().forget(row)
 
     def add_later(self, new: NewTokens, step: Step) -> Tensor:
         """The same of tokens behind the prompt."""
@@ -270,8 +278,9 @@ class BudgetedHeads(DroppingHeads):
         return torch.stack(contexts)
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
+        assert self.selector is not None
         scores = self.selector.scores(keys, values)
-        del self.selector
+        self.selector = None
         chosen = [keep(score, n) for score, n in zip(scores, self.budgets, strict=True)]
         self.keep(row, chosen, keys, values)
 

@@ -2,7 +2,7 @@
 
 Where heads keep different numbers of tokens, a page that all of them share would be empty in most.
 Here a page holds :data:`PAGE` tokens of one KV head of one layer, every head of a row has a list of
-pages of its own, and all lists draw on one pool (KV-Compress, arXiv 2410.00161, section 3).
+pages of its own, and all lists draw on one pool (as in KV-Compress, arXiv 2410.00161).
 
 A head that keeps everything has the token at position p in place p of its list. One with a budget
 has what it kept of the prompt in its first places, and behind it all tokens that came later.

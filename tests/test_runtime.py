@@ -11,6 +11,7 @@ from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.latent_attention import latent_decode_attention
 from kvtool.kernels.linear import linear
+from kvtool.kernels.linear.reference import in_blocks
 from kvtool.runtime import Engine, Sampling
 from kvtool.runtime.layers import DecodeLinear, LatentRuntimeAttention
 
@@ -346,8 +347,9 @@ def test_linear_over_few_tokens_equals_linear(tokens, out, threads):
         torch.set_num_threads(threads)
         for b in (None, bias):
             expected = torch.nn.functional.linear(x, weight, b)
-            torch.testing.assert_close(linear(x, weight, b), expected, atol=1e-4, rtol=1e-4)
-            swapped = linear(x.transpose(0, 1), weight, b)
+            for product in (linear, in_blocks):
+                torch.testing.assert_close(product(x, weight, b), expected, atol=1e-4, rtol=1e-4)
+            swapped = in_blocks(x.transpose(0, 1), weight, b)
             torch.testing.assert_close(swapped, expected.transpose(0, 1), atol=1e-4, rtol=1e-4)
     finally:
         torch.set_num_threads(before)

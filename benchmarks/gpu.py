@@ -671,16 +671,22 @@ def show(bench: Bench) -> None:
     Console(width=150).print(table)
 
 
-def main() -> None:
-    """Parses and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def asked_for(description: str) -> tuple[Bench, bool]:
+    """What the command line asks for, and whether sizes are to be small."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=500, help="stop after so many")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = Bench(asked.out, device, asked.seconds)
     torch.manual_seed(0)
+    return Bench(asked.out, device, asked.seconds), asked.tiny
+
+
+def main() -> None:
+    """Parses and measures."""
+    bench, tiny = asked_for(__doc__)
+    device = bench.device
     grouped = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
     latents = {
         "SmolLM2-135M, MLA at 50 %": (9, 160, 32),
@@ -690,7 +696,7 @@ def main() -> None:
     }
     packed_latents = {name: latents[name] for name in list(latents)[1:3]}
     groups: list[Iterator[Case]]
-    if asked.tiny:
+    if tiny:
         groups = [
             decode_cases(device, {"SmolLM2-135M": (9, 3, 64)}, [(2, 100)]),
             latent_cases(device, {"SmolLM2-135M": (9, 160, 32)}, [(2, 100)]),
@@ -725,11 +731,11 @@ def main() -> None:
                     bench.measure(case)
                     del case
         with bench.going_on("end to end"):
-            if asked.tiny:
+            if tiny:
                 end_to_end(bench, 2, 2, 100, shrink=16)
             else:
                 end_to_end(bench, 32, 8, 32768)
-        for batch in () if asked.tiny else (1, 8):
+        for batch in () if tiny else (1, 8):
             with bench.going_on("flex_attention"):
                 for case in flex_cases(device, batch, 32768):
                     if not bench.late(20):

@@ -11,10 +11,8 @@ fastest belongs into `config_for`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ from rich.table import Table
 from benchmarks.gpu import (
     Bench,
     Case,
+    asked_for,
     code_cases,
     decode_cases,
     latent_cases,
@@ -144,18 +143,11 @@ def show(bench: Bench) -> None:
 
 def main() -> None:
     """Parses and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=500, help="stop after so many")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
-    asked = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = Bench(asked.out, device, asked.seconds)
-    torch.manual_seed(0)
+    bench, tiny = asked_for(__doc__)
     try:
-        for sweep in sweeps(device, asked.tiny):
+        for sweep in sweeps(bench.device, tiny):
             with bench.going_on("sweep"):
-                measure(bench, sweep, 1 if asked.tiny else None)
+                measure(bench, sweep, 1 if tiny else None)
     finally:
         show(bench)
 

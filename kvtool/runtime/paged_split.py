@@ -9,31 +9,15 @@ from torch import Tensor
 
 from kvtool.kernels.append import append
 from kvtool.kernels.decode_attention import paged_decode_attention
-from kvtool.runtime.pages import PagedHeads, Pages, Place, enlarge
+from kvtool.runtime.pages import PagedHeads, PerRow, Place
 from kvtool.runtime.split import SplitStore, StreamingHeads
 
 if TYPE_CHECKING:
     from kvtool.runtime.packed import PagedPacked
 
 
-class PagedRings(StreamingHeads):
+class PagedRings(PerRow, StreamingHeads):
     """Heads that keep the first tokens and the last: a ring per row."""
-
-    pages: Pages
-
-    @property
-    def page_bytes(self) -> int:
-        """Rings have no pages."""
-        return 0
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a ring."""
-        return sum(plane[0].nbytes for plane in self.planes.values())
-
-    def grow(self) -> None:
-        """Takes as many rows as there are now."""
-        enlarge(self.planes, self.pages.rows)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
         """See :meth:`PagedHeads.step`."""

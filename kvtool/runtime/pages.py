@@ -219,6 +219,27 @@ class PagedStore(Store):
         enlarge(self.planes, self.pages.count)
 
 
+class PerRow:
+    """What has a place per row in planes, and no pages."""
+
+    pages: Pages
+    planes: dict[str, Tensor]
+
+    @property
+    def page_bytes(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a place."""
+        return sum(plane[0].nbytes for plane in self.planes.values())
+
+    def grow(self) -> None:
+        """Takes as many rows as there are now."""
+        enlarge(self.planes, self.pages.rows)
+
+
 class PagedHeads(PagedStore):
     """Rotated keys and values of heads that keep every token."""
 

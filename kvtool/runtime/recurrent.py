@@ -17,7 +17,7 @@ from kvtool.kernels.quantise import dequantise_rows, packed_bytes, quantise_rows
 from kvtool.kernels.ssd import ssd_chunked
 from kvtool.mamba import CHUNK, Mixer, Past, Projected
 from kvtool.runtime.layers import RuntimeAttention, Step
-from kvtool.runtime.pages import Pages, Place, enlarge
+from kvtool.runtime.pages import Pages, PerRow, Place
 from kvtool.runtime.stores import Store
 from kvtool.states import StatePlan
 
@@ -71,26 +71,12 @@ class StateStore(Store):
         return y
 
 
-class PagedStates(StateStore):
+class PagedStates(PerRow, StateStore):
     """The same for the rows of a paged memory, which take no pages here."""
 
     def __init__(self, mixer: Mixer, pages: Pages) -> None:
         super().__init__(mixer, pages.rows)
         self.pages = pages
-
-    @property
-    def page_bytes(self) -> int:
-        """States have no pages."""
-        return 0
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a state."""
-        return sum(plane[0].nbytes for plane in self.planes.values())
-
-    def grow(self) -> None:
-        """Takes as many rows as there are now."""
-        enlarge(self.planes, self.pages.rows)
 
     def step(self, new: Projected, at: Place) -> Tensor:
         """Takes up a new token per row and returns y `[B, 1, H, P]`."""

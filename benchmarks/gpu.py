@@ -53,6 +53,7 @@ from kvtool.kernels.ssd import reference as ssd_reference
 from kvtool.kernels.ssd import ssd_chunked, ssd_step
 from kvtool.kernels.streaming_attention import reference as streaming_reference
 from kvtool.kernels.streaming_attention import streaming_attention
+from kvtool.runtime.paged_split import at_once
 
 PAGE = 64
 BFLOAT16 = torch.bfloat16
@@ -358,8 +359,11 @@ def split_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]
     full, streaming = q[:, : queries // 2].contiguous(), q[:, queries // 2 :].contiguous()
 
     def split() -> Tensor:
-        far, _ = paged_decode_attention(full, keys, values, lengths, scaling, table)
-        close, _ = paged_decode_attention(streaming, *near, near_lengths, scaling, own)
+        close, far = at_once(
+            device,
+            lambda: paged_decode_attention(streaming, *near, near_lengths, scaling, own)[0],
+            lambda: paged_decode_attention(full, keys, values, lengths, scaling, table)[0],
+        )
         return torch.cat((far, close), dim=1)
 
     def split_error() -> float:

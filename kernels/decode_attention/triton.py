@@ -51,6 +51,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     heads: int | None = None
+    registers: int | None = None
 
 
 def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:

@@ -19,24 +19,102 @@ from torch import Tensor
 from kvtool.kernels.decode_attention.triton import Config, Cut, find_item
 from kvtool.kernels.packed_attention.paged import PAGE, Blocks, Ring, pieces_of
 from kvtool.kernels.tiles import (
+    INTERPRETED,
     dot,
     gdc_launch_dependents,
     load_columns,
     lying_together,
     precision,
-    store_columns,
 )
 
 _LARGEST = tl.constexpr(65504.0)  # of fp16
 _TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 · 2^23: added and taken off, it rounds half to even
 
 
+@triton.constexpr_function
+def _to_numbers(shift, bits, half):
+    """PTX: a field of four bytes to four numbers of 16 bits, about zero."""
+    mask, middle = ((1 << bits) - 1) * 0x01010101, 0x00010001 << (bits - 1)
+    # The last bit of a float with these upper eight bits, 1024 or 128 and more, counts ones.
+    ones, kind = ("0x64646464", "f16x2") if half else ("0x43434343", "bf16x2")
+    zero = (0x64006400 if half else 0x43004300) + middle
+    return f"""{{
+        .reg .b32 codes, zero;
+        shr.b32 codes, $2, {shift};
+        and.b32 codes, codes, {mask};
+        mov.b32 zero, {zero};
+        prmt.b32 $0, codes, {ones}, 0x4140;
+        prmt.b32 $1, codes, {ones}, 0x4342;
+        sub.rn.{kind} $0, $0, zero;
+        sub.rn.{kind} $1, $1, zero;
+    }}"""
+
+
+@triton.jit
+def numbers_of(words, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """The BITS bits from SHIFT on of bytes, less half of the range: exact numbers of DTYPE."""
+    if INTERPRETED or BITS == 8 or DTYPE.is_fp32():
+        codes = (words >> SHIFT) & ((1 << BITS) - 1)
+        found = (codes.to(tl.float32) - (1 << (BITS - 1))).to(DTYPE)
+    else:
+        # Two instructions per number, where conversions would take six. It says that it is not
+        # pure, so that numbers change their places behind it: the compiler would have bytes do so
+        # instead, which are fetched from shared memory one by one.
+        HALF: tl.constexpr = DTYPE.is_fp16()
+        found = tl.inline_asm_elementwise(
+            _to_numbers(SHIFT, BITS, HALF), "=r,=r,r", [words],
+            tl.float16 if HALF else tl.bfloat16, is_pure=False, pack=4,
+        )  # fmt: skip
+    return found
+
+
+@triton.constexpr_function
+def _joined(shift, field):
+    """PTX: of four codes of three bits, the lower two and the third, which lies in two fields."""
+    return f"""{{
+        .reg .b32 low, high, other;
+        shr.b32 low, $1, {shift};
+        and.b32 low, low, 0x03030303;
+        shr.b32 high, $2, {field};
+        shr.b32 other, $2, {field + 1};
+        lop3.b32 high, high, other, $3, 0xAC;
+        and.b32 high, high, 0x01010101;
+        shl.b32 high, high, 2;
+        or.b32 $0, low, high;
+    }}"""
+
+
+@triton.jit
+def _three_bits(words, third, upper, SHIFT: tl.constexpr, FIELD: tl.constexpr):
+    """Codes of three bits: two from bit SHIFT on of a byte, and one of another byte.
+
+    Args:
+        upper: 255 where that lies in bit FIELD + 1, and not in bit FIELD.
+    """
+    if INTERPRETED:
+        high = ((third >> FIELD) & ~upper) | ((third >> (FIELD + 1)) & upper)
+        found = ((words >> SHIFT) & 3) | ((high & 1) << 2)
+    else:
+        found = tl.inline_asm_elementwise(
+            _joined(SHIFT, FIELD), "=r,r,r,r", [words, third, upper], tl.uint8, is_pure=True, pack=4
+        )
+    return found
+
+
+@triton.jit
+def scale_of(pair, BITS: tl.constexpr):
+    """Of an fp16 scale and minimum in 32 bits: the scale, and what stands for half of the range."""
+    scale = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    minimum = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, minimum + scale * (1 << (BITS - 1))
+
+
 @triton.jit
 def _codes(
     plane, lines, there, PIECE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, BITS: tl.constexpr,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Codes of a piece of SIZE numbers of each line, about 0; fp32 `[N, COLUMNS]`.
+    """Codes of a piece of SIZE numbers of each line, about 0; `[N, COLUMNS]`.
 
     Args:
         lines: `[N]`, where the bytes of each line begin; there: `[N]`, which there are.
@@ -51,14 +129,15 @@ def _codes(
     at = tl.arange(0, COLUMNS)
     inside = there[:, None] & (at < SIZE)[None, :]
     words = tl.load(plane + lines[:, None] + (FIRST + at)[None, :], mask=inside, other=0)
-    codes = (words >> SHIFT) & ((1 << LOW) - 1)
-    if BITS == 3:  # the third bits lie behind, in fields half as wide
-        HIGH: tl.constexpr = WIDTH // 8
-        own = PIECE * SIZE + at
-        byte = (BYTES + own % HIGH)[None, :]
-        words = tl.load(plane + lines[:, None] + byte, mask=inside, other=0)
-        codes |= ((words >> (own // HIGH).to(tl.uint8)[None, :]) & 1) << 2
-    return codes.to(tl.float32) - ((1 << BITS) - 1) / 2
+    if BITS != 3:
+        return numbers_of(words, SHIFT, BITS, DTYPE)
+    HIGH: tl.constexpr = WIDTH // 8  # the third bits lie behind, in fields half as wide
+    own = PIECE * SIZE + at
+    byte = (BYTES + own % HIGH)[None, :]
+    third = tl.load(plane + lines[:, None] + byte, mask=inside, other=0)
+    FIELD: tl.constexpr = PIECE * SIZE // HIGH
+    upper = tl.where(own // HIGH > FIELD, 255, 0).to(tl.uint8)[None, :]
+    return numbers_of(_three_bits(words, third, upper, SHIFT, FIELD), 0, BITS, DTYPE)
 
 
 @triton.jit
@@ -86,30 +165,15 @@ def weigh(scores, top, mass):
 
 
 @triton.jit
-def _add_near(
-    total, shrink, weights, values, at, inside, PIECE: tl.constexpr, SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds a piece of the channels of exact values, which begin at `at [n]`."""
-    columns = PIECE * SIZE + tl.arange(0, COLUMNS)
-    v = load_columns(values, at, columns, inside, (PIECE + 1) * SIZE, SIZE == COLUMNS)
-    return dot(weights.to(v.dtype), v, total * shrink[:, None], PRECISION)
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 
 @triton.jit
-def _add_far(
-    total, shrink, weights, values, scales, tokens, PIECE: tl.constexpr, SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, LINE: tl.constexpr, GROUP: tl.constexpr,
-    BITS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds a piece of the channels of packed values: of a block, those of `tokens [n]`."""
-    GROUPS: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
-    at = scales + (tokens * GROUPS + PIECE * SIZE // GROUP) * 2
-    s = tl.load(at).to(tl.float32)
-    m = tl.load(at + 1).to(tl.float32) + s * (((1 << BITS) - 1) / 2)
-    codes = _codes(values, tokens * LINE, tokens >= 0, PIECE, SIZE, COLUMNS, WIDTH, BITS)
-    total = total * shrink[:, None] + tl.sum(weights * m[None, :], 1)[:, None]
-    return dot((weights * s[None, :]).to(DTYPE), codes.to(DTYPE), total, PRECISION)
+def _near(values, at, inside, PIECE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    """A piece of the channels of exact values, which begin at `at [n]`; `[n, COLUMNS]`."""
+    columns = PIECE * SIZE + tl.arange(0, COLUMNS)
+    return load_columns(values, at, columns, inside, (PIECE + 1) * SIZE, SIZE == COLUMNS)
 
 
 @triton.jit
@@ -136,22 +200,24 @@ def _attend(
 
     DTYPE: tl.constexpr = q.dtype.element_ty
     SIZE: tl.constexpr = WIDTH // PIECES
+    # Tokens and channels are rows and query heads columns: few heads fill a product's columns.
     member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
     is_member = member < group
     channel = tl.arange(0, PADDED)
     is_channel = channel < WIDTH
     q_at = row.to(tl.int64) * stride_qb + (head * group + member) * stride_qh
-    asked = load_columns(q, q_at, channel, is_member, WIDTH, PADDED == WIDTH)
+    asked = tl.load(
+        q + q_at[None, :] + channel[:, None],
+        mask=is_channel[:, None] & is_member[None, :],
+        other=0.0,
+    )
     scaled = asked.to(tl.float32) * scale
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
-    sum0 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
-    if PIECES > 1:
-        sum1 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
-    if PIECES > 2:
-        sum2 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
-        sum3 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    sums = ()
+    for _ in tl.static_range(PIECES):
+        sums += (_zeros(COLUMNS, BLOCK_M),)
 
     length = tl.load(lengths + row)
     ring = tl.load(rings + row).to(tl.int64)
@@ -159,71 +225,83 @@ def _attend(
         slot, inside = ring_tile(tile, length, SINK, WINDOW, BLOCK_N)
         k_at = ring * stride_kr + head * stride_kh + slot.to(tl.int64) * stride_kt
         k = load_columns(keys, k_at, channel, inside, WIDTH, PADDED == WIDTH)
-        scores = dot(asked, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        scores = tl.where(inside[None, :], scores * scale, -float("inf"))
-        weights, shrink, top, mass = weigh(scores, top, mass)
+        scores = dot(k, asked, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        scores = tl.where(inside[:, None], scores * scale, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0))
+        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        weights = tl.exp2(scores - safe_top[None, :])
+        shrink = tl.exp2(top - safe_top)
+        mass = mass * shrink + tl.sum(weights, 0)
+        top = new_top
         at = ring * stride_vr + head * stride_vh + slot.to(tl.int64) * stride_vt
-        sum0 = _add_near(sum0, shrink, weights, values, at, inside, 0, SIZE, COLUMNS, PRECISION)
-        if PIECES > 1:
-            sum1 = _add_near(sum1, shrink, weights, values, at, inside, 1, SIZE, COLUMNS, PRECISION)
-        if PIECES > 2:
-            sum2 = _add_near(sum2, shrink, weights, values, at, inside, 2, SIZE, COLUMNS, PRECISION)
-            sum3 = _add_near(sum3, shrink, weights, values, at, inside, 3, SIZE, COLUMNS, PRECISION)
+        added = ()
+        for i in tl.static_range(PIECES):
+            v = _near(values, at, inside, i, SIZE, COLUMNS)
+            added += (dot(tl.trans(v), weights.to(DTYPE), sums[i] * shrink[None, :], PRECISION),)
+        sums = added
 
     RUN: tl.constexpr = BLOCK_N // KEY_PIECES
-    for tile in range(tl.maximum(begin, NEAR), end):
-        block = tile - NEAR
-        page = tl.load(table + row * stride_table + block // EACH).to(tl.int64)
-        own = (page * heads + head) * EACH + block % EACH
-        at = key_scales + own * (WIDTH * 2) + channel * 2
-        s = tl.load(at, mask=is_channel, other=0.0).to(tl.float32)
-        m = tl.load(at + 1, mask=is_channel, other=0.0).to(tl.float32)
-        m += s * (((1 << KEY_BITS) - 1) / 2)
-        folded = (scaled * s[None, :]).to(DTYPE)
-        shift = tl.sum(scaled * m[None, :], 1)
-        k_own = key_codes + own * (WIDTH * KEY_LINE)
-        v_own = value_codes + own * (BLOCK_N * VALUE_LINE)
-        GROUPS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-        s_own = value_scales + own * (BLOCK_N * GROUPS * 2)
-        for piece in tl.static_range(KEY_PIECES):
+    GROUPS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    # Sums over tokens that wait until the end, a place for each token of a run.
+    seen, rests = _zeros(RUN, BLOCK_M), ()
+    for _ in tl.static_range(PIECES):
+        rests += (_zeros(RUN, BLOCK_M),)
+    first = tl.maximum(begin, NEAR) - NEAR
+    pages = table + row * stride_table
+    page = tl.load(pages + first // EACH, mask=first + NEAR < end, other=0)
+    for block in range(first, end - NEAR):
+        own = (page.to(tl.int64) * heads + head) * EACH + block % EACH
+        page = tl.load(pages + (block + 1) // EACH, mask=block + 1 + NEAR < end, other=0)
+        pair = tl.load(key_scales + own * WIDTH + channel, mask=is_channel, other=0)
+        s, m = scale_of(pair, KEY_BITS)
+        folded = (scaled * s[:, None]).to(DTYPE)
+        shift = tl.broadcast_to(tl.sum(scaled * m[:, None], 0)[None, :], (RUN, BLOCK_M))
+        lines = key_codes + own * (WIDTH * KEY_LINE)
+        scores = ()
+        highest = tl.full((RUN, BLOCK_M), -float("inf"), tl.float32)
+        for i in tl.static_range(KEY_PIECES):
             codes = _codes(
-                k_own, channel * KEY_LINE, is_channel, piece, RUN, RUN, BLOCK_N, KEY_BITS
+                lines, channel * KEY_LINE, is_channel, i, RUN, RUN, BLOCK_N, KEY_BITS, DTYPE
             )
-            scores = dot(
-                folded, codes.to(DTYPE), tl.zeros((BLOCK_M, RUN), tl.float32), PRECISION
-            )  # fmt: skip
-            weights, shrink, top, mass = weigh(scores + shift[:, None], top, mass)
-            tokens = piece * RUN + tl.arange(0, RUN)
-            sum0 = _add_far(
-                sum0, shrink, weights, v_own, s_own, tokens, 0, SIZE, COLUMNS, WIDTH, VALUE_LINE,
-                BLOCK_N, VALUE_BITS, DTYPE, PRECISION,
-            )  # fmt: skip
-            if PIECES > 1:
-                sum1 = _add_far(
-                    sum1, shrink, weights, v_own, s_own, tokens, 1, SIZE, COLUMNS, WIDTH,
-                    VALUE_LINE, BLOCK_N, VALUE_BITS, DTYPE, PRECISION,
+            scores += (dot(tl.trans(codes), folded, shift, PRECISION),)
+            highest = tl.maximum(highest, scores[i])
+        new_top = tl.maximum(top, tl.max(highest, 0))
+        shrink = tl.exp2(top - new_top)[None, :]  # a block is full: its top is a number
+        top = new_top
+        mass *= tl.reshape(shrink, (BLOCK_M,))
+        seen *= shrink
+        added, kept = (), ()
+        for i in tl.static_range(PIECES):
+            added += (sums[i] * shrink,)
+            kept += (rests[i] * shrink,)
+        lines = value_codes + own * (BLOCK_N * VALUE_LINE)
+        for j in tl.static_range(KEY_PIECES):
+            weights = tl.exp2(scores[j] - top[None, :])
+            seen += weights
+            token = j * RUN + tl.arange(0, RUN)
+            sums, added, rests, kept = added, (), kept, ()
+            for i in tl.static_range(PIECES):
+                at = (own * BLOCK_N + token) * GROUPS + i * SIZE // BLOCK_N
+                s, m = scale_of(tl.load(value_scales + at), VALUE_BITS)
+                codes = _codes(
+                    lines, token * VALUE_LINE, token >= 0, i, SIZE, COLUMNS, WIDTH, VALUE_BITS,
+                    DTYPE,
                 )  # fmt: skip
-            if PIECES > 2:
-                sum2 = _add_far(
-                    sum2, shrink, weights, v_own, s_own, tokens, 2, SIZE, COLUMNS, WIDTH,
-                    VALUE_LINE, BLOCK_N, VALUE_BITS, DTYPE, PRECISION,
-                )  # fmt: skip
-                sum3 = _add_far(
-                    sum3, shrink, weights, v_own, s_own, tokens, 3, SIZE, COLUMNS, WIDTH,
-                    VALUE_LINE, BLOCK_N, VALUE_BITS, DTYPE, PRECISION,
-                )  # fmt: skip
+                share = (weights * s[:, None]).to(DTYPE)
+                added += (dot(tl.trans(codes), share, sums[i], PRECISION),)
+                kept += (rests[i] + weights * m[:, None],)
+        sums, rests = added, kept
+    mass += tl.sum(seen, 0)
 
     safe_mass = tl.where(mass == 0.0, 1.0, mass)
     part = item.to(tl.int64) * group + member
     tl.store(lse + part, top + tl.log2(safe_mass), mask=is_member)
-    at = part * WIDTH
     column = tl.arange(0, COLUMNS)
-    store_columns(out, at, column, is_member, SIZE, sum0 / safe_mass[:, None])
-    if PIECES > 1:
-        store_columns(out, at, SIZE + column, is_member, 2 * SIZE, sum1 / safe_mass[:, None])
-    if PIECES > 2:
-        store_columns(out, at, 2 * SIZE + column, is_member, 3 * SIZE, sum2 / safe_mass[:, None])
-        store_columns(out, at, 3 * SIZE + column, is_member, 4 * SIZE, sum3 / safe_mass[:, None])
+    inside = (column < SIZE)[:, None] & is_member[None, :]
+    for i in tl.static_range(PIECES):
+        at = out + (part * WIDTH + i * SIZE)[None, :] + column[:, None]
+        total = sums[i] + tl.sum(rests[i], 0)[None, :]
+        tl.store(at, total / safe_mass[None, :], mask=inside)
 
 
 def cut_into_tiles(lengths: Tensor, ring: Ring, size: int) -> tuple[int, Tensor]:
@@ -236,9 +314,10 @@ def cut_into_tiles(lengths: Tensor, ring: Ring, size: int) -> tuple[int, Tensor]
     return near, (lengths + (least - ring.sink - ring.window)).clamp(min=least)
 
 
-def config_for(size: int) -> Config:
-    """How the work over blocks of `size` tokens is cut and run."""
-    return Config(block_n=size, least=2, items=4, warps=4, stages=3)
+def config_for(group: int, size: int) -> Config:
+    """How the work of `group` query heads over blocks of `size` tokens is cut and run."""
+    heads = min(64, max(8, triton.next_power_of_2(group)))
+    return Config(block_n=size, least=2, items=8, warps=1, stages=1, heads=heads)
 
 
 def packed_attention(
@@ -249,10 +328,12 @@ def packed_attention(
     width, heads, size = q.shape[-1], ring.keys.shape[1], blocks.size
     near, tiles = cut_into_tiles(lengths, ring, size)
     pieces = pieces_of(width, blocks.value_bits, size)
-    config = config_for(size)
+    config = config_for(q.shape[1] // heads, size)
     cut = Cut(torch.empty_like(q), tiles, heads, 0, config)
+    keys, key_scales, values, value_scales = _planes(blocks)
     _attend[cut.grid](
-        q, ring.keys, ring.values, *_planes(blocks), ring.rows, blocks.table, lengths, tiles,
+        q, ring.keys, ring.values, keys, key_scales.view(torch.int32), values,
+        value_scales.view(torch.int32), ring.rows, blocks.table, lengths, tiles,
         cut.parts, cut.part_lse, *q.stride()[:2], *ring.keys.stride()[:3],
         *ring.values.stride()[:3], blocks.table.stride(0), *cut.strides,
         cut.rows, heads, cut.group, cut.items, scaling * math.log2(math.e),
@@ -262,7 +343,8 @@ def packed_attention(
         KEY_PIECES=pieces_of(size, blocks.key_bits, size),
         VALUE_BITS=blocks.value_bits, VALUE_LINE=blocks.values.shape[-1], PIECES=pieces,
         COLUMNS=max(16, triton.next_power_of_2(width // pieces)), PRECISION=precision(q.dtype),
-        BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages, **cut.constants,
+        BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages,
+        maxnreg=config.registers, **cut.constants,
     )  # fmt: skip
     return cut.merge()[0]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,31 @@ from kvtool.runtime.split import SplitStore, StreamingHeads
 
 if TYPE_CHECKING:
     from kvtool.runtime.packed import PagedPacked
+
+
+T = TypeVar("T")
+_beside: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def at_once(device: torch.device, one: Callable[[], T], other: Callable[[], T]) -> tuple[T, T]:
+    """What two calls give that do not need each other; CUDA may run them at the same time.
+
+    In a CUDA graph they become two branches.
+    """
+    if device.type != "cuda":
+        return one(), other()
+    own = torch.cuda.current_stream(device)
+    if device not in _beside:
+        _beside[device] = torch.cuda.Stream(device)
+    beside = _beside[device]
+    # Memory of one stream is used on the other only between the two waits, so none of it is given
+    # to somebody else too early.
+    beside.wait_stream(own)
+    with torch.cuda.stream(beside):
+        first = one()
+    second = other()
+    own.wait_stream(beside)
+    return first, second
 
 
 class PagedRings(PerRow, StreamingHeads):
@@ -52,14 +78,18 @@ class PagedSplit(SplitStore):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
         """See :meth:`PagedHeads.step`."""
-        if self.streaming is None:
+        streaming = self.streaming
+        if streaming is None:
             return self.step_pages(q, k, v, cos, sin, at)
-        there = k.shape[1] - self.streaming.kv_heads  # heads in pages come first
+        there = k.shape[1] - streaming.kv_heads  # heads in pages come first
         if not there:
-            return self.streaming.step(q, k, v, cos, sin, at)
+            return streaming.step(q, k, v, cos, sin, at)
         asked = there * (q.shape[1] // k.shape[1])
-        near = self.streaming.step(q[:, asked:], k[:, there:], v[:, there:], cos, sin, at)
-        far = self.step_pages(q[:, :asked], k[:, :there], v[:, :there], cos, sin, at)
+        near, far = at_once(
+            q.device,
+            lambda: streaming.step(q[:, asked:], k[:, there:], v[:, there:], cos, sin, at),
+            lambda: self.step_pages(q[:, :asked], k[:, :there], v[:, :there], cos, sin, at),
+        )
         return torch.cat((far, near), dim=1)
 
     def step_pages(

@@ -1,5 +1,7 @@
 """What Triton kernels of several operations share. Imported only where they run."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -11,10 +13,12 @@ __all__ = [
     "gdc_launch_dependents",
     "gdc_wait",
     "has_dependent_launch",
+    "has_sound_assembler",
     "load_columns",
     "lying_together",
     "precision",
     "processors",
+    "ptxas_version",
     "store_columns",
     "tiles_of",
 ]
@@ -73,6 +77,27 @@ def tiles_of(width: int) -> tuple[int, int]:
 def has_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel can be launched while the one before it ends."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def has_sound_assembler(device: torch.device) -> bool:
+    """Whether kernels of any size come out right; ptxas before 12.9 gets some products wrong, see
+    `rebuild_attention/README.md`.
+    """
+    if device.type != "cuda":
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    return ptxas_version(10 * major + minor) >= (12, 9)
+
+
+@functools.cache
+def ptxas_version(arch: int) -> tuple[int, ...]:
+    """Of the assembler that Triton takes for sm_`arch`, as `(12, 9)`; empty if that is unknown."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        return tuple(int(part) for part in get_ptxas(arch).version.split("."))
+    except (ImportError, AttributeError, OSError, RuntimeError, ValueError):
+        return ()
 
 
 def lying_together(x: torch.Tensor) -> torch.Tensor:

@@ -52,17 +52,19 @@ def test_a_linear_mixer_is_written_exactly_whatever_the_norm_takes_its_mean_over
     with torch.inference_mode():
         expected = model.lm_head(meant.states(IDS[None]))[0]
     torch.testing.assert_close(stock_logits(tmp_path), expected, rtol=1e-4, atol=1e-4)
+    engine = Engine.load(Checkpoint.open(str(tmp_path)))
+    ours = engine.extend(engine.new_cache(1, 90), IDS, all_logits=True)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     stock = Checkpoint.open(str(tmp_path)).load_transformers(torch.float32)
     for layer in decoder_layers(stock):
         if layer.mamba is not None:
             norm = layer.mamba.norm
+            if not hasattr(norm, "group_size"):
+                pytest.skip("in this version of transformers all channels have one mean")
             norm.group_size = len(norm.weight) // (1 if norm.group_size < len(norm.weight) else 4)
     with torch.inference_mode():
         other = stock(IDS[None], use_cache=False).logits[0]
     torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-4)
-    engine = Engine.load(Checkpoint.open(str(tmp_path)))
-    ours = engine.extend(engine.new_cache(1, 90), IDS, all_logits=True)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -106,7 +106,8 @@ def engines(tiny, tmp_path_factory):
                 conversion.convert(checkpoint, output, options)
                 checkpoint = Checkpoint.open(str(output))
                 if kind != "mla":
-                    plan = packed_latents(checkpoint, "streamed" if kind[-1] == "d" else "dense")
+                    prefill = "streamed" if kind.endswith("streamed") else "dense"
+                    plan = packed_latents(checkpoint, prefill)
             elif kind == "hybrid":
                 folder = tmp_path_factory.mktemp("hybrid") / "model"
                 write_hybrid(tiny("llama"), folder, [0, 2])
@@ -353,16 +354,21 @@ def test_kernels_that_cannot_run_are_refused(tiny, monkeypatch, kernels, interpr
 
 def test_an_engine_whose_layers_have_no_pages_is_not_paged(tiny, monkeypatch):
     monkeypatch.setenv(VARIABLE, "triton")
-    assert not Engine.load(Checkpoint.open(str(tiny("mistral", sliding_window=24)))).paged
+
+    def paged(checkpoint: Checkpoint, plan: Plan | None = None) -> bool:
+        return Engine.load(checkpoint, plan=plan, device=DEVICE).paged
+
+    assert not paged(Checkpoint.open(str(tiny("mistral", sliding_window=24))))
     checkpoint = Checkpoint.open(str(tiny("llama")))
-    assert not Engine.load(checkpoint, plan=coded(checkpoint, "unrotated")).paged
+    assert paged(checkpoint)
+    assert not paged(checkpoint, coded(checkpoint, "unrotated"))
     plan = coded(checkpoint)
     packed = replace(plan, codes=tuple(replace(x, bits=4) for x in plan.codes))
-    assert not Engine.load(checkpoint, plan=packed).paged
+    assert not paged(checkpoint, packed)
     budgets = budgeted(checkpoint, mixed=True)
     bits = replace(budgets.layers[1], bits=Bits(4, 4, 64))
     mixed = replace(budgets, layers=(budgets.layers[0], bits, budgets.layers[2]))
-    assert not Engine.load(checkpoint, plan=mixed).paged
+    assert not paged(checkpoint, mixed)
 
 
 def test_latents_in_blocks_longer_than_a_page_are_not_paged(engines):

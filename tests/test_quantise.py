@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _kernel_tools import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +14,8 @@ from kvtool.kernels.quantise import (
     groups_of,
     packed_bytes,
     quantise,
+    quantise_rows,
+    unpack,
 )
 
 LARGEST = 65504.0
@@ -53,6 +56,25 @@ def test_every_code_comes_back(bits, width):
     x = codes * 0.25 - 3
     group = max(5, width)
     torch.testing.assert_close(read(x, bits, group), x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_range_of_whole_scales_has_that_scale_on_every_device(bits):
+    """As ranges of bfloat16 numbers often are; the product with 1 / top can be an ulp above it."""
+    top = 2**bits - 1
+    scale = torch.arange(1, 2**15, dtype=torch.int16).view(torch.float16).float().to(DEVICE)
+    scale = scale[scale * top <= LARGEST]
+    codes, scales = quantise(torch.stack((torch.zeros_like(scale), scale * top), dim=-1), bits)
+    assert torch.equal(scales[:, 0, 0].float(), scale)
+    ends = torch.tensor([0, top], dtype=torch.uint8, device=DEVICE)
+    assert torch.equal(unpack(codes, 2, bits), ends.expand(len(scale), 2))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_of_whole_scales_has_that_scale_on_every_device(bits):
+    scale = torch.arange(2**7, 2**14, dtype=torch.int16).view(torch.bfloat16).float().to(DEVICE)
+    _, scales = quantise_rows(scale[:, None] * (2 ** (bits - 1) - 1), bits)
+    assert torch.equal(scales.float(), scale)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

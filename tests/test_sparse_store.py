@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _kernel_tools import DEVICE
 from conftest import FAMILIES
 from test_split_store import (
     MIXED,
@@ -233,10 +234,10 @@ def test_where_kernels_run_on_pages_it_goes_on_without_them(loaded, monkeypatch)
     ids = tokens(PROMPT + 10)
     expected = prefill_and_decode(engine, ids, PROMPT)
     monkeypatch.setenv("KVTOOL_KERNELS", "triton")
-    assert Engine.load(engine.checkpoint).paged
-    forced = Engine.load(engine.checkpoint, plan=engine.plan)
+    assert Engine.load(engine.checkpoint, device=DEVICE).paged
+    forced = Engine.load(engine.checkpoint, plan=engine.plan, device=DEVICE)
     assert not forced.paged
-    same(prefill_and_decode(forced, ids, PROMPT), expected)
+    same(prefill_and_decode(forced, ids, PROMPT).cpu(), expected)
 
 
 def test_heads_of_a_layer_with_a_sliding_window_are_not_read_sparsely(tiny):

@@ -78,7 +78,7 @@ def quantise_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     top = 2 ** (bits - 1) - 1
     x = x.float()
-    wanted = x.abs().amax(dim=-1) / top
+    wanted = _quotient(x.abs().amax(dim=-1), top)
     scale = wanted.bfloat16()
     above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
     scale = torch.where(scale.float() < wanted, above, scale)
@@ -131,7 +131,7 @@ def _codes(x: Tensor, bits: int, group: int, clip: float) -> tuple[Tensor, Tenso
     low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
     cut = (1 - clip) / 2 * (high - low)
     minimum = _rounded(low + cut, down=True)
-    scale = _rounded((high - cut - minimum.float()) / top, down=False)
+    scale = _rounded(_quotient(high - cut - minimum.float(), top), down=False)
     m, s = (_per_channel(y.float(), width, group) for y in (minimum, scale))
     codes = ((x - m) / torch.where(s == 0, 1.0, s)).round_().clamp_(0, top).nan_to_num_(0.0)
     return codes.to(torch.uint8), torch.stack((scale, minimum), dim=-1)
@@ -154,6 +154,15 @@ def _grouped(x: Tensor, group: int) -> Tensor:
 def _per_channel(x: Tensor, width: int, group: int) -> Tensor:
     """`[..., groups]` to `[..., W]`."""
     return x.repeat_interleave(group, dim=-1)[..., :width]
+
+
+def _quotient(x: Tensor, divisor: int) -> Tensor:
+    """x / n, rounded once, on every device.
+
+    By a number of the host torch does not divide on CUDA: it multiplies by the reciprocal, and what
+    comes out an ulp too large is rounded up to the next scale.
+    """
+    return x / x.new_full((), divisor)
 
 
 def _rounded(x: Tensor, *, down: bool) -> Tensor:

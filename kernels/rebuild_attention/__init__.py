@@ -23,11 +23,16 @@ def rebuild_decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.rebuild_attention.reference.rebuild_decode_attention`.
 
-    Triton runs where it was seen to be right on a GPU: as Triton 3.6 assembles it a rank of 200 was
-    not, see the README.
+    Where an old assembler makes machine code of them, not all ranks have a kernel, see the README.
     """
     run = reference.rebuild_decode_attention
-    rank = codes.shape[-1]
-    if use_triton(q) and (rank <= 128 or rank % 64 == 0):
+    if use_triton(q) and _assembles(q, codes.shape[-1]):
         from kvtool.kernels.rebuild_attention.triton import rebuild_decode_attention as run
     return run(q, codes, decoder, values, cos, sin, lengths, scaling, table, first, mean)
+
+
+def _assembles(q: Tensor, rank: int) -> bool:
+    """Whether the kernel of a rank can be trusted; by an old ptxas a rank of 200 came out wrong."""
+    from kvtool.kernels.tiles import has_sound_assembler
+
+    return rank <= 128 or rank % 64 == 0 or has_sound_assembler(q.device)

@@ -23,7 +23,7 @@ def ssd_chunked(
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.ssd.reference.ssd_chunked`; Triton has chunks of its own."""
-    if _scans(x, b) and _run_triton(x, dt, A, b, c, state):
+    if _run_triton(x, dt, A, b, c, state) and _assembles(x, b):
         from kvtool.kernels.ssd import triton
 
         return triton.ssd_chunked(x, dt, A, b, c, state)
@@ -50,12 +50,15 @@ def causal_conv(
     return reference.causal_conv(x, weight, bias, state)
 
 
-def _scans(x: Tensor, b: Tensor) -> bool:
-    """Whether states have a size at which the kernel was seen to be right on a GPU.
+def _assembles(x: Tensor, b: Tensor) -> bool:
+    """Whether the scan of states of a size can be trusted.
 
-    In bfloat16, states of 16 x 32 came out wrong there, as Triton 3.6 assembles it; see the README.
+    By an old ptxas states of 16 x 32 came out wrong in bfloat16, see the README.
     """
-    return x.shape[-1] % 64 == 0 and b.shape[-1] % 64 == 0
+    from kvtool.kernels.tiles import has_sound_assembler
+
+    whole = x.shape[-1] % 64 == 0 and b.shape[-1] % 64 == 0
+    return whole or has_sound_assembler(x.device)
 
 
 def _run_triton(x: Tensor, *others: Tensor | None) -> bool:

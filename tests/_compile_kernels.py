@@ -61,9 +61,10 @@ def pages(width: int, heads: int = H) -> Tensor:
     return half(4, heads, PAGE, width)
 
 
-def packed_step(width: int, keys: int, values: int) -> None:
+def packed_step(width: int, keys: int, values: int, dtype: torch.dtype = torch.bfloat16) -> None:
     lengths, table = torch.ones(2, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
-    ring = Ring(half(3, H, 132, width), half(3, H, 132, width), lengths.long(), 4, 64)
+    exact = torch.empty(3, H, 132, width, dtype=dtype)
+    ring = Ring(exact, exact, lengths.long(), 4, 64)
     lines = {"keys": (width, packed_bytes(64, keys)), "values": (64, packed_bytes(width, values))}
     codes = {n: torch.empty(4, H, 1, *x, dtype=torch.uint8) for n, x in lines.items()}
     scales = [torch.empty(4, H, 1, n, g, 2).half() for n, g in ((width, 1), (64, width // 64))]
@@ -71,7 +72,7 @@ def packed_step(width: int, keys: int, values: int) -> None:
         codes["keys"], scales[0], codes["values"], scales[1], table, keys, values
     )  # fmt: skip
     pack_blocks(ring, blocks, lengths)
-    packed_attention(half(2, Q, width), ring, blocks, lengths, 0.1)
+    packed_attention(half(2, Q, width).to(dtype), ring, blocks, lengths, 0.1)
 
 
 def packed_latent_step(heads: int, rank: int, rope: int, bits: dict[int, tuple[int, int]]) -> None:
@@ -104,6 +105,7 @@ def main() -> None:
     paged_decode_attention(half(2, 128, 576), pages(576, 1), 512, lengths, 0.1, table)
     for width, keys, values in ((D, 4, 4), (D, 3, 2), (64, 4, 2), (64, 8, 3)):
         packed_step(width, keys, values)
+    packed_step(256, 4, 4, torch.float32)  # what takes most shared memory
     packed_latent_step(32, 448, 64, {4: (448, 64)})
     packed_latent_step(9, 144, 32, {2: (40, 2), 3: (20, 0), 4: (60, 20), 8: (24, 10)})
     for rank, heads in ((64, H), (512, 1)):

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.attention import GroupedQueryAttention, rotate
@@ -56,28 +55,6 @@ class DecodeLinear(nn.Linear):
         if self.packed is not None:
             return packed_linear(x, self.packed, self.bias)
         return linear(x, self.weight, self.bias)
-
-
-class FusedNorm(nn.Module):
-    """An RMSNorm of the host model in one launch instead of six, which is what decoding pays for.
-
-    Its weight is multiplied before the result is rounded, not after.
-    """
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
-
-    @classmethod
-    def replace_in(cls, model: nn.Module) -> None:
-        """Puts one in the place of every RMSNorm, sharing its weight."""
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
-                    setattr(parent, name, cls(child))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 @dataclass

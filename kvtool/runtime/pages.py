@@ -14,7 +14,7 @@ Page 0 and row 0 belong to nobody: steps are padded with rows that write there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -162,13 +162,26 @@ class Place:
     table: Tensor
     slots: Tensor
     lengths: Tensor
+    _rings: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _before: dict[int, Tensor] = field(default_factory=dict)
 
     def ring(self, sink: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same three of a ring per row, whose first `sink` places are never overwritten."""
-        capacity, at = sink + window, self.positions
-        within = torch.where(at < sink, at, sink + (at - sink) % window)
-        slots = self.rows * capacity + within
-        return self.rows.int()[:, None], slots, (at + 1).clamp(max=capacity).int()
+        """The same three of a ring per row, whose first `sink` places are never overwritten.
+
+        Layers with such rings share them, as all that is computed here.
+        """
+        if (sink, window) not in self._rings:
+            capacity, at = sink + window, self.positions
+            within = torch.where(at < sink, at, sink + (at - sink) % window)
+            slots, lengths = self.rows * capacity + within, (at + 1).clamp(max=capacity).int()
+            self._rings[sink, window] = self.rows.int()[:, None], slots, lengths
+        return self._rings[sink, window]
+
+    def before(self, window: int) -> Tensor:
+        """`[B]` int32, tokens of each row before its last `window`; may be negative."""
+        if window not in self._before:
+            self._before[window] = self.lengths - window
+        return self._before[window]
 
 
 class PagedStore(Store):

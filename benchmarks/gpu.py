@@ -49,10 +49,12 @@ from kvtool.kernels.packed_latents import reference as packed_latents_reference
 from kvtool.kernels.quantise import quantise
 from kvtool.kernels.rebuild_attention import rebuild_decode_attention
 from kvtool.kernels.rebuild_attention import reference as rebuild_reference
+from kvtool.kernels.rms_norm import add_rms_norm, rms_norm
 from kvtool.kernels.ssd import reference as ssd_reference
 from kvtool.kernels.ssd import ssd_chunked, ssd_step
 from kvtool.kernels.streaming_attention import reference as streaming_reference
 from kvtool.kernels.streaming_attention import streaming_attention
+from kvtool.kernels.swiglu import swiglu
 
 PAGE = 64
 BFLOAT16 = torch.bfloat16
@@ -645,6 +647,59 @@ def small_cases(device: torch.device) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def norm_cases(device: torch.device, rows: int, width: int) -> Iterator[Case]:
+    """What comes before a product of so many rows, with the addition before that and without."""
+    x, other = (normal(device, rows, width) for _ in range(2))
+    weight, eps = normal(device, width), 1e-5
+
+    def exact(x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+
+    def torch_norm(x: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def sum_error() -> float:
+        both, normed = add_rms_norm(x, other, weight, eps)
+        return max(rms_ratio(both, x.float() + other.float()), rms_ratio(normed, exact(both)))
+
+    yield Case(
+        "rms_norm", f"width {width}", rows, 1, 2.0 * x.nbytes, 0,
+        [lambda: rms_norm(x, weight, eps)], lambda: rms_ratio(rms_norm(x, weight, eps), exact(x)),
+        {"torch": [lambda: torch_norm(x)]},
+    )  # fmt: skip
+    yield Case(
+        "rms_norm", f"width {width}, of a sum", rows, 1, 4.0 * x.nbytes, 0,
+        [lambda: add_rms_norm(x, other, weight, eps)], sum_error,
+        {"torch": [lambda: torch_norm(x + other)]},
+    )  # fmt: skip
+
+
+def swiglu_cases(device: torch.device, rows: int, width: int) -> Iterator[Case]:
+    """What lies between the products of an MLP."""
+    both = normal(device, rows, 2 * width)
+    gate, up = (x.contiguous() for x in both.chunk(2, dim=-1))
+    yield Case(
+        "swiglu", f"width {width}", rows, 1, 1.5 * both.nbytes, 0, [lambda: swiglu(both)],
+        lambda: rms_ratio(swiglu(both), F.silu(gate.float()) * up.float()),
+        {"torch": [lambda: F.silu(gate) * up]},
+    )  # fmt: skip
+
+
+def merge_cases(device: torch.device, rows: int) -> Iterator[Case]:
+    """Two parts of Llama-3-8B, of which one lies head by head."""
+    queries, width = 32, 128
+    parts = [normal(device, rows, queries, width), normal(device, queries, rows, width)]
+    parts[1] = parts[1].transpose(0, 1)
+    masses = [torch.randn(rows, queries, device=device) for _ in range(2)]
+    yield Case(
+        "merge", "Llama-3-8B", rows, 1, 3.0 * parts[0].nbytes, 0, [lambda: merge(parts, masses)],
+        lambda: rms_ratio(
+            merge(parts, masses), decode_reference.merge([x.float() for x in parts], masses)
+        ),
+        {"torch": [lambda: decode_reference.merge(parts, masses)]},
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------- end to end
 
 
@@ -705,6 +760,9 @@ def main() -> None:
             packed_cases(device, 1, 200),
             packed_latent_cases(device, {"SmolLM2-135M": (9, 160, 32)}, [(2, 200)]),
             small_cases(device),
+            norm_cases(device, 2, 256),
+            swiglu_cases(device, 2, 256),
+            merge_cases(device, 2),
             state_cases(device, 1, 100),
             streaming_cases(device, 100),
         ]
@@ -719,6 +777,10 @@ def main() -> None:
             latent_cases(device, latents, short),
             packed_latent_cases(device, packed_latents, short[2:]),
             small_cases(device),
+            *(norm_cases(device, rows, 4096) for rows in (1, 8, 64, 8192)),
+            *(norm_cases(device, rows, 128) for rows in (256, 2**18)),
+            *(swiglu_cases(device, rows, 14336) for rows in (1, 8, 64, 8192)),
+            *(merge_cases(device, rows) for rows in (1, 8, 64)),
             state_cases(device, 4, 8192),
             streaming_cases(device, 32768),
         ]

@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from kvtool.kernels.append import Encoder
 from kvtool.kernels.append.triton import append
+from kvtool.kernels.decode_attention.merge import merge
 from kvtool.kernels.decode_attention.triton import paged_decode_attention
 from kvtool.kernels.hadamard.triton import hadamard
 from kvtool.kernels.packed_attention import Blocks, Ring
@@ -25,8 +26,10 @@ from kvtool.kernels.packed_latents import Blocks as LatentBlocks
 from kvtool.kernels.packed_latents.triton import pack_latents, packed_latent_attention
 from kvtool.kernels.quantise import packed_bytes
 from kvtool.kernels.rebuild_attention.triton import rebuild_decode_attention
+from kvtool.kernels.rms_norm.triton import add_rms_norm, rms_norm
 from kvtool.kernels.ssd.triton import causal_conv, ssd_chunked, ssd_step
 from kvtool.kernels.streaming_attention.triton import streaming_attention
+from kvtool.kernels.swiglu.triton import swiglu
 
 Q, H, D, PAGE = 32, 8, 128, 64  # Llama-3-8B
 
@@ -97,6 +100,11 @@ def main() -> None:
     q, k, cos = half(2, Q, D), half(2, H, D), half(2, D)
 
     hadamard(half(3, D))
+    for width in (D, 576, 4096, 16384):
+        rms_norm(half(2, width), half(width), 1e-5)
+        add_rms_norm(half(2, width), half(2, width), half(width), 1e-5)
+    swiglu(half(2, 2 * 14336))
+    merge((half(2, Q, D), half(Q, 2, D).transpose(0, 1)), (torch.empty(2, Q), torch.empty(2, Q)))
     append(k, k, cos, cos, pages(D), pages(D), slots, q)
     codes = [Encoder(half(H * D, 512), half(512), pages(512, 1)) for _ in range(2)]
     append(k, k, cos, cos, pages(D), pages(D), slots, q, key_code=codes[0], value_code=codes[1])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.attention import GroupedQueryAttention, rotate
+from kvtool.kernels.grouped_linear import grouped_linear
 from kvtool.kernels.linear import linear, pack, packed_linear
 from kvtool.latent import LatentAttention
 from kvtool.runtime.pages import WIDEST, PagedHeads, PagedLatents, Pages, Place
@@ -213,9 +214,7 @@ class LatentRuntimeAttention(RuntimeAttention):
         Returns:
             `[B, 1, Q, d_v]`.
         """
-        groups, rank = self.absorb_query.shape[0], self.stages.rank
-        absorbed = torch.matmul(q.unflatten(1, (groups, -1)), self.absorb_query).flatten(1, 2)
+        rank = self.stages.rank
+        absorbed = grouped_linear(q, self.absorb_query)
         absorbed[..., self.rotated] = rotate(absorbed[..., rank:], cos, sin)
-        context = attend(absorbed)
-        values = torch.matmul(context.unflatten(1, (groups, -1)), self.absorb_value)
-        return values.flatten(1, 2)[:, None]
+        return grouped_linear(attend(absorbed), self.absorb_value)[:, None]

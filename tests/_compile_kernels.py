@@ -19,6 +19,7 @@ from kvtool.kernels.append import Encoder
 from kvtool.kernels.append.triton import append
 from kvtool.kernels.decode_attention.merge import merge
 from kvtool.kernels.decode_attention.triton import paged_decode_attention
+from kvtool.kernels.grouped_linear.triton import grouped_linear
 from kvtool.kernels.hadamard.triton import hadamard
 from kvtool.kernels.packed_attention import Blocks, Ring
 from kvtool.kernels.packed_attention.triton import pack_blocks, packed_attention
@@ -104,6 +105,8 @@ def main() -> None:
         rms_norm(half(2, width), half(width), 1e-5)
         add_rms_norm(half(2, width), half(2, width), half(width), 1e-5)
     swiglu(half(2, 2 * 14336))
+    grouped_linear(half(2, Q, D), half(H, D, 512))
+    grouped_linear(half(40, Q, 512), half(H, 512, D), half(H, D))
     merge((half(2, Q, D), half(Q, 2, D).transpose(0, 1)), (torch.empty(2, Q), torch.empty(2, Q)))
     append(k, k, cos, cos, pages(D), pages(D), slots, q)
     codes = [Encoder(half(H * D, 512), half(512), pages(512, 1)) for _ in range(2)]

@@ -14,6 +14,7 @@ as well. The file is written row by row, and a row that fails does not take the 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -30,6 +31,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 os.environ.setdefault("KVTOOL_KERNELS", "triton")
 
@@ -57,6 +60,7 @@ from kvtool.kernels.ssd import ssd_chunked, ssd_step
 from kvtool.kernels.streaming_attention import reference as streaming_reference
 from kvtool.kernels.streaming_attention import streaming_attention
 from kvtool.kernels.swiglu import swiglu
+from kvtool.runtime.fused import FusedMLP
 
 PAGE = 64
 BFLOAT16 = torch.bfloat16
@@ -735,6 +739,24 @@ def swiglu_cases(device: torch.device, rows: int, width: int) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def mlp_cases(device: torch.device, rows: int, hidden: int, inner: int) -> Iterator[Case]:
+    """A whole gated MLP, and the addition behind it."""
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=inner)
+    with device:
+        theirs = LlamaMLP(config).to(BFLOAT16).requires_grad_(False)
+    ours, exact = FusedMLP(theirs), copy.deepcopy(theirs).float()
+    x, residual = normal(device, rows, hidden), 0.1 * normal(device, rows, hidden)
+
+    def error() -> float:
+        return rms_ratio(ours.add_to(residual.clone(), x), residual.float() + exact(x.float()))
+
+    yield Case(
+        "mlp", f"{hidden} to {inner}", rows, 1, 2.0 * 3 * hidden * inner,
+        2.0 * 3 * rows * hidden * inner, [lambda: ours.add_to(residual, x)], error,
+        {"torch": [lambda: residual + theirs(x)]},
+    )  # fmt: skip
+
+
 def merge_cases(device: torch.device, rows: int) -> Iterator[Case]:
     """Two parts of Llama-3-8B, of which one lies head by head."""
     queries, width = 32, 128
@@ -813,6 +835,7 @@ def main() -> None:
             coding_cases(device, 2),
             norm_cases(device, 2, 256),
             swiglu_cases(device, 2, 256),
+            mlp_cases(device, 2, 64, 96),
             merge_cases(device, 2),
             state_cases(device, 1, 100),
             streaming_cases(device, 100),
@@ -828,9 +851,10 @@ def main() -> None:
             latent_cases(device, latents, short),
             packed_latent_cases(device, packed_latents, short[2:]),
             small_cases(device),
-            *(norm_cases(device, rows, 4096) for rows in (1, 8, 64, 8192)),
-            *(norm_cases(device, rows, 128) for rows in (256, 2**18)),
+            *(norm_cases(device, rows, 4096) for rows in (1, 8, 64, 4096)),
+            *(norm_cases(device, rows, 128) for rows in (256, 2**17)),
             *(swiglu_cases(device, rows, 14336) for rows in (1, 8, 64, 8192)),
+            *(mlp_cases(device, rows, 4096, 14336) for rows in (1, 8, 64, 8192)),
             *(merge_cases(device, rows) for rows in (1, 8, 64)),
             *(coding_cases(device, rows) for rows in (1, 8, 64)),
             state_cases(device, 4, 8192),

@@ -276,9 +276,8 @@ class Reader:
         """The log-sum-exp `[B, Q]` of scores of :meth:`absorb`, with what the mean adds to each."""
         if self._key_mean is None:
             return mass
-        grouped = q.unflatten(1, (self.heads, -1))
-        added: Tensor = (grouped * self._key_mean[:, None]).sum(-1).flatten(1)
-        return mass + scaling * added.float()
+        added = grouped_linear(q, self._key_mean[..., None])[..., 0]
+        return torch.add(mass, added, alpha=scaling)
 
     def decode(self, mixed: Tensor) -> Tensor:
         """What weights that sum to 1 made of codes, `[B, Q, R]`, as values `[B, Q, D]`."""

@@ -68,6 +68,14 @@ def test_a_fused_model_is_the_model(tiny, family):
     assert list(model.state_dict()) == before
 
 
+def test_transformers_generates_with_fused_layers(tiny):
+    model = Checkpoint.open(str(tiny("llama"))).load_transformers(torch.float32).to(DEVICE)
+    asked = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(tokens(9))}
+    expected = model.generate(tokens(9), **asked)
+    fuse(model)
+    assert torch.equal(model.generate(tokens(9), **asked), expected)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_mlps_may_have_biases(bias):
     model = check(random_model(LlamaConfig(mlp_bias=bias, **SIZES)))

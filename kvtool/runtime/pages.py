@@ -330,7 +330,7 @@ class PagedLatents(PagedStore):
             `[B, Q, r]`.
         """
         plane = self.planes["latents"]
-        plane[at.slots // PAGE, at.slots % PAGE] = states
+        plane.view(-1, plane.shape[-1])[at.slots] = states
         return paged_latent_attention(q, plane, self.rank, at.lengths, self.scaling, at.table)[0]
 
 

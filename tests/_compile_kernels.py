@@ -111,6 +111,9 @@ def main() -> None:
     append(k, k, cos, cos, pages(D), pages(D), slots, q)
     codes = [Encoder(half(H * D, 512), half(512), pages(512, 1)) for _ in range(2)]
     append(k, k, cos, cos, pages(D), pages(D), slots, q, key_code=codes[0], value_code=codes[1])
+    latents, rope = pages(576, 1), half(2, 64)
+    contents, shared = latents[..., :512], latents[..., 512:]
+    append(half(2, 1, 64), half(2, 1, 512), rope, rope, shared, contents, slots, half(2, 128, 64))
     paged_decode_attention(q, pages(D), pages(D), lengths, 0.1, table)
     paged_decode_attention(half(2, 128, 576), pages(576, 1), 512, lengths, 0.1, table)
     for width, keys, values in ((D, 4, 4), (D, 3, 2), (64, 4, 2), (64, 8, 3)):

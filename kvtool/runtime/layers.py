@@ -191,13 +191,13 @@ class LatentRuntimeAttention(RuntimeAttention):
         stages = self.stages
         q, c, k_pe = stages.query_and_compress(hidden)
         cos, sin = step.tables[self.table]
-        states = torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)
         if step.place is not None:
             assert isinstance(store, PagedLatents)
-            place, new = step.place, states[:, 0]
-            return stages.output(
-                self._absorbed(q[:, 0], cos, sin, lambda q: store.step(q, new, place))
-            )
+            asked, c, k_pe, cos, sin = (x[:, 0] for x in (q, c, k_pe, cos, sin))
+            asked = grouped_linear(asked, self.absorb_query)
+            context = store.step(asked, c, k_pe, cos, sin, step.place)
+            return stages.output(grouped_linear(context, self.absorb_value)[:, None])
+        states = torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)
         store.write(step.row, step.starts, {"latents": states})
         if hidden.shape[1] == 1 and not isinstance(store, PagedLatents):
             attend = partial(store.attend, row=step.row, lengths=step.lengths)

@@ -323,15 +323,27 @@ class PagedLatents(PagedStore):
         super().__init__(pages, {"latents": (rank + rope,)}, like)
         self.rank, self.scaling = rank, scaling
 
-    def step(self, q: Tensor, states: Tensor, at: Place) -> Tensor:
-        """Stores a latent per row, `[B, r + d_r]`; returns what `q [B, Q, r + d_r]` reads of all.
+    def step(
+        self, q: Tensor, c: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor, at: Place
+    ) -> Tensor:
+        """Stores a latent per row and returns what queries read of all.
+
+        Args:
+            q: `[B, Q, r + d_r]`, absorbed; what lies behind r is rotated in place.
+            c: `[B, r]`; k_pe: `[B, d_r]`, before RoPE.
+            cos, sin: `[B, d_r]`.
 
         Returns:
             `[B, Q, r]`.
         """
-        plane = self.planes["latents"]
-        plane.view(-1, plane.shape[-1])[at.slots] = states
-        return paged_latent_attention(q, plane, self.rank, at.lengths, self.scaling, at.table)[0]
+        plane, rank = self.planes["latents"], self.rank
+        contents, shared = plane[:, None].split([rank, plane.shape[-1] - rank], dim=-1)
+        turned = append(
+            k_pe[:, None], c[:, None], cos, sin, shared, contents, at.slots, q[..., rank:]
+        )
+        assert turned is not None
+        q[..., rank:] = turned
+        return paged_latent_attention(q, plane, rank, at.lengths, self.scaling, at.table)[0]
 
 
 def enlarge(planes: dict[str, Tensor], count: int) -> None:

@@ -14,6 +14,7 @@ as well. The file is written row by row, and a row that fails does not take the 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -30,15 +31,19 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 os.environ.setdefault("KVTOOL_KERNELS", "triton")
 
 from benchmarks.gpu_end_to_end import end_to_end
 from kvtool.attention import Rope
 from kvtool.evaluate.throughput import environment
-from kvtool.kernels.append import append
+from kvtool.kernels.append import Encoder, append
 from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.decode_attention import reference as decode_reference
+from kvtool.kernels.grouped_linear import grouped_linear
+from kvtool.kernels.grouped_linear import reference as grouped_reference
 from kvtool.kernels.hadamard import hadamard
 from kvtool.kernels.latent_attention import paged_latent_attention
 from kvtool.kernels.packed_attention import Blocks, Ring, pack_blocks, packed_attention
@@ -49,10 +54,13 @@ from kvtool.kernels.packed_latents import reference as packed_latents_reference
 from kvtool.kernels.quantise import quantise
 from kvtool.kernels.rebuild_attention import rebuild_decode_attention
 from kvtool.kernels.rebuild_attention import reference as rebuild_reference
+from kvtool.kernels.rms_norm import add_rms_norm, rms_norm
 from kvtool.kernels.ssd import reference as ssd_reference
 from kvtool.kernels.ssd import ssd_chunked, ssd_step
 from kvtool.kernels.streaming_attention import reference as streaming_reference
 from kvtool.kernels.streaming_attention import streaming_attention
+from kvtool.kernels.swiglu import swiglu
+from kvtool.runtime.fused import FusedMLP
 from kvtool.runtime.paged_split import at_once
 
 PAGE = 64
@@ -392,15 +400,14 @@ def code_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
     key_codes, value_codes, table, lengths = paged(device, batch, tokens, 1, rank, rank)
     exact = [normal(device, batch, heads, 68, width) for _ in range(2)]
     code_q = normal(device, batch, queries, rank)
-    decode = normal(device, queries, rank, width) * rank**-0.5
+    decode = normal(device, heads, rank, width) * rank**-0.5
 
     def codes() -> Tensor:
         close, close_mass = paged_decode_attention(q, *exact, lengths.clamp(max=68), scaling, own)
         far, far_mass = paged_decode_attention(
             code_q, key_codes, value_codes, lengths - 64, scaling, table, 4
         )
-        read = torch.matmul(far.transpose(0, 1), decode).transpose(0, 1)
-        return merge((close, read), (close_mass, far_mass))
+        return merge((close, grouped_linear(far, decode)), (close_mass, far_mass))
 
     def codes_error() -> float:
         found, _ = paged_decode_attention(
@@ -649,6 +656,126 @@ def small_cases(device: torch.device) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def coding_cases(device: torch.device, rows: int) -> Iterator[Case]:
+    """What codes of half the width of Llama-3-8B take besides: written, met by queries, read."""
+    queries, heads, width, rank = 32, 8, 128, 512
+    k, v, q = (normal(device, rows, n, width) for n in (heads, heads, queries))
+    cos, sin = (torch.randn(rows, width, device=device).to(BFLOAT16) for _ in range(2))
+    planes = [normal(device, rows + 1, heads, PAGE, width) for _ in range(2)]
+    slots, others = torch.arange(rows, device=device) * PAGE + 17, []
+    for _ in range(4):  # a model has encoders enough to leave none of them in a cache
+        weights = [normal(device, rank, heads * width).T for _ in range(2)]
+        pages = [normal(device, rows + 1, 1, PAGE, rank) for _ in range(2)]
+        others.append([Encoder(w, None, p) for w, p in zip(weights, pages, strict=True)])
+
+    def write(codes: list[Encoder]) -> None:
+        key_code, value_code = codes
+        append(k, v, cos, sin, *planes, slots, q, key_code=key_code, value_code=value_code)
+
+    def write_error() -> float:
+        write(others[0])
+        code = others[0][1]
+        found = code.pages[slots // PAGE, 0, slots % PAGE]
+        return rms_ratio(found, v.flatten(1).float() @ code.weight.float())
+
+    yield Case(
+        "append", "Llama-3-8B, codes of half the width", rows, 1,
+        2.0 * (rows * width * (2 * queries + 4 * heads) + 2 * rank * (heads * width + rows)),
+        4.0 * rows * heads * width * rank, [partial(write, codes) for codes in others], write_error,
+    )  # fmt: skip
+    for inner, outer in ((width, rank), (rank, width)):
+        x = normal(device, rows, queries, inner)
+        weights = [normal(device, heads, inner, outer) * inner**-0.5 for _ in range(4)]
+
+        def batched(x: Tensor = x, weight: Tensor = weights[0]) -> Tensor:
+            grouped = x.unflatten(1, (heads, -1)).transpose(0, 1)
+            y = torch.matmul(grouped.flatten(1, 2), weight).view(*grouped.shape[:3], -1)
+            return y.transpose(0, 1).flatten(1, 2)
+
+        def error(x: Tensor = x, weight: Tensor = weights[0]) -> float:
+            exact = grouped_reference.grouped_linear(x.float(), weight.float())
+            return rms_ratio(grouped_linear(x, weight), exact)
+
+        yield Case(
+            "grouped_linear", f"Llama-3-8B, {inner} to {outer}", rows, 1,
+            2.0 * (x.numel() // inner * (inner + outer) + weights[0].numel()),
+            2.0 * rows * queries * inner * outer,
+            [partial(grouped_linear, x, weight) for weight in weights], error,
+            {"torch": [partial(batched, x, weight) for weight in weights]},
+        )  # fmt: skip
+
+
+def norm_cases(device: torch.device, rows: int, width: int) -> Iterator[Case]:
+    """What comes before a product of so many rows, with the addition before that and without."""
+    x, other = (normal(device, rows, width) for _ in range(2))
+    weight, eps = normal(device, width), 1e-5
+
+    def exact(x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+
+    def torch_norm(x: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def sum_error() -> float:
+        both, normed = add_rms_norm(x, other, weight, eps)
+        return max(rms_ratio(both, x.float() + other.float()), rms_ratio(normed, exact(both)))
+
+    yield Case(
+        "rms_norm", f"width {width}", rows, 1, 2.0 * x.nbytes, 0,
+        [lambda: rms_norm(x, weight, eps)], lambda: rms_ratio(rms_norm(x, weight, eps), exact(x)),
+        {"torch": [lambda: torch_norm(x)]},
+    )  # fmt: skip
+    yield Case(
+        "rms_norm", f"width {width}, of a sum", rows, 1, 4.0 * x.nbytes, 0,
+        [lambda: add_rms_norm(x, other, weight, eps)], sum_error,
+        {"torch": [lambda: torch_norm(x + other)]},
+    )  # fmt: skip
+
+
+def swiglu_cases(device: torch.device, rows: int, width: int) -> Iterator[Case]:
+    """What lies between the products of an MLP."""
+    both = normal(device, rows, 2 * width)
+    gate, up = (x.contiguous() for x in both.chunk(2, dim=-1))
+    yield Case(
+        "swiglu", f"width {width}", rows, 1, 1.5 * both.nbytes, 0, [lambda: swiglu(both)],
+        lambda: rms_ratio(swiglu(both), F.silu(gate.float()) * up.float()),
+        {"torch": [lambda: F.silu(gate) * up]},
+    )  # fmt: skip
+
+
+def mlp_cases(device: torch.device, rows: int, hidden: int, inner: int) -> Iterator[Case]:
+    """A whole gated MLP, and the addition behind it."""
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=inner)
+    with device:
+        theirs = LlamaMLP(config).to(BFLOAT16).requires_grad_(False)
+    ours, exact = FusedMLP(theirs), copy.deepcopy(theirs).float()
+    x, residual = normal(device, rows, hidden), 0.1 * normal(device, rows, hidden)
+
+    def error() -> float:
+        return rms_ratio(ours.add_to(residual.clone(), x), residual.float() + exact(x.float()))
+
+    yield Case(
+        "mlp", f"{hidden} to {inner}", rows, 1, 2.0 * 3 * hidden * inner,
+        2.0 * 3 * rows * hidden * inner, [lambda: ours.add_to(residual, x)], error,
+        {"torch": [lambda: residual + theirs(x)]},
+    )  # fmt: skip
+
+
+def merge_cases(device: torch.device, rows: int) -> Iterator[Case]:
+    """Two parts of Llama-3-8B, of which one lies head by head."""
+    queries, width = 32, 128
+    parts = [normal(device, rows, queries, width), normal(device, queries, rows, width)]
+    parts[1] = parts[1].transpose(0, 1)
+    masses = [torch.randn(rows, queries, device=device) for _ in range(2)]
+    yield Case(
+        "merge", "Llama-3-8B", rows, 1, 3.0 * parts[0].nbytes, 0, [lambda: merge(parts, masses)],
+        lambda: rms_ratio(
+            merge(parts, masses), decode_reference.merge([x.float() for x in parts], masses)
+        ),
+        {"torch": [lambda: decode_reference.merge(parts, masses)]},
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------- end to end
 
 
@@ -709,6 +836,11 @@ def main() -> None:
             packed_cases(device, 1, 200),
             packed_latent_cases(device, {"SmolLM2-135M": (9, 160, 32)}, [(2, 200)]),
             small_cases(device),
+            coding_cases(device, 2),
+            norm_cases(device, 2, 256),
+            swiglu_cases(device, 2, 256),
+            mlp_cases(device, 2, 64, 96),
+            merge_cases(device, 2),
             state_cases(device, 1, 100),
             streaming_cases(device, 100),
         ]
@@ -723,6 +855,12 @@ def main() -> None:
             latent_cases(device, latents, short),
             packed_latent_cases(device, packed_latents, short[2:]),
             small_cases(device),
+            *(norm_cases(device, rows, 4096) for rows in (1, 8, 64, 4096)),
+            *(norm_cases(device, rows, 128) for rows in (256, 2**17)),
+            *(swiglu_cases(device, rows, 14336) for rows in (1, 8, 64, 8192)),
+            *(mlp_cases(device, rows, 4096, 14336) for rows in (1, 8, 64, 8192)),
+            *(merge_cases(device, rows) for rows in (1, 8, 64)),
+            *(coding_cases(device, rows) for rows in (1, 8, 64)),
             state_cases(device, 4, 8192),
             streaming_cases(device, 32768),
         ]

@@ -26,8 +26,8 @@ from kvtool.runtime.host import swap_attention
 def end_to_end(bench: Any, layers: int, batch: int, tokens: int, shrink: int = 1) -> None:
     """Decode tokens/s of the shape of Llama-3-8B with random weights, behind random caches.
 
-    In `generate` of transformers the model keeps the norms and linear layers that the runtime has
-    put into it, which are no slower than its own.
+    In `generate` of transformers the model keeps the layers that the runtime has put into it, but
+    for their attention; they are no slower than its own.
     """
     config = LlamaConfig(
         hidden_size=4096 // shrink, intermediate_size=14336 // shrink, num_hidden_layers=layers,

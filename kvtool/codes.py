@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvtool.attention import Rope, rotate
 from kvtool.errors import PlanError
+from kvtool.kernels.grouped_linear import grouped_linear
 from kvtool.kernels.quantise import BITS, groups_of, packed_bytes
 
 CodeKind = Literal["rotated", "unrotated"]
@@ -269,28 +270,18 @@ class Reader:
 
     def absorb(self, q: Tensor) -> Tensor:
         """Queries `[B, Q, D]` after RoPE as rotated codes meet them, `[B, Q, R]`."""
-        grouped = q.unflatten(1, (self.heads, -1)).transpose(0, 1)  # [H, B, g, D]
-        absorbed = torch.matmul(grouped.flatten(1, 2), self._key_decode)
-        flat: Tensor = absorbed.view(*grouped.shape[:3], -1).transpose(0, 1).flatten(1, 2)
-        return flat
+        return grouped_linear(q, self._key_decode)
 
     def add_key_mean(self, mass: Tensor, q: Tensor, scaling: float) -> Tensor:
         """The log-sum-exp `[B, Q]` of scores of :meth:`absorb`, with what the mean adds to each."""
         if self._key_mean is None:
             return mass
-        grouped = q.unflatten(1, (self.heads, -1))
-        added: Tensor = (grouped * self._key_mean[:, None]).sum(-1).flatten(1)
-        return mass + scaling * added.float()
+        added = grouped_linear(q, self._key_mean[..., None])[..., 0]
+        return torch.add(mass, added, alpha=scaling)
 
     def decode(self, mixed: Tensor) -> Tensor:
         """What weights that sum to 1 made of codes, `[B, Q, R]`, as values `[B, Q, D]`."""
-        grouped = mixed.unflatten(1, (self.heads, -1)).transpose(0, 1)  # [H, B, g, R]
-        read = torch.matmul(grouped.flatten(1, 2), self._value_decode)
-        read = read.view(*grouped.shape[:3], -1)
-        if self._value_mean is not None:
-            read += self._value_mean[:, None, None]
-        flat: Tensor = read.transpose(0, 1).flatten(1, 2)
-        return flat
+        return grouped_linear(mixed, self._value_decode, self._value_mean)
 
     def read(self, weights: Tensor, z: Tensor) -> Tensor:
         """Values summed with `weights [B, Q, T, S]`, which need not sum to 1: `[B, Q, T, D]`.

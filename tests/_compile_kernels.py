@@ -17,7 +17,9 @@ from triton.runtime.jit import JITFunction
 
 from kvtool.kernels.append import Encoder
 from kvtool.kernels.append.triton import append
+from kvtool.kernels.decode_attention.merge import merge
 from kvtool.kernels.decode_attention.triton import paged_decode_attention
+from kvtool.kernels.grouped_linear.triton import grouped_linear
 from kvtool.kernels.hadamard.triton import hadamard
 from kvtool.kernels.packed_attention import Blocks, Ring
 from kvtool.kernels.packed_attention.triton import pack_blocks, packed_attention
@@ -25,8 +27,10 @@ from kvtool.kernels.packed_latents import Blocks as LatentBlocks
 from kvtool.kernels.packed_latents.triton import pack_latents, packed_latent_attention
 from kvtool.kernels.quantise import packed_bytes
 from kvtool.kernels.rebuild_attention.triton import rebuild_decode_attention
+from kvtool.kernels.rms_norm.triton import add_rms_norm, rms_norm
 from kvtool.kernels.ssd.triton import causal_conv, ssd_chunked, ssd_step
 from kvtool.kernels.streaming_attention.triton import streaming_attention
+from kvtool.kernels.swiglu.triton import swiglu
 
 Q, H, D, PAGE = 32, 8, 128, 64  # Llama-3-8B
 
@@ -98,9 +102,19 @@ def main() -> None:
     q, k, cos = half(2, Q, D), half(2, H, D), half(2, D)
 
     hadamard(half(3, D))
+    for width in (D, 576, 4096, 16384):
+        rms_norm(half(2, width), half(width), 1e-5)
+        add_rms_norm(half(2, width), half(2, width), half(width), 1e-5)
+    swiglu(half(2, 2 * 14336))
+    grouped_linear(half(2, Q, D), half(H, D, 512))
+    grouped_linear(half(40, Q, 512), half(H, 512, D), half(H, D))
+    merge((half(2, Q, D), half(Q, 2, D).transpose(0, 1)), (torch.empty(2, Q), torch.empty(2, Q)))
     append(k, k, cos, cos, pages(D), pages(D), slots, q)
     codes = [Encoder(half(H * D, 512), half(512), pages(512, 1)) for _ in range(2)]
     append(k, k, cos, cos, pages(D), pages(D), slots, q, key_code=codes[0], value_code=codes[1])
+    latents, rope = pages(576, 1), half(2, 64)
+    contents, shared = latents[..., :512], latents[..., 512:]
+    append(half(2, 1, 64), half(2, 1, 512), rope, rope, shared, contents, slots, half(2, 128, 64))
     paged_decode_attention(q, pages(D), pages(D), lengths, 0.1, table)
     paged_decode_attention(half(2, 128, 576), pages(576, 1), 512, lengths, 0.1, table)
     for width, keys, values in ((D, 4, 4), (D, 3, 2), (64, 4, 2), (64, 8, 3)):

@@ -55,6 +55,8 @@ def append(
         VALUES_CODED=value_code is not None, CODE_ROTATED=code_rotated,
         PRECISION=precision(k.dtype),
         num_warps=4 if coded else 1,
+        # An encoder is all that comes from memory: where there is room, it is asked for at once.
+        num_stages=8 if rows < 64 else 3,
     )  # fmt: skip
     return rotated
 

@@ -4,10 +4,12 @@
 Triton on CUDA. :func:`decode_attention` reads contiguous rows by lengths known to the host.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kvtool.kernels.decode_attention import reference
-from kvtool.kernels.decode_attention.reference import decode_attention, merge
+from kvtool.kernels.decode_attention.reference import decode_attention
 from kvtool.kernels.dispatch import use_triton
 
 __all__ = ["decode_attention", "merge", "paged_decode_attention"]
@@ -28,3 +30,11 @@ def paged_decode_attention(
     if use_triton(q):
         from kvtool.kernels.decode_attention.triton import paged_decode_attention as run
     return run(q, keys, values, lengths, scaling, table, first, bias)
+
+
+def merge(parts: Sequence[Tensor], masses: Sequence[Tensor]) -> Tensor:
+    """See :func:`kvtool.kernels.decode_attention.reference.merge`."""
+    run = reference.merge
+    if use_triton(parts[0]):
+        from kvtool.kernels.decode_attention.merge import merge as run
+    return run(parts, masses)

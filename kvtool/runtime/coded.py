@@ -280,7 +280,7 @@ class PagedCoded(CodedStore):
         near, near_mass = paged_decode_attention(turned, *exact, lengths, self.scaling, table)
         far, far_mass = paged_decode_attention(
             self.reader.absorb(turned), planes["keys"], planes["values"],
-            at.lengths - ring.window, self.scaling, at.table, ring.sink,
+            at.before(ring.window), self.scaling, at.table, ring.sink,
         )  # fmt: skip
         far_mass = self.reader.add_key_mean(far_mass, turned, self.scaling)
         return merge((near, self.reader.decode(far)), (near_mass, far_mass))

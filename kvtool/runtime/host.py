@@ -26,10 +26,10 @@ from kvtool.latent_bits import LatentPlan
 from kvtool.mamba import Mixer, shape_of
 from kvtool.plan import Plan
 from kvtool.runtime.coded import CodedAttention
+from kvtool.runtime.fused import fuse
 from kvtool.runtime.layers import (
     DecodeLinear,
     DenseAttention,
-    FusedNorm,
     LatentRuntimeAttention,
     RuntimeAttention,
 )
@@ -79,7 +79,7 @@ def swap_attention(
         factors_in: Where the factors of a `kvtool_mla` model are.
     """
     if model.device.type == "cuda":
-        FusedNorm.replace_in(model)
+        fuse(model)
     inv_freq = rope.inv_freq.to(model.device)
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     positions = Positions(Rope(inv_freq, rope.scale), like)

@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.attention import GroupedQueryAttention, rotate
+from kvtool.kernels.grouped_linear import grouped_linear
 from kvtool.kernels.linear import linear, pack, packed_linear
 from kvtool.latent import LatentAttention
 from kvtool.runtime.pages import WIDEST, PagedHeads, PagedLatents, Pages, Place
@@ -56,28 +56,6 @@ class DecodeLinear(nn.Linear):
         if self.packed is not None:
             return packed_linear(x, self.packed, self.bias)
         return linear(x, self.weight, self.bias)
-
-
-class FusedNorm(nn.Module):
-    """An RMSNorm of the host model in one launch instead of six, which is what decoding pays for.
-
-    Its weight is multiplied before the result is rounded, not after.
-    """
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
-
-    @classmethod
-    def replace_in(cls, model: nn.Module) -> None:
-        """Puts one in the place of every RMSNorm, sharing its weight."""
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
-                    setattr(parent, name, cls(child))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 @dataclass
@@ -213,13 +191,13 @@ class LatentRuntimeAttention(RuntimeAttention):
         stages = self.stages
         q, c, k_pe = stages.query_and_compress(hidden)
         cos, sin = step.tables[self.table]
-        states = torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)
         if step.place is not None:
             assert isinstance(store, PagedLatents)
-            place, new = step.place, states[:, 0]
-            return stages.output(
-                self._absorbed(q[:, 0], cos, sin, lambda q: store.step(q, new, place))
-            )
+            asked, c, k_pe, cos, sin = (x[:, 0] for x in (q, c, k_pe, cos, sin))
+            asked = grouped_linear(asked, self.absorb_query)
+            context = store.step(asked, c, k_pe, cos, sin, step.place)
+            return stages.output(grouped_linear(context, self.absorb_value)[:, None])
+        states = torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)
         store.write(step.row, step.starts, {"latents": states})
         if hidden.shape[1] == 1 and not isinstance(store, PagedLatents):
             attend = partial(store.attend, row=step.row, lengths=step.lengths)
@@ -236,9 +214,7 @@ class LatentRuntimeAttention(RuntimeAttention):
         Returns:
             `[B, 1, Q, d_v]`.
         """
-        groups, rank = self.absorb_query.shape[0], self.stages.rank
-        absorbed = torch.matmul(q.unflatten(1, (groups, -1)), self.absorb_query).flatten(1, 2)
+        rank = self.stages.rank
+        absorbed = grouped_linear(q, self.absorb_query)
         absorbed[..., self.rotated] = rotate(absorbed[..., rank:], cos, sin)
-        context = attend(absorbed)
-        values = torch.matmul(context.unflatten(1, (groups, -1)), self.absorb_value)
-        return values.flatten(1, 2)[:, None]
+        return grouped_linear(attend(absorbed), self.absorb_value)[:, None]

@@ -143,7 +143,10 @@ class PagedPackedLatents(PagedBlocks, PackedLatents):
         return super().new_exact(self.pages.rows, like, bits)
 
     def step(self, q: Tensor, states: Tensor, at: Place) -> Tensor:
-        """See :meth:`PagedLatents.step`; queries and the result are in the order of the plan."""
+        """Stores a latent per row, `[B, r + d_r]`; returns what `q [B, Q, r + d_r]` reads of all.
+
+        Queries and the result, `[B, Q, r]`, are in the order of the plan.
+        """
         bits, latents = self.bits, self.exact.planes["latents"]
         _, slots, _ = at.ring(bits.sink, bits.ring)
         latents.view(-1, bits.width)[slots[:, None], self.places] = states

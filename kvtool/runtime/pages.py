@@ -14,7 +14,7 @@ Page 0 and row 0 belong to nobody: steps are padded with rows that write there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -162,13 +162,26 @@ class Place:
     table: Tensor
     slots: Tensor
     lengths: Tensor
+    _rings: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _before: dict[int, Tensor] = field(default_factory=dict)
 
     def ring(self, sink: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same three of a ring per row, whose first `sink` places are never overwritten."""
-        capacity, at = sink + window, self.positions
-        within = torch.where(at < sink, at, sink + (at - sink) % window)
-        slots = self.rows * capacity + within
-        return self.rows.int()[:, None], slots, (at + 1).clamp(max=capacity).int()
+        """The same three of a ring per row, whose first `sink` places are never overwritten.
+
+        Layers with such rings share them, as all that is computed here.
+        """
+        if (sink, window) not in self._rings:
+            capacity, at = sink + window, self.positions
+            within = torch.where(at < sink, at, sink + (at - sink) % window)
+            slots, lengths = self.rows * capacity + within, (at + 1).clamp(max=capacity).int()
+            self._rings[sink, window] = self.rows.int()[:, None], slots, lengths
+        return self._rings[sink, window]
+
+    def before(self, window: int) -> Tensor:
+        """`[B]` int32, tokens of each row before its last `window`; may be negative."""
+        if window not in self._before:
+            self._before[window] = self.lengths - window
+        return self._before[window]
 
 
 class PagedStore(Store):
@@ -310,15 +323,27 @@ class PagedLatents(PagedStore):
         super().__init__(pages, {"latents": (rank + rope,)}, like)
         self.rank, self.scaling = rank, scaling
 
-    def step(self, q: Tensor, states: Tensor, at: Place) -> Tensor:
-        """Stores a latent per row, `[B, r + d_r]`; returns what `q [B, Q, r + d_r]` reads of all.
+    def step(
+        self, q: Tensor, c: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor, at: Place
+    ) -> Tensor:
+        """Stores a latent per row and returns what queries read of all.
+
+        Args:
+            q: `[B, Q, r + d_r]`, absorbed; what lies behind r is rotated in place.
+            c: `[B, r]`; k_pe: `[B, d_r]`, before RoPE.
+            cos, sin: `[B, d_r]`.
 
         Returns:
             `[B, Q, r]`.
         """
-        plane = self.planes["latents"]
-        plane[at.slots // PAGE, at.slots % PAGE] = states
-        return paged_latent_attention(q, plane, self.rank, at.lengths, self.scaling, at.table)[0]
+        plane, rank = self.planes["latents"], self.rank
+        contents, shared = plane[:, None].split([rank, plane.shape[-1] - rank], dim=-1)
+        turned = append(
+            k_pe[:, None], c[:, None], cos, sin, shared, contents, at.slots, q[..., rank:]
+        )
+        assert turned is not None
+        q[..., rank:] = turned
+        return paged_latent_attention(q, plane, rank, at.lengths, self.scaling, at.table)[0]
 
 
 def enlarge(planes: dict[str, Tensor], count: int) -> None:

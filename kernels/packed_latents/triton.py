@@ -40,6 +40,7 @@ from kvtool.kernels.tiles import (
 )
 
 _WIDEST = 64  # numbers that are taken together: more do not stay in registers
+_PACKED = 64  # numbers that a program packs
 _KEY_UNIT = tl.constexpr(2.0**-22)  # of keys: so no scale times 2^133 is infinite
 
 
@@ -369,7 +370,8 @@ def _attend(
     VALUES: tl.constexpr = tl.float32 if tl.float32 == DTYPE else tl.float16
     far_scale = scale if tl.float32 == DTYPE else scale * (1 / _KEY_UNIT)
     UNIT: tl.constexpr = 1.0 if tl.float32 == DTYPE else 2.0**24
-    for tile in tl.range(tl.maximum(begin, NEAR), end, num_stages=STAGES):
+    # Without the last, the places of all queries were held in registers.
+    for tile in tl.range(tl.maximum(begin, NEAR), end, num_stages=STAGES, disable_licm=True):
         block = tile - NEAR
         page = tl.load(table + row * stride_table + block // EACH).to(tl.int64)
         own = page * EACH + block % EACH
@@ -470,12 +472,12 @@ def pack_latents(ring: Ring, blocks: Blocks, lengths: Tensor) -> None:
     """See :func:`kvtool.kernels.packed_latents.reference.pack_latents`."""
     size, counts = blocks.size, blocks.counts
     starts = [tuple(place.start for place in places) for places in blocks.places]
-    _pack[(len(lengths), sum(triton.cdiv(count, _WIDEST) for count in counts))](
+    _pack[(len(lengths), sum(triton.cdiv(count, _PACKED) for count in counts))](
         ring.keys, *_planes(blocks), ring.rows, blocks.table, lengths,
         ring.keys.stride(0), ring.keys.stride(2), blocks.table.stride(0),
         SINK=ring.sink, WINDOW=ring.window, TOKENS=size, EACH=PAGE // size,
         PARTS=len(counts), BITS=blocks.bits, COUNT=counts, VALUES=blocks.values,
-        START=starts[0], BEHIND=starts[1], BLOCK=_WIDEST, num_warps=4, enable_fp_fusion=False,
+        START=starts[0], BEHIND=starts[1], BLOCK=_PACKED, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -80,10 +80,11 @@ def sweeps(device: torch.device, tiny: bool) -> Iterator[Sweep]:
     yield Sweep(cases, decode, always, own)
     for heads, rank in ((16, 512), (32, 448)):
         tried = [
-            (64, heads, 8, 2, 1),
-            (64, heads, 8, 3, 1),
-            (64, heads, 4, 2, 1),
-            (64, 64, 8, 2, 1),
+            (64, heads, 4, 3, 2),
+            (64, heads, 4, 7, 2),
+            (64, heads, 4, 5, 1),
+            (64, heads, 8, 5, 1),
+            (64, 16 if heads > 16 else 32, 4, 5, 2),
         ]
         cases = packed_latent_cases(
             device, {f"{heads} heads on {rank} + 64": (heads, rank, 64)}, sizes

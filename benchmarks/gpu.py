@@ -402,16 +402,21 @@ def code_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
     code_q = normal(device, batch, queries, rank)
     decode = normal(device, heads, rank, width) * rank**-0.5
 
+    near_lengths, far_lengths = lengths.clamp(max=68), lengths - 64
+
     def codes() -> Tensor:
-        close, close_mass = paged_decode_attention(q, *exact, lengths.clamp(max=68), scaling, own)
-        far, far_mass = paged_decode_attention(
-            code_q, key_codes, value_codes, lengths - 64, scaling, table, 4
+        (close, close_mass), (far, far_mass) = at_once(
+            device,
+            lambda: paged_decode_attention(q, *exact, near_lengths, scaling, own),
+            lambda: paged_decode_attention(
+                code_q, key_codes, value_codes, far_lengths, scaling, table, 4
+            ),
         )
         return merge((close, grouped_linear(far, decode)), (close_mass, far_mass))
 
     def codes_error() -> float:
         found, _ = paged_decode_attention(
-            code_q, key_codes, value_codes, lengths - 64, scaling, table, 4
+            code_q, key_codes, value_codes, far_lengths, scaling, table, 4
         )
         planes = first_row(table, lengths, key_codes, value_codes)
         wanted, _ = decode_reference.paged_decode_attention(

@@ -22,7 +22,7 @@ from kvtool.kernels.append import Encoder, append
 from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
 from kvtool.runtime.layers import RuntimeAttention, Step, step_of
-from kvtool.runtime.paged_split import PagedRings
+from kvtool.runtime.paged_split import PagedRings, at_once
 from kvtool.runtime.pages import WIDEST, PagedStore, Pages, Place
 from kvtool.runtime.split import DroppingHeads, NewTokens, StreamingHeads
 from kvtool.runtime.stores import Store
@@ -277,10 +277,14 @@ class PagedCoded(CodedStore):
             key_code=key_code, value_code=value_code, code_slots=at.slots,
         )  # fmt: skip
         assert turned is not None
-        near, near_mass = paged_decode_attention(turned, *exact, lengths, self.scaling, table)
-        far, far_mass = paged_decode_attention(
-            self.reader.absorb(turned), planes["keys"], planes["values"],
-            at.before(ring.window), self.scaling, at.table, ring.sink,
+        before = at.before(ring.window)
+        (near, near_mass), (far, far_mass) = at_once(
+            q.device,
+            lambda: paged_decode_attention(turned, *exact, lengths, self.scaling, table),
+            lambda: paged_decode_attention(
+                self.reader.absorb(turned), planes["keys"], planes["values"], before, self.scaling,
+                at.table, ring.sink,
+            ),
         )  # fmt: skip
         far_mass = self.reader.add_key_mean(far_mass, turned, self.scaling)
         return merge((near, self.reader.decode(far)), (near_mass, far_mass))

@@ -60,8 +60,8 @@ def sweeps(device: torch.device, tiny: bool) -> Iterator[Sweep]:
     """All of them, the least known first."""
     batch, tokens = (1, 200) if tiny else (8, 32768)
     sizes = [(batch, tokens)]
-    many = [(64, 64, 8, 3, 1), (32, 64, 8, 4, 1), (64, 32, 8, 3, 1), (32, 32, 4, 5, 2)]
-    few = [(64, 16, 8, 4, 1), (64, 32, 8, 3, 1), (64, 64, 8, 3, 1), (32, 16, 4, 6, 2)]
+    many = [(64, 64, 8, 3, 1), (64, 32, 8, 5, 1), (64, 32, 4, 5, 1), (32, 32, 4, 5, 2)]
+    few = [(64, 16, 8, 5, 1), (64, 64, 8, 3, 1), (32, 16, 4, 6, 2)]
     codes = [(32, 64, 8, 3, 1), (32, 32, 8, 4, 1), (32, 32, 8, 4, 2), (32, 64, 8, 4, 1)]
     for name, shape, tried in (
         ("DeepSeek-V3", (128, 512, 64), many),
@@ -72,7 +72,7 @@ def sweeps(device: torch.device, tiny: bool) -> Iterator[Sweep]:
         yield Sweep(cases, decode, always, tried)
     read = islice(code_cases(device, batch, tokens), 1)  # behind it, keys are rebuilt
     yield Sweep(read, decode, lambda _, width, *__: width == 512, codes)
-    blocks = [(64, 16, 4, 2, 4), (64, 16, 4, 4, 4), (64, 16, 2, 3, 6), (64, 16, 8, 3, 2)]
+    blocks = [(64, 8, 2, 1, 8), (64, 8, 1, 1, 8), (64, 8, 1, 1, 12), (64, 8, 4, 1, 4)]
     yield Sweep(packed_cases(device, batch, tokens), packed, always, blocks)
     own = [(64, 16, 4, 4, 4), (64, 16, 4, 5, 2), (32, 16, 4, 6, 4), (128, 16, 4, 3, 2)]
     rows = [(1, tokens)] if tiny else [(1, tokens), (64, tokens)]

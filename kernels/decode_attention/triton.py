@@ -41,8 +41,9 @@ class Config(NamedTuple):
         least: Tiles of an item at least: fewer would not pay for its part in the merge.
         items: Work items to aim at, per multiprocessor.
         warps, stages: Of an item's program. Two of the stages go to finding the page.
-        heads: Rows of queries in a program's products, where they are not to follow the group: more
-            heads are several programs, fewer are filled up with zeros (wgmma takes 64 rows).
+        heads: Query heads in a program's products, where they are not to follow the group: more
+            are several programs, fewer are filled up with zeros (wgmma takes 64 rows).
+        registers: Of a thread at most, where more programs at a time are worth it.
     """
 
     block_n: int
@@ -65,7 +66,9 @@ def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
     if itemsize == 4:
         return Config(block_n=16 if width > 256 else 32, least=2, items=2, warps=4, stages=2)
     if in_keys and group > 32:
-        return Config(block_n=64, least=2, items=1, warps=4, stages=4, heads=32)
+        return Config(block_n=32, least=2, items=1, warps=8, stages=5, heads=64)
+    if in_keys and group <= 16 and width > 256:
+        return Config(block_n=64, least=2, items=1, warps=4, stages=5)
     if in_keys:
         return Config(block_n=32 if width > 256 else 64, least=2, items=2, warps=4, stages=5)
     if width > 256:

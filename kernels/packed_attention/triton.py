@@ -77,7 +77,7 @@ def _joined(shift, field):
         and.b32 low, low, 0x03030303;
         shr.b32 high, $2, {field};
         shr.b32 other, $2, {field + 1};
-        lop3.b32 high, high, other, $3, 0xAC;
+        lop3.b32 high, high, other, $3, 0xD8;
         and.b32 high, high, 0x01010101;
         shl.b32 high, high, 2;
         or.b32 $0, low, high;
@@ -110,34 +110,50 @@ def scale_of(pair, BITS: tl.constexpr):
 
 
 @triton.jit
-def _codes(
+def _bytes(
     plane, lines, there, PIECE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    WIDTH: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Codes of a piece of SIZE numbers of each line, about 0; `[N, COLUMNS]`.
+    """The bytes that a piece of SIZE numbers of each line lies in, `[N, COLUMNS]`.
 
     Args:
         lines: `[N]`, where the bytes of each line begin; there: `[N]`, which there are.
         PIECE: Which one. It lies in one field of the bytes.
         COLUMNS: A power of two that holds SIZE.
         WIDTH: Numbers of a line.
+
+    Returns:
+        Of all bits or the lower two of three; of the third, which lie behind, where there is one.
     """
-    LOW: tl.constexpr = 2 if BITS == 3 else BITS
-    BYTES: tl.constexpr = WIDTH * LOW // 8
-    FIRST: tl.constexpr = (PIECE * SIZE) % BYTES
-    SHIFT: tl.constexpr = LOW * ((PIECE * SIZE) // BYTES)
+    BYTES: tl.constexpr = WIDTH * (2 if BITS == 3 else BITS) // 8
     at = tl.arange(0, COLUMNS)
     inside = there[:, None] & (at < SIZE)[None, :]
-    words = tl.load(plane + lines[:, None] + (FIRST + at)[None, :], mask=inside, other=0)
+    at_byte = plane + lines[:, None]
+    words = tl.load(at_byte + (PIECE * SIZE % BYTES + at)[None, :], mask=inside, other=0)
+    third = words
+    if BITS == 3:  # fields half as wide
+        HIGH: tl.constexpr = WIDTH // 8
+        third_at = at_byte + (BYTES + (PIECE * SIZE + at) % HIGH)[None, :]
+        third = tl.load(third_at, mask=inside, other=0)
+    return words, third
+
+
+@triton.jit
+def _codes(
+    found, PIECE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The codes of a piece, less half of the range, from its bytes; `[N, COLUMNS]`."""
+    words, third = found
+    SHIFT: tl.constexpr = BITS * (PIECE * SIZE // (WIDTH * BITS // 8))
     if BITS != 3:
         return numbers_of(words, SHIFT, BITS, DTYPE)
-    HIGH: tl.constexpr = WIDTH // 8  # the third bits lie behind, in fields half as wide
-    own = PIECE * SIZE + at
-    byte = (BYTES + own % HIGH)[None, :]
-    third = tl.load(plane + lines[:, None] + byte, mask=inside, other=0)
+    HIGH: tl.constexpr = WIDTH // 8
     FIELD: tl.constexpr = PIECE * SIZE // HIGH
+    own = PIECE * SIZE + tl.arange(0, words.shape[1])
     upper = tl.where(own // HIGH > FIELD, 255, 0).to(tl.uint8)[None, :]
-    return numbers_of(_three_bits(words, third, upper, SHIFT, FIELD), 0, BITS, DTYPE)
+    SHIFT_LOW: tl.constexpr = 2 * (PIECE * SIZE // (WIDTH // 4))
+    return numbers_of(_three_bits(words, third, upper, SHIFT_LOW, FIELD), 0, BITS, DTYPE)
 
 
 @triton.jit
@@ -246,23 +262,36 @@ def _attend(
     seen, rests = _zeros(RUN, BLOCK_M), ()
     for _ in tl.static_range(PIECES):
         rests += (_zeros(RUN, BLOCK_M),)
-    first = tl.maximum(begin, NEAR) - NEAR
+    first, last = tl.maximum(begin, NEAR) - NEAR, end - NEAR - 1
     pages = table + row * stride_table
-    page = tl.load(pages + first // EACH, mask=first + NEAR < end, other=0)
-    for block in range(first, end - NEAR):
+    page = tl.load(pages + first // EACH, mask=first <= last, other=0)
+    for block in range(first, last + 1):
         own = (page.to(tl.int64) * heads + head) * EACH + block % EACH
-        page = tl.load(pages + (block + 1) // EACH, mask=block + 1 + NEAR < end, other=0)
+        # All that is read of a block is asked for at once, and where the next one lies.
         pair = tl.load(key_scales + own * WIDTH + channel, mask=is_channel, other=0)
+        lines = key_codes + own * (WIDTH * KEY_LINE)
+        k_bytes = _bytes(lines, channel * KEY_LINE, is_channel, 0, RUN, RUN, BLOCK_N, KEY_BITS)
+        lines = value_codes + own * (BLOCK_N * VALUE_LINE)
+        v_bytes, pairs = (), ()
+        for j in tl.static_range(KEY_PIECES):
+            token = j * RUN + tl.arange(0, RUN)
+            for i in tl.static_range(PIECES):
+                v_bytes += (
+                    _bytes(
+                        lines, token * VALUE_LINE, token >= 0, i, SIZE, COLUMNS, WIDTH, VALUE_BITS
+                    ),
+                )
+                at = (own * BLOCK_N + token) * GROUPS + i * SIZE // BLOCK_N
+                pairs += (tl.load(value_scales + at),)
+        page = tl.load(pages + tl.minimum(block + 1, last) // EACH)
+
         s, m = scale_of(pair, KEY_BITS)
         folded = (scaled * s[:, None]).to(DTYPE)
         shift = tl.broadcast_to(tl.sum(scaled * m[:, None], 0)[None, :], (RUN, BLOCK_M))
-        lines = key_codes + own * (WIDTH * KEY_LINE)
         scores = ()
         highest = tl.full((RUN, BLOCK_M), -float("inf"), tl.float32)
         for i in tl.static_range(KEY_PIECES):
-            codes = _codes(
-                lines, channel * KEY_LINE, is_channel, i, RUN, RUN, BLOCK_N, KEY_BITS, DTYPE
-            )
+            codes = _codes(k_bytes, i, RUN, BLOCK_N, KEY_BITS, DTYPE)
             scores += (dot(tl.trans(codes), folded, shift, PRECISION),)
             highest = tl.maximum(highest, scores[i])
         new_top = tl.maximum(top, tl.max(highest, 0))
@@ -274,19 +303,13 @@ def _attend(
         for i in tl.static_range(PIECES):
             added += (sums[i] * shrink,)
             kept += (rests[i] * shrink,)
-        lines = value_codes + own * (BLOCK_N * VALUE_LINE)
         for j in tl.static_range(KEY_PIECES):
             weights = tl.exp2(scores[j] - top[None, :])
             seen += weights
-            token = j * RUN + tl.arange(0, RUN)
             sums, added, rests, kept = added, (), kept, ()
             for i in tl.static_range(PIECES):
-                at = (own * BLOCK_N + token) * GROUPS + i * SIZE // BLOCK_N
-                s, m = scale_of(tl.load(value_scales + at), VALUE_BITS)
-                codes = _codes(
-                    lines, token * VALUE_LINE, token >= 0, i, SIZE, COLUMNS, WIDTH, VALUE_BITS,
-                    DTYPE,
-                )  # fmt: skip
+                s, m = scale_of(pairs[j * PIECES + i], VALUE_BITS)
+                codes = _codes(v_bytes[j * PIECES + i], i, SIZE, WIDTH, VALUE_BITS, DTYPE)
                 share = (weights * s[:, None]).to(DTYPE)
                 added += (dot(tl.trans(codes), share, sums[i], PRECISION),)
                 kept += (rests[i] + weights * m[:, None],)

@@ -33,6 +33,7 @@ from kvtool.kernels.tiles import (
     INTERPRETED,
     dot,
     gdc_launch_dependents,
+    has_sound_assembler,
     load_columns,
     lying_together,
     precision,
@@ -407,10 +408,18 @@ def _attend(
         _store(out, part * RANK, is_member, total, START[i], SIZE[i])
 
 
-def config_for(heads: int, size: int, itemsize: int) -> Config:
-    """How the work of `heads` query heads over blocks of `size` tokens is cut and run."""
+def config_for(heads: int, size: int, itemsize: int, sound: bool) -> Config:
+    """How the work of `heads` query heads over blocks of `size` tokens is cut and run.
+
+    Args:
+        sound: Whether the assembler is: before ptxas 12.9, four warps got the ring wrong.
+    """
     # Numbers of fp32 fill the shared memory of a multiprocessor.
-    most, items, warps, stages = (16, 1, 8, 1) if itemsize == 4 else (32, 2, 4, 5)
+    most, items, warps, stages = 32, 2, 4, 5
+    if itemsize == 4:
+        most, items, warps, stages = 16, 1, 8, 1
+    elif not sound:
+        items, warps = 1, 8
     fitting = min(most, max(16, triton.next_power_of_2(heads)))
     return Config(block_n=size, least=2, items=items, warps=warps, stages=stages, heads=fitting)
 
@@ -424,7 +433,7 @@ def packed_latent_attention(
     scales = tuple(plane.view(torch.int32) for plane in scales)  # with their minima
     size, rank = blocks.size, ring.values.shape[-1]
     near, tokens = cut_into_tiles(lengths, ring, size)
-    config = config_for(q.shape[1], size, q.element_size())
+    config = config_for(q.shape[1], size, q.element_size(), has_sound_assembler(q.device))
     cut = Cut(q.new_empty((*q.shape[:2], rank)), tokens, 1, 0, config)
     values, others = tiles_for(blocks)
     tiles = dict(zip(map(str.upper, Tile._fields), zip(*values, *others, strict=True), strict=True))

@@ -127,7 +127,7 @@ def test_not_a_number_reaches_the_reader():
 @pytest.mark.parametrize(("items", "heads"), [(1, 16), (3, 64), (50, 32)])
 def test_how_work_is_cut_does_not_matter(monkeypatch, items, heads):
     ring, blocks, lengths = memory((2, 4), 40, 16)
-    config = kernel.config_for(20, 64, 4)._replace(items=items, least=1, heads=heads)
+    config = kernel.config_for(20, 64, 4, True)._replace(items=items, least=1, heads=heads)
     monkeypatch.setattr(kernel, "config_for", lambda *_: config)
     found, expected = both(ring, blocks, lengths, 20)
     assert rms_ratio(found, expected) < 1e-5

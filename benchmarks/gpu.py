@@ -60,8 +60,8 @@ from kvtool.kernels.ssd import ssd_chunked, ssd_step
 from kvtool.kernels.streaming_attention import reference as streaming_reference
 from kvtool.kernels.streaming_attention import streaming_attention
 from kvtool.kernels.swiglu import swiglu
+from kvtool.runtime.coded import at_once
 from kvtool.runtime.fused import FusedMLP
-from kvtool.runtime.paged_split import at_once
 
 PAGE = 64
 BFLOAT16 = torch.bfloat16
@@ -367,12 +367,11 @@ def split_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]
     full, streaming = q[:, : queries // 2].contiguous(), q[:, queries // 2 :].contiguous()
 
     def split() -> Tensor:
-        close, far = at_once(
-            device,
-            lambda: paged_decode_attention(streaming, *near, near_lengths, scaling, own)[0],
-            lambda: paged_decode_attention(full, keys, values, lengths, scaling, table)[0],
-        )
-        return torch.cat((far, close), dim=1)
+        out = torch.empty_like(q)
+        close, far = out[:, queries // 2 :], out[:, : queries // 2]
+        paged_decode_attention(streaming, *near, near_lengths, scaling, own, out=close)
+        paged_decode_attention(full, keys, values, lengths, scaling, table, out=far)
+        return out
 
     def split_error() -> float:
         planes = first_row(table, lengths, keys, values)

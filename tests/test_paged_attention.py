@@ -112,6 +112,20 @@ def test_a_bias_counts_merged_tokens(dtype):
     torch.testing.assert_close(merged, stored)
 
 
+@pytest.mark.parametrize("heads", [slice(0, 4), slice(4, 10)], ids=str)
+def test_the_result_goes_to_some_heads_of_a_larger_one(heads):
+    pages = Pages.of([70, 0, 131], 64)
+    keys, values = (pages.plane(2, 64, torch.float32) for _ in range(2))
+    whole = torch.full((3, 10, 64), 7.0, device=DEVICE)
+    args = (random(3, heads.stop - heads.start, 64), keys, values, pages.lengths, 0.1, pages.table)
+    expected, found = contract(*args), paged(*args, out=whole[:, heads])
+    assert found[0].data_ptr() == whole[:, heads].data_ptr()
+    assert_same(found, expected, torch.float32)
+    others = torch.ones(10, dtype=torch.bool)
+    others[heads] = False
+    assert (whole[:, others] == 7).all()
+
+
 def test_no_row_has_anything_to_read():
     pages = Pages.of([0, 0], 64)
     keys = pages.plane(1, 64, torch.float32)

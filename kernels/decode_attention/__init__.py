@@ -24,12 +24,13 @@ def paged_decode_attention(
     table: Tensor | None = None,
     first: int = 0,
     bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.decode_attention.reference.paged_decode_attention`."""
     run = reference.paged_decode_attention
     if use_triton(q):
         from kvtool.kernels.decode_attention.triton import paged_decode_attention as run
-    return run(q, keys, values, lengths, scaling, table, first, bias)
+    return run(q, keys, values, lengths, scaling, table, first, bias, out)
 
 
 def merge(parts: Sequence[Tensor], masses: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ def paged_decode_attention(
     table: Tensor | None = None,
     first: int = 0,
     bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query per row and head over the tokens `first` to `length - 1`.
 
@@ -33,6 +34,7 @@ def paged_decode_attention(
         first: Tokens that are left out at the start.
         bias: `[P, H, page]`, added to the scaled scores (as for merged tokens, the logarithm of
             how many they are).
+        out: `[B, Q, Dv]` for the result, which may be a part of the heads of a larger one.
 
     Returns:
         `[B, Q, Dv]`, and the logarithm of the sum of `exp(score)`, `[B, Q]` fp32: zeros and -inf
@@ -42,7 +44,8 @@ def paged_decode_attention(
     heads, page = keys.shape[1:3]
     group = query_heads // heads
     v_width = values if isinstance(values, int) else values.shape[-1]
-    out = q.new_zeros((rows, query_heads, v_width))
+    out = q.new_empty((rows, query_heads, v_width)) if out is None else out
+    out.zero_()
     lse = q.new_full((rows, query_heads), -torch.inf, dtype=torch.float32)
     per_head = lengths[:, None].expand(rows, heads) if lengths.dim() == 1 else lengths
     for b, of_row in enumerate(per_head.tolist()):

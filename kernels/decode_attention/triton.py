@@ -43,7 +43,6 @@ class Config(NamedTuple):
         warps, stages: Of an item's program. Two of the stages go to finding the page.
         heads: Query heads in a program's products, where they are not to follow the group: more
             are several programs, fewer are filled up with zeros (wgmma takes 64 rows).
-        registers: Of a thread at most, where more programs at a time are worth it.
     """
 
     block_n: int
@@ -52,7 +51,6 @@ class Config(NamedTuple):
     warps: int
     stages: int
     heads: int | None = None
-    registers: int | None = None
 
 
 def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
@@ -73,7 +71,9 @@ def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
         return Config(block_n=32 if width > 256 else 64, least=2, items=2, warps=4, stages=5)
     if width > 256:
         return Config(block_n=64, least=2, items=1, warps=8, stages=2)
-    return Config(block_n=32 if width > 64 else 64, least=2, items=4, warps=2, stages=6)
+    if width > 64:
+        return Config(block_n=32, least=2, items=4, warps=4, stages=6)
+    return Config(block_n=64, least=2, items=3, warps=4, stages=6)
 
 
 @triton.jit
@@ -229,7 +229,7 @@ def _attend(
 
 @triton.jit
 def _merge(
-    parts, part_lse, lengths, out, lse,
+    parts, part_lse, lengths, out, lse, stride_ob, stride_oh,
     stride_row, stride_head, rows, heads, group, first_tile, items,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -261,7 +261,8 @@ def _merge(
     safe_mass = tl.where(mass == 0.0, 1.0, mass)
     one = slot.to(tl.int64) * group + member  # [B, Q]: query heads lie by KV head
     result = (total / safe_mass).to(out.dtype.element_ty)
-    tl.store(out + one * WIDTH + columns, result, mask=columns < WIDTH)
+    at = (slot // heads).to(tl.int64) * stride_ob + (slot % heads * group + member) * stride_oh
+    tl.store(out + at + columns, result, mask=columns < WIDTH)
     if tl.program_id(2) == 0:
         tl.store(lse + one, (top + tl.log2(safe_mass)) / _LOG2_E)
 
@@ -270,19 +271,21 @@ class Cut:
     """The work of one call and the memory of its parts.
 
     Args:
-        out: `[B, Q, Dv]`, what the result is like.
+        out: `[B, Q, Dv]`, where the result goes; its last axis lies together.
         lengths: `[B]` or `[B, H]` int32.
         heads: H.
+        tokens: That a row can have at most.
     """
 
     def __init__(
-        self, out: Tensor, lengths: Tensor, heads: int, first: int, config: Config
+        self, out: Tensor, lengths: Tensor, heads: int, first: int, config: Config, tokens: int
     ) -> None:
         rows, query_heads, width = out.shape
         self.out, self.lengths, self.config = out, lengths, config
         self.rows, self.heads, self.group = rows, heads, query_heads // heads
         self.first, self.items = first, config.items * processors(out.device)
-        self.most_items = max(self.items, (self.items + 1) // 2 + rows * heads)
+        most = rows * heads * -(-tokens // (config.block_n * config.least))
+        self.most_items = min(most, max(self.items, (self.items + 1) // 2 + rows * heads))
         self.parts = out.new_empty((self.most_items, self.group, width), dtype=torch.float32)
         self.part_lse = out.new_empty((self.most_items, self.group), dtype=torch.float32)
         self.lse = out.new_empty((rows, query_heads), dtype=torch.float32)
@@ -304,7 +307,8 @@ class Cut:
         few = self.lse.numel() < 2 * processors(self.out.device)
         columns = 64 if few else min(512, triton.next_power_of_2(width))
         _merge[(self.rows * self.heads, self.group, triton.cdiv(width, columns))](
-            self.parts, self.part_lse, self.lengths, self.out, self.lse, *self.strides,
+            self.parts, self.part_lse, self.lengths, self.out, self.lse, *self.out.stride()[:2],
+            *self.strides,
             self.rows, self.heads, self.group, self.first // self.config.block_n, self.items,
             WIDTH=width, COLUMNS=columns, BLOCK=4096 // columns, num_warps=4, **self.constants,
             **({"launch_pdl": True} if self.overlap else {}),
@@ -321,6 +325,7 @@ def paged_decode_attention(
     table: Tensor | None = None,
     first: int = 0,
     bias: Tensor | None = None,
+    out: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.decode_attention.reference.paged_decode_attention`.
@@ -340,8 +345,10 @@ def paged_decode_attention(
     if config is None:
         width = max(k_width, v_width)
         config = config_for(query_heads // heads, width, q.element_size(), in_keys)
-    out = torch.empty((*q.shape[:2], v_width), dtype=q.dtype, device=q.device)
-    cut = Cut(out, lengths, heads, first, config)
+    if out is None:
+        out = torch.empty((*q.shape[:2], v_width), dtype=q.dtype, device=q.device)
+    tokens = page * (1 if table is None else table.shape[1])
+    cut = Cut(out, lengths, heads, first, config, tokens)
     _attend[cut.grid](
         q, keys, v, bias, table, lengths, cut.parts, cut.part_lse,
         q.stride(0), q.stride(1), *keys.stride()[:3], *v.stride()[:3],

@@ -327,14 +327,18 @@ def _attend(
         tl.store(at, total / safe_mass[None, :], mask=inside)
 
 
-def cut_into_tiles(lengths: Tensor, ring: Ring, size: int) -> tuple[int, Tensor]:
-    """Tiles of a ring; and for each row `[B]` some tokens that have these and a tile per block.
+def cut_into_tiles(
+    lengths: Tensor, ring: Ring, table: Tensor, size: int
+) -> tuple[int, Tensor, int]:
+    """Tiles of a ring; for each row `[B]` some tokens that have these and a tile per block; at most
+    how many.
 
     A row of n tokens has ⌊x / N⌋ = ⌈(x - N + 1) / N⌉ blocks, with x = max(0, n - sink - window).
     """
     near = triton.cdiv(ring.keys.shape[2], size)
     least = (near - 1) * size + 1
-    return near, (lengths + (least - ring.sink - ring.window)).clamp(min=least)
+    tokens = (lengths + (least - ring.sink - ring.window)).clamp(min=least)
+    return near, tokens, near * size + table.shape[1] * PAGE
 
 
 def config_for(group: int, size: int) -> Config:
@@ -349,10 +353,10 @@ def packed_attention(
     """See :func:`kvtool.kernels.packed_attention.paged.packed_attention`."""
     q = lying_together(q)
     width, heads, size = q.shape[-1], ring.keys.shape[1], blocks.size
-    near, tiles = cut_into_tiles(lengths, ring, size)
+    near, tiles, most = cut_into_tiles(lengths, ring, blocks.table, size)
     pieces = pieces_of(width, blocks.value_bits, size)
     config = config_for(q.shape[1] // heads, size)
-    cut = Cut(torch.empty_like(q), tiles, heads, 0, config)
+    cut = Cut(torch.empty_like(q), tiles, heads, 0, config, most)
     keys, key_scales, values, value_scales = _planes(blocks)
     _attend[cut.grid](
         q, ring.keys, ring.values, keys, key_scales.view(torch.int32), values,
@@ -366,8 +370,7 @@ def packed_attention(
         KEY_PIECES=pieces_of(size, blocks.key_bits, size),
         VALUE_BITS=blocks.value_bits, VALUE_LINE=blocks.values.shape[-1], PIECES=pieces,
         COLUMNS=max(16, triton.next_power_of_2(width // pieces)), PRECISION=precision(q.dtype),
-        BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages,
-        maxnreg=config.registers, **cut.constants,
+        BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages, **cut.constants,
     )  # fmt: skip
     return cut.merge()[0]
 

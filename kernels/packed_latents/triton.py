@@ -432,9 +432,9 @@ def packed_latent_attention(
     codes, scales = _planes(blocks)
     scales = tuple(plane.view(torch.int32) for plane in scales)  # with their minima
     size, rank = blocks.size, ring.values.shape[-1]
-    near, tokens = cut_into_tiles(lengths, ring, size)
+    near, tokens, most = cut_into_tiles(lengths, ring, blocks.table, size)
     config = config_for(q.shape[1], size, q.element_size(), has_sound_assembler(q.device))
-    cut = Cut(q.new_empty((*q.shape[:2], rank)), tokens, 1, 0, config)
+    cut = Cut(q.new_empty((*q.shape[:2], rank)), tokens, 1, 0, config, most)
     values, others = tiles_for(blocks)
     tiles = dict(zip(map(str.upper, Tile._fields), zip(*values, *others, strict=True), strict=True))
     _attend[cut.grid](

@@ -182,7 +182,8 @@ def rebuild_decode_attention(
     # Both halves of a block of the decoder together take 32 KB.
     block_r = (64 if half > 64 else 128) * 2 // q.element_size()
     out = torch.empty((*q.shape[:2], v_width), dtype=q.dtype, device=q.device)
-    cut = Cut(out, lengths, heads, first, config)
+    tokens = codes.shape[2] * (1 if table is None else table.shape[1])
+    cut = Cut(out, lengths, heads, first, config, tokens)
     z_page, z_head, z_token, _ = codes.stride()
     v_page, v_head, v_token, _ = values.stride()
     _attend[cut.grid](

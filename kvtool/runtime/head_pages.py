@@ -216,8 +216,9 @@ class PagedByHead(PagedSplit):
             self.streaming.grow()
 
     def step_pages(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Every head of a row is a row with one head here, and a table and a length of its own."""
         (rows, heads, width), queries = k.shape, q.shape[1]
         keys, values = self.pages.planes["keys"], self.pages.planes["values"]
@@ -230,4 +231,5 @@ class PagedByHead(PagedSplit):
         assert turned is not None
         scaling = self.full.scaling
         context, _ = paged_decode_attention(turned, keys, values, lengths, scaling, table)
-        return context.view(rows, queries, width)
+        context = context.view(rows, queries, width)
+        return context if out is None else out.copy_(context)

@@ -395,7 +395,10 @@ class PagedPacked(PagedBlocks, PackedHeads):
             return super().add(new, step)
         return turn(super().add(new._replace(v=turn(new.v)), step))
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See :meth:`PagedHeads.step`."""
         bits, planes = self.bits, self.planes
         keys, values = self.exact.planes["keys"], self.exact.planes["values"]
@@ -409,7 +412,8 @@ class PagedPacked(PagedBlocks, PackedHeads):
         )  # fmt: skip
         pack_blocks(ring, blocks, at.lengths)
         context = packed_attention(asked, ring, blocks, at.lengths, self.scaling)
-        return turn(context) if self.turned else context
+        context = turn(context) if self.turned else context
+        return context if out is None else out.copy_(context)
 
 
 class PackedAttention(SplitAttention):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from kvtool.kernels.append import append
@@ -17,41 +15,21 @@ if TYPE_CHECKING:
     from kvtool.runtime.packed import PagedPacked
 
 
-T = TypeVar("T")
-_beside: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def at_once(device: torch.device, one: Callable[[], T], other: Callable[[], T]) -> tuple[T, T]:
-    """What two calls give that do not need each other; CUDA may run them at the same time.
-
-    In a CUDA graph they become two branches.
-    """
-    if device.type != "cuda":
-        return one(), other()
-    own = torch.cuda.current_stream(device)
-    if device not in _beside:
-        _beside[device] = torch.cuda.Stream(device)
-    beside = _beside[device]
-    # Memory of one stream is used on the other only between the two waits, so none of it is given
-    # to somebody else too early.
-    beside.wait_stream(own)
-    with torch.cuda.stream(beside):
-        first = one()
-    second = other()
-    own.wait_stream(beside)
-    return first, second
-
-
 class PagedRings(PerRow, StreamingHeads):
     """Heads that keep the first tokens and the last: a ring per row."""
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See :meth:`PagedHeads.step`."""
         table, slots, lengths = at.ring(self.sink, self.window)
         keys, values = self.planes["keys"], self.planes["values"]
         turned = append(k, v, cos, sin, keys, values, slots, q)
         assert turned is not None
-        return paged_decode_attention(turned, keys, values, lengths, self.scaling, table)[0]
+        return paged_decode_attention(
+            turned, keys, values, lengths, self.scaling, table, out=out
+        )[0]  # fmt: skip
 
 
 class PagedSplit(SplitStore):
@@ -85,15 +63,14 @@ class PagedSplit(SplitStore):
         if not there:
             return streaming.step(q, k, v, cos, sin, at)
         asked = there * (q.shape[1] // k.shape[1])
-        near, far = at_once(
-            q.device,
-            lambda: streaming.step(q[:, asked:], k[:, there:], v[:, there:], cos, sin, at),
-            lambda: self.step_pages(q[:, :asked], k[:, :there], v[:, :there], cos, sin, at),
-        )
-        return torch.cat((far, near), dim=1)
+        out = q.new_empty((*q.shape[:2], v.shape[-1]))
+        streaming.step(q[:, asked:], k[:, there:], v[:, there:], cos, sin, at, out[:, asked:])
+        self.step_pages(q[:, :asked], k[:, :there], v[:, :there], cos, sin, at, out[:, :asked])
+        return out
 
     def step_pages(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Of the heads in pages."""
-        return self.full.step(q, k, v, cos, sin, at)
+        return self.full.step(q, k, v, cos, sin, at, out)

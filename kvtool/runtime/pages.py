@@ -280,12 +280,16 @@ class PagedHeads(PagedStore):
         self.write(step.row, step.starts, {"keys": new.k, "values": new.v})
         return self.attend(new.q, step.row, step.lengths, self.scaling, None)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place) -> Tensor:
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Stores a new token per row and returns what it reads.
 
         Args:
             q, k: `[B, Q or H, D]`, before RoPE; v: `[B, H, D]`.
             cos, sin: `[B, D]`.
+            out: `[B, Q, D]` for the result, which may be a part of the heads of a larger one.
 
         Returns:
             `[B, Q, D]`.
@@ -294,7 +298,7 @@ class PagedHeads(PagedStore):
         turned = append(k, v, cos, sin, keys, values, at.slots, q)
         assert turned is not None
         return paged_decode_attention(
-            turned, keys, values, at.lengths, self.scaling, at.table
+            turned, keys, values, at.lengths, self.scaling, at.table, out=out
         )[0]  # fmt: skip
 
 

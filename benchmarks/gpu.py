@@ -110,7 +110,11 @@ class Bench:
         if device.type == "cuda":
             import triton
 
-            self.header["versions"]["triton"] = triton.__version__
+            from kvtool.kernels.tiles import ptxas_version
+
+            self.header["versions"] |= {
+                "triton": triton.__version__, "ptxas": ".".join(map(str, ptxas_version(90))),
+            }  # fmt: skip
         self.copy = self._copy_bandwidth()
         self.header |= {
             "copy_bytes_per_second": self.copy, "read_bytes_per_second": self._read_bandwidth(),
@@ -827,6 +831,7 @@ def main() -> None:
         "SmolLM2-135M, MLA at 50 %": (9, 160, 32),
         "16 heads, 512 + 64": (16, 512, 64),
         "Llama-3-8B, MLA at 25 %": (32, 448, 64),
+        "Llama-3-8B, MLA at 50 %": (32, 960, 64),
         "DeepSeek-V3": (128, 512, 64),
     }
     packed_latents = {name: latents[name] for name in list(latents)[1:3]}

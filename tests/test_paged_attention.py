@@ -45,7 +45,8 @@ def test_rows_of_any_length_on_any_pages(lengths, page, heads, group, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("key_width", "value_width"), [(80, 80), (96, 40), (128, 128), (256, 256), (16, 24), (72, 576)]
+    ("key_width", "value_width"),
+    [(80, 80), (96, 40), (128, 128), (256, 256), (16, 24), (72, 576), (1024, 1024)],
 )
 def test_keys_and_values_of_any_width(key_width, value_width, dtype):
     pages = Pages.of([33, 90], 64)
@@ -56,7 +57,9 @@ def test_keys_and_values_of_any_width(key_width, value_width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rank", "rope"), [(192, 32), (512, 64), (96, 0), (64, 64), (40, 16)])
+@pytest.mark.parametrize(
+    ("rank", "rope"), [(192, 32), (512, 64), (960, 64), (96, 0), (64, 64), (40, 16)]
+)
 def test_latents_are_keys_and_values(rank, rope, dtype):
     pages = Pages.of([70, 5], 64)
     latents = pages.plane(1, rank + rope, dtype)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kvtool.runtime.split import NewTokens
 
 
-WIDEST = 640
+WIDEST = 1024
 """Of what a kernel sums up for all query heads at once, in numbers."""
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.runtime.cache import KVCache
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from kvtool.runtime.engine import Engine
 
 SPARE = 0
-"""The row that pads a step."""
+"""The row that pads a step; what else it is fed is of no account."""
 
 
 class PagedMemory:
@@ -97,27 +96,24 @@ class PagedMemory:
 
         Args:
             starts: Tokens that each row holds. It has a page for one more.
-            ids: `[B]`.
+            ids: `[B]`, on the host: nobody waits for them then.
         """
         for row, start in zip(rows, starts, strict=True):
             if start == 0:
                 self.begin(row, 0)
         count = len(rows)
         padded = 1 << (count - 1).bit_length()
-        spare = [0] * (padded - count)
-        device = self.engine.device
+        spare = [SPARE] * (padded - count)
+        cuda = self.engine.device.type == "cuda"
         # Pinned, so that nobody waits for the copy; torch keeps it until the copy is through.
-        where = torch.tensor(
-            [[*rows, *[SPARE] * len(spare)], [*starts, *spare]], pin_memory=device.type == "cuda"
-        ).to(device, non_blocking=True)
-        if device.type == "cuda" and not ids.is_cuda:
-            ids = ids.pin_memory()
-        fed = F.pad(ids.to(device, non_blocking=True), (0, len(spare)))
-        if device.type != "cuda":
-            return self._step(where[0], where[1], fed)[:count]
+        fed = torch.tensor(
+            [[*part, *spare] for part in (rows, starts, ids.tolist())], pin_memory=cuda
+        ).to(self.engine.device, non_blocking=True)
+        if not cuda:
+            return self._step(*fed)[:count]
         if padded not in self._recorded:
             self._recorded[padded] = _Recorded(self, padded)
-        return self._recorded[padded].replay(where[0], where[1], fed)[:count]
+        return self._recorded[padded].replay(fed)[:count]
 
     def _step(self, rows: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
         """The same with all `[B]` on the device, where nothing is asked of it."""
@@ -199,26 +195,21 @@ class _Recorded:
 
     def __init__(self, memory: PagedMemory, rows: int) -> None:
         device = memory.engine.device
-        self.rows, self.positions, self.ids = (
-            torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3)
-        )
-        arguments = self.rows, self.positions, self.ids
+        self.fed = torch.zeros(3, rows, dtype=torch.long, device=device)
         # The first runs compile kernels and allocate what libraries keep; on a stream of their own,
         # as torch asks for. All rows are spare meanwhile.
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(2):
-                memory._step(*arguments)
+                memory._step(*self.fed)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits = memory._step(*arguments)
+            self.logits = memory._step(*self.fed)
 
-    def replay(self, rows: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
-        """Runs it on other rows; the next run does not touch the result."""
-        self.rows.copy_(rows)
-        self.positions.copy_(positions)
-        self.ids.copy_(ids)
+    def replay(self, fed: Tensor) -> Tensor:
+        """Runs it on other rows, positions and ids `[3, B]`; the next run leaves the result."""
+        self.fed.copy_(fed)
         self.graph.replay()
         return self.logits.clone()

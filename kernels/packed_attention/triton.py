@@ -3,10 +3,12 @@
 
 The first tiles of a row cover its ring, each other one a block. Scales are folded: those of a
 block's keys into the query, those of its values into the probabilities, so codes go from their
-bytes into the dot products, less half of the largest, which is put to the minimum: what is rounded
+bytes into the dot products, less half of the range, which is put to the minimum: what is rounded
 with a scale is then not taken off again. One field of all bytes of a tile is a run of tokens (keys)
 or of channels (values), so nothing is interleaved or put together: keys give scores in as many
 pieces as a byte has fields, and values are summed in as many.
+
+A block is too little work for many warps, which would wait for each other: a program is one warp.
 """
 
 import math
@@ -51,7 +53,7 @@ def _to_numbers(shift, bits, half):
 
 
 @triton.jit
-def numbers_of(words, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _numbers_of(words, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """The BITS bits from SHIFT on of bytes, less half of the range: exact numbers of DTYPE."""
     if INTERPRETED or BITS == 8 or DTYPE.is_fp32():
         codes = (words >> SHIFT) & ((1 << BITS) - 1)
@@ -102,7 +104,7 @@ def _three_bits(words, third, upper, SHIFT: tl.constexpr, FIELD: tl.constexpr):
 
 
 @triton.jit
-def scale_of(pair, BITS: tl.constexpr):
+def _scale_of(pair, BITS: tl.constexpr):
     """Of an fp16 scale and minimum in 32 bits: the scale, and what stands for half of the range."""
     scale = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     minimum = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -145,15 +147,15 @@ def _codes(
 ):  # fmt: skip
     """The codes of a piece, less half of the range, from its bytes; `[N, COLUMNS]`."""
     words, third = found
-    SHIFT: tl.constexpr = BITS * (PIECE * SIZE // (WIDTH * BITS // 8))
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    SHIFT: tl.constexpr = LOW * (PIECE * SIZE // (WIDTH * LOW // 8))
     if BITS != 3:
-        return numbers_of(words, SHIFT, BITS, DTYPE)
+        return _numbers_of(words, SHIFT, BITS, DTYPE)
     HIGH: tl.constexpr = WIDTH // 8
     FIELD: tl.constexpr = PIECE * SIZE // HIGH
     own = PIECE * SIZE + tl.arange(0, words.shape[1])
     upper = tl.where(own // HIGH > FIELD, 255, 0).to(tl.uint8)[None, :]
-    SHIFT_LOW: tl.constexpr = 2 * (PIECE * SIZE // (WIDTH // 4))
-    return numbers_of(_three_bits(words, third, upper, SHIFT_LOW, FIELD), 0, BITS, DTYPE)
+    return _numbers_of(_three_bits(words, third, upper, SHIFT, FIELD), 0, BITS, DTYPE)
 
 
 @triton.jit
@@ -168,16 +170,6 @@ def ring_tile(
     done = tl.maximum(length - SINK - WINDOW, 0) // BLOCK_N
     kept = (offset >= 0) & (offset < ROOM) & (latest >= done * BLOCK_N)
     return slot, kept | ((slot < SINK) & (slot < length))
-
-
-@triton.jit
-def weigh(scores, top, mass):
-    """Weights of further scores `[M, n]`, what older sums shrink by, and the new top and mass."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
-    weights = tl.exp2(scores - safe_top[:, None])
-    shrink = tl.exp2(top - safe_top)
-    return weights, shrink, new_top, mass * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -285,7 +277,7 @@ def _attend(
                 pairs += (tl.load(value_scales + at),)
         page = tl.load(pages + tl.minimum(block + 1, last) // EACH)
 
-        s, m = scale_of(pair, KEY_BITS)
+        s, m = _scale_of(pair, KEY_BITS)
         folded = (scaled * s[:, None]).to(DTYPE)
         shift = tl.broadcast_to(tl.sum(scaled * m[:, None], 0)[None, :], (RUN, BLOCK_M))
         scores = ()
@@ -308,7 +300,7 @@ def _attend(
             seen += weights
             sums, added, rests, kept = added, (), kept, ()
             for i in tl.static_range(PIECES):
-                s, m = scale_of(pairs[j * PIECES + i], VALUE_BITS)
+                s, m = _scale_of(pairs[j * PIECES + i], VALUE_BITS)
                 codes = _codes(v_bytes[j * PIECES + i], i, SIZE, WIDTH, VALUE_BITS, DTYPE)
                 share = (weights * s[:, None]).to(DTYPE)
                 added += (dot(tl.trans(codes), share, sums[i], PRECISION),)

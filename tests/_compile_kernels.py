@@ -6,6 +6,9 @@ models; launching is replaced by compiling for the types, alignments and constan
 
 import json
 import os
+import re
+from collections import Counter
+from itertools import chain
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -52,9 +55,16 @@ def compile_only(function, grid):
     def launch(*args, **options):
         kernel = function.run(*args, grid=grid, warmup=True, **options)
         made = {"kernel": function.fn.__name__, "shared": kernel.metadata.shared}
-        print(json.dumps(made | {"cubin": len(kernel.asm["cubin"])}), flush=True)
+        made |= {"cubin": len(kernel.asm["cubin"]), "sums": sums_of_a_pair(kernel.asm["ptx"])}
+        print(json.dumps(made), flush=True)
 
     return launch
+
+
+def sums_of_a_pair(ptx: str) -> int:
+    """In how many sums one and the same pair of 16-bit integers is, at most."""
+    sums = re.findall(r"add\.[su]16x2\s+%r\d+, (%r\d+), (%r\d+);", ptx)
+    return max(Counter(chain(*sums)).values(), default=0)
 
 
 def half(*shape: int) -> Tensor:

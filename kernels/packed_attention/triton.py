@@ -373,17 +373,16 @@ def packed_attention(
 @triton.jit
 def _to_half(x, DOWN: tl.constexpr):
     """To fp16, never up or never down."""
+    TOWARD: tl.constexpr = -1 if DOWN else 1
     near = x.to(tl.float16)
     back = near.to(tl.float32)
     bits = near.to(tl.int16, bitcast=True).to(tl.int32)
-    # The next number lies a step further from zero, or closer to it.
-    if DOWN:
-        beyond = back > x
-        step = tl.where(back > 0, bits - 1, tl.where(back < 0, bits + 1, -32767))
-    else:
-        beyond = back < x
-        step = tl.where(back > 0, bits + 1, tl.where(back < 0, bits - 1, 1))
-    return tl.where(beyond, step, bits).to(tl.int16).to(tl.float16, bitcast=True)
+    beyond = back > x if DOWN else back < x
+    # The next number lies a step further from zero, or closer to it. That is one sum: of two, with
+    # 1 and with -1, ptxas 12.8 to 13.0 makes one of 16-bit pairs, with the bits in one half only.
+    step = bits + tl.where(back > 0, TOWARD, -TOWARD)
+    beside = tl.where(back == 0, -32767 if DOWN else 1, step)
+    return tl.where(beyond, beside, bits).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

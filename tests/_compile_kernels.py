@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from kvtool.kernels.append import Encoder
 from kvtool.kernels.append.triton import append
-from kvtool.kernels.decode_attention.merge import merge
+from kvtool.kernels.decode_attention.merge_triton import merge
 from kvtool.kernels.decode_attention.triton import paged_decode_attention
 from kvtool.kernels.grouped_linear.triton import grouped_linear
 from kvtool.kernels.hadamard.triton import hadamard

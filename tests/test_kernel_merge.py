@@ -9,7 +9,7 @@ from _kernel_tools import DTYPES, TOLERANCE, random, rms_ratio
 from kvtool.kernels.decode_attention import reference
 
 pytest.importorskip("triton")
-kernel = importlib.import_module("kvtool.kernels.decode_attention.merge")
+kernel = importlib.import_module("kvtool.kernels.decode_attention.merge_triton")
 pytestmark = [pytest.mark.usefixtures("fresh_numbers"), pytest.mark.usefixtures("poison")]
 
 

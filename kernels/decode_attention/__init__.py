@@ -37,5 +37,5 @@ def merge(parts: Sequence[Tensor], masses: Sequence[Tensor]) -> Tensor:
     """See :func:`kvtool.kernels.decode_attention.reference.merge`."""
     run = reference.merge
     if use_triton(parts[0]):
-        from kvtool.kernels.decode_attention.merge import merge as run
+        from kvtool.kernels.decode_attention.merge_triton import merge as run
     return run(parts, masses)

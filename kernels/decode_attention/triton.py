@@ -66,9 +66,11 @@ def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
             block_n=16 if width > 256 else 32, least=2, items=2, warps=4, stages=2,
             heads=16 if width > 640 else None,
         )  # fmt: skip
+    if width > 640 and in_keys:
+        return Config(block_n=64, least=2, items=1, warps=8, stages=3, heads=16)
     if width > 640:
         few = None if group <= 32 else 32
-        return Config(32 if in_keys else 16, least=2, items=1, warps=8, stages=4, heads=few)
+        return Config(block_n=16, least=2, items=1, warps=8, stages=4, heads=few)
     if in_keys and group > 32:
         return Config(block_n=32, least=2, items=1, warps=8, stages=5, heads=64)
     if in_keys and group <= 16 and width > 256:

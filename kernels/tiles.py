@@ -19,6 +19,7 @@ __all__ = [
     "precision",
     "processors",
     "ptxas_version",
+    "rounded",
     "store_columns",
     "tiles_of",
 ]
@@ -35,6 +36,16 @@ def dot(a, b, c, PRECISION: tl.constexpr):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
     return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """fp32 in another type, to nearest: the interpreter cuts bfloat16 off, which adds up."""
+    if INTERPRETED and DTYPE.is_bf16():
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from kvtool.kernels.tiles import (
     load_columns,
     lying_together,
     precision,
+    rounded,
 )
 
 _LARGEST = tl.constexpr(65504.0)  # of fp16
@@ -245,7 +246,9 @@ def _attend(
         added = ()
         for i in tl.static_range(PIECES):
             v = _near(values, at, inside, i, SIZE, COLUMNS)
-            added += (dot(tl.trans(v), weights.to(DTYPE), sums[i] * shrink[None, :], PRECISION),)
+            added += (
+                dot(tl.trans(v), rounded(weights, DTYPE), sums[i] * shrink[None, :], PRECISION),
+            )
         sums = added
 
     RUN: tl.constexpr = BLOCK_N // KEY_PIECES
@@ -278,7 +281,7 @@ def _attend(
         page = tl.load(pages + tl.minimum(block + 1, last) // EACH)
 
         s, m = _scale_of(pair, KEY_BITS)
-        folded = (scaled * s[:, None]).to(DTYPE)
+        folded = rounded(scaled * s[:, None], DTYPE)
         shift = tl.broadcast_to(tl.sum(scaled * m[:, None], 0)[None, :], (RUN, BLOCK_M))
         scores = ()
         highest = tl.full((RUN, BLOCK_M), -float("inf"), tl.float32)
@@ -302,7 +305,7 @@ def _attend(
             for i in tl.static_range(PIECES):
                 s, m = _scale_of(pairs[j * PIECES + i], VALUE_BITS)
                 codes = _codes(v_bytes[j * PIECES + i], i, SIZE, WIDTH, VALUE_BITS, DTYPE)
-                share = (weights * s[:, None]).to(DTYPE)
+                share = rounded(weights * s[:, None], DTYPE)
                 added += (dot(tl.trans(codes), share, sums[i], PRECISION),)
                 kept += (rests[i] + weights * m[:, None],)
         sums, rests = added, kept

@@ -127,6 +127,11 @@ def main() -> None:
     append(half(2, 1, 64), half(2, 1, 512), rope, rope, shared, contents, slots, half(2, 128, 64))
     paged_decode_attention(q, pages(D), pages(D), lengths, 0.1, table)
     paged_decode_attention(half(2, 128, 576), pages(576, 1), 512, lengths, 0.1, table)
+    paged_decode_attention(half(2, 64, 1088), pages(1088, 1), 1024, lengths, 0.1, table)
+    for width in (512, 1024):  # codes; of fp32, what takes most shared memory
+        paged_decode_attention(half(2, 64, width), *[pages(width, 1)] * 2, lengths, 0.1, table)
+    wide = [x.float() for x in (half(2, 64, 640), pages(640, 1))]
+    paged_decode_attention(wide[0], wide[1], wide[1], lengths, 0.1, table)
     for width, keys, values in ((D, 4, 4), (D, 3, 2), (64, 4, 2), (64, 8, 3)):
         packed_step(width, keys, values)
     packed_step(256, 4, 4, torch.float32)  # what takes most shared memory

@@ -56,7 +56,7 @@ def append(
         PRECISION=precision(k.dtype),
         num_warps=4 if coded else 1,
         # An encoder is all that comes from memory: where there is room, it is asked for at once.
-        num_stages=8 if rows < 64 else 3,
+        num_stages=8 if rows < 64 and k.element_size() == 2 else 3,
     )  # fmt: skip
     return rotated
 

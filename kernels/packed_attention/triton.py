@@ -40,16 +40,17 @@ def _to_numbers(shift, bits, half):
     mask, middle = ((1 << bits) - 1) * 0x01010101, 0x00010001 << (bits - 1)
     # The last bit of a float with these upper eight bits, 1024 or 128 and more, counts ones.
     ones, kind = ("0x64646464", "f16x2") if half else ("0x43434343", "bf16x2")
-    zero = (0x64006400 if half else 0x43004300) + middle
+    one, zero = (0x3C003C00, 0xE400E400) if half else (0x3F803F80, 0xC300C300)
     return f"""{{
-        .reg .b32 codes, zero;
+        .reg .b32 codes, one, zero;
         shr.b32 codes, $2, {shift};
         and.b32 codes, codes, {mask};
-        mov.b32 zero, {zero};
+        mov.b32 one, {one};
+        mov.b32 zero, {zero + middle};
         prmt.b32 $0, codes, {ones}, 0x4140;
         prmt.b32 $1, codes, {ones}, 0x4342;
-        sub.rn.{kind} $0, $0, zero;
-        sub.rn.{kind} $1, $1, zero;
+        fma.rn.{kind} $0, $0, one, zero;
+        fma.rn.{kind} $1, $1, one, zero;
     }}"""
 
 
@@ -60,9 +61,9 @@ def _numbers_of(words, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.conste
         codes = (words >> SHIFT) & ((1 << BITS) - 1)
         found = (codes.to(tl.float32) - (1 << (BITS - 1))).to(DTYPE)
     else:
-        # Two instructions per number, where conversions would take six. It says that it is not
-        # pure, so that numbers change their places behind it: the compiler would have bytes do so
-        # instead, which are fetched from shared memory one by one.
+        # Six instructions for four numbers, where conversions would take six for one. It says that
+        # it is not pure, so that numbers change their places behind it: the compiler would have
+        # bytes do so instead, which are fetched from shared memory one by one.
         HALF: tl.constexpr = DTYPE.is_fp16()
         found = tl.inline_asm_elementwise(
             _to_numbers(SHIFT, BITS, HALF), "=r,=r,r", [words],

@@ -445,7 +445,7 @@ def packed_latent_attention(
         RANK=rank, SINK=ring.sink, WINDOW=ring.window, NEAR=near, EACH=PAGE // size,
         TILES=len(values) + len(others), SUMMED=len(values), **tiles,
         PRECISION=precision(q.dtype), BLOCK_M=cut.block_m, STAGES=config.stages,
-        num_warps=config.warps, **cut.constants,
+        num_warps=config.warps, enable_fp_fusion=True, **cut.constants,
     )  # fmt: skip
     return cut.merge()[0]
 

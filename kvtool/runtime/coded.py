@@ -43,8 +43,9 @@ def at_once(device: torch.device, one: Callable[[], T], other: Callable[[], T]) 
     if device not in _beside:
         _beside[device] = torch.cuda.Stream(device)
     beside = _beside[device]
-    # Memory of one stream is used on the other only between the two waits, so none of it is given
-    # to somebody else too early.
+    # What the other stream allocates is read on the caller's behind the second wait, and taken
+    # again no sooner than in the next call, which begins by waiting for the caller: always the
+    # same one, as steps are recorded one after the other.
     beside.wait_stream(own)
     with torch.cuda.stream(beside):
         first = one()

@@ -62,6 +62,7 @@ class Engine:
             attention.table = self._table_of(Rope(attention.inv_freq, attention.scale))
         self.paged = self._has_paged_stores()
         self.memory: PagedMemory | None = None
+        self.take_device()
 
     @classmethod
     def load(
@@ -85,6 +86,11 @@ class Engine:
         """
         model, attentions = load_host(checkpoint, dtype, device, plan)
         return cls(checkpoint, model, attentions, plan)
+
+    def take_device(self) -> None:
+        """Makes its device the calling thread's: kernels and CUDA graphs run on the current one."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `batch_size` rows with room for `capacity` tokens each.

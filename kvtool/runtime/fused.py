@@ -32,8 +32,14 @@ def fuse(model: Any) -> None:
             layer.mlp = FusedMLP(layer.mlp)
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()  # the old weights leave holes too small for the next ones
-            if plain and {name for name, _ in layer.named_children()} == _PARTS:
+            parts = {name for name, _ in layer.named_children()}
+            if plain and _is_stock(layer) and parts == _PARTS:
                 model.model.layers[index] = FusedLayer(layer)
+
+
+def _is_stock(module: Any) -> bool:
+    """Whether a module is of transformers itself: code beside a checkpoint may compute anything."""
+    return type(module).__module__.startswith("transformers.models.")
 
 
 class FusedNorm(nn.Module):
@@ -78,7 +84,7 @@ class FusedMLP(nn.Module):
     @classmethod
     def can_replace(cls, mlp: Any) -> bool:
         """Whether a module is such an MLP."""
-        parts: dict[str, Any] = dict(mlp.named_children()) if isinstance(mlp, nn.Module) else {}
+        parts: dict[str, Any] = dict(mlp.named_children()) if _is_stock(mlp) else {}
         if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
             return False
         activation = type(parts.pop("act_fn")).__name__

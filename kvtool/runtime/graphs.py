@@ -108,7 +108,7 @@ class PagedMemory:
         # Pinned, so that nobody waits for the copy; torch keeps it until the copy is through.
         fed = torch.tensor(
             [[*part, *spare] for part in (rows, starts, ids.tolist())], pin_memory=cuda
-        ).to(self.engine.device, non_blocking=True)
+        )
         if not cuda:
             return self._step(*fed)[:count]
         if padded not in self._recorded:
@@ -209,7 +209,7 @@ class _Recorded:
             self.logits = memory._step(*self.fed)
 
     def replay(self, fed: Tensor) -> Tensor:
-        """Runs it on other rows, positions and ids `[3, B]`; the next run leaves the result."""
-        self.fed.copy_(fed)
+        """Runs it on other rows, positions and ids `[3, B]`, pinned; the next leaves the result."""
+        self.fed.copy_(fed, non_blocking=True)
         self.graph.replay()
         return self.logits.clone()

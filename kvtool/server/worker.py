@@ -220,6 +220,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
+            self.engine.take_device()
             while not (self._stopping and self.scheduler.idle and self._commands.empty()):
                 self._turn()
         except BaseException as error:

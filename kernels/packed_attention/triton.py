@@ -106,10 +106,17 @@ def _three_bits(words, third, upper, SHIFT: tl.constexpr, FIELD: tl.constexpr):
 
 
 @triton.jit
+def both_of(pair):
+    """The fp16 scale and minimum that lie in 32 bits, as fp32."""
+    scale = pair.to(tl.int16).to(tl.float16, bitcast=True)
+    minimum = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), minimum.to(tl.float32)
+
+
+@triton.jit
 def _scale_of(pair, BITS: tl.constexpr):
-    """Of an fp16 scale and minimum in 32 bits: the scale, and what stands for half of the range."""
-    scale = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    minimum = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    """The scale, and what stands for half of the range."""
+    scale, minimum = both_of(pair)
     return scale, minimum + scale * (1 << (BITS - 1))
 
 

@@ -23,6 +23,7 @@ from kvtool.kernels.decode_attention.triton import Config, Cut, find_item
 from kvtool.kernels.packed_attention import Ring
 from kvtool.kernels.packed_attention.paged import PAGE
 from kvtool.kernels.packed_attention.triton import (
+    both_of,
     cut_into_tiles,
     due_block,
     pack_channels,
@@ -241,10 +242,7 @@ def _raised(SIZE: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def _scales(plane, line, inside, WHOLE: tl.constexpr):
     """Scale and minimum of each number, fp32 `[n]`; they lie side by side."""
-    both = _load(plane + line, inside, WHOLE)
-    s = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-    m = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return s.to(tl.float32), m.to(tl.float32)
+    return both_of(_load(plane + line, inside, WHOLE))
 
 
 @triton.jit

@@ -25,7 +25,8 @@ from kvtool.kernels.decode_attention.triton import paged_decode_attention
 from kvtool.kernels.grouped_linear.triton import grouped_linear
 from kvtool.kernels.hadamard.triton import hadamard
 from kvtool.kernels.packed_attention import Blocks, Ring
-from kvtool.kernels.packed_attention.triton import pack_blocks, packed_attention
+from kvtool.kernels.packed_attention.pack_triton import pack_blocks
+from kvtool.kernels.packed_attention.triton import packed_attention
 from kvtool.kernels.packed_latents import Blocks as LatentBlocks
 from kvtool.kernels.packed_latents.triton import pack_latents, packed_latent_attention
 from kvtool.kernels.quantise import packed_bytes

@@ -11,6 +11,7 @@ from kvtool.kernels.quantise import groups_of, packed_bytes
 pytest.importorskip("triton")
 
 kernel = pytest.importorskip("kvtool.kernels.packed_attention.triton")
+packing = pytest.importorskip("kvtool.kernels.packed_attention.pack_triton")
 
 LENGTHS = (0, 1, 7, 100, 217)
 
@@ -106,7 +107,7 @@ def test_blocks_are_packed_as_by_plain_torch(bits, width, dtype):
         for b, block in ((0, 0), (1, 2)):
             page, within = blocks.at(b, block)
             plane[page, :, within] = 0 if plane.dtype == torch.uint8 else torch.nan
-    kernel.pack_blocks(ring, blocks, lengths)
+    packing.pack_blocks(ring, blocks, lengths)
     for name in planes:
         assert torch.equal(getattr(blocks, name).view(torch.uint8), copies[name].view(torch.uint8))
 
@@ -116,7 +117,7 @@ def test_not_a_number_reaches_the_reader():
     ring, blocks, lengths = memory(4, 4, lengths=(88,), heads=1)
     ring.values[ring.rows[0], 0, 10, 5] = torch.nan
     ring.keys[ring.rows[0], 0, 12, 7] = torch.nan
-    kernel.pack_blocks(ring, blocks, lengths)
+    packing.pack_blocks(ring, blocks, lengths)
     page, within = blocks.at(0, 0)
     assert blocks.value_scales[page, 0, within, 6].isnan().all()
     broken = blocks.key_scales[page, 0, within].isnan().any(dim=-1)  # [D, 1]

@@ -37,7 +37,7 @@ def pack_blocks(ring: Ring, blocks: Blocks, lengths: Tensor) -> None:
     """Packs what has become a block with the newest token of each row; see `paged.py`."""
     run = paged.pack_blocks
     if use_triton(ring.keys):
-        from kvtool.kernels.packed_attention.triton import pack_blocks as run
+        from kvtool.kernels.packed_attention.pack_triton import pack_blocks as run
     run(ring, blocks, lengths)
 
 

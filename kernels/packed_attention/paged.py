@@ -64,6 +64,13 @@ class Blocks(NamedTuple):
         """N."""
         return self.values.shape[3]
 
+    @property
+    def planes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As kernels address them: without gaps."""
+        planes = self.keys, self.key_scales, self.values, self.value_scales
+        assert all(plane.is_contiguous() for plane in planes)
+        return planes
+
     def at(self, row: int, block: int) -> tuple[int, int]:
         """In which page a block lies, and where there."""
         each = PAGE // self.size

@@ -21,14 +21,9 @@ from torch import Tensor
 
 from kvtool.kernels.decode_attention.triton import Config, Cut, find_item
 from kvtool.kernels.packed_attention import Ring
+from kvtool.kernels.packed_attention.pack_triton import due_block, pack_channels
 from kvtool.kernels.packed_attention.paged import PAGE
-from kvtool.kernels.packed_attention.triton import (
-    both_of,
-    cut_into_tiles,
-    due_block,
-    pack_channels,
-    ring_tile,
-)
+from kvtool.kernels.packed_attention.triton import both_of, cut_into_tiles, ring_tile
 from kvtool.kernels.packed_latents.reference import Blocks
 from kvtool.kernels.tiles import (
     INTERPRETED,

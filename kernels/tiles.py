@@ -9,6 +9,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
     "INTERPRETED",
+    "dependent_launch",
     "dot",
     "gdc_launch_dependents",
     "gdc_wait",
@@ -109,6 +110,12 @@ def ptxas_version(arch: int) -> tuple[int, ...]:
         return tuple(int(part) for part in get_ptxas(arch).version.split("."))
     except (ImportError, AttributeError, OSError, RuntimeError, ValueError):
         return ()
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """How a kernel with a constant `PDL` is launched while the one before it ends, where it can."""
+    overlap = has_dependent_launch(device)
+    return {"PDL": True, "launch_pdl": True} if overlap else {"PDL": False}
 
 
 def lying_together(x: torch.Tensor) -> torch.Tensor:

@@ -7,20 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.tiles import gdc_wait, has_dependent_launch
+from kvtool.kernels.tiles import dependent_launch, gdc_wait
 
 
 def merge(parts: Sequence[Tensor], masses: Sequence[Tensor]) -> Tensor:
     """See `reference.py`."""
     rows, heads, width = parts[0].shape
     out = torch.empty((rows, heads, width), dtype=parts[0].dtype, device=parts[0].device)
-    overlap = has_dependent_launch(out.device)
     if out.numel():
         _merge_parts[(rows * heads,)](
             tuple(parts), *zip(*(x.stride() for x in parts), strict=True),
             tuple(masses), *zip(*(x.stride() for x in masses), strict=True),
             out, heads, COUNT=len(parts), WIDTH=width, BLOCK=triton.next_power_of_2(width),
-            PDL=overlap, num_warps=1, **({"launch_pdl": True} if overlap else {}),
+            num_warps=1, **dependent_launch(out.device),
         )  # fmt: skip
     return out
 

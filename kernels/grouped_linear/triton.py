@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.tiles import (
+    dependent_launch,
     dot,
     gdc_wait,
-    has_dependent_launch,
     lying_together,
     precision,
     processors,
@@ -34,12 +34,11 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     ):
         block_n //= 2
     if out.numel():
-        overlap = has_dependent_launch(x.device)
         _grouped_linear[(heads, triton.cdiv(width, block_n), blocks_m)](
             x, weight, bias, out, rows, group, width, *x.stride()[:2], *weight.stride()[:2],
             0 if bias is None else bias.stride(0), out.stride(0), INNER=inner,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, PRECISION=precision(x.dtype),
-            PDL=overlap, num_warps=4, num_stages=4, **({"launch_pdl": True} if overlap else {}),
+            num_warps=4, num_stages=4, **dependent_launch(x.device),
         )  # fmt: skip
     return out
 

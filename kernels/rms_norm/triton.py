@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kvtool.kernels.rms_norm import reference
 from kvtool.kernels.tiles import (
+    dependent_launch,
     gdc_wait,
-    has_dependent_launch,
     load_columns,
     lying_together,
     store_columns,
@@ -43,13 +43,12 @@ def _launch(x: Tensor, other: Tensor | None, weight: Tensor, eps: float) -> tupl
     rows, block = x.numel() // width, triton.next_power_of_2(width)
     if rows:
         together = max(1, _TILE // block)
-        overlap = has_dependent_launch(x.device)
         _rms_norm[(triton.cdiv(rows, together),)](
             x, None if other is None else other.contiguous(), weight, both, out,
             rows, inner, outer_stride, inner_stride, eps,
-            WIDTH=width, BLOCK=block, ROWS=together, ADDED=other is not None, PDL=overlap,
+            WIDTH=width, BLOCK=block, ROWS=together, ADDED=other is not None,
             num_warps=min(16, max(1, together * block // 256)),
-            **({"launch_pdl": True} if overlap else {}),
+            **dependent_launch(x.device),
         )  # fmt: skip
     return both, out
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.tiles import gdc_wait, has_dependent_launch
+from kvtool.kernels.tiles import dependent_launch, gdc_wait
 
 _BLOCK = 1024  # numbers per program: a vector load of each half per thread
 
@@ -17,10 +17,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     rows, blocks = out.numel() // max(1, width), triton.cdiv(width, _BLOCK)
     if rows:
-        overlap = has_dependent_launch(out.device)
         _swiglu[(rows * blocks,)](
-            gate_up, out, width, blocks, BLOCK=_BLOCK, PDL=overlap, num_warps=4,
-            **({"launch_pdl": True} if overlap else {}),
+            gate_up, out, width, blocks, BLOCK=_BLOCK, num_warps=4,
+            **dependent_launch(out.device),
         )  # fmt: skip
     return out
 

@@ -23,7 +23,6 @@ import transformers
 from torch import Tensor
 
 from kvtool import __version__
-from kvtool.attention import Rope
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
@@ -33,6 +32,7 @@ from kvtool.convert.fitting import ConvertedLayer, converted_attention, converte
 from kvtool.convert.planning import WINDOW
 from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.latent import LatentFactors
+from kvtool.rope import Rope
 
 JUDGED = 256  # last positions of each held-out window
 

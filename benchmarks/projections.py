@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from kvtool import slices
-from kvtool.attention import rotate
 from kvtool.calibrate.projections import ProjectionOptions, calibrate_projections
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
@@ -35,6 +34,7 @@ from kvtool.evaluate.protocol import kl_sum
 from kvtool.evaluate.retrieval import ANSWER_TOKENS, answer, is_exact, passkey_cases
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan, base_of
+from kvtool.rope import rotate
 from kvtool.runtime import Engine
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.coded import Tokens

@@ -48,7 +48,7 @@ def harms(
         for index, code in enumerate(plan.codes):
             own = slice(first, first + code.layers)
             first += code.layers
-            both = joined(model.rope, read, own, offsets[done], code.kind)
+            both = joined(model.ropes[own], read, own, offsets[done], code.kind)
             y, g = (x[ring[0] :] for x in both)
             places = torch.arange(y.shape[1]).chunk(len(code.parts))
             if not done:

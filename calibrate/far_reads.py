@@ -16,15 +16,17 @@ from kvtool.attention import (
     GroupedQueryAttention,
     causal_attention,
     decoder_layers,
+    embedding_factor,
     is_mixer,
-    rope_of,
-    rotate,
+    logits_factor,
+    ropes_of,
 )
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CalibrationError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
 from kvtool.latent import LatentAttention
 from kvtool.mamba import Mixer, Past
+from kvtool.rope import Rope, rotate
 
 END = 256
 """Tokens at the end of each window whose predictions are looked at."""
@@ -99,12 +101,11 @@ def _distance(q: Tensor, k: Tensor) -> Tensor:
 
 
 class _Now:
-    """The pass that the readers are in: cos and sin of its tokens `[T, d]`, and the ring behind
-    which reads are watched, None while the past is read.
+    """The pass that the readers are in: positions `[T]` of its tokens, and the ring behind which
+    reads are watched, None while the past is read.
     """
 
-    cos: Tensor
-    sin: Tensor
+    positions: Tensor
     ring: tuple[int, int] | None
 
 
@@ -119,9 +120,13 @@ class _Reader(nn.Module):
     seen: Kept = ()
     far: Kept = ()
 
-    def __init__(self, now: _Now) -> None:
+    def __init__(self, now: _Now, rope: Rope) -> None:
         super().__init__()
-        self.now = now
+        self.now, self.rope = now, rope
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Cos and sin of the tokens of the pass, `[T, d]`."""
+        return self.rope.tables(self.now.positions)
 
     def take(self, *new: Tensor) -> Kept:
         """All tokens, the new ones behind the others."""
@@ -134,15 +139,15 @@ class _Reader(nn.Module):
 
 
 class _Heads(_Reader):
-    def __init__(self, stages: GroupedQueryAttention, now: _Now) -> None:
-        super().__init__(now)
+    def __init__(self, stages: GroupedQueryAttention, now: _Now, rope: Rope) -> None:
+        super().__init__(now, rope)
         self.stages = stages
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         stages, scaling = self.stages, self.stages.layout.scaling
         q, k, v = stages.project(hidden_states)
         q, k = stages.normalise(q, k)
-        q, k = stages.rotate(q, k, self.now.cos, self.now.sin)
+        q, k = stages.rotate(q, k, *self.tables())
         keys, values = self.take(k, v)
         if self.now.ring is None:
             return stages.output(causal_attention(q, keys, values, scaling)), None
@@ -153,12 +158,12 @@ class _Heads(_Reader):
 
 
 class _Latent(_Reader):
-    def __init__(self, stages: LatentAttention, now: _Now) -> None:
-        super().__init__(now)
+    def __init__(self, stages: LatentAttention, now: _Now, rope: Rope) -> None:
+        super().__init__(now, rope)
         self.stages = stages
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        stages, cos, sin = self.stages, self.now.cos, self.now.sin
+        stages, (cos, sin) = self.stages, self.tables()
         q, c, k_pe = stages.query_and_compress(hidden_states)
         (kept,) = self.take(torch.cat((c, rotate(k_pe, cos, sin)), dim=-1)[:, None])
         q = stages.expand_query(q, cos, sin)
@@ -182,8 +187,8 @@ class _State(_Reader):
     past: Past | None = None
     steps: Tensor
 
-    def __init__(self, stages: Mixer, now: _Now) -> None:
-        super().__init__(now)
+    def __init__(self, stages: Mixer, now: _Now, rope: Rope) -> None:
+        super().__init__(now, rope)
         self.stages = stages
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
@@ -204,25 +209,26 @@ class WholeModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config = model_config(checkpoint)
-        self.rope = rope_of(self.config)
+        self.ropes = ropes_of(self.config)
         self.model = load_model(checkpoint, torch.float32).requires_grad_(False)
         self.shapes: list[tuple[int, int] | None] = []
         factors_in = checkpoint if is_factored(checkpoint) else None
         self._now = _Now()
         self._readers: list[_Reader] = []
-        for index, layer in enumerate(decoder_layers(self.model)):
+        layers = zip(decoder_layers(self.model), self.ropes, strict=True)
+        for index, (layer, rope) in enumerate(layers):
             self.shapes.append(None)
             if is_mixer(layer):
-                layer.mamba = _State(Mixer.of(layer.mamba), self._now)
+                layer.mamba = _State(Mixer.of(layer.mamba), self._now, rope)
                 self._readers.append(layer.mamba)
                 continue
             module, name = layer.self_attn, f"model.layers.{index}.self_attn"
-            latent = latent_stages(module, name, self.rope.inv_freq, factors_in, index)
+            latent = latent_stages(module, name, rope.inv_freq, factors_in, index)
             if latent is None:
-                layer.self_attn = _Heads(GroupedQueryAttention(module, name), self._now)
+                layer.self_attn = _Heads(GroupedQueryAttention(module, name), self._now, rope)
             else:
                 self.shapes[-1] = latent.rank, latent.rope_dim
-                layer.self_attn = _Latent(latent, self._now)
+                layer.self_attn = _Latent(latent, self._now, rope)
             self._readers.append(layer.self_attn)
 
     def far_reads(
@@ -274,7 +280,7 @@ class WholeModel:
         self._now.ring = ring
         hidden = self._hidden(ids[-end:], offset + len(ids) - end)
         logits = self.model.lm_head(self.model.model.norm(hidden))[0].float()
-        said = (logits / getattr(self.config, "logits_scaling", 1.0)).log_softmax(-1)
+        said = (logits * logits_factor(self.config)).log_softmax(-1)
         if said.isnan().any():
             raise CalibrationError("the model's predictions are not all numbers")
         drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
@@ -287,9 +293,9 @@ class WholeModel:
 
     def _hidden(self, ids: Tensor, start: int) -> Tensor:
         """Final hidden states `[1, T, hidden]` in front of the last norm."""
-        self._now.cos, self._now.sin = self.rope.tables(torch.arange(start, start + len(ids)))
+        self._now.positions = torch.arange(start, start + len(ids))
         hidden: Tensor = self.model.model.embed_tokens(ids[None])
-        hidden = hidden * getattr(self.config, "embedding_multiplier", 1.0)
+        hidden = hidden * embedding_factor(self.config)
         for layer in decoder_layers(self.model):
             hidden = layer(hidden)
         return hidden

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvtool.attention import Rope, rotate
 from kvtool.calibrate.far_reads import Kept, Reads, WholeModel
 from kvtool.calibrate.stream import Report
 from kvtool.codes import CodeKind
 from kvtool.errors import CalibrationError
+from kvtool.rope import Rope, rotate
 
 
 @dataclass
@@ -80,7 +80,7 @@ def feel(
         first = 0
         for index, count in enumerate(groups):
             own = slice(first, first + count)
-            y, g = joined(model.rope, read, own, offset, kind)
+            y, g = joined(model.ropes[own], read, own, offset, kind)
             found = _sums(y[ring[0] :], g[ring[0] :], read.predictions)
             if index == len(sums):
                 sums.append(found)
@@ -96,24 +96,32 @@ def feel(
 
 
 def joined(
-    rope: Rope, read: Reads, layers: slice, offset: int, kind: CodeKind
+    ropes: Sequence[Rope], read: Reads, layers: slice, offset: int, kind: CodeKind
 ) -> tuple[Tensor, Tensor]:
-    """What some layers with KV heads keep of a window, y `[S, W]`, and its gradients g."""
+    """What some layers with KV heads keep of a window, y `[S, W]`, and its gradients g.
+
+    Args:
+        ropes: Of these layers.
+    """
     # A gradient is turned back by the transpose of RoPE alone, a key by its inverse, from which
     # yarn's factor on cos and sin keeps it apart.
     return (
-        _joined(rope, read.seen[layers], offset, kind, rope.scale**-2),
-        _joined(rope, read.felt[layers], offset, kind, 1.0),
+        _joined(ropes, read.seen[layers], offset, kind, -2),
+        _joined(ropes, read.felt[layers], offset, kind, 0),
     )
 
 
 def _joined(
-    rope: Rope, layers: Sequence[Kept], offset: int, kind: CodeKind, factor: float
+    ropes: Sequence[Rope], layers: Sequence[Kept], offset: int, kind: CodeKind, power: int
 ) -> Tensor:
     keys, values = ([pair[part] for pair in layers] for part in (0, 1))
     if kind == "unrotated":
-        cos, sin = rope.tables(torch.arange(offset, offset + keys[0].shape[2]))
-        keys = [rotate(k, cos, -sin) * factor for k in keys]
+        positions = torch.arange(offset, offset + keys[0].shape[2])
+        tables = [rope.tables(positions) for rope in ropes]
+        keys = [
+            rotate(k, cos, -sin) * rope.scale**power
+            for k, rope, (cos, sin) in zip(keys, ropes, tables, strict=True)
+        ]
     return torch.cat([x[0].transpose(0, 1).flatten(1) for x in (*keys, *values)], dim=-1)
 
 

@@ -158,10 +158,11 @@ def harms(
     for done, (seen, felt, count) in enumerate(reads):
         predictions += count
         own = first.whole_blocks(windows.shape[1])
-        cos, sin = model.rope.tables(torch.arange(own.start, own.stop) + offsets[done])
-        for index, layer in enumerate(plan.layers):
+        positions = torch.arange(own.start, own.stop) + offsets[done]
+        for index, (layer, rope) in enumerate(zip(plan.layers, model.ropes, strict=True)):
             if not (full := layer.full_heads):
                 continue
+            cos, sin = rope.tables(positions)
             (k, v), (to_keys, to_values) = (
                 [x[0, full, own] for x in pair] for pair in (seen[index], felt[index])
             )
@@ -169,7 +170,7 @@ def harms(
             for at, bits in enumerate(options):
                 own_bits = bits.keys, bits.key_clip
                 if own_bits not in errors:
-                    read = read_keys(k, bits, None, cos, sin, model.rope.scale)
+                    read = read_keys(k, bits, None, cos, sin, rope.scale)
                     errors[own_bits] = _felt(read - k, to_keys)
                 sums[index, 0, at] += errors[own_bits]
                 sums[index, 1, at] += _felt(read_values(v, bits) - v, to_values)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool import distill
-from kvtool.attention import FAMILIES, GroupedQueryAttention
+from kvtool.attention import PLAIN, GroupedQueryAttention
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
@@ -212,10 +212,10 @@ def reaches(
 
 def _check_family(checkpoint: Checkpoint) -> None:
     family = checkpoint.config.get("model_type")
-    if family not in FAMILIES:
+    if family not in PLAIN:
         raise UnsupportedModelError(
             f"{checkpoint.source} is of type '{family}': layers are ranked whose attention can be "
-            f"replaced, of {', '.join(FAMILIES)}"
+            f"replaced, of {', '.join(PLAIN)}"
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvtool.attention import decoder_layers
+from kvtool.attention import decoder_layers, describe
 from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Fitted
@@ -20,11 +20,10 @@ from kvtool.codes import Fitted
 def fisher(checkpoint: Checkpoint, windows: Tensor, report: Report) -> tuple[Tensor, Tensor]:
     """F of the key and of the value projections, `[L]` each, from `windows [N, S]` of token ids."""
     model = checkpoint.load_transformers(torch.float32, "cpu").requires_grad_(False)
-    weights = [
-        getattr(layer.self_attn, name).weight.requires_grad_()
-        for name in ("k_proj", "v_proj")
-        for layer in decoder_layers(model)
-    ]
+    modules = [layer.self_attn for layer in decoder_layers(model)]
+    names = ("qkv_proj",) if hasattr(modules[0], "qkv_proj") else ("k_proj", "v_proj")
+    parts = [getattr(module, name) for module in modules for name in names]
+    weights = [part.weight.requires_grad_() for part in parts]
     squares = [torch.zeros_like(weight) for weight in weights]
     report("measuring", 0, len(windows))
     for done, ids in enumerate(windows):
@@ -32,8 +31,10 @@ def fisher(checkpoint: Checkpoint, windows: Tensor, report: Report) -> tuple[Ten
         for total, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
             total += gradient.square()
         report("measuring", done + 1, len(windows))
-    found = torch.stack([(x / len(windows)).sqrt().double().sum() for x in squares])
-    keys, values = found.chunk(2)
+    rows = [(x / len(windows)).sqrt().double().sum(dim=1) for x in squares]
+    width = describe(model.config)[0].cached_values  # rows for keys and values come last
+    found = torch.cat(rows).view(len(modules), -1)[:, -width:]
+    keys, values = found.unflatten(1, (2, -1)).sum(dim=2).unbind(dim=1)
     return keys, values
 
 

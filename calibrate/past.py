@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvtool.attention import rotate
 from kvtool.calibrate.tail import Attend, Behind, TailModel, divergence
 from kvtool.codes import CodePlan, Part, Projection
 from kvtool.kernels.quantise import fake_quantise
+from kvtool.rope import rotate
 
 Codes = Sequence[tuple[CodePlan, dict[Part, Projection]]]
 """Codes of all layers, with their projections in fp32."""
@@ -42,14 +42,14 @@ class Past:
 
     def unrotated(self, model: TailModel, layer: int) -> Tensor:
         """Keys of a layer before RoPE."""
-        cos, sin = tables(model, self.reading, self.keys[layer].shape[2])
-        return rotate(self.keys[layer], cos, -sin) / model.rope.scale**2
+        cos, sin = tables(model, layer, self.reading, self.keys[layer].shape[2])
+        return rotate(self.keys[layer], cos, -sin) / model.ropes[layer].scale ** 2
 
 
-def tables(model: TailModel, reading: Behind, length: int) -> tuple[Tensor, Tensor]:
-    """Cos and sin `[S, D]` of the first positions of a window."""
+def tables(model: TailModel, layer: int, reading: Behind, length: int) -> tuple[Tensor, Tensor]:
+    """Cos and sin `[S, D]` in a layer of the first positions of a window."""
     positions = torch.arange(reading.offset, reading.offset + length, device=model.device)
-    return model.rope.tables(positions)
+    return model.ropes[layer].tables(positions)
 
 
 @torch.no_grad()
@@ -114,8 +114,8 @@ def coded(
         found += list(pieces.permute(1, 2, 0, 3)[:, None])
     keys, values = found[: code.layers], found[code.layers :]
     if not rotated:
-        cos, sin = tables(model, reading, length)
-        keys = [rotate(k, cos, sin) for k in keys]
+        turns = (tables(model, i, reading, length) for i in layers)
+        keys = [rotate(k, cos, sin) for k, (cos, sin) in zip(keys, turns, strict=True)]
     pairs = zip(layers, keys, values, strict=True)
     return [beside(model.layouts[i].scaling, k, v, code.sink, code.window) for i, k, v in pairs]
 

@@ -6,16 +6,26 @@ of a pass is bounded by the largest layer and the hidden states, not by the mode
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import GroupedQueryAttention, decoder_layers, describe, rope_of
+from kvtool.attention import (
+    GroupedQueryAttention,
+    decoder_layers,
+    describe,
+    embedding_factor,
+    logits_factor,
+    ropes_of,
+)
+from kvtool.calibrate.experts import stacked
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from kvtool.fp8 import SCALES
+from kvtool.rope import Rope
 
 BATCH = 8
 """Windows that go through a layer together."""
@@ -46,13 +56,11 @@ class StreamedLayer:
 
     Attributes:
         attention: The stages of its attention module.
-        input_norm: `[hidden]`, the weight of the norm in front of the attention.
     """
 
     def __init__(self, index: int, module: Any) -> None:
         self.index = index
         self.attention = GroupedQueryAttention(module.self_attn, f"model.layers.{index}.self_attn")
-        self.input_norm: Tensor = module.input_layernorm.weight.detach()
         self._slot = _Slot()
         module.self_attn = self._slot
         self._module = module
@@ -99,9 +107,8 @@ class LayerStream:
 
     Attributes:
         layouts: The attention of every layer.
-        rope: Its rotary embedding.
-        embedding_multiplier, logits_scaling: Of Granite, 1 elsewhere: what embeddings are
-            multiplied and logits divided by.
+        ropes: The rotary embedding of every layer.
+        embedding_factor, logits_factor: What embeddings and logits are multiplied by.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -116,12 +123,14 @@ class LayerStream:
                 "and values of heads",
                 hint="calibrate quantization packs latents and states.",
             )
-        self.rope = rope_of(self.config)
-        self.embedding_multiplier = float(getattr(self.config, "embedding_multiplier", 1.0))
-        self.logits_scaling = float(getattr(self.config, "logits_scaling", 1.0))
+        self.ropes = ropes_of(self.config)
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(self.config)
         self._model.eval()
+        embedding = self._model.model.embed_tokens  # Gemma's has a factor of its own
+        own = float(getattr(embedding, "scalar_embed_scale", 1.0))
+        self.embedding_factor = own * embedding_factor(self.config)
+        self.logits_factor = logits_factor(self.config)
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -129,7 +138,9 @@ class LayerStream:
         needed = {name: tuple(x.shape) for name, x in self._model.state_dict().items()}
         if self.config.tie_word_embeddings:
             needed.pop("lm_head.weight")
-        stored = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        infos = self.checkpoint.tensors.items()
+        shaped = {name: torch.empty(info.shape, device="meta") for name, info in infos}
+        stored = {name: tuple(x.shape) for name, x in stacked(shaped).items()}
         path = self.checkpoint.path
         for name, shape in needed.items():
             if name not in stored:
@@ -157,7 +168,7 @@ class LayerStream:
                 f"{self.checkpoint.path}: its tokenizer gives id {int(ids.max())}, its embedding "
                 f"has {len(table)} rows."
             )
-        return table[ids].float() * self.embedding_multiplier
+        return table[ids].float() * self.embedding_factor
 
     def layer(self, index: int) -> StreamedLayer:
         """Reads one layer; drop the result before asking for the next."""
@@ -167,12 +178,19 @@ class LayerStream:
             fresh = type(module)(self.config, index).eval().requires_grad_(False)
         weights = self.checkpoint.read_prefix(f"model.layers.{index}.")
         used = {k: w.float() for k, w in weights.items() if not k.endswith(IGNORED)}
-        fresh.load_state_dict(used, assign=True)
+        fresh.load_state_dict(stacked(used), assign=True)
         return StreamedLayer(index, fresh)
 
-    def tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin for positions 0 to `length - 1`, each `[T, D]`."""
-        return self.rope.tables(torch.arange(length))
+    @property
+    def rope(self) -> Rope:
+        """That of a model whose layers share one, as all do that can be converted."""
+        first, *others = self.ropes
+        assert all(rope.equals(first) for rope in others)
+        return first
+
+    def tables(self, index: int, length: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin of a layer for positions 0 to `length - 1`, each `[T, D]`."""
+        return self.ropes[index].tables(torch.arange(length))
 
     def exact_attention(self, layer: StreamedLayer, observe: Observer | None = None) -> Attention:
         """The layer's own attention over whole windows; `observe` sees what goes into it."""
@@ -183,7 +201,7 @@ class LayerStream:
             q, k = stages.normalise(q, k)
             if observe is not None:
                 observe(q, k, v)
-            q, k = stages.rotate(q, k, *self.tables(hidden.shape[1]))
+            q, k = stages.rotate(q, k, *self.tables(layer.index, hidden.shape[1]))
             return stages.output(stages.attend(q, k, v))
 
         return attention
@@ -193,13 +211,12 @@ class LayerStream:
         """Final norm and output head: `[..., hidden]` to `[..., vocabulary]`, fp32."""
         tied = self.config.tie_word_embeddings
         head = self.checkpoint.read("model.embed_tokens.weight" if tied else "lm_head.weight")
-        result: Tensor = self.final_norm()(hidden) @ head.float().T / self.logits_scaling
+        result: Tensor = self.final_norm()(hidden) @ head.float().T * self.logits_factor
         return result
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer, fp32."""
-        norm = self._model.model.norm
-        weight = self.checkpoint.read("model.norm.weight").float()
-        fresh: nn.Module = type(norm)(len(weight), eps=norm.variance_epsilon)
-        fresh.weight = nn.Parameter(weight, requires_grad=False)
+        fresh: nn.Module = copy.deepcopy(self._model.model.norm).requires_grad_(False)
+        weights = self.checkpoint.read_prefix("model.norm.")
+        fresh.load_state_dict({k: w.float() for k, w in weights.items()}, assign=True)
         return fresh

@@ -7,7 +7,7 @@ was read densely, so every trial costs a forward pass over some dozens of tokens
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -76,14 +76,14 @@ class TailModel:
         self.device = torch.device(device)
         self.layouts = stream.layouts
         self.layers = [stream.layer(i).to(self.device) for i in range(len(stream))]
-        self.rope = replace(stream.rope, inv_freq=stream.rope.inv_freq.to(self.device))
+        self.ropes = [rope.to(self.device) for rope in stream.ropes]
         self.norm = stream.final_norm().to(self.device)
         self.table = checkpoint.read("model.embed_tokens.weight").float().to(self.device)
         self.head = self.table
         if not stream.config.tie_word_embeddings:
             self.head = checkpoint.read("lm_head.weight").float().to(self.device)
-        self.embedding_multiplier = stream.embedding_multiplier
-        self.logits_scaling = stream.logits_scaling
+        self.embedding_factor = stream.embedding_factor
+        self.logits_factor = stream.logits_factor
 
     def embed(self, ids: Tensor) -> Tensor:
         """`[M]` to `[1, M, hidden]`.
@@ -95,7 +95,7 @@ class TailModel:
             raise CheckpointError(
                 f"the tokenizer gives id {int(ids.max())}, the embedding has {len(self.table)} rows"
             )
-        return self.table[ids.to(self.device)][None] * self.embedding_multiplier
+        return self.table[ids.to(self.device)][None] * self.embedding_factor
 
     @torch.no_grad()
     def read(self, sample: RecallSample, prefill: Prefill = "dense") -> Reading:
@@ -123,7 +123,7 @@ class TailModel:
         start = 0 if reading is None else reading.start
         first = start + (0 if reading is None else reading.offset)
         positions = torch.arange(first, first + hidden.shape[1], device=self.device)
-        cos, sin = self.rope.tables(positions)
+        cos, sin = self.ropes[index].tables(positions)
 
         def attention(normed: Tensor) -> Tensor:
             q, k, v = stages.project(normed)
@@ -187,7 +187,7 @@ class TailModel:
 
     def predictions(self, hidden: Tensor) -> Tensor:
         """Log-probabilities `[B, M, V]` fp32 behind `hidden [B, M, hidden]` of the last layer."""
-        logits = self.finish(hidden) @ self.head.T / self.logits_scaling
+        logits = self.finish(hidden) @ self.head.T * self.logits_factor
         return torch.log_softmax(logits, dim=-1)
 
     @torch.no_grad()

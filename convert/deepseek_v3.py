@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import AttentionLayout, Rope
+from kvtool.attention import AttentionLayout
 from kvtool.convert.targets import rope_parameters
 from kvtool.latent import LatentFactors
+from kvtool.rope import Rope
 
 NORM_ERROR = 1e-6
 """Largest relative change of a latent that the neutralised norm may cause."""

@@ -6,8 +6,9 @@ head; the latent holds the values as they are. The cache has the same size as be
 
 import torch
 
-from kvtool.attention import AttentionLayout, Rope
+from kvtool.attention import AttentionLayout
 from kvtool.latent import LatentFactors, query_blocks
+from kvtool.rope import Rope
 
 
 def exact_factors(layout: AttentionLayout, rope: Rope) -> LatentFactors:

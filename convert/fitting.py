@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvtool.attention import DenseAttention, GroupedQueryAttention, Rope
+from kvtool.attention import DenseAttention, GroupedQueryAttention
 from kvtool.calibrate.stream import Attention, LayerStream, Report, StreamedLayer
 from kvtool.convert import aware
 from kvtool.latent import FactoredAttention, LatentFactors
+from kvtool.rope import Rope
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def peaks(
     keys, values = torch.zeros(shape), torch.zeros(shape)
     for windows in original.split(BATCH):
         q, k, v = own.project(layer.normed(windows))
-        _, k = own.rotate(*own.normalise(q, k), *stream.tables(windows.shape[1]))
+        _, k = own.rotate(*own.normalise(q, k), *stream.tables(layer.index, windows.shape[1]))
         keys = torch.maximum(keys, k.abs().amax(dim=(0, 2)))
         values = torch.maximum(values, (turned(v) if turn_values else v).abs().amax(dim=(0, 2)))
     return keys, values

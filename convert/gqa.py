@@ -241,7 +241,7 @@ def refit_queries(
     at = torch.arange(min(SINKS, length - 1), length, EVERY)
     for window in original[:WINDOWS, None]:
         q, k, _ = own.project(layer.normed(window))
-        q, k = (x[0] for x in own.rotate(q, k, *stream.tables(length)))
+        q, k = (x[0] for x in own.rotate(q, k, *stream.tables(layer.index, length)))
         q = q[:, at].unflatten(0, (own.layout.kv_heads, -1))[heads].flatten(0, 2)  # [Q, R, D]
         k = k[heads]  # [N, t, T, D]
         kappa = torch.complex(*k.chunk(2, dim=-1))

@@ -18,13 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool import distill
-from kvtool.attention import (
-    FAMILIES,
-    DenseAttention,
-    GroupedQueryAttention,
-    Rope,
-    decoder_layers,
-)
+from kvtool.attention import PLAIN, DenseAttention, GroupedQueryAttention, decoder_layers
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
@@ -33,6 +27,7 @@ from kvtool.distill import Amount, Student, Training, fast_bfloat16
 from kvtool.divergence import SLICE, divergence
 from kvtool.errors import UsageError
 from kvtool.latent import FactoredAttention, LatentFactors
+from kvtool.rope import Rope
 
 WINDOW = 2048
 """Tokens of a window."""
@@ -228,8 +223,8 @@ def window(checkpoint: Checkpoint, teacher: Checkpoint | None) -> int:
 def check_teacher(teacher: Checkpoint, checkpoint: Checkpoint) -> None:
     """Raises UsageError unless it is of a known family and both have the same tokens."""
     family = teacher.config.get("model_type")
-    if family not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    if family not in PLAIN:
+        known = ", ".join(PLAIN)
         raise UsageError(f"the teacher {teacher.source} is of type '{family}', not of {known}")
     if teacher.tokenizer().get_vocab() != checkpoint.tokenizer().get_vocab():
         raise UsageError(

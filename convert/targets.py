@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import FAMILIES, AttentionLayout, describe, rope_of
+from kvtool.attention import PLAIN, AttentionLayout, describe, rope_of
 from kvtool.convert import granite
 from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
 
@@ -56,10 +56,10 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
         target: One of `TARGETS`.
         to: One of `KINDS`.
     """
-    if config.model_type not in FAMILIES:
+    if config.model_type not in PLAIN:
         if config.model_type in ("deepseek_v2", "deepseek_v3", "kvtool_mla"):
             return ["the model already caches a latent (MLA)"]
-        known = ", ".join(FAMILIES)
+        known = ", ".join(PLAIN)
         return [f"model type '{config.model_type}' is not one of {known}"]
     try:
         layouts = describe(config)

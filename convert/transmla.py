@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.attention import Rope, causal_attention, rotate
+from kvtool.attention import causal_attention
 from kvtool.calibrate.stream import Attention, LayerStream, Report, StreamedLayer
 from kvtool.latent import LatentFactors, query_blocks
+from kvtool.rope import Rope, rotate
 
 NEGLIGIBLE = 1e-12
 """Share of the largest eigenvalue below which a latent direction is rounding noise."""

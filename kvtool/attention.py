@@ -2,9 +2,9 @@
 
 Two layouts are recognised, by structure:
 
-* **GQA** (Llama, Mistral, Qwen2, Qwen3): `q_proj k_proj v_proj o_proj`, optional biases, optional
-  `q_norm k_norm` per head. :class:`GroupedQueryAttention` exposes its stages
-  *project, normalise, rotate, attend, output*.
+* **GQA** (`FAMILIES`): `q_proj k_proj v_proj o_proj`, or the first three as one `qkv_proj`,
+  optional biases, optional `q_norm k_norm`, per head or over all heads.
+  :class:`GroupedQueryAttention` exposes its stages *project, normalise, rotate, attend, output*.
 * **MLA** (`deepseek_v3`): `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, and `q_proj` or
   `q_a_proj q_a_layernorm q_b_proj`. Its stages are those of `kvtool.latent`.
 
@@ -16,6 +16,7 @@ Everything else is refused by name, with the reason.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -28,9 +29,23 @@ from torch.nn.attention.bias import causal_lower_right
 from kvtool._tensors import first_line
 from kvtool.errors import UnsupportedModelError
 from kvtool.mamba import MixerShape, shape_of
+from kvtool.rope import Rope, channel_order, rotate
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose attention is the plain GQA layout; each is checked by a test."""
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose layers are attention and a gated MLP, each behind an RMSNorm, and no more."""
+FAMILIES = (
+    *PLAIN,
+    *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4"),
+    *("gemma", "gemma3_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
+    *("granitemoeshared", "helium", "hyperclovax", "jais2", "mixtral", "olmo", "olmo2", "olmo3"),
+    *("olmoe", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
+)
+"""Model types whose attention is the GQA layout; each is checked by a test."""
+INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
+"""Those that turn neighbouring channels of a head together."""
+_WINDOW_IN_CONFIG = ("mistral", "mixtral", "phi3", "starcoder2")
+"""Those whose attention reads its sliding window from the config; the config of others may have
+one that nothing reads."""
 HYBRID = "granitemoehybrid"
 """The model type that has attention in some layers and Mamba-2 in the others."""
 
@@ -44,6 +59,8 @@ class AttentionLayout:
             `mamba` a state of a fixed size.
         head_dim: Size of a query and key head (for `mla`: `nope_dim + rope_dim`).
         scaling: Factor on the scores before the softmax.
+        qk_norm: Queries and keys are normed in front of RoPE, `norm_over_heads` all heads together.
+        rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
         sliding_window: Window in tokens, `None` if the layer sees everything.
         rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
         mixer: Sizes of a `mamba` layer.
@@ -58,6 +75,8 @@ class AttentionLayout:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    norm_over_heads: bool = False
+    rotary_dim: int = 0
     sliding_window: int | None = None
     rank: int = 0
     rope_dim: int = 0
@@ -89,7 +108,7 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         needed |= {"q_proj"} if "q_proj" in present else {"q_a_proj", "q_a_layernorm", "q_b_proj"}
         optional: set[str] = set()
     else:
-        needed = {"q_proj", "k_proj", "v_proj", "o_proj"}
+        needed = {"o_proj"} | ({"qkv_proj"} & present or {"q_proj", "k_proj", "v_proj"})
         optional = {"q_norm", "k_norm"}
     kind = type(module).__name__
     if missing := needed - present:
@@ -102,37 +121,64 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         )
     if getattr(module, "attn_logit_softcapping", None):
         raise UnsupportedModelError(f"{name} ({kind}) caps its scores (softcap), not supported")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedModelError(f"{name} ({kind}) looks at later tokens, too: it is no decoder")
     return _mla_layout(module) if mla else _gqa_layout(module, name)
 
 
 def _gqa_layout(module: Any, name: str) -> AttentionLayout:
-    head_dim = int(module.head_dim)
-    for norm in ("q_norm", "k_norm"):
-        if hasattr(module, norm) and getattr(module, norm).weight.numel() != head_dim:
+    config, head_dim = module.config, int(module.head_dim)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    over_heads = False
+    if hasattr(module, "q_norm"):
+        sizes = [tuple(getattr(module, x).weight.shape) for x in ("q_norm", "k_norm")]
+        over_heads = sizes == [(heads * head_dim,), (kv_heads * head_dim,)] != [(head_dim,)] * 2
+        if not over_heads and sizes != [(head_dim,)] * 2:
             raise UnsupportedModelError(
-                f"{name}.{norm} normalises all heads together, kvtool knows it per head only"
+                f"{name} has a q/k norm with a weight of its own for each head, which kvtool does "
+                "not know"
             )
+    if getattr(config, "clip_qkv", None) is not None:
+        raise UnsupportedModelError(f"{name} clips queries, keys and values (clip_qkv)")
+    first = module.qkv_proj if hasattr(module, "qkv_proj") else module.k_proj
     return AttentionLayout(
         kind="gqa",
-        hidden_size=module.q_proj.in_features,
-        heads=module.q_proj.out_features // head_dim,
-        kv_heads=module.k_proj.out_features // head_dim,
+        hidden_size=first.in_features,
+        heads=heads,
+        kv_heads=kv_heads,
         head_dim=head_dim,
         scaling=float(module.scaling),
-        qkv_bias=module.k_proj.bias is not None,
+        qkv_bias=first.bias is not None,
         output_bias=module.o_proj.bias is not None,
         qk_norm=hasattr(module, "k_norm"),
+        norm_over_heads=over_heads,
+        rotary_dim=_rotary_dim(module, head_dim),
         sliding_window=_sliding_window(module),
     )
 
 
+def _rotary_dim(module: Any, head_dim: int) -> int:
+    """Channels of a head that the module's forward turns."""
+    config = module.config
+    window, sliding = (getattr(module, x, None) for x in ("sliding_window", "is_sliding"))
+    turned = {  # of models with layers that have no positions (NoPE)
+        "smollm3": bool(getattr(module, "use_rope", True)),
+        "cohere2": window is not None,
+        "exaone4": window is None or bool(sliding),
+    }
+    if not turned.get(config.model_type, True):
+        return 0
+    parameters = next(iter(_rope_parameters(config).values()), {})
+    return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
 def _sliding_window(module: Any) -> int | None:
     """The window that the module's forward really applies; a config may hold one unused."""
-    if hasattr(module, "sliding_window"):
-        window: int | None = module.sliding_window
-    else:  # Mistral keeps it in the config only; Llama's config may have one that nothing reads
-        config = module.config
-        window = config.sliding_window if config.model_type == "mistral" else None
+    if module.config.model_type in _WINDOW_IN_CONFIG:
+        own = module.config
+    else:
+        own = module if getattr(module, "is_sliding", True) else None
+    window: int | None = getattr(own, "sliding_window", None)
     return window
 
 
@@ -198,6 +244,8 @@ def describe(config: Any) -> list[AttentionLayout]:
             f"model type '{config.model_type}' is not supported",
             hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 and {HYBRID} without experts",
         )
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        raise UnsupportedModelError(f"{config.model_type} with capped logits is not supported")
     if config.model_type == HYBRID and config.num_local_experts:
         raise UnsupportedModelError(f"{HYBRID} with mixture-of-experts layers is not supported")
     if config.model_type == "deepseek_v3" and config.first_k_dense_replace < (
@@ -222,6 +270,19 @@ def describe(config: Any) -> list[AttentionLayout]:
     ]
 
 
+def embedding_factor(config: Any) -> float:
+    """What a model multiplies its embeddings by, where the embedding does not do so itself."""
+    return float(getattr(config, "embedding_multiplier", 1.0))  # Granite's
+
+
+def logits_factor(config: Any) -> float:
+    """What a model multiplies the logits of its output head by."""
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere's
+        return float(factor)
+    factor = float(getattr(config, "logits_scaling", 1.0))  # Granite's, which divides
+    return factor if config.model_type == "hyperclovax" else 1 / factor
+
+
 def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:
     """Gives the latent norms of a checkpoint written for vLLM the epsilon that vLLM gives them.
 
@@ -236,65 +297,74 @@ def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:
                 norm.variance_epsilon = config["rms_norm_eps"]
 
 
-# --------------------------------------------------------------------------------------- RoPE
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding with fixed frequencies.
-
-    Attributes:
-        inv_freq: `[N]` fp32, radians per position; frequency `l` turns dims `l` and `l + N`.
-        scale: Factor that the model puts on cos and sin (1 but for yarn).
-    """
-
-    inv_freq: Tensor
-    scale: float = 1.0
-
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cos and sin of integer `positions [...]`, each `[..., 2N]` fp32."""
-        angles = positions[..., None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos() * self.scale, angles.sin() * self.scale
-
-
-def rope_of(config: Any) -> Rope:
-    """The rotary embedding of a model, read from the module that transformers builds.
+def ropes_of(config: Any) -> list[Rope]:
+    """The rotary embedding of every layer, read from the module that transformers builds.
 
     Raises:
-        UnsupportedModelError: The frequencies depend on the length of the text, or cover only a
-            part of the head.
+        UnsupportedModelError: The frequencies depend on the length of the text.
     """
     from transformers import AutoModelForCausalLM
 
+    layouts = describe(config)
     if config.model_type == HYBRID and config.position_embedding_type != "rope":
         pairs = (config.hidden_size // config.num_attention_heads) // 2
-        return Rope(torch.zeros(pairs))  # no positions: nothing is turned
-    parameters = config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    length_dependent = kind == "dynamic" or (
-        kind == "longrope" and parameters["short_factor"] != parameters["long_factor"]
-    )
-    if length_dependent:
-        raise UnsupportedModelError(
-            f"RoPE of type '{kind}' changes its frequencies with the length of the text"
-        )
+        return [Rope(torch.zeros(pairs))] * len(layouts)  # no positions: nothing is turned
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     module = type(model.model.rotary_emb)(config=config)
-    rope = Rope(module.inv_freq.float(), float(module.attention_scaling))
-    attentions = [x.self_attn for x in decoder_layers(model) if not is_mixer(x)]
-    if config.model_type != "deepseek_v3" and attentions:
-        head_dim = recognise(attentions[0], "self_attn").head_dim
-        if 2 * rope.inv_freq.numel() != head_dim:
-            raise UnsupportedModelError("RoPE covers only a part of each head (partial rotary)")
-    return rope
+    found: dict[str, Rope] = {}
+    for kind, parameters in _rope_parameters(config).items():
+        prefix = f"{kind}_" if kind else ""
+        _check_fixed(parameters)
+        inv_freq, scale = (getattr(module, prefix + x) for x in ("inv_freq", "attention_scaling"))
+        found[kind] = Rope(inv_freq.float(), float(scale))
+    kinds = [""] * len(layouts) if "" in found else config.layer_types
+    return [_own_rope(found[kind], layout) for kind, layout in zip(kinds, layouts, strict=True)]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates `x [..., 2N]` by tables of the same trailing shape; dims `l`, `l + N` are a pair."""
-    real, imag = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((-imag, real), dim=-1), sin)
+def rope_of(config: Any) -> Rope:
+    """The rotary embedding of a model whose layers share one.
+
+    Raises:
+        UnsupportedModelError: They do not, or the frequencies depend on the length of the text.
+    """
+    first, *others = ropes_of(config)
+    if not all(rope.equals(first) for rope in others):
+        raise UnsupportedModelError("its layers have different RoPE")
+    return first
+
+
+def _rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
+    """By type of layer; under an empty name if there is one for all."""
+    parameters = config.rope_parameters
+    if "rope_theta" in parameters or "rope_type" in parameters:
+        return {"": parameters}
+    return {kind: own for kind, own in parameters.items() if kind in config.layer_types}
+
+
+def _check_fixed(parameters: dict[str, Any]) -> None:
+    kind = parameters.get("rope_type", "default")
+    if kind == "dynamic" or (
+        kind == "longrope" and parameters["short_factor"] != parameters["long_factor"]
+    ):
+        raise UnsupportedModelError(
+            f"RoPE of type '{kind}' changes its frequencies with the length of the text"
+        )
+
+
+def _own_rope(rope: Rope, layout: AttentionLayout) -> Rope:
+    """What one layer makes of the model's RoPE."""
+    if layout.kind != "gqa":
+        return rope
+    if not layout.rotary_dim:
+        return Rope(torch.zeros(layout.head_dim // 2))
+    if layout.rotary_dim != 2 * len(rope.inv_freq):
+        raise UnsupportedModelError(
+            f"RoPE has {len(rope.inv_freq)} frequencies for {layout.rotary_dim} channels of a head"
+        )
+    if layout.rotary_dim < layout.head_dim and rope.scale != 1:
+        raise UnsupportedModelError("RoPE covers a part of each head, and scales it (yarn)")
+    return rope.over(layout.head_dim)
 
 
 # -------------------------------------------------------------------------------- GQA stages
@@ -310,20 +380,53 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.layout = recognise(module, name)
         self.name = name
+        interleaved = module.config.model_type in INTERLEAVED
+        self._order = channel_order(self.layout.head_dim, self.layout.rotary_dim, interleaved)
         # One matrix for the three projections: a decode step is bound by the calls it makes. The
         # module's own weights become views of it, so nothing is held twice.
-        parts = (module.q_proj, module.k_proj, module.v_proj)
+        self.sizes, weights, biases = self._projections(module)
         self.qkv = nn.Linear(1, 1, bias=False, device="meta")
-        self.qkv.weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
-        self.sizes = [p.out_features for p in parts]
-        for part, rows in zip(parts, self.qkv.weight.split(self.sizes), strict=True):
-            part.weight = nn.Parameter(rows, requires_grad=False)
+        self.qkv.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
         if self.layout.qkv_bias:
-            bias = torch.cat([p.bias for p in parts])
-            self.qkv.bias = nn.Parameter(bias, requires_grad=False)
+            self.qkv.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        if hasattr(module, "qkv_proj"):
+            module.qkv_proj.weight = self.qkv.weight
+        else:
+            parts = (module.q_proj, module.k_proj, module.v_proj)
+            for part, rows in zip(parts, self.qkv.weight.split(self.sizes), strict=True):
+                part.weight = nn.Parameter(rows, requires_grad=False)
         self.o_proj = module.o_proj
-        self.q_norm = module.q_norm if self.layout.qk_norm else None
-        self.k_norm = module.k_norm if self.layout.qk_norm else None
+        self.q_norm, self.k_norm = (
+            self._in_order_of(getattr(module, x, None)) for x in ("q_norm", "k_norm")
+        )
+
+    def _projections(self, module: Any) -> tuple[list[int], list[Tensor], list[Tensor]]:
+        """Rows, weights and biases for queries, keys and values, in the order of `_order`."""
+        layout = self.layout
+        sizes = [n * layout.head_dim for n in (layout.heads, layout.kv_heads, layout.kv_heads)]
+        if hasattr(module, "qkv_proj"):
+            found = [x.split(sizes) for x in module.qkv_proj.parameters()]
+        else:
+            parts = [list(x.parameters()) for x in (module.q_proj, module.k_proj, module.v_proj)]
+            found = list(zip(*parts, strict=True))
+        ordered = [[self._in_order(q), self._in_order(k), v] for q, k, v in found]
+        return sizes, ordered[0], ordered[1] if layout.qkv_bias else []
+
+    def _in_order(self, rows: Tensor) -> Tensor:
+        """`[heads * D, ...]` with the channels of every head in the order of `_order`."""
+        if self._order is None:
+            return rows
+        by_head = rows.unflatten(0, (-1, self.layout.head_dim))
+        ordered: Tensor = by_head[:, self._order].flatten(0, 1)
+        return ordered
+
+    def _in_order_of(self, norm: Any) -> Any:
+        """A q/k norm with its weight in that order."""
+        if norm is None or self._order is None:
+            return norm
+        ordered = copy.deepcopy(norm)
+        ordered.weight = nn.Parameter(self._in_order(norm.weight), requires_grad=False)
+        return ordered
 
     @torch.no_grad()
     def reorder_kv_heads(self, order: Sequence[int]) -> None:
@@ -341,6 +444,10 @@ class GroupedQueryAttention(nn.Module):
         if layout.qkv_bias:
             self.qkv.bias.copy_(self.qkv.bias[rows])
         self.o_proj.weight = nn.Parameter(self.o_proj.weight[:, q], requires_grad=False)
+        if layout.norm_over_heads:
+            for norm, own in ((self.q_norm, q), (self.k_norm, kv)):
+                assert norm is not None
+                norm.weight = nn.Parameter(norm.weight[own], requires_grad=False)
 
     @torch.no_grad()
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -372,9 +479,11 @@ class GroupedQueryAttention(nn.Module):
         return q, k, v
 
     def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Applies the per-head RMSNorm of Qwen3; the identity elsewhere."""
+        """Applies the RMSNorm per head of Qwen3 or over all heads of OLMo 2, or none."""
         if self.q_norm is None or self.k_norm is None:
             return q, k
+        if self.layout.norm_over_heads:
+            return _over_heads(self.q_norm, q), _over_heads(self.k_norm, k)
         return self.q_norm(q), self.k_norm(k)
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -420,6 +529,12 @@ class DenseAttention(nn.Module):
     def output(self, context: Tensor) -> Tensor:
         """`[B, T, Q, D]` to hidden states `[B, T, hidden]`."""
         return self.gqa.output(context.transpose(1, 2))
+
+
+def _over_heads(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm of all heads of a token together, of `x [B, H, T, D]`."""
+    normed: Tensor = norm(x.transpose(1, 2).flatten(2))
+    return normed.view(x.shape[0], x.shape[2], x.shape[1], -1).transpose(1, 2)
 
 
 def _block_rows(blocks: Tensor, size: int) -> Tensor:

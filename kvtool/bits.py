@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvtool.attention import rotate
 from kvtool.codes import CodeKind
 from kvtool.errors import PlanError, UsageError
 from kvtool.kernels.hadamard import WIDEST, hadamard
 from kvtool.kernels.quantise import BITS, fake_quantise, groups_of, packed_bytes
 from kvtool.kernels.sparse_values import compress, decompress, sparse_bytes
+from kvtool.rope import rotate
 
 Axis = Literal["channel", "token"]
 """Which keys share a scale: a channel in N tokens (KIVI, arXiv 2402.02750), or N channels of a

@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvtool.attention import Rope, rotate
 from kvtool.errors import PlanError
 from kvtool.kernels.grouped_linear import grouped_linear
 from kvtool.kernels.quantise import BITS, groups_of, packed_bytes
+from kvtool.rope import Rope, rotate
 
 CodeKind = Literal["rotated", "unrotated"]
 """Whether the code of a key is taken after RoPE, or before it."""
@@ -165,7 +165,7 @@ class Fitted:
 
 
 class Positions:
-    """Cos and sin of a model's RoPE at positions 0, 1, ..., computed once for all layers."""
+    """Cos and sin of a RoPE at positions 0, 1, ..., computed once for all layers that have it."""
 
     def __init__(self, rope: Rope, like: Tensor) -> None:
         self.rope, self.like = rope, like
@@ -185,6 +185,7 @@ class Code:
     Args:
         projections: By part, at the widths of the plan.
         heads: H of a layer.
+        positions: Of each of its layers.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class Code:
         plan: CodePlan,
         projections: Mapping[Part, Projection],
         heads: int,
-        positions: Positions,
+        positions: Sequence[Positions],
     ) -> None:
         self.plan, self.projections = plan, projections
         self.heads, self.positions = heads, positions
@@ -225,7 +226,7 @@ class Reader:
     """
 
     def __init__(self, code: Code, layer: int) -> None:
-        self.rotated, self.positions = code.plan.kind == "rotated", code.positions
+        self.rotated, self.positions = code.plan.kind == "rotated", code.positions[layer]
         self.heads = code.heads
         keys, self._key_mean = self._part(code, "keys", layer)
         values, self._value_mean = self._part(code, "values", layer)
@@ -313,9 +314,16 @@ def _sums(weights: Tensor, states: Tensor) -> Tensor:
 
 
 def load_code(
-    index: int, plan: CodePlan, tensors: Mapping[str, Tensor], heads: int, positions: Positions
+    index: int,
+    plan: CodePlan,
+    tensors: Mapping[str, Tensor],
+    heads: int,
+    positions: Sequence[Positions],
 ) -> Code:
     """The code with this index of a plan's tensors, on the device and in the dtype of `positions`.
+
+    Args:
+        positions: Of each of its layers.
 
     Raises:
         PlanError: It holds numbers that the dtype does not.
@@ -323,7 +331,7 @@ def load_code(
     projections: dict[Part, Projection] = {}
     for part, width in zip(plan.parts, plan.widths, strict=True):
         names = (f"codes.{index}.{part}.{name}" for name in ("encode", "decode", "mean"))
-        own = Projection(*(tensors[name] for name in names)).cut(width).to(positions.like)
+        own = Projection(*(tensors[name] for name in names)).cut(width).to(positions[0].like)
         if not all(bool(x.isfinite().all()) for x in (own.encode, own.decode, own.mean)):
             raise PlanError(f"code {index}: its {part} are too large for this dtype")
         projections[part] = own

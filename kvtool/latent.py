@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtool.attention import GroupedQueryAttention, Rope, causal_attention, recognise, rotate
+from kvtool.attention import GroupedQueryAttention, causal_attention, recognise
 from kvtool.kernels.linear import pack, packed_linear
+from kvtool.rope import Rope, rotate
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,10 @@ import pytest
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from kvtool.checkpoint import Checkpoint
@@ -49,12 +46,6 @@ VOCABULARY = 300
 # The Qwen2 tokenizer class adds this token to every vocabulary that lacks it.
 _PAD = "<|endoftext|>"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-}
 _TOKENIZER_TEXT = (
     "The quick brown fox jumps over the lazy dog. A language model reads the text that came "
     "before and says which token comes next; what it remembers of the text is its cache. "
@@ -112,7 +103,7 @@ def make_config(family: str, **overrides: Any) -> PreTrainedConfig:
     }
     if family == "mistral":
         fields["sliding_window"] = None
-    return _CONFIGS[family](**(fields | overrides))
+    return CONFIG_MAPPING[family](**(fields | overrides))
 
 
 @torch.no_grad()

@@ -6,16 +6,10 @@ from conftest import FAMILIES, make_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kvtool.attention import (
-    GroupedQueryAttention,
-    causal_attention,
-    describe,
-    recognise,
-    rope_of,
-    rotate,
-)
+from kvtool.attention import GroupedQueryAttention, causal_attention, describe, recognise, rope_of
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UnsupportedModelError
+from kvtool.rope import rotate
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},

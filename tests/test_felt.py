@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvtool.attention import causal_attention, rotate
+from kvtool.attention import causal_attention
 from kvtool.calibrate import cskv, far_reads, xkv
 from kvtool.calibrate.far_reads import FarRead, WholeModel
 from kvtool.calibrate.felt import Felt, feel
@@ -19,6 +19,7 @@ from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import Behind, TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CalibrationError
+from kvtool.rope import rotate
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -99,7 +100,7 @@ def felt_token_by_token(
     generator = torch.Generator().manual_seed(seed)
     found = []
     for ids, offset in zip(windows, offsets, strict=True):
-        cos, sin = model.rope.tables(torch.arange(offset, offset + len(ids)))
+        cos, sin = model.ropes[0].tables(torch.arange(offset, offset + len(ids)))
         kept: list[tuple[Tensor, Tensor]] = []
         errors: list[tuple[Tensor, Tensor]] = []
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from _kernel_tools import DEVICE, DTYPES, TOLERANCE, random, rms_ratio
 
-from kvtool.attention import Rope, rotate
 from kvtool.kernels.append import Encoder
 from kvtool.kernels.append.reference import append as reference
+from kvtool.rope import Rope, rotate
 
 PAGE = 5
 

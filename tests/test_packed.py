@@ -20,7 +20,6 @@ from _packed import (
 )
 from torch import Tensor
 
-from kvtool.attention import rotate
 from kvtool.bits import Bits, Tier
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import PlanError, UnsupportedModelError
@@ -36,6 +35,7 @@ from kvtool.kernels.packed_attention import (
 from kvtool.kernels.quantise import BITS, dequantise, quantise
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
+from kvtool.rope import rotate
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.packed import PackedHeads, PagedPacked

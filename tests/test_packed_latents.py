@@ -20,7 +20,6 @@ from _packed import (
 )
 from torch import Tensor
 
-from kvtool.attention import rotate
 from kvtool.calibrate.bit_options import QuantizationOptions
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.latents import _harm
@@ -34,6 +33,7 @@ from kvtool.kernels.quantise import BITS, dequantise, quantise
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
+from kvtool.rope import rotate
 from kvtool.runtime import Engine
 from kvtool.runtime.layers import LatentRuntimeAttention
 from kvtool.runtime.memory import RowMemory

@@ -12,9 +12,9 @@ from _kernel_tools import (
     rms_ratio,
 )
 
-from kvtool.attention import Rope
 from kvtool.codes import Code, CodePlan, Positions, Projection
 from kvtool.kernels.rebuild_attention import reference
+from kvtool.rope import Rope
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers", "poison")
 contract = reference.rebuild_decode_attention
@@ -70,7 +70,7 @@ def test_the_contract_is_what_a_reader_of_codes_computes():
         part: Projection(*(torch.randn(n) for n in ((r, channels), (channels, r), channels)))
         for part, r in zip(plan.parts, ranks, strict=True)
     }
-    code = Code(plan, projections, heads, Positions(rope(width), torch.zeros(1)))
+    code = Code(plan, projections, heads, [Positions(rope(width), torch.zeros(1))])
     z, zv = torch.randn(1, length, ranks[0]), torch.randn(1, length, ranks[1])
     q = torch.randn(1, 6, 1, width)
     reader, first = code.reader(0), 3

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvtool.attention import Rope, rotate
+from kvtool.rope import Rope, rotate
 from kvtool.runtime.selection import (
     FUTURE,
     SINKS,

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from kvtool.attention import rotate
 from kvtool.calibrate import layer_sums, statistics
 from kvtool.calibrate.layer_sums import matrix_entropy, pack, unpack
 from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect, join, plan
@@ -28,6 +27,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.cli.calibrate_statistics import statistics as command
 from kvtool.corpus import calibration_text
 from kvtool.errors import CalibrationError, ResourceError, UsageError
+from kvtool.rope import rotate
 
 Tiny = Callable[..., Path]
 SMALL = {"tokens": 300, "window": 60, "context": 400}

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from kvtool.attention import Rope
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import transmla
@@ -14,6 +13,7 @@ from kvtool.convert.exact import exact_factors
 from kvtool.convert.fitting import ConvertedLayer, converted_attention
 from kvtool.convert.targets import freqfold_candidates
 from kvtool.latent import FactoredAttention, LatentFactors, query_blocks
+from kvtool.rope import Rope
 
 CASES = [(family, {}) for family in FAMILIES] + [
     ("llama", {"num_key_value_heads": 1}),

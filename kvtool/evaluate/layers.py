@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import decoder_layers, rotate
+from kvtool.attention import decoder_layers
 from kvtool.evaluate.protocol import SLICE, CacheSize, kl_sum
 from kvtool.plan import Plan
+from kvtool.rope import rotate
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.layers import LatentRuntimeAttention, Step
 
@@ -106,8 +107,7 @@ def layer_damage(engine: Engine, base: Engine, ids: Tensor, prefill: int) -> Ite
         prefill: P.
     """
     ours, theirs = _Walk(engine, len(ids), prefill), _Walk(base, len(ids), prefill)
-    embedded = base.model.model.embed_tokens(ids.to(base.device)[None])
-    embedded = embedded * getattr(base.config, "embedding_multiplier", 1.0)  # of Granite
+    embedded = base.embed(ids.to(base.device)[None])
     hidden: Parts = (embedded[:, :prefill], embedded[:, prefill:])
     expected = _log_probabilities(base, theirs.run(hidden, 0))
     for i, attention in enumerate(engine.attentions):

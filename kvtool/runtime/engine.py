@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import Rope, decoder_layers
+from kvtool.attention import decoder_layers, embedding_factor, logits_factor
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UsageError
 from kvtool.kernels.dispatch import use_triton
 from kvtool.kernels.linear import LEAST_ROWS
 from kvtool.latent import FactoredAttention
 from kvtool.plan import Plan
+from kvtool.rope import Rope
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.graphs import PagedCache, PagedMemory
 from kvtool.runtime.head_pages import HeadPages
@@ -52,9 +53,8 @@ class Engine:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.eos_ids = _eos_ids(model, self.tokenizer)
-        # Granite has these; the other two of its factors are its layers' business.
-        self._embedding_multiplier = getattr(self.config, "embedding_multiplier", 1.0)
-        self._logits_scaling = getattr(self.config, "logits_scaling", 1.0)
+        self._embedding_factor = embedding_factor(self.config)
+        self._logits_factor = logits_factor(self.config)
         limits = [x.most_tokens for x in attentions if x.most_tokens is not None]
         self._most_tokens = min(limits, default=sys.maxsize)
         self._ropes: list[Rope] = []
@@ -314,16 +314,19 @@ class Engine:
         """Logits `[B, T, V]` fp32 of what the last layer gives, `[B, T, hidden]`."""
         logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
         logits = logits.float()
-        return logits if self._logits_scaling == 1 else logits / self._logits_scaling
+        return logits if self._logits_factor == 1 else logits * self._logits_factor
 
     def run(self, step: Step, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` through the decoder layers to hidden states `[B, T, hidden]`."""
-        hidden: Tensor = self.model.model.embed_tokens(ids)
-        if self._embedding_multiplier != 1:
-            hidden = hidden * self._embedding_multiplier
+        hidden = self.embed(ids)
         for layer in decoder_layers(self.model):
             hidden = layer(hidden, past_key_values=step)
         return hidden
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first layer is given of token ids `[B, T]`, `[B, T, hidden]`."""
+        hidden: Tensor = self.model.model.embed_tokens(ids)
+        return hidden if self._embedding_factor == 1 else hidden * self._embedding_factor
 
     def _has_paged_stores(self) -> bool:
         try:
@@ -343,7 +346,7 @@ class Engine:
 
     def _table_of(self, rope: Rope) -> int:
         for i, known in enumerate(self._ropes):
-            if known.scale == rope.scale and torch.equal(known.inv_freq, rope.inv_freq):
+            if known.equals(rope):
                 return i
         self._ropes.append(rope)
         return len(self._ropes) - 1

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtool.attention import FAMILIES, decoder_layers
+from kvtool.attention import PLAIN, decoder_layers
 from kvtool.kernels.rms_norm import add_rms_norm, rms_norm
 from kvtool.kernels.swiglu import swiglu
 
-_PLAIN = (*FAMILIES, "deepseek_v3")
+_PLAIN = (*PLAIN, "deepseek_v3")
 """Model types whose layers add what attention and the MLP make of a norm, and do no more."""
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 

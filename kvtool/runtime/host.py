@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvtool.attention import (
     AttentionLayout,
     GroupedQueryAttention,
-    Rope,
     decoder_layers,
     describe,
     is_mixer,
-    rope_of,
+    ropes_of,
 )
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Code, Positions, load_code
@@ -25,6 +24,7 @@ from kvtool.latent import LatentAttention
 from kvtool.latent_bits import LatentPlan
 from kvtool.mamba import Mixer, shape_of
 from kvtool.plan import Plan
+from kvtool.rope import Rope
 from kvtool.runtime.coded import CodedAttention
 from kvtool.runtime.fused import fuse
 from kvtool.runtime.layers import (
@@ -65,28 +65,32 @@ def load_host(
     layouts = describe(config)
     if plan is not None:
         _check_plan(plan, checkpoint, layouts, factored)
-    rope = rope_of(config)
+    ropes = ropes_of(config)
     model = load_model(checkpoint, dtype, device)
-    return model, swap_attention(model, rope, plan, checkpoint if factored else None)
+    return model, swap_attention(model, ropes, plan, checkpoint if factored else None)
 
 
 def swap_attention(
-    model: Any, rope: Rope, plan: Plan | None = None, factors_in: Checkpoint | None = None
+    model: Any,
+    ropes: Sequence[Rope],
+    plan: Plan | None = None,
+    factors_in: Checkpoint | None = None,
 ) -> list[RuntimeAttention]:
     """Puts our attention modules into a transformers model, and returns them.
 
     Args:
+        ropes: Of every layer.
         factors_in: Where the factors of a `kvtool_mla` model are.
     """
     if model.device.type == "cuda":
         fuse(model)
-    inv_freq = rope.inv_freq.to(model.device)
     like = torch.empty(0, dtype=model.dtype, device=model.device)
-    positions = Positions(Rope(inv_freq, rope.scale), like)
-    codes = _codes(plan, positions)
-    exact = Positions(positions.rope, like.float())  # few bits magnify what is rounded before
+    ropes = [rope.to(model.device) for rope in ropes]
+    codes = _codes(plan, _positions(ropes, like))
+    exact = _positions(ropes, like.float())  # few bits magnify what is rounded before
     swapped: list[RuntimeAttention] = []
-    for i, layer in enumerate(decoder_layers(model)):
+    for i, (layer, rope) in enumerate(zip(decoder_layers(model), ropes, strict=True)):
+        inv_freq = rope.inv_freq
         kept = None if plan is None else plan.layers[i].kept
         if is_mixer(layer):
             state = kept if isinstance(kept, StatePlan) else None
@@ -105,7 +109,7 @@ def swap_attention(
             elif plan is None or (plan.layers[i].plain and not _by_head(plan, grouped)):
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
             elif plan.layers[i].bits is not None:
-                attention = PackedAttention(grouped, i, plan, exact)
+                attention = PackedAttention(grouped, i, plan, exact[i])
             elif plan.layers[i].sparse is not None:
                 attention = SparseAttention(grouped, i, inv_freq, rope.scale, plan)
             else:
@@ -135,12 +139,22 @@ def _latent_attention(
     return PackedLatentAttention(stages, index, scale, kept, plan.prefill == "dense")
 
 
-def _codes(plan: Plan | None, positions: Positions) -> list[tuple[Code, int]]:
+def _positions(ropes: Sequence[Rope], like: Tensor) -> list[Positions]:
+    """By layer: the tables of its RoPE, the same where layers turn alike."""
+    found: list[Positions] = []
+    for rope in ropes:
+        alike = (one for one in found if one.rope.equals(rope))
+        found.append(next(alike, None) or Positions(rope, like))
+    return found
+
+
+def _codes(plan: Plan | None, positions: Sequence[Positions]) -> list[tuple[Code, int]]:
     """By layer of the model: its code, and which of the layers of the code it is."""
     found: list[tuple[Code, int]] = []
     for index, planned in enumerate(() if plan is None else plan.codes):
         assert plan is not None
-        code = load_code(index, planned, plan.tensors, plan.base.kv_heads, positions)
+        own = positions[len(found) : len(found) + planned.layers]
+        code = load_code(index, planned, plan.tensors, plan.base.kv_heads, own)
         found += [(code, layer) for layer in range(planned.layers)]
     return found
 

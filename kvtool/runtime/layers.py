@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import GroupedQueryAttention, rotate
+from kvtool.attention import GroupedQueryAttention
 from kvtool.kernels.grouped_linear import grouped_linear
 from kvtool.kernels.linear import linear, pack, packed_linear
 from kvtool.latent import LatentAttention
+from kvtool.rope import rotate
 from kvtool.runtime.pages import WIDEST, PagedHeads, PagedLatents, Pages, Place
 from kvtool.runtime.stores import DenseStore, LatentStore, Store
 

@@ -31,7 +31,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvtool.attention import GroupedQueryAttention, rotate
+from kvtool.attention import GroupedQueryAttention
 from kvtool.bits import Bits, Factors, from_stored, to_stored, turn
 from kvtool.codes import Positions
 from kvtool.fp8 import encode
@@ -52,6 +52,7 @@ from kvtool.kernels.packed_attention import (
 from kvtool.kernels.quantise import dequantise
 from kvtool.kernels.sparse_values import bitmap_bytes, compress, sparse_sums
 from kvtool.plan import Plan
+from kvtool.rope import rotate
 from kvtool.runtime.head_pages import HeadPages
 from kvtool.runtime.layers import Step
 from kvtool.runtime.packed_store import PackedStore, PagedBlocks

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvtool.attention import rotate
 from kvtool.kernels.packed_attention import Ring, channel_scores, channel_sums
 from kvtool.kernels.packed_latents import Blocks, fits, pack_latents, packed_latent_attention
 from kvtool.latent import LatentAttention
 from kvtool.latent_bits import LatentPlan
+from kvtool.rope import rotate
 from kvtool.runtime.layers import LatentRuntimeAttention, Step
 from kvtool.runtime.packed_store import PackedStore, PagedBlocks
 from kvtool.runtime.pages import Pages, Place

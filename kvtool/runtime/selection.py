@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.attention import Rope, rotate
 from kvtool.plan import Policy
+from kvtool.rope import Rope, rotate
 
 WINDOW = 32
 """SnapKV: the queries at the end of a prompt that vote."""

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kvtool.attention import GroupedQueryAttention, Rope
+from kvtool.attention import GroupedQueryAttention
 from kvtool.plan import Plan
+from kvtool.rope import Rope
 from kvtool.runtime.head_pages import (
     BudgetedHeadsInPages,
     FullHeadsInPages,

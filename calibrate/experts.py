@@ -1,0 +1,59 @@
+"""Experts of a checkpoint as transformers' modules hold them.
+
+On disk every expert of a layer has three matrices of its own; in memory transformers has all of
+them in two tensors, gate and up `[E, 2 I, hidden]` and down `[E, hidden, I]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvtool.errors import CheckpointError
+
+_EXPERT = re.compile(r"(.*experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_RENAMED = [
+    (re.compile(pattern), other)
+    for pattern, other in (
+        (r"block_sparse_moe\.(gate\.|experts\.\d)", r"mlp.\1"),  # Mixtral
+        (r"(block_sparse_moe)\.input_linear\.weight", r"\1.experts.gate_up_proj"),  # Granite
+        (r"(block_sparse_moe)\.output_linear\.weight", r"\1.experts.down_proj"),
+        (r"(block_sparse_moe\.router)\.layer\.", r"\1."),
+        (r"mlp\.(moe_statics\.)", r"mlp.gate.\1"),  # Ernie
+    )
+]
+
+
+def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, under the names and in the shapes of modules.
+
+    Raises:
+        CheckpointError: An expert is incomplete.
+    """
+    found: dict[str, Tensor] = {}
+    experts: dict[str, dict[str, list[tuple[int, Tensor]]]] = {}
+    for name, tensor in tensors.items():
+        for pattern, other in _RENAMED:
+            name = pattern.sub(other, name)
+        if (match := _EXPERT.fullmatch(name)) is None:
+            found[name] = tensor
+            continue
+        block, number, part = match.groups()
+        parts = experts.setdefault(block, {"gate_proj": [], "up_proj": [], "down_proj": []})
+        parts[_PARTS.get(part, part)].append((int(number), tensor))
+    for block, parts in experts.items():
+        gate, up, down = ([x for _, x in sorted(own, key=_number)] for own in parts.values())
+        if len({len(gate), len(up), len(down)}) > 1:
+            raise CheckpointError(f"{block} has experts that lack one of their three matrices")
+        both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+        found[f"{block}.gate_up_proj"] = torch.stack(both)
+        found[f"{block}.down_proj"] = torch.stack(down)
+    return found
+
+
+def _number(expert: tuple[int, Tensor]) -> int:
+    return expert[0]

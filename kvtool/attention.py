@@ -17,6 +17,7 @@ Everything else is refused by name, with the reason.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -173,13 +174,15 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
 
 
 def _sliding_window(module: Any) -> int | None:
-    """The window that the module's forward really applies; a config may hold one unused."""
+    """The window that the module's forward really applies; a config may hold one unused, and one
+    that is as long as the context is none.
+    """
     if module.config.model_type in _WINDOW_IN_CONFIG:
         own = module.config
     else:
         own = module if getattr(module, "is_sliding", True) else None
     window: int | None = getattr(own, "sliding_window", None)
-    return window
+    return window if (window or sys.maxsize) < module.config.max_position_embeddings else None
 
 
 def _mla_layout(module: Any) -> AttentionLayout:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES
+from _family_cases import CASES
 
 from kvtool.attention import FAMILIES as ALL
 from kvtool.attention import logits_factor
@@ -14,83 +14,6 @@ from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 
-EXPERTS = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_k": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "shared_intermediate_size": 32,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
-"""Under the names of all families."""
-MUP = {
-    "embedding_multiplier": 3.0,
-    "attention_multiplier": 0.2,
-    "residual_multiplier": 0.7,
-    "logits_scaling": 0.5,
-}
-LAYERS = {"num_hidden_layers": 4}
-PARTIAL = {
-    "rope_parameters": {
-        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
-    }
-}  # fmt: skip
-TWO_ROPES = {
-    kind: {"rope_type": "default", "rope_theta": theta}
-    for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4))
-}
-ALL_FULL = {"sliding_window": None, "layer_types": ["full_attention"] * 3}
-MIXED = {
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "sliding_window": 24,
-    "num_hidden_layers": 4,
-}
-CASES = {family: (family, {}) for family in FAMILIES} | {
-    "apertus": ("apertus", {}),
-    "arcee": ("arcee", {}),
-    "cohere": ("cohere", {"logit_scale": 0.25}),
-    "cohere2": ("cohere2", {"logit_scale": 0.25, **MIXED}),
-    "cwm": ("cwm", MIXED),
-    "ernie4_5": ("ernie4_5", {}),
-    "ernie4_5_moe": ("ernie4_5_moe", {**EXPERTS, "moe_layer_start_index": 1}),
-    "exaone4": ("exaone4", MIXED),
-    "exaone4, no window": (
-        "exaone4",
-        {"sliding_window": None, "layer_types": ["full_attention"] * 3},
-    ),
-    "gemma": ("gemma", {}),
-    "gemma3_text": ("gemma3_text", {**MIXED, "rope_parameters": TWO_ROPES}),
-    "glm": ("glm", {"attention_bias": True, **PARTIAL}),
-    "glm4": ("glm4", PARTIAL),
-    "glm4_moe": ("glm4_moe", {**EXPERTS, **PARTIAL, "use_qk_norm": True}),
-    "granite": ("granite", MUP),
-    "granitemoe": ("granitemoe", {**MUP, **EXPERTS}),
-    "granitemoeshared": ("granitemoeshared", {**MUP, **EXPERTS}),
-    "helium": ("helium", {}),
-    "hyperclovax": ("hyperclovax", MUP),
-    "jais2": ("jais2", {}),
-    "mixtral": ("mixtral", {**EXPERTS, "sliding_window": None}),
-    "mixtral, window": ("mixtral", {**EXPERTS, "sliding_window": 24}),
-    "olmo": ("olmo", {}),
-    "olmo2": ("olmo2", {}),
-    "olmo3": ("olmo3", {**MIXED, "rope_parameters": TWO_ROPES}),
-    "olmoe": ("olmoe", EXPERTS),
-    "phi3": ("phi3", {"sliding_window": None}),
-    "phi3, partial": ("phi3", {"sliding_window": None, **PARTIAL}),
-    "phi3, window": ("phi3", {"sliding_window": 24}),
-    "qwen2_moe": ("qwen2_moe", EXPERTS),
-    "qwen3_moe": ("qwen3_moe", EXPERTS),
-    "seed_oss": ("seed_oss", {}),
-    "smollm3": ("smollm3", {**LAYERS, "no_rope_layer_interval": 2}),
-    "starcoder2": ("starcoder2", {"sliding_window": None, "use_bias": True}),
-    "starcoder2, window": ("starcoder2", {"sliding_window": 24}),
-}
 WHOLE = [name for name, (family, more) in CASES.items() if not more.get("sliding_window")]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from _code_tools import coded
+from _family_cases import CASES
 from _hybrid_tools import write_hybrid
 from _kernel_tools import DEVICE
 
@@ -31,6 +32,7 @@ pytest.importorskip("triton")
 KINDS = [
     "qwen3", "streaming", "streaming-sparse", "packed", "packed-sparse", "codes", "codes-narrow",
     "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
+    "starcoder2, window", "gemma3_text", "smollm3", "glm4",
 ]  # fmt: skip
 
 
@@ -71,8 +73,8 @@ def engines(tiny, tmp_path_factory):
 
     def get(kind: str) -> tuple[Engine, Engine]:
         if kind not in made:
-            family = kind if kind in ("llama", "qwen2", "qwen3", "mistral") else "llama"
-            checkpoint, plan = Checkpoint.open(str(tiny(family))), None
+            family, more = CASES.get(kind, ("llama", {}))
+            checkpoint, plan = Checkpoint.open(str(tiny(family, **more))), None
             if kind.startswith("streaming"):
                 layers = [(True, False), (True, True), (False, False)]
                 prefill = "sparse" if kind.endswith("sparse") else "dense"
@@ -357,7 +359,6 @@ def test_an_engine_whose_layers_have_no_pages_is_not_paged(tiny, monkeypatch):
     def paged(checkpoint: Checkpoint, plan: Plan | None = None) -> bool:
         return Engine.load(checkpoint, plan=plan, device=DEVICE).paged
 
-    assert not paged(Checkpoint.open(str(tiny("mistral", sliding_window=24))))
     checkpoint = Checkpoint.open(str(tiny("llama")))
     assert paged(checkpoint)
     assert not paged(checkpoint, coded(checkpoint, "unrotated"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,6 +44,11 @@ class KVCache:
     def allocated_bytes(self) -> int:
         """Bytes of everything that all layers keep, as allocated."""
         return sum(self.layer_bytes)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every layer can go back to any prefix of a row, however long that got."""
+        return all(store.can_crop(self.place_of(0), sys.maxsize, 1) for store in self.stores)
 
     def place_of(self, row: int) -> int:
         """Where a row lies in the stores."""

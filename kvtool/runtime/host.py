@@ -38,6 +38,7 @@ from kvtool.runtime.packed_latents import PackedLatentAttention
 from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.sparse import SparseAttention
 from kvtool.runtime.split_attention import SplitAttention
+from kvtool.runtime.windowed import WindowedAttention
 from kvtool.states import StatePlan
 
 _KEPT = {"gqa": "KV heads", "mla": "latents", "mamba": "states"}
@@ -106,7 +107,9 @@ def swap_attention(
             if plan is not None and plan.codes:
                 dense = plan.prefill == "dense"
                 attention = CodedAttention(grouped, i, inv_freq, rope.scale, *codes[i], dense)
-            elif plan is None or (plan.layers[i].plain and not _by_head(plan, grouped)):
+            elif grouped.layout.sliding_window is not None:
+                attention = WindowedAttention(grouped, i, inv_freq, rope.scale)
+            elif plan is None or (plan.layers[i].plain and plan.policy is None):
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
             elif plan.layers[i].bits is not None:
                 attention = PackedAttention(grouped, i, plan, exact[i])
@@ -118,14 +121,6 @@ def swap_attention(
         swapped.append(attention)
     DecodeLinear.replace_in(model)
     return swapped
-
-
-def _by_head(plan: Plan, stages: GroupedQueryAttention) -> bool:
-    """Whether even a layer that keeps everything counts its tokens head by head.
-
-    Other layers of the plan do, for their token budgets, and all draw on the same pages.
-    """
-    return plan.policy is not None and stages.layout.sliding_window is None
 
 
 def _latent_attention(

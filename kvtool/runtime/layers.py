@@ -145,10 +145,8 @@ class DenseAttention(RuntimeAttention):
         layout, weight = self.stages.layout, self.stages.qkv.weight
         return DenseStore(rows, layout.kv_heads, capacity, layout.head_dim, weight)
 
-    def new_paged_store(self, pages: Pages) -> PagedHeads | None:
+    def new_paged_store(self, pages: Pages) -> PagedHeads:
         layout, weight = self.stages.layout, self.stages.qkv.weight
-        if layout.sliding_window is not None:
-            return None
         return PagedHeads(pages, layout.kv_heads, layout.head_dim, weight, layout.scaling)
 
     def attention(self, hidden: Tensor, step: Step, store: DenseStore | PagedHeads) -> Tensor:
@@ -160,7 +158,7 @@ class DenseAttention(RuntimeAttention):
             return stages.output(step_of(store, q, k, v, step, self.table))
         q, k = stages.rotate(q, k, cos, sin)
         store.write(step.row, step.starts, {"keys": k, "values": v})
-        context = store.attend(q, step.row, step.lengths, layout.scaling, layout.sliding_window)
+        context = store.attend(q, step.row, step.lengths, layout.scaling)
         return stages.output(context)
 
 

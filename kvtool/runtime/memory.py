@@ -11,6 +11,7 @@ from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.stores import PAGE, whole_pages
+from kvtool.runtime.windowed import WindowedAttention
 
 
 class RowMemory:
@@ -26,8 +27,12 @@ class RowMemory:
         self.latents = [x.kept for x in self.layers if isinstance(x.kept, LatentPlan)]
         self.head_dim = 0 if engine.plan is None else engine.plan.base.head_dim
         self.itemsize = engine.dtype.itemsize
+        layouts = [x.stages.layout for x in engine.attentions if isinstance(x, WindowedAttention)]
+        sizes = [2 * x.kv_heads * x.head_dim * self.itemsize for x in layouts]
+        windows = [x.sliding_window or 0 for x in layouts]
+        self.windows = list(zip(windows, sizes, strict=True))
         self.least, large = (
-            engine.new_cache(1, n).allocated_bytes - self._packed(n) for n in (PAGE, 2 * PAGE)
+            engine.new_cache(1, n).allocated_bytes - self._uneven(n) for n in (PAGE, 2 * PAGE)
         )
         self.page_bytes = large - self.least
         self.constant = self.least - self.page_bytes
@@ -112,11 +117,11 @@ class RowMemory:
     def _planes(self, tokens: int) -> int:
         room = whole_pages(tokens)
         exact = max(self.least, self.constant + self.page_bytes * (room // PAGE))
-        return exact + self._packed(room)
+        return exact + self._uneven(room)
 
-    def _packed(self, room: int) -> int:
-        """Blocks of heads and of latents with few bits in the room for so many tokens, which do not
-        grow in step with it; 0 on pages, which hold them.
+    def _uneven(self, room: int) -> int:
+        """What does not grow in step with the room for so many tokens: blocks of heads and of
+        latents with few bits, sliding windows; 0 on pages, which hold them or have rings.
         """
         if self.paged:
             return 0
@@ -125,7 +130,8 @@ class RowMemory:
             for layer in self.layers
             if layer.bits is not None
         )
-        return heads + sum(x.blocks(room) * x.block_bytes() for x in self.latents)
+        latents = sum(x.blocks(room) * x.block_bytes() for x in self.latents)
+        return heads + latents + sum(size * min(room, window) for window, size in self.windows)
 
 
 def give_back() -> None:

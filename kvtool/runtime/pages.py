@@ -268,17 +268,16 @@ class PagedHeads(PagedStore):
         row: int | None,
         lengths: Sequence[int],
         scaling: float,
-        window: int | None,
     ) -> Tensor:
         """Attention of the newest tokens of one row over everything stored, `[1, Q, T, D]`."""
         assert row is not None
         keys, values = (self.gather(name, row, 0, lengths[0]) for name in self.planes)
-        return causal_attention(q, keys, values, scaling, window)
+        return causal_attention(q, keys, values, scaling)
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens of one row and returns what they read, `[1, Q, T, D]`."""
         self.write(step.row, step.starts, {"keys": new.k, "values": new.v})
-        return self.attend(new.q, step.row, step.lengths, self.scaling, None)
+        return self.attend(new.q, step.row, step.lengths, self.scaling)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,

@@ -7,7 +7,6 @@ only started over, and a prefix cannot be shared once it has been read past.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -211,8 +210,3 @@ class RuntimeMixer(RuntimeAttention):
     ) -> Tensor:
         """The signature under which transformers' hybrid layers call their mixer."""
         return self.attention(hidden_states, cache_params, cache_params.stores[self.layer_index])
-
-
-def keeps_states(stores: Sequence[Store]) -> bool:
-    """Whether some layer of a cache cannot go back by a token."""
-    return not all(store.can_crop(0, 2, 1) for store in stores)

@@ -29,7 +29,6 @@ from kvtool.errors import ResourceError, UsageError
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.memory import RowMemory
-from kvtool.runtime.recurrent import keeps_states
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
 from kvtool.runtime.stores import PAGE, whole_pages
 
@@ -148,8 +147,8 @@ class Scheduler:
         max_running: Requests decoded together at most.
         piece: Tokens of prompts per step, and where prompts are cut.
         share_prefixes: Keep whole pieces of prompts for requests that start alike. Plans drop
-            tokens by what comes later in a prompt, and the states of Mamba layers cannot go back to
-            one, so their prefixes are not shared.
+            tokens by what comes later in a prompt, and sliding windows and the states of Mamba
+            layers cannot go back to one, so their prefixes are not shared.
 
     Attributes:
         waiting: Oldest first.
@@ -168,7 +167,7 @@ class Scheduler:
         engine.pack()
         self.engine, self.budget = engine, memory
         self.max_running, self.piece = max_running, piece
-        kept_whole = engine.plan is None and not keeps_states(engine.new_cache(1, 1).stores)
+        kept_whole = engine.plan is None and engine.new_cache(1, 1).keeps_all
         self.share_prefixes = share_prefixes and kept_whole
         self.memory = RowMemory(engine)
         self._most_prefixes: int | None = None

@@ -70,7 +70,7 @@ class FullHeads(DenseStore):
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
         self.write(step.row, step.starts, {"keys": new.k, "values": new.v})
-        return self.attend(new.q, step.row, step.lengths, self.scaling, None)
+        return self.attend(new.q, step.row, step.lengths, self.scaling)
 
     @staticmethod
     def add_together(stores: Sequence[FullHeads], new: NewTokens, step: Step) -> Tensor:
@@ -97,7 +97,7 @@ class DroppingHeads(Store):
             self.prompt_row = step.row
         assert self.prompt is not None
         self.prompt.write(0, step.starts, {"keys": new.k, "values": new.v})
-        context = self.prompt.attend(new.q, 0, step.lengths, self.scaling, None)
+        context = self.prompt.attend(new.q, 0, step.lengths, self.scaling)
         self.watch_prompt(new.q[0], step.starts[0])
         if step.lengths[0] == step.prompt:
             planes = self.prompt.planes
@@ -132,15 +132,20 @@ class StreamingHeads(DroppingHeads):
         self.sink, self.window, self.scaling = sink, window, scaling
         self.dense_prompt = dense_prompt
 
+    @property
+    def room(self) -> int:
+        """Tokens of a row that it keeps."""
+        return self.sink + self.window
+
     def can_crop(self, row: int, stored: int, length: int) -> bool:
-        return stored <= self.capacity  # nothing was overwritten yet
+        return stored <= self.room  # nothing was overwritten yet
 
     def snapshot(self, row: int) -> list[Tensor]:
         return [plane[row].clone() for plane in self.planes.values()]
 
     def restore(self, row: int, saved: list[Tensor]) -> None:
         for plane, copy in zip(self.planes.values(), saved, strict=True):
-            plane[row] = copy
+            plane[row, :, : copy.shape[1]] = copy  # there may be more of a ring that has grown
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
@@ -151,7 +156,7 @@ class StreamingHeads(DroppingHeads):
             self.write(step.row, slots, {"keys": new.k, "values": new.v})
             rows = slice(None) if step.row is None else slice(step.row, step.row + 1)
             keys, values = self.planes["keys"][rows], self.planes["values"][rows]
-            filled = [min(n, self.capacity) for n in step.lengths]
+            filled = [min(n, self.room) for n in step.lengths]
             return decode_attention(new.q[:, :, 0], keys, values, filled, self.scaling)[:, :, None]
         start = step.starts[0]
         keys, values = (
@@ -165,7 +170,7 @@ class StreamingHeads(DroppingHeads):
     def add_together(stores: Sequence[StreamingHeads], new: NewTokens, step: Step) -> Tensor:
         ring = stores[0]
         slots = [ring.slot(start) for start in step.starts]
-        return _decode_together(stores, new, slots, [min(n, ring.capacity) for n in step.lengths])
+        return _decode_together(stores, new, slots, [min(n, ring.room) for n in step.lengths])
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
         self.keep_last(row, 0, keys, values)

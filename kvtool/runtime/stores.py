@@ -59,8 +59,10 @@ class Store:
 
     def resize(self, capacity: int) -> None:
         """Gives every row exactly room for `capacity` tokens; what lies beyond is forgotten."""
-        kept = min(capacity, self.capacity)
         for name, plane in self.planes.items():
+            kept = min(capacity, plane.shape[-2])
+            if plane.shape[-2] == capacity:
+                continue
             other = plane.new_empty((*plane.shape[:-2], capacity, plane.shape[-1]))
             other[..., :kept, :] = plane[..., :kept, :]
             self.planes[name] = other
@@ -140,14 +142,12 @@ class DenseStore(Store):
         row: int | None,
         lengths: Sequence[int],
         scaling: float,
-        window: int | None,
     ) -> Tensor:
         """Attention of the newest tokens over everything stored, themselves included.
 
         Args:
             q: `[B, Q, T, D]`, rotated; T > 1 only with a single `row`.
             lengths: Tokens per row, the new ones included.
-            window: Sliding window of the layer, if it has one.
 
         Returns:
             `[B, Q, T, D]`.
@@ -155,10 +155,10 @@ class DenseStore(Store):
         keys, values = self.planes["keys"], self.planes["values"]
         if row is not None:
             keys, values = keys[row : row + 1], values[row : row + 1]
-        if q.shape[2] > 1 or window is not None:
+        if q.shape[2] > 1:
             parts = [
                 causal_attention(
-                    q[b : b + 1], keys[b : b + 1, :, :n], values[b : b + 1, :, :n], scaling, window
+                    q[b : b + 1], keys[b : b + 1, :, :n], values[b : b + 1, :, :n], scaling
                 )
                 for b, n in enumerate(lengths)
             ]

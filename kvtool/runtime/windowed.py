@@ -1,0 +1,70 @@
+"""Layers with a sliding window: they keep the last tokens, and no more."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvtool.attention import GroupedQueryAttention
+from kvtool.runtime.layers import RuntimeAttention, Step, step_of
+from kvtool.runtime.paged_split import PagedRings, PagedSplit
+from kvtool.runtime.pages import PagedHeads, Pages
+from kvtool.runtime.split import NewTokens, StreamingHeads
+
+
+class WindowedHeads(StreamingHeads):
+    """A ring without sinks, as long as the window, that is allocated as it fills."""
+
+    def __init__(
+        self, rows: int, heads: int, capacity: int, window: int, head_dim: int, like: Tensor,
+        scaling: float,
+    ) -> None:  # fmt: skip
+        nothing = like.new_empty((rows, heads, 0, head_dim))
+        self.planes = {"keys": nothing, "values": nothing}
+        self.sink, self.window, self.scaling, self.dense_prompt = 0, window, scaling, False
+        self.resize(capacity)
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def resize(self, capacity: int) -> None:
+        self._capacity = capacity
+        super().resize(min(capacity, self.window))  # until then, a position lies in its own slot
+
+
+class WindowedAttention(RuntimeAttention):
+    """Grouped-query attention of a layer with a sliding window."""
+
+    def __init__(
+        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float
+    ) -> None:
+        super().__init__()
+        self.stages, self.layer_index = stages, index
+        self.inv_freq, self.scale = inv_freq, scale
+        assert stages.layout.sliding_window is not None
+        self.window = stages.layout.sliding_window
+
+    def new_store(self, rows: int, capacity: int) -> WindowedHeads:
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        return WindowedHeads(
+            rows, layout.kv_heads, capacity, self.window, layout.head_dim, like, layout.scaling
+        )
+
+    def new_paged_store(self, pages: Pages) -> PagedSplit:
+        layout, like = self.stages.layout, self.stages.qkv.weight
+        rings = PagedRings(
+            pages.rows, layout.kv_heads, 0, self.window, layout.head_dim, like, layout.scaling,
+            dense_prompt=False,
+        )  # fmt: skip
+        rings.pages = pages
+        return PagedSplit(PagedHeads(pages, 0, layout.head_dim, like, layout.scaling), rings)
+
+    def attention(self, hidden: Tensor, step: Step, store: WindowedHeads | PagedSplit) -> Tensor:
+        stages = self.stages
+        cos, sin = (table[:, None] for table in step.tables[self.table])
+        q, k, v = stages.project(hidden)
+        unrotated, k = stages.normalise(q, k)
+        if step.place is not None:
+            return stages.output(step_of(store, unrotated, k, v, step, self.table))
+        q, k = stages.rotate(unrotated, k, cos, sin)
+        return stages.output(store.add(NewTokens(q, unrotated, k, v), step))

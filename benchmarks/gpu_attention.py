@@ -26,8 +26,8 @@ from kvtool.kernels.rebuild_attention import rebuild_decode_attention
 from kvtool.kernels.rebuild_attention import reference as rebuild_reference
 from kvtool.kernels.streaming_attention import reference as streaming_reference
 from kvtool.kernels.streaming_attention import streaming_attention
-from kvtool.runtime.coded import at_once
 from kvtool.runtime.stores import PAGE
+from kvtool.runtime.streams import at_once
 
 
 def paged(device: torch.device, batch: int, tokens: int, heads: int, *widths: int) -> list[Tensor]:
@@ -155,8 +155,11 @@ def split_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]
     def split() -> Tensor:
         out = torch.empty_like(q)
         close, far = out[:, queries // 2 :], out[:, : queries // 2]
-        paged_decode_attention(streaming, *near, near_lengths, scaling, own, out=close)
-        paged_decode_attention(full, keys, values, lengths, scaling, table, out=far)
+        at_once(
+            device,
+            lambda: paged_decode_attention(streaming, *near, near_lengths, scaling, own, out=close),
+            lambda: paged_decode_attention(full, keys, values, lengths, scaling, table, out=far),
+        )
         return out
 
     def split_error() -> float:

@@ -20,16 +20,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu import (
-    Bench,
-    Case,
-    asked_for,
+from benchmarks.gpu_attention import (
     code_cases,
     decode_cases,
     latent_cases,
     packed_cases,
     packed_latent_cases,
 )
+from benchmarks.gpu_bench import Bench, Case, asked_for
 from kvtool.kernels.decode_attention import triton as decode
 from kvtool.kernels.decode_attention.triton import Config
 from kvtool.kernels.packed_attention import triton as packed

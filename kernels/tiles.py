@@ -23,6 +23,8 @@ __all__ = [
     "rounded",
     "store_columns",
     "tiles_of",
+    "weigh",
+    "zeros",
 ]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -47,6 +49,27 @@ def rounded(x, DTYPE: tl.constexpr):
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = (bits & -0x10000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of float32; both may come out of a tuple."""
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def weigh(scores, top, AXIS: tl.constexpr):
+    """A step of a softmax along an axis, in powers of two (arXiv 1805.02867, algorithm 3).
+
+    Args:
+        top: The largest score so far; -inf as long as there is none.
+
+    Returns:
+        The weights of further scores, what sums of older ones shrink by, and the new top.
+    """
+    new_top = tl.maximum(top, tl.max(scores, AXIS))
+    safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
+    return tl.exp2(scores - tl.expand_dims(safe_top, AXIS)), tl.exp2(top - safe_top), new_top
 
 
 @triton.jit

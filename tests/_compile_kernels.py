@@ -125,7 +125,9 @@ def main() -> None:
     append(k, k, cos, cos, pages(D), pages(D), slots, q, key_code=codes[0], value_code=codes[1])
     latents, rope = pages(576, 1), half(2, 64)
     contents, shared = latents[..., :512], latents[..., 512:]
-    append(half(2, 1, 64), half(2, 1, 512), rope, rope, shared, contents, slots, half(2, 128, 64))
+    asked = half(2, 128, 576)[..., 512:]
+    new = half(2, 1, 64), half(2, 1, 512)
+    append(*new, rope, rope, shared, contents, slots, asked, out=asked)
     paged_decode_attention(q, pages(D), pages(D), lengths, 0.1, table)
     paged_decode_attention(half(2, 128, 576), pages(576, 1), 512, lengths, 0.1, table)
     paged_decode_attention(half(2, 64, 1088), pages(1088, 1), 1024, lengths, 0.1, table)

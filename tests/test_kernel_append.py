@@ -79,6 +79,29 @@ def test_keys_are_rotated_and_all_is_written(kernel, batch, width, dtype):
 
 
 @pytest.mark.parametrize("append", ["kernel", "reference"])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_are_rotated_where_they_are_due(append, own, dtype, request):
+    """In place, or into a part of something else; what lies beside them is left alone."""
+    append = reference if append == "reference" else request.getfixturevalue("kernel")
+    k, v, q = random(3, 1, 48, dtype=dtype), random(3, 1, 20, dtype=dtype), random(3, 5, 60, 2)
+    asked = q.to(dtype)[..., 0]  # channels do not lie together
+    if own:
+        asked = asked.contiguous()
+    cos, sin = tables(3, 48, dtype)
+    planes = [poisoned(4, 1, PAGE, n, dtype=dtype) for n in (48, 20)]
+    slots, before = scattered(3, 4), asked.clone()
+    whole = asked if own else poisoned(3, 5, 60, dtype=dtype)
+    out = whole[..., 12:]
+    got = append(k, v, cos, sin, *planes, slots, asked[..., 12:], out=out)
+    assert got is out
+    turned = rotate(before[..., 12:].double(), cos[:, None].double(), sin[:, None].double())
+    assert rms_ratio(out, turned) <= TOLERANCE[dtype]
+    beside = whole[..., :12]
+    assert torch.equal(beside, before[..., :12]) if own else beside.isnan().all()
+
+
+@pytest.mark.parametrize("append", ["kernel", "reference"])
 def test_a_token_lies_in_its_page(append, request):
     append = reference if append == "reference" else request.getfixturevalue("kernel")
     k, v = random(2, 1, 16), random(2, 1, 16)

@@ -19,11 +19,12 @@ from kvtool.kernels.quantise import BITS
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
-from kvtool.runtime import Engine
+from kvtool.runtime import Engine, paged_split
+from kvtool.runtime import coded as coded_store
 from kvtool.runtime.graphs import PagedMemory
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.packed_latents import PackedLatentAttention
-from kvtool.runtime.pages import Pages
+from kvtool.runtime.pages import Pages, Place
 from kvtool.runtime.scheduler import Request, Scheduler
 from kvtool.runtime.stores import PAGE
 
@@ -376,6 +377,52 @@ def test_latents_in_blocks_longer_than_a_page_are_not_paged(engines):
     plan = replace(attention.plan, group=2 * PAGE)
     other = PackedLatentAttention(attention.stages, 0, 1.0, plan, dense_prompt=True)
     assert other.new_paged_store(Pages(0, 0, 1, torch.device(DEVICE))) is None
+
+
+def test_what_two_streams_read_is_there_before_they_part(engines, monkeypatch):
+    """What one of them made for the whole step, the other would take for finished."""
+    _, paged = engines("packed")
+    made: dict[str, list[tuple[int, int]]] = {"before": [], "beside": []}
+    where, ring = ["before"], Place.ring
+
+    def watched(at, sink, window):
+        if (sink, window) not in at._rings:
+            made[where[-1]].append((sink, window))
+        return ring(at, sink, window)
+
+    def parted(device, one, other):
+        where.append("beside")
+        first = one()
+        where.pop()
+        return first, other()
+
+    monkeypatch.setenv(VARIABLE, "triton")
+    monkeypatch.setattr(Place, "ring", watched)
+    monkeypatch.setattr(paged_split, "at_once", parted)
+    cache = paged.new_cache(1, 9)
+    paged.extend(cache, tokens(5))
+    paged.decode(cache, tokens(1))
+    assert (3, 9) in made["before"]
+    assert not made["beside"]
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA has streams")
+@pytest.mark.parametrize("kind", ["streaming", "packed", "codes", "budgets-mixed"])
+def test_a_recorded_step_gives_what_its_kernels_give_one_by_one(engines, monkeypatch, kind):
+    """Its branches do, too. A step that is run again writes the same."""
+    _, paged = engines(kind)
+    cache = paged.new_cache(2, 2 * PAGE)
+    for row in range(2):
+        paged.extend(cache, tokens(PAGE + 4 + row, seed=row), row)
+    for seed in range(5):
+        starts, ids = list(cache.lengths), tokens(2, seed=seed)
+        recorded = paged.decode(cache, ids)
+        fed = torch.tensor([cache.rows, starts, ids.tolist()]).to(DEVICE)
+        with monkeypatch.context() as patch, torch.inference_mode():
+            for module in (paged_split, coded_store):
+                patch.setattr(module, "at_once", lambda device, one, other: (one(), other()))
+            alone = cache.memory._step(*fed)
+        torch.testing.assert_close(recorded, alone, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA can be waited for")

@@ -19,6 +19,7 @@ def append(
     slots: Tensor,
     q: Tensor | None = None,
     *,
+    out: Tensor | None = None,
     key_code: Encoder | None = None,
     value_code: Encoder | None = None,
     code_slots: Tensor | None = None,
@@ -30,6 +31,6 @@ def append(
     else:
         run = _reference
     return run(
-        k, v, cos, sin, key_pages, value_pages, slots, q,
+        k, v, cos, sin, key_pages, value_pages, slots, q, out=out,
         key_code=key_code, value_code=value_code, code_slots=code_slots, code_rotated=code_rotated,
     )  # fmt: skip

@@ -38,6 +38,7 @@ def append(
     slots: Tensor,
     q: Tensor | None = None,
     *,
+    out: Tensor | None = None,
     key_code: Encoder | None = None,
     value_code: Encoder | None = None,
     code_slots: Tensor | None = None,
@@ -54,6 +55,7 @@ def append(
         slots: `[B]` int64: page · page size + place in the page. Rows with a negative one are
             padding, and nothing is written for them. No two rows have the same.
         q: `[B, Q, D]`, before RoPE.
+        out: `[B, Q, D]` for the rotated queries: `q` itself, or apart from it.
         key_code, value_code: Code keys, or values, too.
         code_slots: As `slots`, in the pages of codes; the same if not given.
         code_rotated: Whether the code of a key is taken after RoPE, of what is written; before it
@@ -72,7 +74,10 @@ def append(
                 encoded += code.bias
             where = slots if code_slots is None else code_slots
             _write(code.pages, where, encoded[:, None])
-    return None if q is None else _rotate(q, cos, sin)
+    if q is None:
+        return None
+    turned = _rotate(q, cos, sin)
+    return turned if out is None else out.copy_(turned)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ def append(
     slots: Tensor,
     q: Tensor | None = None,
     *,
+    out: Tensor | None = None,
     key_code: Encoder | None = None,
     value_code: Encoder | None = None,
     code_slots: Tensor | None = None,
@@ -32,10 +33,11 @@ def append(
 ) -> Tensor | None:
     """See `reference.py`."""
     k, v = lying_together(k), lying_together(v)
-    q = None if q is None else lying_together(q)
     batch, heads, width = k.shape
     queries = 0 if q is None else q.shape[1]
-    rotated = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q is not None:
+        q = lying_together(q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     code_slots = slots if code_slots is None else code_slots
     coded = key_code is not None or value_code is not None
     rows = min(64, max(16, triton.next_power_of_2(batch)))
@@ -45,10 +47,11 @@ def append(
     ]
     grid = (batch * (queries + heads) + sum(blocks),)
     _append[grid](
-        q, rotated, k, v, cos, sin, slots, code_slots, key_pages, value_pages,
+        q, out, k, v, cos, sin, slots, code_slots, key_pages, value_pages,
         *_encoder_arguments(key_code), *_encoder_arguments(value_code), batch, blocks[0],
-        *((0, 0) if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2],
-        cos.stride(0), sin.stride(0), *key_pages.stride()[:3], *value_pages.stride()[:3],
+        *(stride for x in (q, out) for stride in ((0, 0) if x is None else x.stride()[:2])),
+        *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
+        *key_pages.stride()[:3], *value_pages.stride()[:3],
         key_pages.shape[2], value_pages.shape[2],
         QUERIES=queries, HEADS=heads, HALF=width // 2, VALUES=v.shape[2],
         ROWS=rows, CODES=_CODES, CODED=coded, KEYS_CODED=key_code is not None,
@@ -58,7 +61,7 @@ def append(
         # An encoder is all that comes from memory: where there is room, it is asked for at once.
         num_stages=8 if rows < 64 and k.element_size() == 2 else 3,
     )  # fmt: skip
-    return rotated
+    return out
 
 
 def _encoder_arguments(code: Encoder | None) -> tuple[Tensor | int | None, ...]:
@@ -71,14 +74,14 @@ def _encoder_arguments(code: Encoder | None) -> tuple[Tensor | int | None, ...]:
 
 @triton.jit
 def _append(
-    q_ptr, rotated_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, slots_ptr, code_slots_ptr,
+    q_ptr, out_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, slots_ptr, code_slots_ptr,
     key_pages_ptr, value_pages_ptr,
     key_weight_ptr, key_bias_ptr, key_codes_ptr, key_weight_row, key_weight_column,
     key_codes_page, key_codes_place, key_codes_size, key_codes_width,
     value_weight_ptr, value_bias_ptr, value_codes_ptr, value_weight_row, value_weight_column,
     value_codes_page, value_codes_place, value_codes_size, value_codes_width,
     batch, key_blocks,
-    q_row, q_head, k_row, k_head, v_row, v_head, cos_row, sin_row,
+    q_row, q_head, out_row, out_head, k_row, k_head, v_row, v_head, cos_row, sin_row,
     key_page, key_head, key_place, value_page, value_head, value_place, key_size, value_size,
     QUERIES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, VALUES: tl.constexpr,
     ROWS: tl.constexpr, CODES: tl.constexpr, CODED: tl.constexpr, KEYS_CODED: tl.constexpr,
@@ -93,7 +96,7 @@ def _append(
         sin_ptr += row * sin_row
         if head < QUERIES:
             if QUERIES > 0:
-                to = rotated_ptr + (row * QUERIES + head) * 2 * HALF
+                to = out_ptr + row * out_row + head * out_head
                 _rotate_head(q_ptr + row * q_row + head * q_head, to, cos_ptr, sin_ptr, HALF)
         else:
             head -= QUERIES

@@ -28,6 +28,7 @@ from kvtool.kernels.tiles import (
     processors,
     store_columns,
     tiles_of,
+    weigh,
 )
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -128,6 +129,30 @@ def find_item(
 
 
 @triton.jit
+def places_of(
+    tile, token, inside, row, table, stride_table,
+    PAGED: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The page of all tokens of a tile, or of each; and where they lie in it `[BLOCK_N]`.
+
+    Args:
+        token: `[BLOCK_N]`, their numbers; inside: `[BLOCK_N]`, which of them there are.
+    """
+    if not PAGED:
+        page = row.to(tl.int64)
+        within = token
+    elif PAGE % BLOCK_N == 0:  # a tile lies in one page
+        page = tl.load(table + row * stride_table + tile // (PAGE // BLOCK_N)).to(tl.int64)
+        within = (tile % (PAGE // BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    else:
+        page = tl.load(
+            table + row * stride_table + token // PAGE, mask=inside, other=0
+        ).to(tl.int64)  # fmt: skip
+        within = token % PAGE
+    return page, within
+
+
+@triton.jit
 def _attend(
     q, keys, values, bias, table, lengths, out, lse,
     stride_qb, stride_qh,
@@ -177,17 +202,9 @@ def _attend(
     for tile in range(begin, end):
         token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (token < length) & (token >= first)
-        if not PAGED:
-            page = row.to(tl.int64)
-            within = token
-        elif PAGE % BLOCK_N == 0:  # a tile lies in one page
-            page = tl.load(table + row * stride_table + tile // (PAGE // BLOCK_N)).to(tl.int64)
-            within = (tile % (PAGE // BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
-        else:
-            page = tl.load(
-                table + row * stride_table + token // PAGE, mask=inside, other=0
-            ).to(tl.int64)  # fmt: skip
-            within = token % PAGE
+        page, within = places_of(
+            tile, token, inside, row, table, stride_table, PAGED, PAGE, BLOCK_N
+        )
         k_at = page * stride_kp + head * stride_kh + within.to(tl.int64) * stride_kt
         k0 = load_columns(keys, k_at, k0_at, inside, K01, K0 <= K01)
         scores = dot(q0, tl.trans(k0), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
@@ -202,13 +219,8 @@ def _attend(
             b_at = page * stride_bp + head * stride_bh + within
             scores += tl.load(bias + b_at, mask=inside, other=0.0).to(tl.float32)[None, :] * _LOG2_E
         scores = tl.where(inside[None, :], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # Nothing seen yet: -inf - -inf would be NaN.
-        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores - safe_top[:, None])
-        shrink = tl.exp2(top - safe_top)
+        weights, shrink, top = weigh(scores, top, 1)
         mass = mass * shrink + tl.sum(weights, 1)
-        top = new_top
         sum0 *= shrink[:, None]
         if V1:
             sum1 *= shrink[:, None]

@@ -28,6 +28,8 @@ from kvtool.kernels.tiles import (
     lying_together,
     precision,
     rounded,
+    weigh,
+    zeros,
 )
 
 
@@ -179,11 +181,6 @@ def ring_tile(
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.zeros((ROWS, COLUMNS), tl.float32)
-
-
-@triton.jit
 def _near(values, at, inside, PIECE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
     """A piece of the channels of exact values, which begin at `at [n]`; `[n, COLUMNS]`."""
     columns = PIECE * SIZE + tl.arange(0, COLUMNS)
@@ -231,7 +228,7 @@ def _attend(
     mass = tl.zeros((BLOCK_M,), tl.float32)
     sums = ()
     for _ in tl.static_range(PIECES):
-        sums += (_zeros(COLUMNS, BLOCK_M),)
+        sums += (zeros(COLUMNS, BLOCK_M),)
 
     length = tl.load(lengths + row)
     ring = tl.load(rings + row).to(tl.int64)
@@ -241,12 +238,8 @@ def _attend(
         k = load_columns(keys, k_at, channel, inside, WIDTH, PADDED == WIDTH)
         scores = dot(k, asked, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         scores = tl.where(inside[:, None], scores * scale, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0))
-        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
-        weights = tl.exp2(scores - safe_top[None, :])
-        shrink = tl.exp2(top - safe_top)
+        weights, shrink, top = weigh(scores, top, 0)
         mass = mass * shrink + tl.sum(weights, 0)
-        top = new_top
         at = ring * stride_vr + head * stride_vh + slot.to(tl.int64) * stride_vt
         added = ()
         for i in tl.static_range(PIECES):
@@ -259,9 +252,9 @@ def _attend(
     RUN: tl.constexpr = BLOCK_N // KEY_PIECES
     GROUPS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     # Sums over tokens that wait until the end, a place for each token of a run.
-    seen, rests = _zeros(RUN, BLOCK_M), ()
+    seen, rests = zeros(RUN, BLOCK_M), ()
     for _ in tl.static_range(PIECES):
-        rests += (_zeros(RUN, BLOCK_M),)
+        rests += (zeros(RUN, BLOCK_M),)
     first, last = tl.maximum(begin, NEAR) - NEAR, end - NEAR - 1
     pages = table + row * stride_table
     page = tl.load(pages + first // EACH, mask=first <= last, other=0)

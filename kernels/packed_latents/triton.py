@@ -34,6 +34,8 @@ from kvtool.kernels.tiles import (
     lying_together,
     precision,
     store_columns,
+    weigh,
+    zeros,
 )
 
 _WIDEST = 64  # numbers that are taken together: more do not stay in registers
@@ -275,11 +277,6 @@ def _near(plane, at, inside, START: tl.constexpr, SIZE: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def _zeros(M: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.zeros((COLUMNS, M), tl.float32)
-
-
-@triton.jit
 def _far(codes, scales, own, TOTAL: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
          COLUMNS: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
     """Bytes of a tile of block `own`, and scales and minima of its numbers."""
@@ -299,14 +296,6 @@ def _far(codes, scales, own, TOTAL: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.
 def _store(out, at, inside, x, START: tl.constexpr, SIZE: tl.constexpr):
     """Writes the numbers of a tile of some rows, as `_near` reads them."""
     store_columns(out + START, at, tl.arange(0, x.shape[1]), inside, SIZE, x)
-
-
-@triton.jit
-def _weigh(scores, top):
-    """Weights of further scores `[n, M]`, what older sums shrink by, and the new top."""
-    new_top = tl.maximum(top, tl.max(scores, 0))
-    safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf would be NaN
-    return tl.exp2(scores - safe_top[None, :]), tl.exp2(top - safe_top), new_top
 
 
 @triton.jit
@@ -338,7 +327,7 @@ def _attend(
     for i in tl.static_range(TILES):
         asked += (tl.trans(_near(q, member * stride_qh, is_member, START[i], SIZE[i], COLUMNS[i])),)
     for i in tl.static_range(SUMMED):
-        sums += (_zeros(BLOCK_M, COLUMNS[i]),)
+        sums += (zeros(COLUMNS[i], BLOCK_M),)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
 
@@ -352,7 +341,7 @@ def _attend(
             found += (_near(ring, slot * stride_lt, inside, START[i], SIZE[i], COLUMNS[i]),)
             scores = dot(found[i], asked[i], scores, PRECISION)
         scores = tl.where(inside[:, None], scores * scale, -float("inf"))
-        weights, shrink, top = _weigh(scores, top)
+        weights, shrink, top = weigh(scores, top, 0)
         mass = mass * shrink + tl.sum(weights, 0)
         added = ()
         for i in tl.static_range(SUMMED):
@@ -379,7 +368,7 @@ def _attend(
             found += ((words, s, m),)
             x = _keys(words, s, m, BITS[i], KEYS)
             scores = dot(tl.trans(x), asked[i].to(KEYS), scores, PRECISION)
-        weights, shrink, top = _weigh(scores * far_scale, top)
+        weights, shrink, top = weigh(scores * far_scale, top, 0)
         weight = tl.sum(weights, 0)
         mass = mass * shrink + weight
         added = ()
@@ -387,7 +376,7 @@ def _attend(
             words, s, m = found[i]
             raised = (weights * _raised(BLOCK_N, BITS[i])[:, None]).to(VALUES)
             one = dot(
-                _values(words, BITS[i], VALUES), raised, _zeros(BLOCK_M, COLUMNS[i]), PRECISION
+                _values(words, BITS[i], VALUES), raised, zeros(COLUMNS[i], BLOCK_M), PRECISION
             )
             total = sums[i] * shrink[None, :] + m[:, None] * weight[None, :]
             added += (total + (s * (UNIT / _last(BITS[i])))[:, None] * one,)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode_attention.triton import Config, Cut, find_item
+from kvtool.kernels.decode_attention.triton import Config, Cut, find_item, places_of
 from kvtool.kernels.tiles import (
     dot,
     gdc_launch_dependents,
@@ -21,9 +21,8 @@ from kvtool.kernels.tiles import (
     precision,
     store_columns,
     tiles_of,
+    weigh,
 )
-
-_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def config_for(width: int, rank: int, value_rank: int, itemsize: int) -> Config:
@@ -93,17 +92,9 @@ def _attend(
     for tile in range(begin, end):
         token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (token < length) & (token >= first)
-        if not PAGED:
-            page = row.to(tl.int64)
-            within = token
-        elif PAGE % BLOCK_N == 0:  # a tile lies in one page
-            page = tl.load(table + row * stride_table + tile // (PAGE // BLOCK_N)).to(tl.int64)
-            within = (tile % (PAGE // BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
-        else:
-            page = tl.load(
-                table + row * stride_table + token // PAGE, mask=inside, other=0
-            ).to(tl.int64)  # fmt: skip
-            within = token % PAGE
+        page, within = places_of(
+            tile, token, inside, row, table, stride_table, PAGED, PAGE, BLOCK_N
+        )
         z_at = page * stride_zp + within.to(tl.int64) * stride_zt
         real = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
         imag = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
@@ -130,13 +121,8 @@ def _attend(
         scores = dot((real * c - imag * s).to(q_real.dtype), q_real, scores, PRECISION)
         scores = dot((imag * c + real * s).to(q_real.dtype), q_imag, scores, PRECISION)
         scores = tl.where(inside[:, None], scores * scale, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0))
-        # Nothing seen yet: -inf - -inf would be NaN.
-        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores - safe_top[None, :])
-        shrink = tl.exp2(top - safe_top)
+        weights, shrink, top = weigh(scores, top, 0)
         mass = mass * shrink + tl.sum(weights, 0)
-        top = new_top
         v_at = page * stride_vp + within.to(tl.int64) * stride_vt
         v0 = load_columns(values, v_at, v0_at, inside, V_WIDTH, V0 <= V_WIDTH)
         weights = weights.to(v0.dtype)

@@ -14,6 +14,7 @@ from kvtool.kernels.tiles import (
     precision,
     store_columns,
     tiles_of,
+    weigh,
 )
 
 
@@ -68,13 +69,8 @@ def _attend(
         distance = query_at[:, None] - key_at[None, :]
         visible = inside[None, :] & (distance >= 0) & (is_sink | (distance < window))
         scores = tl.where(visible, scores * scale, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # Nothing seen yet: -inf - -inf would be NaN.
-        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores - safe_top[:, None])
-        shrink = tl.exp2(top - safe_top)
+        weights, shrink, top = weigh(scores, top, 1)
         mass = mass * shrink + tl.sum(weights, 1)
-        top = new_top
         v0 = load_columns(v, v_at, at0, inside, WIDTH, W0 <= WIDTH)
         weights = weights.to(v0.dtype)
         sum0 = dot(weights, v0, sum0 * shrink[:, None], PRECISION)

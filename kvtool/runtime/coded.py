@@ -10,8 +10,8 @@ needs it: a call brings no more tokens than the window holds, but for a prompt t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,32 +26,9 @@ from kvtool.runtime.paged_split import PagedRings
 from kvtool.runtime.pages import WIDEST, PagedStore, Pages, Place
 from kvtool.runtime.split import DroppingHeads, NewTokens, StreamingHeads
 from kvtool.runtime.stores import Store
+from kvtool.runtime.streams import at_once
 
 _ROWS = 256  # queries whose scores are written out at once
-T = TypeVar("T")
-_beside: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def at_once(device: torch.device, one: Callable[[], T], other: Callable[[], T]) -> tuple[T, T]:
-    """What two calls give that do not need each other; CUDA may run them at the same time.
-
-    In a CUDA graph they become two branches.
-    """
-    if device.type != "cuda":
-        return one(), other()
-    own = torch.cuda.current_stream(device)
-    if device not in _beside:
-        _beside[device] = torch.cuda.Stream(device)
-    beside = _beside[device]
-    # What the other stream allocates is read on the caller's behind the second wait, and taken
-    # again no sooner than in the next call, which begins by waiting for the caller: always the
-    # same one, as steps are recorded one after the other.
-    beside.wait_stream(own)
-    with torch.cuda.stream(beside):
-        first = one()
-    second = other()
-    own.wait_stream(beside)
-    return first, second
 
 
 class Tokens(NamedTuple):

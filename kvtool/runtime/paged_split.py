@@ -10,6 +10,7 @@ from kvtool.kernels.append import append
 from kvtool.kernels.decode_attention import paged_decode_attention
 from kvtool.runtime.pages import PagedHeads, PerRow, Place
 from kvtool.runtime.split import SplitStore, StreamingHeads
+from kvtool.runtime.streams import at_once
 
 if TYPE_CHECKING:
     from kvtool.runtime.packed import PagedPacked
@@ -64,8 +65,16 @@ class PagedSplit(SplitStore):
             return streaming.step(q, k, v, cos, sin, at)
         asked = there * (q.shape[1] // k.shape[1])
         out = q.new_empty((*q.shape[:2], v.shape[-1]))
-        streaming.step(q[:, asked:], k[:, there:], v[:, there:], cos, sin, at, out[:, asked:])
-        self.step_pages(q[:, :asked], k[:, :there], v[:, :there], cos, sin, at, out[:, :asked])
+        at.ring(streaming.sink, streaming.window)  # here, as packed heads may read the same
+        at_once(
+            q.device,
+            lambda: streaming.step(
+                q[:, asked:], k[:, there:], v[:, there:], cos, sin, at, out[:, asked:]
+            ),
+            lambda: self.step_pages(
+                q[:, :asked], k[:, :there], v[:, :there], cos, sin, at, out[:, :asked]
+            ),
+        )
         return out
 
     def step_pages(

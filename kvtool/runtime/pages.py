@@ -341,11 +341,8 @@ class PagedLatents(PagedStore):
         """
         plane, rank = self.planes["latents"], self.rank
         contents, shared = plane[:, None].split([rank, plane.shape[-1] - rank], dim=-1)
-        turned = append(
-            k_pe[:, None], c[:, None], cos, sin, shared, contents, at.slots, q[..., rank:]
-        )
-        assert turned is not None
-        q[..., rank:] = turned
+        asked = q[..., rank:]
+        append(k_pe[:, None], c[:, None], cos, sin, shared, contents, at.slots, asked, out=asked)
         return paged_latent_attention(q, plane, rank, at.lengths, self.scaling, at.table)[0]
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_bench import BFLOAT16, Case, copies, normal, rms_ratio
-from kvtool.attention import Rope
 from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.decode_attention import reference as decode_reference
 from kvtool.kernels.grouped_linear import grouped_linear
@@ -26,6 +25,7 @@ from kvtool.kernels.rebuild_attention import rebuild_decode_attention
 from kvtool.kernels.rebuild_attention import reference as rebuild_reference
 from kvtool.kernels.streaming_attention import reference as streaming_reference
 from kvtool.kernels.streaming_attention import streaming_attention
+from kvtool.rope import Rope
 from kvtool.runtime.stores import PAGE
 from kvtool.runtime.streams import at_once
 

@@ -20,7 +20,7 @@ from kvtool.calibrate.tail import Reading, TailModel, Window, divergence
 def ablation_scores(
     model: TailModel, readings: Sequence[Reading], window: Window, report: Report
 ) -> Tensor:
-    """The score of every KV head, `[L, H]` float64, >= 0 up to rounding.
+    """The score of every KV head, `[L, H]` float64, >= 0 up to rounding; 0 of layers with a window.
 
     A change in layer l passes through the layers behind it only, so all heads of a layer go through
     those together, and a model of L layers costs L / 2 forward passes over the tail per head.
@@ -33,7 +33,9 @@ def ablation_scores(
         for index in range(layers):
             inputs.append(model.layer(index, inputs[-1], reading, model.dense(index)))
         original = model.log_probabilities(inputs[-1], reading)
-        for index in range(layers):
+        for index, layout in enumerate(model.layouts):
+            if layout.sliding_window is not None:
+                continue  # it sees no whole past
             ablated = [
                 model.layer(index, inputs[index], reading, model.split(index, head_alone, window))
                 for head_alone in torch.eye(heads, dtype=torch.bool)

@@ -80,13 +80,18 @@ class GatedModel(Student):
         """Clamps the gates, before every forward pass."""
         self.alpha.clamp_(0, 1)
 
+    def _whole(self) -> list[int]:
+        """Layers that have gates: those that see the whole past."""
+        layouts = enumerate(self._model[0].layouts)
+        return [index for index, layout in layouts if layout.sliding_window is None]
+
     def forward(self, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
         """L = L_distill + penalty · mean |alpha| (section 3.2)."""
         student = run_gated(
             self._model[0], lesson.reading, self.alpha, self.window, lesson.contexts
         )
         distance = (student - lesson.hidden).square().mean() / lesson.scale
-        size = self.alpha.abs().mean()
+        size = self.alpha[self._whole()].abs().mean()
         loss = distance + self.penalty * size
         return loss, {"distillation": distance.detach(), "mean_gate": size.detach()}
 
@@ -120,6 +125,8 @@ def _gated(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         full = model.dense(index)(q, k, v, start) if context is None else context
+        if model.layouts[index].sliding_window is not None:
+            return full
         return gate * full + (1 - gate) * model.streamed(index, window)(q, k, v, start)
 
     return attend

@@ -148,6 +148,8 @@ class _Heads(_Reader):
         q, k, v = stages.project(hidden_states)
         q, k = stages.normalise(q, k)
         q, k = stages.rotate(q, k, *self.tables())
+        if (window := stages.layout.sliding_window) is not None:
+            return stages.output(self._windowed(q, k, v, window)), None
         keys, values = self.take(k, v)
         if self.now.ring is None:
             return stages.output(causal_attention(q, keys, values, scaling)), None
@@ -155,6 +157,13 @@ class _Heads(_Reader):
             q, keys, values, *self.far, scaling, *self.now.ring
         )
         return stages.output(read), None
+
+    def _windowed(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Of a layer that has no far reads, `[B, Q, T, D]`."""
+        past = self.seen or (k[:, :, :0], v[:, :, :0])
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
+        self.seen = keys[:, :, -window:].detach(), values[:, :, -window:].detach()
+        return causal_attention(q, keys, values, self.stages.layout.scaling, window)
 
 
 class _Latent(_Reader):

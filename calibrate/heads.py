@@ -29,7 +29,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Training, train
 from kvtool.errors import CalibrationError, UsageError
-from kvtool.plan import Plan, Prefill, base_of, check_can_drop, provenance_of
+from kvtool.plan import Plan, Prefill, base_of, check_can_drop, provenance_of, whole_layers
 
 Method = Literal["ablation", "duo", "attention", "semantic", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -102,7 +102,8 @@ class HeadScores:
     """What a method says of every KV head.
 
     Attributes:
-        scores: `[L, H]` float64, higher: needs its whole past more.
+        scores: `[L, H]` float64, higher: needs its whole past more. Those of layers with a sliding
+            window mean nothing.
         checks: How the model did on the recall tasks that were tried.
         details: Numbers of the method, for the provenance.
     """
@@ -148,7 +149,7 @@ def calibrate_heads(
     )
     return Plan(
         base,
-        base.full_layers,
+        whole_layers(checkpoint),
         prefill=options.prefill,
         provenance=(provenance,),
         scores=found.scores.float(),
@@ -158,7 +159,7 @@ def calibrate_heads(
 def check_options(checkpoint: Checkpoint, options: HeadOptions) -> None:
     """Refuses what cannot work before any weight is read."""
     stream = LayerStream(checkpoint)
-    check_can_drop(checkpoint)
+    check_can_drop(checkpoint, windows=True)
     if options.sink < 0 or options.window < 1:
         raise UsageError("--sink must be at least 0 and --window at least 1")
     if options.samples < 1 or options.steps < 1 or options.penalty < 0:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from kvtool.attention import describe
 from kvtool.bits import Bits
 from kvtool.calibrate import code_bits, head_bits, latents
 from kvtool.calibrate.bit_options import FP8, QuantizationOptions
@@ -25,8 +24,7 @@ from kvtool.fp8 import is_static, stored_scales
 from kvtool.kernels.quantise import BITS
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
-from kvtool.mamba import shape_of
-from kvtool.plan import Base, Plan, check_can_drop, provenance_of
+from kvtool.plan import Base, Plan, check_can_drop, provenance_of, whole_layers
 from kvtool.states import CHUNKS, StatePlan
 
 _FITTED = {
@@ -44,13 +42,8 @@ def everything(checkpoint: Checkpoint, base: Base, options: QuantizationOptions)
         ring = options.group, options.sink, options.window
         kept = [LatentPlan(r, rope, (max(BITS),) * (r + rope), *ring) for r, rope in sizes]
         return Plan(base, tuple(LayerPlan((), kept=one) for one in kept))
-    config = model_config(checkpoint)
-    layers = tuple(
-        LayerPlan((), kept=StatePlan.of(shape_of(config))) if layout.kind == "mamba" else heads
-        for layout, heads in zip(describe(config), base.full_layers, strict=True)
-    )
     # An engine with an fp8 cache reads it in prompts as well.
-    return Plan(base, layers, "streamed" if options.method == FP8 else "dense")
+    return Plan(base, whole_layers(checkpoint), "streamed" if options.method == FP8 else "dense")
 
 
 def with_states(plan: Plan, bits: int | None) -> Plan:
@@ -84,7 +77,7 @@ def calibrate_quantization(
         UnsupportedModelError: Layers have a sliding window.
         UsageError: The budget is too small, the text too short, or all heads drop tokens.
     """
-    check_can_drop(checkpoint, other=True)
+    check_can_drop(checkpoint, other=True, windows=True)
     plan_ahead(plan, options, budget_bytes, itemsize)
     first = options.everywhere()
     before, plan = plan.provenance, with_states(plan, options.states)

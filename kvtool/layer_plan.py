@@ -13,6 +13,7 @@ from kvtool.errors import PlanError
 from kvtool.latent_bits import LatentPlan
 from kvtool.sparse import SparseReading
 from kvtool.states import StatePlan
+from kvtool.windows import WindowPlan
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class LayerPlan:
         budget: Tokens of the prompt that each KV head keeps after it, chosen by the plan's policy;
             `None` for a head that keeps everything, and for a streaming one.
         bits: How the heads that keep everything pack it; None for the dtype of the model.
-        kept: What a layer without KV heads keeps instead; `streaming` is empty then.
+        kept: What a layer without KV heads keeps, or one whose heads have a sliding window anyway;
+            `streaming` is empty then.
         sparse: How few tokens a query reads of the heads that keep everything; None for all.
 
     Raises:
@@ -40,12 +42,14 @@ class LayerPlan:
     window: int = 0
     budget: tuple[int | None, ...] | None = None
     bits: Bits | None = None
-    kept: StatePlan | LatentPlan | None = None
+    kept: StatePlan | LatentPlan | WindowPlan | None = None
     sparse: SparseReading | None = None
 
     def __post_init__(self) -> None:
         if self.kept is not None and (self.streaming or self.bits is not None):
-            raise PlanError("a layer that keeps a state or a latent has no KV heads to plan")
+            raise PlanError(
+                "a layer that keeps a state, a latent or a sliding window has no KV heads to plan"
+            )
         if self.sparse is not None:
             self._check_sparse()
         for what, rows in by_head(self.bits):

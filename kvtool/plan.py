@@ -31,16 +31,22 @@ from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.factored import is_factored, model_config
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan, by_head
+from kvtool.mamba import shape_of
 from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
 from kvtool.sparse import SparseReading
 from kvtool.states import StatePlan
+from kvtool.windows import WindowPlan
 
 _NEWER = {  # of bits, and since which version
     **dict.fromkeys(("rest", "key_balance", "value_balance", "rank", "kept"), 5),
     "e4m3": 6,
 }
+_KEPT: dict[str, type[StatePlan | LatentPlan | WindowPlan]] = {
+    "state": StatePlan, "latent": LatentPlan, "window": WindowPlan,
+}  # fmt: skip
+_LONG = 2**40  # tokens: longer than every sliding window
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
@@ -108,11 +114,27 @@ def base_of(checkpoint: Checkpoint) -> Base:
     )
 
 
-def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
+def whole_layers(checkpoint: Checkpoint) -> tuple[LayerPlan, ...]:
+    """The layers of a plan that keeps all that the model looks at, which has no latents."""
+    config = model_config(checkpoint)
+    layers = []
+    for layout in describe(config):
+        kept: StatePlan | WindowPlan | None = None
+        if layout.kind == "mamba":
+            kept = StatePlan.of(shape_of(config))
+        elif layout.sliding_window is not None:
+            kept = WindowPlan(layout.kv_heads, layout.head_dim, layout.sliding_window)
+        heads = 0 if kept is not None else layout.kv_heads
+        layers.append(LayerPlan((False,) * heads, kept=kept))
+    return tuple(layers)
+
+
+def check_can_drop(checkpoint: Checkpoint, *, other: bool = False, windows: bool = False) -> None:
     """Raises UnsupportedModelError where no head can keep less than the model gives it.
 
     Args:
         other: Layers that keep something else than KV heads are no hindrance.
+        windows: Layers with a sliding window are none beside others.
     """
     layouts = describe(model_config(checkpoint))
     if not other and (is_factored(checkpoint) or any(x.kind == "mla" for x in layouts)):
@@ -126,10 +148,13 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
             f"{checkpoint.source} has layers that keep a state and no keys and values",
             hint="calibrate quantization packs states, and the heads of the other layers.",
         )
-    if any(layout.sliding_window is not None for layout in layouts):
+    bounded = [layout.sliding_window is not None for layout in layouts]
+    if all(bounded) or (any(bounded) and not windows):
+        others = None if all(bounded) else "retrieval-heads and quantization plan the other layers."
         raise UnsupportedModelError(
             f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
-            "streaming heads, token budgets, few bits or sparse reading in them are not supported"
+            "streaming heads, token budgets, few bits or sparse reading in them are not supported",
+            hint=others,
         )
 
 
@@ -202,6 +227,10 @@ class Plan:
             labels = () if layer.sparse is None else layer.sparse.channels
             if (last := max((max(row) for row in labels), default=0)) >= base.head_dim:
                 raise PlanError(f"layer {index} has a label channel {last} of {base.head_dim}")
+            if isinstance(window := layer.kept, WindowPlan):
+                own = window.heads, window.head_dim
+                if own != (base.kv_heads, base.head_dim):
+                    raise PlanError(f"layer {index} has a window of {own[0]} heads x {own[1]}")
             if layer.kept is None and len(layer.streaming) != base.kv_heads:
                 raise PlanError(
                     f"layer {index} plans {len(layer.streaming)} KV heads of {base.kv_heads}"
@@ -292,6 +321,11 @@ class Plan:
     # -------------------------------------------------------------------------------- sizes
 
     @property
+    def planned_heads(self) -> int:
+        """KV heads of all layers that see the whole past."""
+        return sum(len(layer.streaming) for layer in self.layers)
+
+    @property
     def knows_heads(self) -> bool:
         """Whether it says of single heads what they keep: codes and latents are of all together."""
         return not self.codes and any(layer.streaming for layer in self.layers)
@@ -331,8 +365,10 @@ class Plan:
         return sum(layer.native_bytes(tokens, size, itemsize) for layer in self.layers)
 
     def native_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes that every further token costs without a plan: states do not grow."""
-        return self.native_bytes(1, itemsize) - self.native_bytes(0, itemsize)
+        """Bytes that every further token of a long text costs without a plan: states and sliding
+        windows do not grow.
+        """
+        return self.native_bytes(_LONG + 1, itemsize) - self.native_bytes(_LONG, itemsize)
 
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that every further token costs: streaming heads overwrite, all others append."""
@@ -404,10 +440,9 @@ def _layer(layer: LayerEntry) -> LayerPlan:
         said = layer.bits.model_dump()
         rest = said.pop("rest")
         bits = Bits(**said, rest=None if rest is None else Tier(**rest))
-    kept: StatePlan | LatentPlan | None = None
+    kept: StatePlan | LatentPlan | WindowPlan | None = None
     if layer.kept is not None:
-        kind = LatentPlan if isinstance(layer.kept, plan_file.LatentEntry) else StatePlan
-        kept = kind(**layer.kept.model_dump(exclude={"kind"}))
+        kept = _KEPT[layer.kept.kind](**layer.kept.model_dump(exclude={"kind"}))
     sparse = None if layer.sparse is None else SparseReading(**layer.sparse.model_dump())
     return LayerPlan(streaming, sink, window, layer.budget, bits, kept, sparse)
 
@@ -441,13 +476,15 @@ def _document(plan: Plan) -> dict[str, Any]:
                     entry["bits"] |= used
     if any(layer.kept is not None for layer in plan.layers):
         document["format_version"] = max(document["format_version"], plan_file.KEPT_VERSION)
+        names = {kind: name for name, kind in _KEPT.items()}
         for entry, layer in zip(document["layers"], plan.layers, strict=True):
             if layer.kept is not None:
-                kind = "latent" if isinstance(layer.kept, LatentPlan) else "state"
-                entry["kept"] = {"kind": kind, **asdict(layer.kept)}
+                entry["kept"] = {"kind": names[type(layer.kept)], **asdict(layer.kept)}
     if any(layer.sparse is not None for layer in plan.layers):
-        document["format_version"] = plan_file.FORMAT_VERSION
+        document["format_version"] = plan_file.SPARSE_VERSION
         for entry, layer in zip(document["layers"], plan.layers, strict=True):
             if layer.sparse is not None:
                 entry["sparse"] = asdict(layer.sparse)
+    if any(isinstance(layer.kept, WindowPlan) for layer in plan.layers):
+        document["format_version"] = plan_file.FORMAT_VERSION
     return document

@@ -21,10 +21,10 @@ from kvtool.bits import Axis, Turned
 from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 
-FORMAT_VERSION, KEPT_VERSION, BITS_VERSION, CODES_VERSION = 6, 5, 4, 3
-"""6 knows fp8, and heads that are read sparsely; 5 layers without KV heads, and tiers, balances,
-factors and sparse values; 4 bits of heads, and 3 codes. A file is of the oldest version that knows
-what is in it, 1 at least."""
+FORMAT_VERSION, SPARSE_VERSION, KEPT_VERSION, BITS_VERSION, CODES_VERSION = 7, 6, 5, 4, 3
+"""7 knows sliding windows; 6 fp8, and heads that are read sparsely; 5 layers without KV heads, and
+tiers, balances, factors and sparse values; 4 bits of heads, and 3 codes. A file is of the oldest
+version that knows what is in it, 1 at least."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
@@ -116,6 +116,15 @@ class LatentEntry(_Strict):
     window: _Count
 
 
+class WindowEntry(_Strict):
+    """A layer with a sliding window."""
+
+    kind: Literal["window"]
+    heads: _Count
+    head_dim: _Count
+    window: _Count
+
+
 class SparseEntry(_Strict):
     """How few tokens of full heads a query reads."""
 
@@ -125,13 +134,16 @@ class SparseEntry(_Strict):
     window: _Count
 
 
+_Kept = StateEntry | LatentEntry | WindowEntry
+
+
 class LayerEntry(_Strict):
     """One layer."""
 
     heads: tuple[Annotated[Full | Streaming, Field(discriminator="kind")], ...]
     budget: tuple[_Count | None, ...] | None
     bits: BitsEntry | None = None
-    kept: Annotated[StateEntry | LatentEntry, Field(discriminator="kind")] | None = None
+    kept: Annotated[_Kept, Field(discriminator="kind")] | None = None
     sparse: SparseEntry | None = None
 
 

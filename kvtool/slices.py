@@ -23,7 +23,7 @@ def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
         PlanError: There are no scores, fewer heads than `count`, or token budgets or bits, which
             were made for the heads that are full now.
     """
-    heads = plan.base.all_heads
+    heads = plan.planned_heads
     if plan.scores is None:
         raise PlanError("the plan has no scores, so its heads cannot be chosen anew")
     if plan.policy is not None:
@@ -38,11 +38,16 @@ def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
         )
     if not 0 <= count <= heads:
         raise PlanError(f"{count} heads cannot stream: the model has {heads}")
+    planned = torch.tensor([layer.kept is None for layer in plan.layers])
+    scores = plan.scores[planned]
     streaming = torch.zeros(heads, dtype=torch.bool)
-    streaming[plan.scores.flatten().argsort(stable=True)[:count]] = True
+    streaming[scores.flatten().argsort(stable=True)[:count]] = True
+    rows = iter(streaming.view(scores.shape).tolist())
     layers = tuple(
-        LayerPlan(tuple(row), sink, window, kept=layer.kept, sparse=layer.sparse)
-        for row, layer in zip(streaming.view(plan.scores.shape).tolist(), plan.layers, strict=True)
+        LayerPlan(tuple(next(rows)), sink, window, sparse=layer.sparse)
+        if layer.kept is None
+        else layer
+        for layer in plan.layers
     )
     return replace(plan, layers=layers)
 
@@ -78,7 +83,7 @@ def cut(plan: Plan, budget_bytes: int, context: int, itemsize: int) -> Plan:
     if plan.codes:
         return _cut_codes(plan, budget_bytes, context, itemsize)
     sink, window = ring_of(plan)
-    heads, per_token = plan.base.all_heads, 2 * itemsize * plan.base.head_dim
+    heads, per_token = plan.planned_heads, 2 * itemsize * plan.base.head_dim
     saved = per_token * (context - sink - window)  # by each head that streams
     native = plan.native_bytes(context, itemsize)
     for count in range(heads + 1):
@@ -122,7 +127,7 @@ def compose(heads: Plan, budgets: Plan) -> Plan:
         raise PlanError("a plan with codes cannot be composed with another one yet")
     if any(layer.kept is not None for layer in (*heads.layers, *budgets.layers)):
         raise PlanError(
-            "plans of latents and states are not composed",
+            "plans of latents, states and sliding windows are not composed",
             hint="Give the first to the calibration of the second with --plan.",
         )
     if any(layer.bits is not None for layer in (*heads.layers, *budgets.layers)):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvtool.bits import Bits, Tier
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import PlanError, UnsupportedModelError
+from kvtool.errors import PlanError
 from kvtool.kernels.hadamard import hadamard
 from kvtool.kernels.low_rank import low_rank
 from kvtool.kernels.packed_attention import (
@@ -546,5 +546,5 @@ def test_plans_that_do_not_fit_are_refused(llama, tiny, tmp_path):
     with pytest.raises(PlanError, match="few bits come last"):
         compose(plan, plan)
     sliding = Checkpoint.open(str(tiny("mistral", sliding_window=16)))
-    with pytest.raises(UnsupportedModelError, match="few bits"):
+    with pytest.raises(PlanError, match="keeps the window that it sees"):
         Engine.load(sliding, plan=packed(sliding))

@@ -22,7 +22,7 @@ from test_split_store import (
 )
 
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import UnsupportedModelError
+from kvtool.errors import PlanError
 from kvtool.evaluate.protocol import cache_size
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
@@ -242,5 +242,5 @@ def test_where_kernels_run_on_pages_it_goes_on_without_them(loaded, monkeypatch)
 
 def test_heads_of_a_layer_with_a_sliding_window_are_not_read_sparsely(tiny):
     checkpoint = Checkpoint.open(str(tiny("mistral", sliding_window=24)))
-    with pytest.raises(UnsupportedModelError, match=r"layer 0 .* sliding window .* read sparsely"):
+    with pytest.raises(PlanError, match=r"layer 0 .* keeps the window that it sees"):
         Engine.load(checkpoint, plan=sparse(checkpoint))

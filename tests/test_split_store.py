@@ -18,6 +18,7 @@ from kvtool.runtime.selection import keep, selector
 from kvtool.runtime.split import SplitStore
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE
+from kvtool.windows import WindowPlan
 
 SINK, WINDOW = 3, 8
 RING = SINK + WINDOW
@@ -547,9 +548,11 @@ def test_latent_models_have_no_heads_to_plan(tiny, tmp_path, target):
 
 def test_heads_of_a_layer_with_a_sliding_window_cannot_stream(tiny):
     checkpoint = Checkpoint.open(str(tiny("mistral", sliding_window=24)))
-    with pytest.raises(UnsupportedModelError, match=r"layer 0 .* sliding window of 24"):
+    with pytest.raises(PlanError, match=r"layer 0 .* keeps the window that it sees, and KV heads"):
         Engine.load(checkpoint, plan=make_plan(checkpoint))
-    Engine.load(checkpoint, plan=make_plan(checkpoint, ([F, F], [F, F], [F, F])))
+    plan = Plan(base_of(checkpoint), (LayerPlan((), kept=WindowPlan(2, 16, 25)),) * 3)
+    with pytest.raises(PlanError, match="a sliding window of 24 tokens, and 25 are planned"):
+        Engine.load(checkpoint, plan=plan)
 
 
 def test_reordered_heads_compute_the_same_layer(tiny):

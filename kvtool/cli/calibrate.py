@@ -135,7 +135,7 @@ def retrieval_heads(
     """Find the heads of MODEL that need the whole past; the others keep sinks and a window."""
     from kvtool.calibrate.heads import HeadOptions, calibrate_heads, check_options, memory_bytes
     from kvtool.checkpoint import Checkpoint
-    from kvtool.plan import Plan, base_of
+    from kvtool.plan import Plan, base_of, whole_layers
     from kvtool.plan_file import check_plan_output
 
     if kv_budget is not None and streaming_heads is not None:
@@ -166,7 +166,7 @@ def retrieval_heads(
     # Before the work: the size is possible whatever the scores turn out to be.
     size = _Size(streaming_heads, kv_budget, context, sink, window)
     planned = size.apply(
-        Plan(base, base.full_layers, prefill, scores=_zeros(base.layers, base.kv_heads))
+        Plan(base, whole_layers(checkpoint), prefill, scores=_zeros(base.layers, base.kv_heads))
     )
     needed = memory_bytes(checkpoint, options)
     if (there := _options.memory_of(device)) is not None and needed > there:
@@ -238,7 +238,7 @@ class _Size:
         from kvtool.sizes import parse_budget, parse_share
         from kvtool.slices import cut, stream_heads
 
-        heads = plan.base.all_heads
+        heads = plan.planned_heads
         if self.budget is None:
             count = parse_share(self.share or "", heads)
             return stream_heads(plan, count, self.sink, self.window)

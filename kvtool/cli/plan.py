@@ -74,7 +74,7 @@ def slice_(
         sliced = slices.cut(source, budget, context, _BF16)
     else:
         assert streaming_heads is not None
-        count = parse_share(streaming_heads, source.base.all_heads)
+        count = parse_share(streaming_heads, source.planned_heads)
         sliced = slices.stream_heads(source, count, *slices.ring_of(source))
     sliced.write(output, overwrite=overwrite)
     emit_plan(sliced, output, context, json)
@@ -155,7 +155,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
         "methods": [str(item.get("method", "unknown")) for item in plan.provenance],
         "prefill": plan.prefill,
         "policy": plan.policy,
-        "kv_heads": sum(len(layer.streaming) for layer in plan.layers),
+        "kv_heads": plan.planned_heads,
         "streaming_heads": plan.streaming_heads,
         "layers": [
             {

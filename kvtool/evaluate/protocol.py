@@ -22,7 +22,6 @@ from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
     from kvtool.layer_plan import LayerPlan
-    from kvtool.runtime.windowed import WindowedAttention
 from kvtool.runtime import Engine
 
 PREFILL, CONTINUATION = 1536, 256
@@ -158,8 +157,8 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
     if plan is not None and plan.policy is not None:
         # An empty cache does not show what a token budget will keep of a prompt.
         return [_planned_size(layer, plan.base.head_dim, engine) for layer in plan.layers]
-    windows = [x.window for x in engine.attentions if isinstance(x, WindowedAttention)]
-    small = max(1024, *windows, 0)  # behind which a sliding window grows no more
+    # Behind its window, a layer grows no more.
+    small = max(1024, *(x.sliding_window or 0 for x in engine.attentions))
     large = 2 * small
     sizes = []
     for before, after in zip(_store_bytes(engine, small), _store_bytes(engine, large), strict=True):

@@ -40,8 +40,14 @@ from kvtool.runtime.sparse import SparseAttention
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.windowed import WindowedAttention
 from kvtool.states import StatePlan
+from kvtool.windows import WindowPlan
 
-_KEPT = {"gqa": "KV heads", "mla": "latents", "mamba": "states"}
+_KEPT = {
+    "gqa": "KV heads",
+    "mla": "latents",
+    "mamba": "states",
+    "window": "the window that it sees",
+}
 
 
 def load_host(
@@ -172,8 +178,13 @@ def _check_plan(
     config = model_config(checkpoint)
     positions = int(config.max_position_embeddings)
     for i, (kept, ring, layout) in enumerate(zip(plan.layers, plan.rings, layouts, strict=True)):
-        kind, other = "mla" if factored else layout.kind, kept.kept
-        planned = {StatePlan: "mamba", LatentPlan: "mla"}.get(type(other), "gqa")
+        kind: str = "mla" if factored else layout.kind
+        if layout.sliding_window is not None:
+            kind = "window"
+        other = kept.kept
+        planned = {StatePlan: "mamba", LatentPlan: "mla", WindowPlan: "window"}.get(
+            type(other), "gqa"
+        )
         if planned != kind:
             raise PlanError(
                 f"layer {i} of {checkpoint.source} keeps {_KEPT[kind]}, and {_KEPT[planned]} are "
@@ -196,10 +207,8 @@ def _check_plan(
                 f"layer {i} has exact room for {kept.bits.sink + kept.bits.ring} tokens, more than "
                 f"the {positions} positions of {checkpoint.source}"
             )
-        if layout.sliding_window is not None and (plan.codes or not kept.plain):
-            raise UnsupportedModelError(
+        if isinstance(other, WindowPlan) and other.window != layout.sliding_window:
+            raise PlanError(
                 f"layer {i} of {checkpoint.source} has a sliding window of {layout.sliding_window} "
-                "tokens, so its heads cannot stream, be read sparsely, or have a token budget, few "
-                "bits or a code",
-                hint="plan all heads of such layers as full",
+                f"tokens, and {other.window} are planned"
             )

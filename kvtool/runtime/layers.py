@@ -89,12 +89,14 @@ class RuntimeAttention(nn.Module):
         inv_freq: RoPE frequencies `[d/2]` of this layer.
         scale: Factor on cos and sin.
         table: Which of the step's RoPE tables belongs to this layer.
+        sliding_window: Tokens that a row of its store grows to, where the model sees no more.
         most_tokens: Of a row, in one call that does not read a dense prompt; `None` for any.
     """
 
     inv_freq: Tensor
     scale: float = 1.0
     table: int = 0
+    sliding_window: int | None = None
     most_tokens: int | None = None
 
     def new_store(self, rows: int, capacity: int) -> Store:

@@ -11,7 +11,6 @@ from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.stores import PAGE, whole_pages
-from kvtool.runtime.windowed import WindowedAttention
 
 
 class RowMemory:
@@ -27,10 +26,11 @@ class RowMemory:
         self.latents = [x.kept for x in self.layers if isinstance(x.kept, LatentPlan)]
         self.head_dim = 0 if engine.plan is None else engine.plan.base.head_dim
         self.itemsize = engine.dtype.itemsize
-        layouts = [x.stages.layout for x in engine.attentions if isinstance(x, WindowedAttention)]
-        sizes = [2 * x.kv_heads * x.head_dim * self.itemsize for x in layouts]
-        windows = [x.sliding_window or 0 for x in layouts]
-        self.windows = list(zip(windows, sizes, strict=True))
+        self.windows: list[tuple[int, int]] = []  # tokens, and bytes of each
+        for attention in engine.attentions:
+            if (window := attention.sliding_window) is not None:
+                layout = attention.stages.layout
+                self.windows.append((window, 2 * layout.kv_heads * layout.head_dim * self.itemsize))
         self.least, large = (
             engine.new_cache(1, n).allocated_bytes - self._uneven(n) for n in (PAGE, 2 * PAGE)
         )

@@ -42,22 +42,21 @@ class WindowedAttention(RuntimeAttention):
         self.stages, self.layer_index = stages, index
         self.inv_freq, self.scale = inv_freq, scale
         assert stages.layout.sliding_window is not None
-        self.window = stages.layout.sliding_window
+        self.sliding_window: int = stages.layout.sliding_window
 
     def new_store(self, rows: int, capacity: int) -> WindowedHeads:
         layout, like = self.stages.layout, self.stages.qkv.weight
-        return WindowedHeads(
-            rows, layout.kv_heads, capacity, self.window, layout.head_dim, like, layout.scaling
-        )
+        heads, size, scaling = layout.kv_heads, layout.head_dim, layout.scaling
+        return WindowedHeads(rows, heads, capacity, self.sliding_window, size, like, scaling)
 
     def new_paged_store(self, pages: Pages) -> PagedSplit:
         layout, like = self.stages.layout, self.stages.qkv.weight
+        heads, size, scaling = layout.kv_heads, layout.head_dim, layout.scaling
         rings = PagedRings(
-            pages.rows, layout.kv_heads, 0, self.window, layout.head_dim, like, layout.scaling,
-            dense_prompt=False,
-        )  # fmt: skip
+            pages.rows, heads, 0, self.sliding_window, size, like, scaling, dense_prompt=False
+        )
         rings.pages = pages
-        return PagedSplit(PagedHeads(pages, 0, layout.head_dim, like, layout.scaling), rings)
+        return PagedSplit(PagedHeads(pages, 0, size, like, scaling), rings)
 
     def attention(self, hidden: Tensor, step: Step, store: WindowedHeads | PagedSplit) -> Tensor:
         stages = self.stages

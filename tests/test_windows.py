@@ -1,0 +1,186 @@
+"""Layers with a sliding window keep it and no more, and the layers beside them are planned for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from _family_cases import CASES
+
+from kvtool.calibrate import heads
+from kvtool.calibrate.heads import METHODS, HeadOptions, calibrate_heads
+from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
+from kvtool.checkpoint import Checkpoint
+from kvtool.errors import PlanError, UnsupportedModelError
+from kvtool.evaluate.protocol import cache_size
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of, whole_layers
+from kvtool.runtime import Engine
+from kvtool.runtime.memory import RowMemory
+from kvtool.slices import compose, cut, stream_heads
+from kvtool.windows import WindowPlan
+
+WINDOW, HEADS, SIZE, BYTES = 24, 2, 16, 4
+TOKEN = 2 * HEADS * SIZE * BYTES  # bytes of a token in a layer
+MIXED = ["gemma3_text", "olmo3", "cohere2", "exaone4"]  # every other layer has a window
+
+
+def open_case(tiny, name) -> Checkpoint:
+    family, more = CASES[name]
+    return Checkpoint.open(str(tiny(family, **more)))
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(0))
+
+
+def logits(engine: Engine, ids: torch.Tensor, *pieces: int) -> torch.Tensor:
+    """Of a text that comes in pieces, and then token by token."""
+    cache, start, found = engine.new_cache(1, 8), 0, []
+    for size in pieces:
+        piece = ids[start : start + size]
+        found.append(engine.extend(cache, piece, all_logits=True))
+        start += size
+    found += [engine.decode(cache, token[None]) for token in ids[start:]]
+    return torch.cat(found)
+
+
+def streaming(checkpoint: Checkpoint, sink: int, window: int) -> Plan:
+    """All heads that see the whole past stream."""
+    layers = [
+        layer if layer.kept else LayerPlan((True,) * HEADS, sink, window)
+        for layer in whole_layers(checkpoint)
+    ]
+    return Plan(base_of(checkpoint), tuple(layers))
+
+
+@pytest.mark.parametrize("name", ["starcoder2, window", *MIXED])
+@pytest.mark.parametrize("pieces", [(60,), (1,), (7, 30, 1, 2), (23, 1, 1, 40)])
+def test_pieces_of_a_text_do_not_matter(tiny, name, pieces):
+    checkpoint, ids = open_case(tiny, name), tokens(90)
+    with torch.inference_mode():
+        expected = checkpoint.load_transformers(torch.float32)(ids[None], use_cache=False).logits[0]
+    found = logits(Engine.load(checkpoint), ids, *pieces)
+    torch.testing.assert_close(found, expected, atol=2e-4 * float(expected.std()), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["starcoder2, window", "gemma3_text"])
+def test_a_window_takes_the_bytes_of_its_tokens(tiny, name):
+    engine = Engine.load(open_case(tiny, name))
+    layers = len(engine.attentions)
+    windows = sum(attention.sliding_window is not None for attention in engine.attentions)
+    for capacity in (8, WINDOW, 100):
+        cache = engine.new_cache(3, capacity)
+        kept = windows * min(capacity, WINDOW) + (layers - windows) * capacity
+        assert cache.allocated_bytes == 3 * TOKEN * kept
+        assert cache.capacity == capacity
+    size = cache_size(engine)
+    assert size.bytes_per_token == (layers - windows) * TOKEN
+    assert size.constant_bytes == windows * WINDOW * TOKEN
+
+
+@pytest.mark.parametrize("name", ["starcoder2, window", "gemma3_text"])
+@pytest.mark.parametrize("planned", [False, True])
+def test_memory_is_known_before_it_is_taken(tiny, name, planned):
+    checkpoint = open_case(tiny, name)
+    plan = streaming(checkpoint, 2, 5) if planned else None
+    engine = Engine.load(checkpoint, plan=plan)
+    memory = RowMemory(engine)
+    for length in (5, 64, 100, 200):
+        cache = engine.new_cache(1, 1)
+        engine.extend(cache, tokens(length))
+        cache.resize(-(-length // 64) * 64)
+        assert memory.holding(length, length) == cache.allocated_bytes
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_plan_that_drops_nothing_changes_nothing(tiny, name):
+    checkpoint, ids = open_case(tiny, name), tokens(70)
+    expected = logits(Engine.load(checkpoint), ids, 50)
+    plan = streaming(checkpoint, 4, 100)
+    torch.testing.assert_close(
+        logits(Engine.load(checkpoint, plan=plan), ids, 50), expected,
+        atol=2e-4 * float(expected.std()), rtol=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_of_the_other_layers_are_scored_and_stream(tiny, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(heads, "MIN_ACCURACY", 0.0)
+    monkeypatch.setattr(heads, "MAX_NLL", float("inf"))
+    (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(2000)))
+    checkpoint = open_case(tiny, "gemma3_text")
+    options = HeadOptions(
+        method, 4, 24, lengths=(300,), samples=2, steps=3, data=str(tmp_path / "text.txt")
+    )
+    plan = calibrate_heads(checkpoint, options)
+    assert plan.planned_heads == 2 * HEADS
+    window = LayerPlan((), kept=WindowPlan(HEADS, SIZE, WINDOW))
+    for count in range(2 * HEADS + 1):
+        some = stream_heads(plan, count, 4, 24)
+        assert [layer == window for layer in some.layers] == [True, False, True, False]
+        assert some.streaming_heads == count
+    with pytest.raises(PlanError, match="5 heads cannot stream: the model has 4"):
+        stream_heads(plan, 5, 4, 24)
+    some.write(tmp_path / "heads.plan")
+    read = Plan.read(tmp_path / "heads.plan")
+    assert read.layers == some.layers
+    assert torch.equal(read.scores, plan.scores)
+
+
+def test_a_budget_is_met_by_the_heads_that_see_the_whole_past(tiny):
+    checkpoint = open_case(tiny, "gemma3_text")
+    plan = replace(streaming(checkpoint, 2, 6), scores=torch.arange(8.0).view(4, 2))
+    native = plan.native_bytes(100, BYTES)
+    assert native == TOKEN * (2 * 100 + 2 * WINDOW)
+    assert plan.native_bytes_per_token(BYTES) == 2 * TOKEN
+    for kept in range(5):
+        size = native - kept * TOKEN // HEADS * (100 - 8)
+        some = cut(plan, size, 100, BYTES)
+        assert (some.streaming_heads, some.cache_bytes(100, BYTES)) == (kept, size)
+        assert cut(plan, size - 1, 100, BYTES).streaming_heads == kept + 1 if kept < 4 else True
+    with pytest.raises(PlanError, match="too small"):
+        cut(plan, size - 1, 100, BYTES)
+    with pytest.raises(PlanError, match="sliding windows are not composed"):
+        compose(plan, plan)
+
+
+@pytest.mark.parametrize("method", ["aware", "kivi"])
+def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, method):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
+    checkpoint, ids = open_case(tiny, "olmo3"), tokens(160)
+    options = QuantizationOptions(
+        method, bits=(8, 8), group=32, data=str(tmp_path / "text.txt"), tokens=1024, context=512
+    )
+    plan = calibrate_quantization(
+        checkpoint, options, everything(checkpoint, base_of(checkpoint), options), None, 2
+    )
+    assert [layer.bits is None for layer in plan.layers] == [True, False, True, False]
+    engine = Engine.load(checkpoint, plan=plan)
+    expected = logits(Engine.load(checkpoint), ids, 150)
+    found = logits(engine, ids, 150)
+    assert not torch.equal(found, expected)
+    error = (found - expected).square().mean().sqrt() / expected.std()
+    assert error < 0.02
+    coarse = replace(options, bits=(2, 2))
+    plan = calibrate_quantization(
+        checkpoint, coarse, everything(checkpoint, base_of(checkpoint), coarse), None, 2
+    )
+    found = logits(Engine.load(checkpoint, plan=plan), ids, 150)
+    assert (found - expected).square().mean().sqrt() / expected.std() > 3 * error
+
+
+def test_a_model_of_windows_alone_is_refused(tiny):
+    checkpoint = open_case(tiny, "starcoder2, window")
+    with pytest.raises(UnsupportedModelError, match="sliding window"):
+        calibrate_heads(checkpoint, HeadOptions())
+
+
+def test_a_plan_of_another_window_is_refused(tiny):
+    checkpoint = open_case(tiny, "gemma3_text")
+    plan = streaming(checkpoint, 2, 6)
+    with pytest.raises(PlanError, match="layer 0 has a window of 2 heads x 8"):
+        replace(plan, layers=(LayerPlan((), kept=WindowPlan(2, 8, 24)), *plan.layers[1:]))
+    with pytest.raises(PlanError, match=r"layer 1 .* keeps KV heads, and the window"):
+        Engine.load(checkpoint, plan=replace(plan, layers=(*plan.layers[:1], plan.layers[0]) * 2))
+    with pytest.raises(PlanError, match="without any number"):
+        WindowPlan(2, 16, 0)

@@ -6,7 +6,8 @@ budget is for; `allocate.py` turns them into integers. All methods are given the
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,8 +19,7 @@ from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect
 from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
-from kvtool.layer_plan import LayerPlan
-from kvtool.plan import Plan, Policy, base_of, check_can_drop, provenance_of
+from kvtool.plan import Plan, Policy, base_of, check_can_drop, provenance_of, whole_layers
 
 Method = Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -62,20 +62,21 @@ def calibrate_budgets(
         itemsize: Bytes per cached number that the budget is stated for.
 
     Raises:
-        UnsupportedModelError: Layers have a sliding window.
+        UnsupportedModelError: No layer sees the whole past, or its heads share a latent.
         UsageError: The budget is too small or too large for the bounds.
     """
-    base = base_of(checkpoint)
-    check_can_drop(checkpoint)
-    unit = 2 * itemsize * base.head_dim
-    total = budget_bytes // unit
+    check_can_drop(checkpoint, windows=True)
+    whole = Plan(base_of(checkpoint), whole_layers(checkpoint))
+    heads, unit = whole.planned_heads, 2 * itemsize * whole.base.head_dim
     low = min(options.minimum, options.context)
-    least, most = low * base.all_heads, options.context * base.all_heads
-    if not least <= total <= most:
+    native = whole.native_bytes(options.context, itemsize)
+    bounded = native - heads * options.context * unit  # by sliding windows, whatever the budget
+    total = (budget_bytes - bounded) // unit
+    if not low * heads <= total <= options.context * heads:
         raise UsageError(
             f"a budget of {budget_bytes:,} bytes after {options.context} tokens is impossible: all "
-            f"of them take {most * unit:,}, and the {low} that every head keeps at "
-            f"least {least * unit:,}",
+            f"of them take {native:,}, and the {low} that every head keeps at "
+            f"least {bounded + low * heads * unit:,}",
             hint="--minimum says how many those are",
         )
     statistics = None
@@ -90,29 +91,39 @@ def calibrate_budgets(
         )
         statistics = collect(checkpoint, wanted, report=report)
         corpus, tokens = statistics.metadata["corpus"], statistics.tokens
-    budgets = share_out(options, (base.layers, base.kv_heads), total, statistics)
+    planned = [index for index, layer in enumerate(whole.layers) if layer.kept is None]
+    budgets = share_out(options, planned, whole.base.kv_heads, total, statistics)
     asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
     provenance = provenance_of(options.method, asked, corpus, tokens)
-    layers = tuple(LayerPlan((False,) * base.kv_heads, budget=tuple(b)) for b in budgets.tolist())
-    return Plan(base, layers, policy=options.policy, provenance=(provenance,))
+    shared = dict(zip(planned, budgets.tolist(), strict=True))
+    layers = tuple(
+        replace(layer, budget=tuple(shared[index])) if index in shared else layer
+        for index, layer in enumerate(whole.layers)
+    )
+    return replace(whole, layers=layers, policy=options.policy, provenance=(provenance,))
 
 
 def share_out(
-    options: BudgetOptions, shape: tuple[int, int], total: int, statistics: Statistics | None
+    options: BudgetOptions,
+    planned: Sequence[int],
+    heads: int,
+    total: int,
+    statistics: Statistics | None,
 ) -> Tensor:
     """Budgets `[L, H]` int64 that sum to `total`.
 
     Args:
-        shape: (L, H).
+        planned: The L layers whose heads share it. heads: H.
         statistics: Of windows of `context` tokens; not needed by `uniform` and `pyramidkv`.
     """
     low, high = min(options.minimum, options.context), options.context
+    shape = len(planned), heads
     if options.method == "uniform":
         return allocate.uniform(shape, total, low, high)
     if options.method == "pyramidkv":
         return allocate.pyramid(*shape, total, low, high)
     assert statistics is not None
-    layers = [statistics.layer(index) for index in range(len(statistics))]
+    layers = [statistics.layer(index) for index in planned]
     if options.method == "uncomp":
         entropy = torch.stack([x.query_entropy.view(shape[1], -1).amax(-1) for x in layers])
         return allocate.uncomp(entropy, total, low, high)

@@ -74,7 +74,7 @@ def calibrate_quantization(
         itemsize: Bytes per exact number that the budget is stated for.
 
     Raises:
-        UnsupportedModelError: Layers have a sliding window.
+        UnsupportedModelError: All layers have a sliding window.
         UsageError: The budget is too small, the text too short, or all heads drop tokens.
     """
     check_can_drop(checkpoint, other=True, windows=True)

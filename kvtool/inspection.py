@@ -51,7 +51,11 @@ class LayerRun:
         else:
             kind = "MQA" if layout.kv_heads == 1 else "GQA"
             text = f"{kind} {layout.heads}/{layout.kv_heads} heads x {layout.head_dim}"
-        text += ", q/k norm" if layout.qk_norm else ""
+        if layout.qk_norm:
+            text += ", q/k norm" + (" over all heads" if layout.norm_over_heads else "")
+        if layout.kind == "gqa" and layout.rotary_dim < layout.head_dim:
+            part = f"RoPE on {layout.rotary_dim} of {layout.head_dim} channels"
+            text += f", {part}" if layout.rotary_dim else ", no RoPE"
         text += ", bias" if layout.qkv_bias or layout.output_bias else ""
         text += f", window of {layout.sliding_window} tokens" if layout.sliding_window else ""
         return f"{self.layers} x {text}"

@@ -150,7 +150,9 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False, windows: bool
         )
     bounded = [layout.sliding_window is not None for layout in layouts]
     if all(bounded) or (any(bounded) and not windows):
-        others = None if all(bounded) else "retrieval-heads and quantization plan the other layers."
+        others = (
+            None if all(bounded) else "retrieval-heads, budgets and quantization plan the rest."
+        )
         raise UnsupportedModelError(
             f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
             "streaming heads, token budgets, few bits or sparse reading in them are not supported",

@@ -9,8 +9,10 @@ import torch
 
 from kvtool.codes import fit_codes
 from kvtool.errors import PlanError
+from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan
+from kvtool.states import StatePlan
 
 
 def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
@@ -125,9 +127,10 @@ def compose(heads: Plan, budgets: Plan) -> Plan:
         )
     if heads.codes or budgets.codes:
         raise PlanError("a plan with codes cannot be composed with another one yet")
-    if any(layer.kept is not None for layer in (*heads.layers, *budgets.layers)):
+    kept = (layer.kept for layer in (*heads.layers, *budgets.layers))
+    if any(isinstance(one, StatePlan | LatentPlan) for one in kept):
         raise PlanError(
-            "plans of latents, states and sliding windows are not composed",
+            "plans of latents and states are not composed",
             hint="Give the first to the calibration of the second with --plan.",
         )
     if any(layer.bits is not None for layer in (*heads.layers, *budgets.layers)):

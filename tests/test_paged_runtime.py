@@ -18,7 +18,7 @@ from kvtool.kernels.dispatch import VARIABLE
 from kvtool.kernels.quantise import BITS
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
-from kvtool.plan import Plan, base_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine, paged_split
 from kvtool.runtime import coded as coded_store
 from kvtool.runtime.graphs import PagedMemory
@@ -33,7 +33,7 @@ pytest.importorskip("triton")
 KINDS = [
     "qwen3", "streaming", "streaming-sparse", "packed", "packed-sparse", "codes", "codes-narrow",
     "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
-    "starcoder2, window", "gemma3_text", "smollm3", "glm4",
+    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "smollm3", "glm4",
 ]  # fmt: skip
 
 
@@ -83,6 +83,15 @@ def engines(tiny, tmp_path_factory):
                     base_of(checkpoint),
                     tuple(LayerPlan(streams, 3, 9) for streams in layers),
                     prefill=prefill,
+                )
+            elif kind == "gemma3_text, budgets":
+                checkpoint = Checkpoint.open(str(tiny("gemma3_text", **CASES["gemma3_text"][1])))
+                layers = whole_layers(checkpoint)
+                some = [replace(layers[1], budget=(7, 70)), LayerPlan((True, False), 3, 9)]
+                plan = Plan(
+                    base_of(checkpoint),
+                    (layers[0], some[0], layers[2], replace(some[1], budget=(None, 30))),
+                    policy="snapkv",
                 )
             elif kind.startswith("budgets"):
                 plan = budgeted(checkpoint, mixed=kind.endswith("mixed"))

@@ -7,10 +7,12 @@ import torch
 from _family_cases import CASES
 
 from kvtool.calibrate import heads
+from kvtool.calibrate.budgets import METHODS as BUDGETS
+from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
 from kvtool.calibrate.heads import METHODS, HeadOptions, calibrate_heads
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import PlanError, UnsupportedModelError
+from kvtool.errors import PlanError, UnsupportedModelError, UsageError
 from kvtool.evaluate.protocol import cache_size
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of, whole_layers
@@ -140,8 +142,33 @@ def test_a_budget_is_met_by_the_heads_that_see_the_whole_past(tiny):
         assert cut(plan, size - 1, 100, BYTES).streaming_heads == kept + 1 if kept < 4 else True
     with pytest.raises(PlanError, match="too small"):
         cut(plan, size - 1, 100, BYTES)
-    with pytest.raises(PlanError, match="sliding windows are not composed"):
-        compose(plan, plan)
+
+
+@pytest.mark.parametrize("method", BUDGETS)
+def test_budgets_are_shared_by_the_layers_that_see_the_whole_past(tiny, tmp_path, method):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
+    checkpoint, ids = open_case(tiny, "gemma3_text"), tokens(120)
+    options = BudgetOptions(
+        method, context=100, minimum=10, data=str(tmp_path / "text.txt"), tokens=400
+    )
+    windows = 2 * WINDOW * TOKEN // 2  # as bfloat16
+    wanted = windows + TOKEN // 2 * 100
+    plan = calibrate_budgets(checkpoint, options, wanted, 2)
+    assert plan.cache_bytes(100, 2) == wanted
+    assert [layer.kept is None for layer in plan.layers] == [False, True, False, True]
+    engine = Engine.load(checkpoint, plan=plan)
+    cache = engine.new_cache(1, 64)
+    engine.extend(cache, ids[:100])
+    cache.resize(100)
+    assert cache.allocated_bytes == 2 * wanted
+    with pytest.raises(UsageError, match=f"least {windows + TOKEN // 2 * 20:,}"):
+        calibrate_budgets(checkpoint, options, windows + 100, 2)
+    few = streaming(checkpoint, 2, 6)
+    some = replace(few, layers=(*few.layers[:3], LayerPlan((False, False))))
+    both = compose(some, plan)
+    assert [x.streaming for x in both.layers] == [(), (True, True), (), (False, False)]
+    assert [x.budget for x in both.layers] == [None, None, None, plan.layers[3].budget]
+    Engine.load(checkpoint, plan=both)
 
 
 @pytest.mark.parametrize("method", ["aware", "kivi"])

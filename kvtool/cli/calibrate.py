@@ -295,7 +295,7 @@ def budgets(
     """Plan how many tokens of a prompt every head of MODEL keeps."""
     from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
     from kvtool.checkpoint import Checkpoint
-    from kvtool.plan import base_of, check_can_drop
+    from kvtool.plan import Plan, base_of, check_can_drop, whole_layers
     from kvtool.plan_file import check_plan_output
     from kvtool.sizes import parse_budget
 
@@ -304,13 +304,13 @@ def budgets(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
     context = _options.context_of(checkpoint, context)
-    base = base_of(checkpoint)
-    native = base.native_bytes(context, _BF16)
+    check_can_drop(checkpoint, windows=True)
+    whole = Plan(base_of(checkpoint), whole_layers(checkpoint))
+    native = whole.native_bytes(context, _BF16)
     options = BudgetOptions(method, policy, context, minimum, data, tokens, seed)
     allowed = parse_budget(kv_budget, native)
-    check_can_drop(checkpoint)
     if dry_run:
-        token = 2 * _BF16 * base.head_dim
+        token = 2 * _BF16 * whole.base.head_dim
         planned = {
             "plan": str(output),
             "model": checkpoint.source,

@@ -26,6 +26,7 @@ from kvtool.runtime.pages import Pages
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE, Rows, whole_pages
+from kvtool.runtime.windowed import WindowedAttention
 
 
 class Engine:
@@ -232,12 +233,13 @@ class Engine:
     def new_pages(self, rows: int, pages: int) -> Pages:
         """So many pages for so many rows; of single heads if the plan has token budgets."""
         most = whole_pages(self.max_context) // PAGE
-        split = [x for x in self.attentions if isinstance(x, SplitAttention)]
-        if self.plan is None or self.plan.policy is None or len(split) < len(self.attentions):
+        by_head = [isinstance(x, SplitAttention | WindowedAttention) for x in self.attentions]
+        if self.plan is None or self.plan.policy is None or not all(by_head):
             return Pages(rows, pages, most, self.device)
-        budgets = [attention.paged_budgets for attention in split]
-        like = split[0].stages.qkv.weight
-        return HeadPages(rows, pages, most, budgets, split[0].stages.layout.head_dim, like)
+        budgets = [getattr(attention, "paged_budgets", []) for attention in self.attentions]
+        stages = self.attentions[0].stages
+        like, head_dim = stages.qkv.weight, stages.layout.head_dim
+        return HeadPages(rows, pages, most, budgets, head_dim, like)
 
     def pack(self) -> None:
         """Puts the weights into the order in which the CPU reads them for few rows, for good."""

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from _family_cases import CASES
 from _hybrid_tools import write_hybrid
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config
@@ -169,11 +171,11 @@ def test_an_unknown_attention_is_explained_and_not_an_error(
     tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = json.loads((tiny("llama") / "config.json").read_text())
-    config |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+    config |= {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((tiny("llama") / "model.safetensors").read_bytes())
     assert run_command(["inspect", str(tmp_path)]) == 0
-    assert "not supported: model type 'phi3'" in capfd.readouterr().out
+    assert "not supported: model type 'gemma2'" in capfd.readouterr().out
     assert run_command(["inspect", str(tmp_path), "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["kv_bytes_per_token"] is None
@@ -210,9 +212,29 @@ def test_json_and_table_say_the_same(tiny: Tiny, capfd: pytest.CaptureFixture[st
     assert f"{result['parameters']:,} parameters" in text
     assert len(result["applications"]) == len(targets.METHODS) * len(targets.TARGETS) + 3
     assert f"less from {result['hybrid']['even_at']} tokens on" in text
-    for item in result["applications"]:
+    for item in result["applications"] + result["plans"]:
         verdict = "yes" if item["applies"] else "no"
-        assert f"{item['command']} {item['method']} {item['target']} {verdict}" in text
+        row = f"{item['command']} {item['method']} {item['target']} {verdict}"
+        assert " ".join(row.split()) in text
+
+
+def test_what_no_method_can_do_is_said_once(tiny: Tiny, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["inspect", str(tiny("olmo2"))]) == 0
+    text = " ".join(capfd.readouterr().out.split())
+    assert text.count("convert --to mla") == 1
+    assert "convert --to mla any any no model type 'olmo2' is not one of" in text
+
+
+def test_plans_apply_where_heads_see_the_whole_past(tiny: Tiny) -> None:
+    def applying(family: str, **more: Any) -> list[str]:
+        inspection = inspect_checkpoint(Checkpoint.open(str(tiny(family, **more))))
+        return [item.command for item in inspection.plans if not item.reasons]
+
+    family, mixed = CASES["gemma3_text"]
+    some = [f"calibrate {x}" for x in ("retrieval-heads", "budgets", "quantization")]
+    assert applying(family, **mixed) == [*some, "calibrate double-sparsity"]
+    assert len(applying("olmo2")) == 5
+    assert not applying("mistral", sliding_window=24)
 
 
 def test_bad_input_is_one_line_and_an_exit_code(

@@ -173,12 +173,19 @@ def test_budgets_are_shared_by_the_layers_that_see_the_whole_past(tiny, tmp_path
     Engine.load(checkpoint, plan=both)
 
 
-@pytest.mark.parametrize("method", ["aware", "kivi"])
+@pytest.mark.parametrize("method", ["aware", "kivi", "rotatekv"])
 def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, method):
     (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
     checkpoint, ids = open_case(tiny, "olmo3"), tokens(160)
+    read = "rebuilt" if method == "rotatekv" else "absorbed"
     options = QuantizationOptions(
-        method, bits=(8, 8), group=32, data=str(tmp_path / "text.txt"), tokens=1024, context=512
+        method,
+        read=read,
+        bits=(8, 8),
+        group=32,
+        data=str(tmp_path / "text.txt"),
+        tokens=1024,
+        context=512,
     )
     plan = calibrate_quantization(
         checkpoint, options, everything(checkpoint, base_of(checkpoint), options), None, 2

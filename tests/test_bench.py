@@ -16,6 +16,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.errors import UsageError
 from kvtool.evaluate import throughput
+from kvtool.evaluate.protocol import cache_size
 from kvtool.runtime import Engine
 
 CPU = torch.device("cpu")
@@ -65,6 +66,14 @@ def test_a_step_reads_as_many_experts_as_a_token_takes(
     rest -= engine.model.model.embed_tokens.weight.nbytes
     assert experts
     assert throughput.weight_bytes(engine) == rest + experts * 2 // 4
+
+
+def test_a_window_that_is_not_full_is_not_read_whole(tiny: Callable[..., Path]) -> None:
+    engine = Engine.load(Checkpoint.open(str(tiny("mistral", sliding_window=100))))
+    store, token = cache_size(engine), 3 * 2 * 2 * 16 * 4
+    for tokens in (10, 100, 300):
+        found = throughput._cache_bytes(engine, store, tokens)
+        assert found == token * min(tokens, 100)
 
 
 def test_a_slow_start_is_prefill_and_not_decode() -> None:

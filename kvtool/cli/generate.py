@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from kvtool.cli import _options as options
 from kvtool.cli._console import emit, err, stdin
 from kvtool.errors import UnsupportedModelError, UsageError
+from kvtool.sizes import MAX_SEED
 from kvtool.text import TextStream, check_text
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ RepetitionPenalty = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(min=0, help="Same seed, same text.", rich_help_panel=_SAMPLING),
+    typer.Option(min=0, max=MAX_SEED, help="Same seed, same text.", rich_help_panel=_SAMPLING),
 ]
 
 

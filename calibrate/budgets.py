@@ -66,18 +66,7 @@ def calibrate_budgets(
         UsageError: The budget is too small or too large for the bounds.
     """
     base = base_of(checkpoint)
-    check_can_drop(checkpoint)
-    unit = 2 * itemsize * base.head_dim
-    total = budget_bytes // unit
-    low = min(options.minimum, options.context)
-    least, most = low * base.all_heads, options.context * base.all_heads
-    if not least <= total <= most:
-        raise UsageError(
-            f"a budget of {budget_bytes:,} bytes after {options.context} tokens is impossible: all "
-            f"of them take {most * unit:,}, and the {low} that every head keeps at "
-            f"least {least * unit:,}",
-            hint="--minimum says how many those are",
-        )
+    total = budget_tokens(checkpoint, options, budget_bytes, itemsize)
     statistics = None
     corpus, tokens = None, 0
     if options.method not in ("uniform", "pyramidkv"):
@@ -95,6 +84,31 @@ def calibrate_budgets(
     provenance = provenance_of(options.method, asked, corpus, tokens)
     layers = tuple(LayerPlan((False,) * base.kv_heads, budget=tuple(b)) for b in budgets.tolist())
     return Plan(base, layers, policy=options.policy, provenance=(provenance,))
+
+
+def budget_tokens(
+    checkpoint: Checkpoint, options: BudgetOptions, budget_bytes: int, itemsize: int
+) -> int:
+    """Tokens that all heads of a model keep together in `budget_bytes`.
+
+    Raises:
+        UnsupportedModelError: Layers have a sliding window.
+        UsageError: The budget is too small or too large for the bounds.
+    """
+    base = base_of(checkpoint)
+    check_can_drop(checkpoint)
+    unit = 2 * itemsize * base.head_dim
+    total = budget_bytes // unit
+    low = min(options.minimum, options.context)
+    least, most = low * base.all_heads, options.context * base.all_heads
+    if not least <= total <= most:
+        raise UsageError(
+            f"a budget of {budget_bytes:,} bytes after {options.context} tokens is impossible: all "
+            f"of them take {most * unit:,}, and the {low} that every head keeps at "
+            f"least {least * unit:,}",
+            hint="--minimum says how many those are",
+        )
+    return total
 
 
 def share_out(

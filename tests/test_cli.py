@@ -30,9 +30,11 @@ CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 WORDED_BY_COMMAND = {"--output", "--against", "--help", "--seed", "--method", "--kv-budget"}
 WORDED_BY_COMMAND |= {"--context", "--sink", "--window", "--prefill", "--length"}
 WORDED_BY_COMMAND |= {"--streaming-heads", "--bits", "--read", "--steps", "--rank"}
-# Which layers `convert` replaces; that `evaluate` measures layers one by one. What `convert` writes;
-# what others compute in.
+# Which layers `convert` replaces; that `evaluate` measures layers one by one. What `convert`
+# writes; what others compute in.
 WORDED_BY_COMMAND |= {"--layers", "--dtype"}
+# Not all methods of `calibrate retrieval-heads` can go on.
+WORDED_BY_COMMAND |= {"--resume"}
 
 
 def parameters(group: Any = None, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -319,6 +321,9 @@ def test_convert_checks_its_output_and_verify_finds_later_damage(
     captured = capfd.readouterr()
     assert "bytes per token" in captured.out
     assert "converting" not in captured.err
+
+    assert run_command(["verify", str(tmp_path / "nowhere"), "--against", model]) == 2
+    assert f"There is no folder {tmp_path / 'nowhere'}." in capfd.readouterr().err
 
     weights = out / "model.safetensors"
     with safe_open(weights, "pt") as stored:

@@ -1,5 +1,6 @@
 """`kvtool inspect` tells from headers what a checkpoint is, costs, and can become."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from _hybrid_tools import write_hybrid
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config
 
 from kvtool.checkpoint import Checkpoint
-from kvtool.cli import run_command
+from kvtool.cli import _console, run_command
 from kvtool.convert import targets
 from kvtool.factored import factor_tensors, factored_config
 from kvtool.inspection import CONTEXTS, inspect_checkpoint
@@ -213,6 +215,14 @@ def test_json_and_table_say_the_same(tiny: Tiny, capfd: pytest.CaptureFixture[st
     for item in result["applications"]:
         verdict = "yes" if item["applies"] else "no"
         assert f"{item['command']} {item['method']} {item['target']} {verdict}" in text
+
+
+def test_a_narrow_terminal_loses_no_word(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(_console, "out", Console(file=said, width=60))
+    assert run_command(["inspect", str(tiny("llama"))]) == 0
+    assert "convert" in said.getvalue()
+    assert "…" not in said.getvalue()
 
 
 def test_bad_input_is_one_line_and_an_exit_code(

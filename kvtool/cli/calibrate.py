@@ -124,7 +124,14 @@ def retrieval_heads(
     device: _options.Device = "auto",
     seed: _options.Seed = 0,
     overwrite: _options.Overwrite = False,
-    resume: _options.Resume = True,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="With --method duo: go on where an interrupted run stopped.",
+            rich_help_panel="Run",
+        ),
+    ] = True,
     dry_run: _options.DryRun = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
@@ -293,9 +300,9 @@ def budgets(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Plan how many tokens of a prompt every head of MODEL keeps."""
-    from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
+    from kvtool.calibrate.budgets import BudgetOptions, budget_tokens, calibrate_budgets
     from kvtool.checkpoint import Checkpoint
-    from kvtool.plan import base_of, check_can_drop
+    from kvtool.plan import base_of
     from kvtool.plan_file import check_plan_output
     from kvtool.sizes import parse_budget
 
@@ -308,16 +315,15 @@ def budgets(
     native = base.native_bytes(context, _BF16)
     options = BudgetOptions(method, policy, context, minimum, data, tokens, seed)
     allowed = parse_budget(kv_budget, native)
-    check_can_drop(checkpoint)
+    kept = budget_tokens(checkpoint, options, allowed, _BF16)
     if dry_run:
-        token = 2 * _BF16 * base.head_dim
         planned = {
             "plan": str(output),
             "model": checkpoint.source,
             "method": method,
             "policy": policy,
             "context": context,
-            "bytes": allowed // token * token,
+            "bytes": kept * 2 * _BF16 * base.head_dim,
             "native_bytes": native,
             "dry_run": True,
         }

@@ -144,7 +144,8 @@ def generate(
         speed = "" if rate is None else f", {len(tokens) - 1} more at {rate:.1f} tokens/s"
         err.print(
             f"{len(ids)} prompt tokens, first token after {prefill:.2f} s{speed}, "
-            f"cache {decimal(cache.allocated_bytes)}, {per_token:,.0f} bytes per token"
+            f"cache {decimal(cache.allocated_bytes)}, {per_token:,.0f} bytes per token in "
+            f"{str(engine.dtype).removeprefix('torch.')}"
         )
 
 

@@ -82,7 +82,7 @@ def _facts(inspection: Inspection) -> Table:
 def _applications(inspection: Inspection) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("what applies", "method", "target", "", "why not"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for item in inspection.applications:
         verdict = "no" if item.reasons else "yes"
         reasons = "; ".join(item.reasons)

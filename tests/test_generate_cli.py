@@ -51,7 +51,7 @@ def test_generate_streams_text_and_reports_on_stderr(tiny: Tiny, capfd: Capture)
     assert run_command(["generate", folder, prompt, "--max-new-tokens", "12"]) == 0
     out, err = capfd.readouterr()
     assert "prompt tokens" in err
-    assert "bytes per token" in err
+    assert "bytes per token in float32" in err
     assert run_command(["generate", folder, prompt, "--max-new-tokens", "12", "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["text"] + "\n" == out

@@ -1,5 +1,6 @@
 """`kvtool inspect` tells from headers what a checkpoint is, costs, and can become."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,11 +13,12 @@ import pytest
 import torch
 from _family_cases import CASES
 from _hybrid_tools import write_hybrid
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config
 
 from kvtool.checkpoint import Checkpoint
-from kvtool.cli import run_command
+from kvtool.cli import _console, run_command
 from kvtool.convert import targets
 from kvtool.factored import factor_tensors, factored_config
 from kvtool.inspection import CONTEXTS, inspect_checkpoint
@@ -235,6 +237,14 @@ def test_plans_apply_where_heads_see_the_whole_past(tiny: Tiny) -> None:
     assert applying(family, **mixed) == [*some, "calibrate double-sparsity"]
     assert len(applying("olmo2")) == 5
     assert not applying("mistral", sliding_window=24)
+
+
+def test_a_narrow_terminal_loses_no_word(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(_console, "out", Console(file=said, width=60))
+    assert run_command(["inspect", str(tiny("llama"))]) == 0
+    assert "convert" in said.getvalue()
+    assert "…" not in said.getvalue()
 
 
 def test_bad_input_is_one_line_and_an_exit_code(

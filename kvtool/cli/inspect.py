@@ -84,7 +84,7 @@ def _facts(inspection: Inspection) -> Table:
 def _applications(inspection: Inspection) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("what applies", "method", "target", "", "why not"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     every = [*inspection.plans, *inspection.applications]
     for command, group in groupby(every, lambda item: item.command):
         items = list(group)

@@ -379,7 +379,9 @@ def test_a_plan_is_evaluated_beside_the_model_without_it(
     # Full heads are allocated by pages of 64 tokens, and 96 + 32 of them are two.
     assert divergence["cache_bytes"] == Plan.read(plan).cache_bytes(128, itemsize=4)
     assert divergence["base_cache_bytes"] == Plan.read(plan).native_bytes(128, itemsize=4)
-    share = divergence["cache_bytes"] / divergence["base_cache_bytes"]
+    assert divergence["bf16_bytes"] == Plan.read(plan).cache_bytes(128, itemsize=2)
+    assert divergence["base_bf16_bytes"] == Plan.read(plan).native_bytes(128, itemsize=2)
+    share = divergence["bf16_bytes"] / divergence["base_bf16_bytes"]
     assert report["bytes_share"] == pytest.approx(share)
     assert share == pytest.approx((128 + SINK + WINDOW) / 256)
 

@@ -155,7 +155,7 @@ def test_settings_that_decide_no_number_may_differ(write: Write) -> None:
         ("7", "not a report of 'kvtool evaluate'"),
         ('{"model": "x"}', "not a report of 'kvtool evaluate', it has no 'format_version'"),
         ('{"format_version": 1, "base": "B"}', "it has no 'environment'"),
-        ('{"format_version": 3}', "is of format 3, but this kvtool reads 1 to 2"),
+        ('{"format_version": 4}', "is of format 4, but this kvtool reads 1 to 3"),
         ('{"format_version": 2, "base": null}', "measured without an original"),
         (None, "cannot be read as a report: No such file or directory"),
     ],

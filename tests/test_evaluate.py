@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 from _code_tools import coded
+from _family_cases import CASES
+from _hybrid_tools import write_hybrid
 from conftest import make_model, make_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import evaluate as evaluate_command
 from kvtool.cli import run_command
@@ -27,7 +30,7 @@ from kvtool.errors import CheckpointError, UsageError
 from kvtool.evaluate import protocol, retrieval
 from kvtool.evaluate.chat import Chat, ChatPrompt
 from kvtool.evaluate.evaluation import Settings, conversion_cost, evaluate, manifest_base
-from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
+from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate, bf16_bytes
 from kvtool.evaluate.report import Gates, Report
 from kvtool.evaluate.retrieval import Recall
 from kvtool.layer_plan import LayerPlan
@@ -81,6 +84,8 @@ def a_report(kl: float = 0.01, ratio: float = 1.02, correct: int = 3, asked: int
             continuation=4,
             cache_bytes=12_000,
             base_cache_bytes=12_000,
+            bf16_bytes=6_000,
+            base_bf16_bytes=6_000,
             perplexity=Estimate(10.0, 1.0),
             base_perplexity=Estimate(9.8, 1.0),
             kl=Estimate(kl, 0.001),
@@ -119,6 +124,34 @@ def test_a_model_against_itself_has_no_divergence_and_equal_recall(
     assert all(prompt.ended == prompt.base_ended for prompt in report.chat.prompts)
     assert all(sample.text == sample.base for sample in report.samples)
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("kind", ["dense", "windows", "streaming", "4 bits", "mla", "states"])
+def test_bytes_as_bfloat16_are_those_of_a_run_in_it(
+    tiny: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    family, more = CASES["gemma3_text"] if kind == "windows" else ("llama", {})
+    folder, plan = tiny(family, **more), None
+    if kind == "mla":
+        command = ["convert", str(folder), "--to", "mla", "-o", str(tmp_path / "mla")]
+        assert run_command([*command, "--method", "exact", "--no-verify", "-q"]) == 0
+        folder = tmp_path / "mla"
+    elif kind == "states":
+        write_hybrid(folder, tmp_path / "hybrid", [0, 2])
+        folder = tmp_path / "hybrid"
+    checkpoint = Checkpoint.open(str(folder))
+    if kind in ("streaming", "4 bits"):
+        bits = Bits(4, 4, 64) if kind == "4 bits" else None
+        layers = (LayerPlan((True, False), 4, 20), LayerPlan((False, False), bits=bits)) * 2
+        plan = Plan(base_of(checkpoint), layers[:3])
+    found = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine.load(checkpoint, dtype=dtype, plan=plan)
+        found.add(bf16_bytes(engine, 128, 192))
+    cache = engine.new_cache(1, 192)
+    engine.extend(cache, torch.arange(3, 131))
+    cache.reserve([192])
+    assert found == {cache.allocated_bytes}
 
 
 def test_damaged_weights_diverge(tiny: Callable[..., Path], noisy: Path) -> None:

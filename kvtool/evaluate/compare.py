@@ -15,7 +15,7 @@ from rich.table import Table
 from kvtool.errors import UsageError
 from kvtool.evaluate.tables import narrow_table
 
-READS = (1, 2)  # format versions
+READS = (1, 2, 3)  # format versions; up to 2, shares are of bytes as run
 ABSENT = "–"
 # The settings that decide numbers; how often speed is measured decides none of them.
 DECIDING = (
@@ -38,7 +38,7 @@ class Row:
     """One report in a comparison; None is what it did not measure, or what was not finite.
 
     Attributes:
-        bytes_share: Of the original's cache of one evaluated sequence.
+        bytes_share: Of the original's cache of one evaluated sequence, both as bfloat16.
         kl: Mean KL(original || measured) in nats, and its standard error over windows.
         decode_ratio: Tokens/s over the original's in the same runtime.
         optimal: No other report has as few bytes and as low a KL, and less of one of them.
@@ -78,7 +78,7 @@ class Comparison:
         """One row per report, the Pareto-optimal ones marked."""
         given = self.conditions
         numbers = (
-            "cache\nas run",
+            "cache,\nbfloat16" if given["bytes"] == "as bfloat16" else "cache\nas run",
             "bytes per\ntoken,\nbfloat16",
             "KL\nin nats",
             "perplexity\nratio",
@@ -174,6 +174,7 @@ def _conditions(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "original": report["base"],
         "dtype": report["environment"]["dtype"],
+        "bytes": "as bfloat16" if report["format_version"] > 2 else "as run",
         **{name: report["settings"].get(name) for name in DECIDING},
         "chat tokens": chat["max_new_tokens"] if chat else None,
         "chat prompts": len(chat["prompts"]) if chat else None,

@@ -211,7 +211,12 @@ def _divergence(
     for score in protocol.score_windows(engine, base, windows, prefill):
         scores.append(score)
         report("continuation", len(scores), len(windows))
-    return protocol.summarise(scores, prefill, continuation)
+    found = protocol.summarise(scores, prefill, continuation)
+    ours, theirs = (
+        None if one is None else protocol.bf16_bytes(one, prefill, prefill + continuation)
+        for one in (engine, base)
+    )
+    return replace(found, bf16_bytes=ours, base_bf16_bytes=theirs)
 
 
 def _layers(

@@ -138,18 +138,21 @@ def _table(title: str, table: Table) -> dict[str, Any]:
 def _headline(report: Mapping[str, Any]) -> list[dict[str, str]]:
     result, answers = report["divergence"], report["retrieval"]
     tokens = result["prefill"] + result["continuation"]
-    base = result["base_cache_bytes"]
-    if base is None:
+    if result["base_cache_bytes"] is None:
         right, asked = (sum(recall[key] for recall in answers) for key in ("correct", "asked"))
         return [
             _fact("cache", decimal(result["cache_bytes"]), f"for {tokens} tokens"),
             _estimate_fact("perplexity", result["perplexity"], 4, "of the text"),
             _fact("recall", f"{right}/{asked}", "questions answered"),
         ]
-    saved, dtype = 1 - report["bytes_share"], report["environment"]["dtype"]
+    saved, dtype = 1 - report["bytes_share"], "bfloat16"
+    ours, theirs = result.get("bf16_bytes"), result.get("base_bf16_bytes")
+    if ours is None:  # up to version 2
+        ours, theirs = result["cache_bytes"], result["base_cache_bytes"]
+        dtype = report["environment"]["dtype"]
     known = sum(recall["base_correct"] for recall in answers)
     kept = report["recall_share"]
-    sizes = f"{decimal(result['cache_bytes'])} instead of {decimal(base)} for {tokens} tokens"
+    sizes = f"{decimal(ours)} instead of {decimal(theirs)} for {tokens} tokens"
     both = [estimate(result[name]["value"], None, 4) for name in ("perplexity", "base_perplexity")]
     facts = [
         _fact(

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from kvtool.errors import UsageError
+from kvtool.mamba import shape_of
 
 if TYPE_CHECKING:
     from kvtool.layer_plan import LayerPlan
 from kvtool.runtime import Engine
+from kvtool.states import StatePlan
 
 PREFILL, CONTINUATION = 1536, 256
 SLICE = 32  # positions compared at once: float64 logits of a large vocabulary are heavy
@@ -100,6 +102,7 @@ class Divergence:
         perplexity_ratio: Paired: exp of the mean difference of log-likelihoods per window.
         cache_bytes: Of one sequence when all of it is fed, as allocated; the prompt has been
             compressed by then. base_cache_bytes: the same of the original.
+        bf16_bytes, base_bf16_bytes: The same with bfloat16 in the place of the dtype of the run.
         top1_agreement: Share of positions where both models' most likely token is the same.
         positions: The whole window in buckets; means over windows.
     """
@@ -110,6 +113,8 @@ class Divergence:
     cache_bytes: int
     perplexity: Estimate
     base_cache_bytes: int | None = None
+    bf16_bytes: int | None = None
+    base_bf16_bytes: int | None = None
     base_perplexity: Estimate | None = None
     kl: Estimate | None = None
     perplexity_ratio: Estimate | None = None
@@ -175,6 +180,30 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
             for size, own in zip(sizes, packed, strict=True)
         ]
     return sizes
+
+
+def bf16_bytes(engine: Engine, prompt: int, tokens: int) -> int:
+    """Bytes of one sequence of so many tokens, the first of them its prompt, with bfloat16 in the
+    place of the dtype of the run: integers, scales and states take what they take.
+    """
+    if (plan := engine.plan) is not None:
+        size = plan.cache_bytes(tokens, BFLOAT16_BYTES)
+        for budget in (n for layer in plan.layers for n in layer.budgets if n is not None):
+            kept = min(budget, prompt) + tokens - prompt  # what comes later stays
+            more = kept - min(budget, tokens)
+            size += 2 * BFLOAT16_BYTES * plan.base.head_dim * more
+        return size
+    size = 0
+    for attention, layer in zip(engine.attentions, layer_sizes(engine), strict=True):
+        if (window := attention.sliding_window) is not None:
+            layout = attention.stages.layout
+            kept = min(window, tokens)
+            size += 2 * BFLOAT16_BYTES * layout.kv_heads * layout.head_dim * kept
+        elif layer.bytes_per_token:
+            size += round(layer.bytes_per_token_bf16 * tokens)
+        else:
+            size += StatePlan.of(shape_of(engine.config)).cache_bytes(tokens, BFLOAT16_BYTES)
+    return size
 
 
 def _store_bytes(engine: Engine, capacity: int) -> list[int]:

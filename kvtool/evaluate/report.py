@@ -15,7 +15,7 @@ from kvtool.evaluate.tables import narrow_table
 from kvtool.evaluate.throughput import Bandwidth, Speed
 from kvtool.plan import Plan
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ABSENT = "–"
 
 
@@ -77,9 +77,13 @@ class Report:
 
     @property
     def bytes_share(self) -> float | None:
-        """Bytes of the cache of one evaluated sequence, as a share of the original's."""
-        base = self.divergence.base_cache_bytes
-        return self.divergence.cache_bytes / base if base else None
+        """Bytes of the cache of one evaluated sequence as a share of the original's, where exact
+        numbers of both are bfloat16.
+        """
+        found = self.divergence
+        if found.bf16_bytes is None or not found.base_bf16_bytes:
+            return None
+        return found.bf16_bytes / found.base_bf16_bytes
 
     @property
     def recall_share(self) -> float | None:
@@ -203,13 +207,10 @@ class Report:
             ),
         ]
         result = self.divergence
-        rows.append(
-            (
-                f"cache of {result.prefill + result.continuation} tokens, bytes as run",
-                result.base_cache_bytes,
-                result.cache_bytes,
-            )
-        )
+        tokens = f"cache of {result.prefill + result.continuation} tokens, bytes"
+        if result.bf16_bytes is not None:
+            rows.append((f"{tokens} as bfloat16", result.base_bf16_bytes, result.bf16_bytes))
+        rows.append((f"{tokens} as run", result.base_cache_bytes, result.cache_bytes))
         for name, original, measured in rows:
             shown = ABSENT if original is None else f"{original:,.0f}"
             table.add_row(name, shown, f"{measured:,.0f}", _percent(measured, original))

@@ -171,6 +171,14 @@ def test_budgets_are_shared_by_the_layers_that_see_the_whole_past(tiny, tmp_path
     Engine.load(checkpoint, plan=both)
 
 
+def test_plans_with_windows_in_other_layers_are_not_composed(tiny):
+    plan = streaming(open_case(tiny, "gemma3_text"), 2, 6)
+    some = [LayerPlan((False,) * HEADS, budget=(9,) * HEADS), plan.layers[0]] * 2
+    budgets = replace(plan, layers=tuple(some), policy="snapkv")
+    with pytest.raises(PlanError, match="same sliding windows"):
+        compose(plan, budgets)
+
+
 @pytest.mark.parametrize("method", ["aware", "kivi"])
 def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, method):
     (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))

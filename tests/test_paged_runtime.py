@@ -21,7 +21,7 @@ from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine, paged_split
 from kvtool.runtime import coded as coded_store
-from kvtool.runtime.graphs import PagedMemory
+from kvtool.runtime.graphs import PagedMemory, waits_for_experts
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.packed_latents import PackedLatentAttention
 from kvtool.runtime.pages import Pages, Place
@@ -451,3 +451,21 @@ def test_a_decode_step_waits_for_nothing(engines, kind):
             paged.decode(cache, ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "capability", "waits"),
+    [
+        ("mixtral", torch.bfloat16, (9, 0), False),
+        ("mixtral", torch.bfloat16, (8, 0), True),
+        ("mixtral", torch.float32, (9, 0), True),
+        ("granitemoe", torch.float16, (10, 0), True),
+        ("llama", torch.float32, (8, 0), False),
+    ],
+)
+def test_a_step_that_waits_for_experts_is_not_recorded(
+    tiny, monkeypatch, family, dtype, capability, waits
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    checkpoint = Checkpoint.open(str(tiny(family, **CASES[family][1])))
+    assert waits_for_experts(checkpoint.load_transformers(dtype)) is waits

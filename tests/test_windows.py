@@ -12,12 +12,14 @@ from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
 from kvtool.calibrate.heads import METHODS, HeadOptions, calibrate_heads
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli.serve import native_bytes_per_token
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
 from kvtool.evaluate.protocol import cache_size
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
+from kvtool.runtime.scheduler import Scheduler
 from kvtool.slices import compose, cut, stream_heads
 from kvtool.windows import WindowPlan
 
@@ -92,6 +94,13 @@ def test_memory_is_known_before_it_is_taken(tiny, name, planned):
         engine.extend(cache, tokens(length))
         cache.resize(-(-length // 64) * 64)
         assert memory.holding(length, length) == cache.allocated_bytes
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_of_a_long_text_a_token_costs_what_the_other_layers_keep(tiny, planned):
+    checkpoint = open_case(tiny, "gemma3_text")
+    engine = Engine.load(checkpoint, plan=streaming(checkpoint, 2, 5) if planned else None)
+    assert native_bytes_per_token(Scheduler(engine, 10**8), checkpoint) == 2 * TOKEN
 
 
 @pytest.mark.parametrize("name", MIXED)

@@ -17,7 +17,6 @@ from kvtool.errors import KvtoolError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
-    from kvtool.runtime import Engine
     from kvtool.runtime.scheduler import Scheduler
 
 _SERVER, _MEMORY = "Server", "Memory"
@@ -130,7 +129,7 @@ def serve_local(
             f"{needed:,} bytes"
         )
     _warm_up(scheduler)
-    native = native_bytes_per_token(engine, checkpoint)
+    native = native_bytes_per_token(scheduler, checkpoint)
     worker = Worker(
         scheduler,
         model=served_model_name or model,
@@ -166,17 +165,19 @@ def room(scheduler: Scheduler) -> str:
     )
 
 
-def native_bytes_per_token(engine: Engine, checkpoint: Checkpoint) -> float:
-    """Bytes per token of the cache that this one is smaller than, in the same precision."""
+def native_bytes_per_token(scheduler: Scheduler, checkpoint: Checkpoint) -> float:
+    """Bytes that a further token of a long text costs in the cache that this one is smaller than,
+    in the same precision.
+    """
     from kvtool.convert.artifact import MANIFEST, read_manifest
 
-    itemsize = engine.dtype.itemsize
+    engine, itemsize = scheduler.engine, scheduler.engine.dtype.itemsize
     if engine.plan is not None:
         return engine.plan.native_bytes_per_token(itemsize)
     if (checkpoint.path / MANIFEST).exists():
         before = read_manifest(checkpoint.path)["plan"]["bytes_per_token_before"]
         return float(before) / 2 * itemsize  # the manifest counts bf16
-    return engine.new_cache(1, 64).bytes_per_token()
+    return scheduler.memory.bytes_per_token
 
 
 def _size(text: str, flag: str) -> int:

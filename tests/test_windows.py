@@ -12,6 +12,7 @@ from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
 from kvtool.calibrate.heads import METHODS, HeadOptions, calibrate_heads
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli.plan import score_picture
 from kvtool.cli.serve import native_bytes_per_token
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
 from kvtool.evaluate.protocol import cache_size
@@ -136,6 +137,12 @@ def test_heads_of_the_other_layers_are_scored_and_stream(tiny, tmp_path, monkeyp
     read = Plan.read(tmp_path / "heads.plan")
     assert read.layers == some.layers
     assert torch.equal(read.scores, plan.scores)
+
+
+def test_scores_of_layers_with_a_window_are_not_shown(tiny):
+    plan = streaming(open_case(tiny, "gemma3_text"), 2, 6)
+    plan = replace(plan, scores=torch.tensor([[9.0, 9], [1, 3], [0, 9], [2, 4]]))
+    assert score_picture(plan).splitlines()[:2] == ["0  · ░", "1  ▒ █"]
 
 
 def test_a_budget_is_met_by_the_heads_that_see_the_whole_past(tiny):

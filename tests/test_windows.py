@@ -1,5 +1,6 @@
 """Layers with a sliding window keep it and no more, and the layers beside them are planned for."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
 from kvtool.calibrate.heads import METHODS, HeadOptions, calibrate_heads
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli import run_command
 from kvtool.cli.plan import score_picture
 from kvtool.cli.serve import native_bytes_per_token
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
@@ -143,6 +145,19 @@ def test_scores_of_layers_with_a_window_are_not_shown(tiny):
     plan = streaming(open_case(tiny, "gemma3_text"), 2, 6)
     plan = replace(plan, scores=torch.tensor([[9.0, 9], [1, 3], [0, 9], [2, 4]]))
     assert score_picture(plan).splitlines()[:2] == ["0  · ░", "1  ▒ █"]
+
+
+def test_scores_of_layers_with_a_window_are_not_compared(tiny, tmp_path, capsys):
+    plan, names = streaming(open_case(tiny, "gemma3_text"), 2, 6), []
+    for name, rows in (("one", [1.0, 3, 2, 4]), ("other", [4.0, 2, 3, 1])):
+        scores = torch.zeros(4, 2)
+        scores[1::2] = torch.tensor(rows).view(2, 2)
+        names.append(str(tmp_path / name))
+        replace(plan, scores=scores).write(tmp_path / name)
+    assert run_command(["calibrate", "compare-heads", *names, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["spearman"][0][1] == pytest.approx(-1)
+    assert result["shared_full_heads_at_half"][0][1] == 0
 
 
 def test_a_budget_is_met_by_the_heads_that_see_the_whole_past(tiny):

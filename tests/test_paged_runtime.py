@@ -12,6 +12,7 @@ from _kernel_tools import DEVICE
 
 from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli.serve import room
 from kvtool.convert import conversion, planning
 from kvtool.errors import UsageError
 from kvtool.kernels.dispatch import VARIABLE
@@ -451,6 +452,29 @@ def test_a_decode_step_waits_for_nothing(engines, kind):
             paged.decode(cache, ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory", "rows"), [("starcoder2, window", 3.5, 2), ("gemma3_text", 20.0, 9)]
+)
+def test_rings_are_of_as_many_rows_as_memory_has_room_for(tiny, monkeypatch, kind, memory, rows):
+    monkeypatch.setenv(VARIABLE, "triton")
+    family, more = CASES[kind]
+    checkpoint = Checkpoint.open(str(tiny(family, **{**more, "sliding_window": 200})))
+    paged = Engine.load(checkpoint, device=DEVICE)
+    probe = PagedMemory(paged, 0, 0)
+    each = probe.row_bytes + probe.pages.table_bytes
+    scheduler = Scheduler(paged, int(memory * each), max_running=40)
+    assert scheduler.max_running == rows
+    assert ("2 sequences of up to 512 tokens" in room(scheduler)) is (rows == 2)
+    assert scheduler.budget == int(memory * each) - paged.memory.fixed_bytes(rows)
+    scheduler.check(100, 100)
+    for seed in range(rows + 1):
+        scheduler.add(Request(tokens(5, seed).tolist(), 3))
+    monkeypatch.setattr(scheduler, "_decode", list)  # prompts alone
+    scheduler.step()
+    assert len(scheduler.running) == rows
+    assert paged.memory.pages.rows == rows + 1
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,8 @@ def room(scheduler: Scheduler) -> str:
     """What the caches have room for, in words: whole sequences, as long as one alone may become."""
     memory = scheduler.memory
     longest = 1 + scheduler.room(1)
-    count = scheduler.budget // memory.holding(longest, 1)
+    each = memory.holding(longest, 1)  # nothing where rows have rings alone
+    count = scheduler.budget // each if each else scheduler.max_running
     constant = f"{memory.constant:,} bytes and " if memory.constant else ""
     return (
         f"{counted(count, 'sequence')} of up to {counted(longest, 'token')}: each takes {constant}"

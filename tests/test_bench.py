@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from _family_cases import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -81,17 +80,6 @@ def test_a_step_reads_every_weight_but_the_untied_embedding(
     unread = 0 if tied else model.get_input_embeddings().weight.numel()
     engine = Engine.load(checkpoint, dtype=torch.bfloat16)
     assert throughput.weight_bytes(engine) == 2 * (parameters - unread)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "ernie4_5_moe"])
-def test_a_step_reads_the_experts_that_are_chosen(tiny: Callable[..., Path], family: str) -> None:
-    checkpoint = Checkpoint.open(str(tiny(family, **CASES[family][1])))
-    model = checkpoint.load_transformers(torch.float32)
-    every = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
-    engine = Engine.load(checkpoint)
-    assert throughput.weight_bytes(engine) == every - experts / 2  # 2 of 4
-    assert throughput.weight_bytes(engine, 2) == every - experts / 4
 
 
 @pytest.mark.parametrize("target", ["transformers", "kvtool"])

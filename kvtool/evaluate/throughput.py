@@ -120,22 +120,16 @@ def measure_bandwidth(device: torch.device, nbytes: int = BANDWIDTH_BYTES) -> Ba
     return Bandwidth(best(lambda: torch.mv(matrix, vector)), best(matrix.sum))
 
 
-def weight_bytes(engine: Engine, rows: int = 1) -> int:
-    """Bytes of weights that one decode step of so many rows reads.
+def weight_bytes(engine: Engine) -> int:
+    """Bytes of weights that one decode step reads.
 
-    The embedding table is read one row at a time, unless it is also the output head. Of experts
-    those count that are chosen when all are equally likely: with k of E for each row, E times
-    1 - (1 - k / E)^rows.
+    The embedding table is read one row at a time, unless it is also the output head.
     """
     model = engine.model
     embedding = model.get_input_embeddings().weight
     read = sum(weight.nbytes for weight in model.parameters())  # a tied table is listed once
     if model.lm_head.weight is not embedding:
         read -= embedding.nbytes
-    for module in model.modules():
-        if type(module).__name__.endswith("Experts"):
-            unread = (1 - engine.config.num_experts_per_tok / module.num_experts) ** rows
-            read -= unread * sum(weight.nbytes for weight in module.parameters())
     for attention in engine.attentions:
         if isinstance(attention, LatentRuntimeAttention):
             read += attention.absorb_query.nbytes + attention.absorb_value.nbytes
@@ -272,7 +266,7 @@ def compare_speed(
     sides = 2 if dense is None else 3
     total = repeats * sides
     store = cache_size(engine)
-    weights = weight_bytes(engine, batch)
+    weights = weight_bytes(engine)
     vocabulary = min(engine.vocab_size, rival.config.get_text_config().vocab_size)
 
     def generations(prompts: list[list[int]], count: int) -> list[Generation]:

@@ -67,18 +67,7 @@ def calibrate_budgets(
     """
     check_can_drop(checkpoint, windows=True)
     whole = Plan(base_of(checkpoint), whole_layers(checkpoint))
-    heads, unit = whole.planned_heads, 2 * itemsize * whole.base.head_dim
-    low = min(options.minimum, options.context)
-    native = whole.native_bytes(options.context, itemsize)
-    bounded = native - heads * options.context * unit  # by sliding windows, whatever the budget
-    total = (budget_bytes - bounded) // unit
-    if not low * heads <= total <= options.context * heads:
-        raise UsageError(
-            f"a budget of {budget_bytes:,} bytes after {options.context} tokens is impossible: all "
-            f"of them take {native:,}, and the {low} that every head keeps at "
-            f"least {bounded + low * heads * unit:,}",
-            hint="--minimum says how many those are",
-        )
+    total = budget_tokens(whole, options, budget_bytes, itemsize)
     statistics = None
     corpus, tokens = None, 0
     if options.method not in ("uniform", "pyramidkv"):
@@ -101,6 +90,30 @@ def calibrate_budgets(
         for index, layer in enumerate(whole.layers)
     )
     return replace(whole, layers=layers, policy=options.policy, provenance=(provenance,))
+
+
+def budget_tokens(whole: Plan, options: BudgetOptions, budget_bytes: int, itemsize: int) -> int:
+    """Tokens that all heads of a model keep together in `budget_bytes`.
+
+    Args:
+        whole: The plan that keeps everything.
+
+    Raises:
+        UsageError: The budget is too small or too large for the bounds.
+    """
+    heads, unit = whole.planned_heads, 2 * itemsize * whole.base.head_dim
+    low = min(options.minimum, options.context)
+    native = whole.native_bytes(options.context, itemsize)
+    bounded = native - heads * options.context * unit  # by sliding windows, whatever the budget
+    total = (budget_bytes - bounded) // unit
+    if not low * heads <= total <= options.context * heads:
+        raise UsageError(
+            f"a budget of {budget_bytes:,} bytes after {options.context} tokens is impossible: all "
+            f"of them take {native:,}, and the {low} that every head keeps at "
+            f"least {bounded + low * heads * unit:,}",
+            hint="--minimum says how many those are",
+        )
+    return total
 
 
 def share_out(

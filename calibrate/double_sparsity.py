@@ -49,10 +49,10 @@ def calibrate_double_sparsity(
         text: That statistics are of.
 
     Raises:
-        UnsupportedModelError: The layers have no KV heads, or a sliding window.
+        UnsupportedModelError: No layer has KV heads that see the whole past.
         UsageError: The numbers are out of range, or the plan leaves no head to read sparsely.
     """
-    check_can_drop(checkpoint)
+    check_can_drop(checkpoint, windows=True)
     check_options(checkpoint, plan, channels, tokens)
     statistics = collect(checkpoint, text, report=report)
     layers = range(len(plan.layers))
@@ -67,7 +67,9 @@ def calibrate_double_sparsity(
 def labelled(plan: Plan, labels: Sequence[Tensor], tokens: int) -> Plan:
     """The plan with label channels `[H, r]` of every layer, by which so many tokens are read."""
     layers = [
-        replace(layer, sparse=SparseReading(tuple(map(tuple, own.tolist())), tokens))
+        layer
+        if layer.kept is not None
+        else replace(layer, sparse=SparseReading(tuple(map(tuple, own.tolist())), tokens))
         for layer, own in zip(plan.layers, labels, strict=True)
     ]
     return replace(plan, layers=tuple(layers))
@@ -106,7 +108,7 @@ def check_options(checkpoint: Checkpoint, plan: Plan, channels: int, tokens: int
         )
     if any(layer.sparse for layer in plan.layers):
         raise UsageError("the plan of --plan is read sparsely", hint="Give the one it was made of.")
-    if plan.codes or any(layer.bits or layer.kept or layer.budget for layer in plan.layers):
+    if plan.codes or any(layer.bits or layer.budget for layer in plan.layers):
         raise UsageError(
             "the plan of --plan has codes, few bits or token budgets, which are not read sparsely",
             hint="Give one that says which heads stream.",

@@ -160,7 +160,8 @@ def plan_ahead(
     plan = with_states(plan, options.states)
     if not options.heads:
         return plan.cache_bytes(options.context, itemsize)
-    if options.method in _FITTED and any(layer.kept is not None for layer in plan.layers):
+    unlike = (isinstance(layer.kept, StatePlan | LatentPlan) for layer in plan.layers)
+    if options.method in _FITTED and any(unlike):
         raise UsageError(f"{options.named} is for models whose layers all have KV heads")
     same = options.bits is None or first.keys == first.values
     if latents.latents_of(plan):

@@ -446,7 +446,8 @@ def _resolved(options: StatisticsOptions, limit: int) -> StatisticsOptions:
     window = min(WINDOW, limit) if options.window is None else options.window
     context = max(window, min(CONTEXT, limit)) if options.context is None else options.context
     if context > limit:
-        raise UsageError(f"--context {context} is more than the {limit} positions of the model")
+        given = f"--window {window}" if options.context is None else f"--context {context}"
+        raise UsageError(f"{given} is more than the {limit} positions of the model")
     if window > context:
         raise UsageError(f"--window {window} is longer than the context of {context}")
     if not 0 <= options.sinks < window:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtool import __version__, fp8
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.corpus import Corpus
-from kvtool.errors import CheckpointError
+from kvtool.errors import CheckpointError, UsageError
 from kvtool.recipe import dump_recipe
 
 if TYPE_CHECKING:
@@ -101,8 +101,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a converted folder.
 
     Raises:
-        CheckpointError: There is none, or it is damaged.
+        UsageError: There is no such folder.
+        CheckpointError: There is no manifest in it, or a damaged one.
     """
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}.")
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest["sha256"], manifest["base"]["fingerprint"]

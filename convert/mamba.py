@@ -219,9 +219,10 @@ def plan(
 def _check_layers(layers: tuple[int, ...], count: int) -> None:
     if not layers:
         raise UsageError("--layers names no layer to replace")
-    if (wrong := [i for i in layers if not 0 <= i < count]) or len(set(layers)) < len(layers):
-        what = f"{wrong[0]} is none of the {count} layers" if wrong else "names a layer twice"
-        raise UsageError(f"--layers: {what}")
+    if wrong := [i for i in layers if not 0 <= i < count]:
+        raise UsageError(f"--layers: {wrong[0]} is none of the {count} layers")
+    if len(set(layers)) < len(layers):
+        raise UsageError("--layers names a layer twice")
     if len(layers) == count:
         raise UsageError(
             f"--layers replaces all {count} layers, but transformers needs one with attention to "

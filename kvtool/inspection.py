@@ -13,11 +13,19 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.convert import targets
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config
+from kvtool.plan import check_can_drop
 from kvtool.replacements import mixer_shape
 
 CONTEXTS = (4096, 32768, 131072)
 """Lengths, in tokens, that cache sizes are stated for."""
 _BF16 = 2
+_PLANS: dict[str, dict[str, bool]] = {  # and what is no hindrance to them
+    "retrieval-heads": {"windows": True},
+    "budgets": {"windows": True},
+    "projections": {},
+    "quantization": {"windows": True, "other": True},
+    "double-sparsity": {"windows": True},
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,9 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class Application:
-    """Whether one conversion applies to the checkpoint, and if not, why."""
+    """Whether one conversion or plan applies to the checkpoint, and if not, why; plans have neither
+    method nor target.
+    """
 
     command: str
     method: str
@@ -111,6 +121,7 @@ class Inspection:
     parameters: int
     dtypes: dict[str, int]
     applications: list[Application]
+    plans: list[Application]
     cache_scales: str | None
 
     @property
@@ -155,7 +166,7 @@ class Inspection:
         """Plain values, for `--json`."""
         result = asdict(self)
         del result["runs"]
-        for application in result["applications"]:
+        for application in result["applications"] + result["plans"]:
             application["applies"] = not application["reasons"]
         cache = {str(tokens): self.cache_bytes(tokens) for tokens in CONTEXTS}
         return result | {
@@ -216,8 +227,20 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
             )
             for to, method, target in targets.CONVERSIONS
         ],
+        plans=[
+            Application(f"calibrate {what}", "", "", _plan_reasons(checkpoint, **hindered))
+            for what, hindered in _PLANS.items()
+        ],
         cache_scales=_cache_scales(checkpoint.cache_scheme),
     )
+
+
+def _plan_reasons(checkpoint: Checkpoint, **no_hindrance: bool) -> list[str]:
+    try:
+        check_can_drop(checkpoint, **no_hindrance)
+    except UnsupportedModelError as error:
+        return [str(error).removeprefix(f"{checkpoint.source} has ")]
+    return []
 
 
 def _cache_scales(scheme: dict[str, Any] | None) -> str | None:

@@ -150,9 +150,7 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False, windows: bool
         )
     bounded = [layout.sliding_window is not None for layout in layouts]
     if all(bounded) or (any(bounded) and not windows):
-        others = (
-            None if all(bounded) else "retrieval-heads, budgets and quantization plan the rest."
-        )
+        others = None if all(bounded) else "all calibrations but projections plan the others."
         raise UnsupportedModelError(
             f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
             "streaming heads, token budgets, few bits or sparse reading in them are not supported",

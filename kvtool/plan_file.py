@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -194,6 +195,8 @@ def check_plan_output(path: Path, *, overwrite: bool = False) -> None:
         raise UsageError(f"The folder {path.absolute().parent} does not exist.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder, but a plan is a file.", hint="Name a file.")
+    if not os.access(path.absolute().parent, os.W_OK):  # known before a calibration of minutes
+        raise UsageError(f"{path} cannot be written: permission is denied.")
     if not path.exists():
         return
     if not overwrite:

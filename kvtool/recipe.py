@@ -19,6 +19,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from kvtool.errors import RecipeError
+from kvtool.sizes import MAX_SEED
 
 SCHEMA_VERSION = 1
 
@@ -42,6 +43,7 @@ def _check_reports(files: list[str]) -> list[str]:
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 TextOrNumber = Annotated[str, BeforeValidator(_number_as_text)]
@@ -60,10 +62,10 @@ class ConvertStep(_Strict):
     output: str | None = None
     method: Literal["aware", "transmla", "exact"] = "aware"
     target: Literal["transformers", "vllm", "kvtool"] = "transformers"
-    kv_heads: int | None = None
+    kv_heads: Positive | None = None
     kv_budget: TextOrNumber | None = None
-    rope_dim: int | None = None
-    rank: int | None = None
+    rope_dim: Annotated[int, Field(ge=2)] | None = None
+    rank: Positive | None = None
     freqfold: TextOrNumber = "auto"
     layers: TextOrNumber | None = None
     heal: TextOrNumber | None = None
@@ -73,8 +75,8 @@ class ConvertStep(_Strict):
     smooth: bool = False
     turn_values: bool = False
     data: str | None = None
-    tokens: int = 16384
-    seed: int = 0
+    tokens: Positive = 16384
+    seed: Seed = 0
     dtype: DtypeName = "auto"
     shard_size: str = "2GB"
     verify: bool = True
@@ -92,12 +94,12 @@ class StatisticsStep(_Strict):
 
     uses: Literal["calibrate statistics"]
     data: str | None = None
-    tokens: int = 16384
-    window: int | None = None
-    context: int | None = None
-    sinks: int = 4
+    tokens: Positive = 16384
+    window: Positive | None = None
+    context: Positive | None = None
+    sinks: Natural = 4
     chat_share: Share = 0.25
-    seed: int = 0
+    seed: Seed = 0
 
 
 class HeadsStep(_Strict):
@@ -108,18 +110,18 @@ class HeadsStep(_Strict):
     method: Literal["ablation", "duo", "attention", "semantic", "entropy"] = "ablation"
     streaming_heads: TextOrNumber | None = None
     kv_budget: TextOrNumber | None = None
-    context: int | None = None
-    sink: int = 16
-    window: int = 256
+    context: Positive | None = None
+    sink: Natural = 16
+    window: Positive = 256
     prefill: Literal["dense", "streamed"] = "dense"
-    lengths: list[int] | None = None
-    samples: int = 8
+    lengths: list[Positive] | None = None
+    samples: Positive = 8
     data: str | None = None
-    steps: int = 200
+    steps: Positive = 200
     mix: Literal["self", "teacher"] = "self"
-    penalty: float = 0.05
+    penalty: NotNegative = 0.05
     device: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class BudgetsStep(_Strict):
@@ -132,11 +134,11 @@ class BudgetsStep(_Strict):
         "adakv"
     )
     policy: Literal["snapkv", "expected"] = "snapkv"
-    context: int | None = None
-    minimum: int = 64
+    context: Positive | None = None
+    minimum: Positive = 64
     data: str | None = None
-    tokens: int = 16384
-    seed: int = 0
+    tokens: Positive = 16384
+    seed: Seed = 0
 
 
 class ProjectionsStep(_Strict):
@@ -156,7 +158,7 @@ class ProjectionsStep(_Strict):
     window: Positive = 64
     data: str | None = None
     tokens: Positive = 16384
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 class QuantizationStep(_Strict):
@@ -177,7 +179,7 @@ class QuantizationStep(_Strict):
     window: Positive | None = None
     data: str | None = None
     tokens: Positive = 16384
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 class ReceptiveFieldStep(_Strict):
@@ -189,7 +191,7 @@ class ReceptiveFieldStep(_Strict):
     taught: Positive | None = None
     data: str | None = None
     tokens: Positive = 16384
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 class DoubleSparsityStep(_Strict):
@@ -201,7 +203,7 @@ class DoubleSparsityStep(_Strict):
     tokens_read: Positive = 256
     data: str | None = None
     tokens: Positive = 16384
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 class EvaluateStep(_Strict):
@@ -213,11 +215,11 @@ class EvaluateStep(_Strict):
     uses: Literal["evaluate"]
     output: ReportFiles | None = None
     data: str | None = None
-    windows: int | None = None
-    prefill: int | None = None
-    continuation: int | None = None
+    windows: Positive | None = None
+    prefill: Positive | None = None
+    continuation: Positive | None = None
     quick: bool = False
-    lengths: list[int] | None = None
+    lengths: list[Positive] | None = None
     layers: bool = True
     chat_prompts: bool = True
     speed: bool = True
@@ -227,7 +229,7 @@ class EvaluateStep(_Strict):
     min_chat_end: Share | None = None
     dtype: DtypeName = "auto"
     device: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 _PLANS = (

@@ -7,6 +7,9 @@ from fractions import Fraction
 
 from kvtool.errors import UsageError
 
+# Generators take 64 bits, and layers, steps and choices add their number to a seed.
+MAX_SEED = 2**62
+
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 

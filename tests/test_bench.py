@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from _family_cases import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,6 +16,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.errors import UsageError
 from kvtool.evaluate import throughput
+from kvtool.evaluate.protocol import cache_size
 from kvtool.runtime import Engine
 
 CPU = torch.device("cpu")
@@ -48,6 +50,30 @@ def test_sides_take_turns() -> None:
 
     throughput.in_turn([side("ours"), side("theirs")], 3, CPU)
     assert order == ["ours", "theirs"] * 3
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, more) in CASES.items() if "num_experts_per_tok" in more]
+)
+def test_a_step_reads_as_many_experts_as_a_token_takes(
+    tiny: Callable[..., Path], name: str
+) -> None:
+    family, more = CASES[name]
+    engine = Engine.load(Checkpoint.open(str(tiny(family, **more))))
+    named = list(engine.model.named_parameters())
+    experts = sum(p.nbytes for n, p in named if ".experts." in n)
+    rest = sum(p.nbytes for n, p in named if ".experts." not in n)
+    rest -= engine.model.model.embed_tokens.weight.nbytes
+    assert experts
+    assert throughput.weight_bytes(engine) == rest + experts * 2 // 4
+
+
+def test_a_window_that_is_not_full_is_not_read_whole(tiny: Callable[..., Path]) -> None:
+    engine = Engine.load(Checkpoint.open(str(tiny("mistral", sliding_window=100))))
+    store, token = cache_size(engine), 3 * 2 * 2 * 16 * 4
+    for tokens in (10, 100, 300):
+        found = throughput._cache_bytes(engine, store, tokens)
+        assert found == token * min(tokens, 100)
 
 
 def test_a_slow_start_is_prefill_and_not_decode() -> None:

@@ -83,6 +83,7 @@ def test_impossible_budgets_are_refused(tiny: Callable[..., Path], share: float)
     ("family", "overrides", "arguments", "code", "message"),
     [
         ("llama", {}, ["--context", "100000"], 2, "beyond the model's 512 tokens"),
+        ("llama", {}, ["--minimum", "400"], 2, "the 400 that every head keeps at least"),
         ("mistral", {"sliding_window": 64}, [], 4, "sliding window"),
     ],
 )

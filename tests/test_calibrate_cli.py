@@ -9,6 +9,7 @@ import pytest
 import torch
 from _convert_tools import convert
 from conftest import make_model
+from rich.filesize import decimal
 
 from kvtool.calibrate import heads
 from kvtool.calibrate.duo import GatedModel
@@ -217,7 +218,10 @@ def test_dry_run_tells_the_size_and_writes_nothing(
     assert planned["bytes"] <= 0.55 * planned["native_bytes"]
     assert planned["streaming_heads"] == 3
     assert calibrate(tiny("llama"), tmp_path / "a.plan", *command) == 0
-    assert "nothing written" in capfd.readouterr().out
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "nothing written" in shown
+    assert f"cache, bf16 {decimal(planned['bytes'])} (" in shown
+    assert "dry run" not in shown
     assert calibrate(tiny("llama"), tmp_path / "a.plan", "--dry-run", "--window", "497") == 2
     assert list(tmp_path.iterdir()) == []
 

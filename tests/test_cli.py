@@ -30,8 +30,11 @@ CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 WORDED_BY_COMMAND = {"--output", "--against", "--help", "--seed", "--method", "--kv-budget"}
 WORDED_BY_COMMAND |= {"--context", "--sink", "--window", "--prefill", "--length"}
 WORDED_BY_COMMAND |= {"--streaming-heads", "--bits", "--read", "--steps", "--rank"}
-# Which layers `convert` replaces; that `evaluate` measures layers one by one.
-WORDED_BY_COMMAND |= {"--layers"}
+# Which layers `convert` replaces; that `evaluate` measures layers one by one. What `convert`
+# writes; what others compute in.
+WORDED_BY_COMMAND |= {"--layers", "--dtype"}
+# Not all methods of `calibrate retrieval-heads` can go on.
+WORDED_BY_COMMAND |= {"--resume"}
 
 
 def parameters(group: Any = None, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -61,6 +64,23 @@ def test_a_flag_means_the_same_in_every_command() -> None:
                 shown = "" if long in WORDED_BY_COMMAND else parameter.help
                 meanings.setdefault(flag, set()).add((long, shown))
     assert {flag: said for flag, said in meanings.items() if len(said) > 1} == {}
+
+
+def test_automatic_precision_says_what_it_is() -> None:
+    said = {path: option.help for path, option in parameters() if option.name == "dtype"}
+    assert "as it was" in said.pop("convert")
+    assert len(said) > 3
+    assert all("float32 on the CPU, bfloat16 on a GPU" in words for words in said.values())
+
+
+def test_a_seed_that_no_generator_takes_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seeds = [path for path, option in parameters() if option.name == "seed"]
+    assert {"generate", "calibrate statistics", "convert", "evaluate"} <= set(seeds)
+    for path in seeds:
+        assert run_command([*path.split(), "nowhere", "--seed", str(2**64)]) == 2
+        assert "less than or equal to" in capsys.readouterr().err, path
 
 
 def test_version_names_the_libraries(capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,6 +321,9 @@ def test_convert_checks_its_output_and_verify_finds_later_damage(
     captured = capfd.readouterr()
     assert "bytes per token" in captured.out
     assert "converting" not in captured.err
+
+    assert run_command(["verify", str(tmp_path / "nowhere"), "--against", model]) == 2
+    assert f"There is no folder {tmp_path / 'nowhere'}." in capfd.readouterr().err
 
     weights = out / "model.safetensors"
     with safe_open(weights, "pt") as stored:

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.cli.chat import common_prefix, reuse_prefix
 from kvtool.cli.generate import chat_ids
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine, Sampling
 from kvtool.text import TextStream
 
@@ -48,7 +51,7 @@ def test_generate_streams_text_and_reports_on_stderr(tiny: Tiny, capfd: Capture)
     assert run_command(["generate", folder, prompt, "--max-new-tokens", "12"]) == 0
     out, err = capfd.readouterr()
     assert "prompt tokens" in err
-    assert "bytes per token" in err
+    assert "bytes per token in float32" in err
     assert run_command(["generate", folder, prompt, "--max-new-tokens", "12", "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["text"] + "\n" == out
@@ -313,3 +316,12 @@ def test_a_model_without_a_chat_template_cannot_chat(
     err = capfd.readouterr().err
     assert "no chat template" in err
     assert "hint:" in err
+
+
+def test_the_python_of_the_readme_runs(smollm2: Checkpoint, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    Plan(base_of(smollm2), whole_layers(smollm2)).write(tmp_path / "heads.plan")
+    command = [sys.executable, "-c", snippet]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(" Paris.")

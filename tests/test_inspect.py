@@ -1,20 +1,24 @@
 """`kvtool inspect` tells from headers what a checkpoint is, costs, and can become."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from _family_cases import CASES
 from _hybrid_tools import write_hybrid
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config
 
 from kvtool.checkpoint import Checkpoint
-from kvtool.cli import run_command
+from kvtool.cli import _console, run_command
 from kvtool.convert import targets
 from kvtool.factored import factor_tensors, factored_config
 from kvtool.inspection import CONTEXTS, inspect_checkpoint
@@ -169,11 +173,11 @@ def test_an_unknown_attention_is_explained_and_not_an_error(
     tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = json.loads((tiny("llama") / "config.json").read_text())
-    config |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+    config |= {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((tiny("llama") / "model.safetensors").read_bytes())
     assert run_command(["inspect", str(tmp_path)]) == 0
-    assert "not supported: model type 'phi3'" in capfd.readouterr().out
+    assert "not supported: model type 'gemma2'" in capfd.readouterr().out
     assert run_command(["inspect", str(tmp_path), "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["kv_bytes_per_token"] is None
@@ -210,9 +214,37 @@ def test_json_and_table_say_the_same(tiny: Tiny, capfd: pytest.CaptureFixture[st
     assert f"{result['parameters']:,} parameters" in text
     assert len(result["applications"]) == len(targets.METHODS) * len(targets.TARGETS) + 3
     assert f"less from {result['hybrid']['even_at']} tokens on" in text
-    for item in result["applications"]:
+    for item in result["applications"] + result["plans"]:
         verdict = "yes" if item["applies"] else "no"
-        assert f"{item['command']} {item['method']} {item['target']} {verdict}" in text
+        row = f"{item['command']} {item['method']} {item['target']} {verdict}"
+        assert " ".join(row.split()) in text
+
+
+def test_what_no_method_can_do_is_said_once(tiny: Tiny, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["inspect", str(tiny("olmo2"))]) == 0
+    text = " ".join(capfd.readouterr().out.split())
+    assert text.count("convert --to mla") == 1
+    assert "convert --to mla any any no model type 'olmo2' is not one of" in text
+
+
+def test_plans_apply_where_heads_see_the_whole_past(tiny: Tiny) -> None:
+    def applying(family: str, **more: Any) -> list[str]:
+        inspection = inspect_checkpoint(Checkpoint.open(str(tiny(family, **more))))
+        return [item.command for item in inspection.plans if not item.reasons]
+
+    family, mixed = CASES["gemma3_text"]
+    some = [f"calibrate {x}" for x in ("retrieval-heads", "budgets", "quantization")]
+    assert applying(family, **mixed) == [*some, "calibrate double-sparsity"]
+    assert len(applying("olmo2")) == 5
+    assert not applying("mistral", sliding_window=24)
+
+
+def test_a_narrow_terminal_loses_no_word(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(_console, "out", Console(file=said, width=60))
+    assert run_command(["inspect", str(tiny("llama"))]) == 0
+    assert "convert" in said.getvalue()
+    assert "…" not in said.getvalue()
 
 
 def test_bad_input_is_one_line_and_an_exit_code(

@@ -197,6 +197,7 @@ def test_a_control_is_beaten_text_by_text(ours, theirs, better):
         (["--layers", "3"], 2, "one has to keep its attention"),
         (["--layers", "0,1,2"], 2, "replaces all 3 layers"),
         (["--layers", "1,7"], 2, "7 is none of the 3 layers"),
+        (["--layers", "1,1"], 2, "--layers names a layer twice"),
         (["--layers", "1,1"], 2, "twice"),
         (["--layers", "auto"], 2, "needs --kv-budget"),
         (["--layers", "auto", "--kv-budget", "20%"], 2, "leaves attention in 0 of 3 layers"),

@@ -247,12 +247,18 @@ def test_nothing_is_replaced_unless_asked_for_and_then_only_a_plan(tmp_path: Pat
     assert [file.name for file in tmp_path.iterdir()] == ["plan"]
 
 
-def test_an_impossible_output_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_an_impossible_output_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UsageError, match="folder"):
         check_plan_output(tmp_path, overwrite=True)
     with pytest.raises(UsageError, match="does not exist"):
         check_plan_output(tmp_path / "missing" / "plan")
     check_plan_output(tmp_path / "plan")
+    # Permissions of files do not bind whoever runs tests as root.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UsageError, match="permission is denied"):
+        check_plan_output(tmp_path / "plan")
 
 
 def test_a_provenance_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -366,7 +372,7 @@ def test_a_document_with_anything_anywhere_is_refused_or_works(
 @pytest.mark.parametrize(
     ("where", "value", "complaint"),
     [
-        ("format_version", "7", "newer kvtool"),
+        ("format_version", "8", "newer kvtool"),
         ("format_version", "2", "whose codes are not read"),
         ("format_version", "0", "no kvtool has written"),
         ("allocation", '"even"', "come together"),

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
 from kvtool.checkpoint import sha256_file
 from kvtool.cli import calibrate as calibrate_command
@@ -245,6 +246,29 @@ def test_steps_know_every_choice_of_their_command(step: type) -> None:
     for name, field in step.model_fields.items():
         if name not in ("uses", "output", "to"):
             assert choices(field.annotation) == choices(hints[name]), name
+
+
+def refused(step: type[BaseModel], name: str, number: int) -> bool:
+    """Whether a field takes no such number, nor a list of it."""
+    wrong = []
+    for value in (number, [number]):
+        try:
+            step.model_validate({name: value})
+        except ValidationError as error:
+            wrong.append(any(one["loc"][0] == name for one in error.errors()))
+    return wrong == [True, True]
+
+
+@pytest.mark.parametrize("step", COMMANDS)
+def test_steps_refuse_the_numbers_that_their_command_refuses(step: type[BaseModel]) -> None:
+    hints = get_type_hints(COMMANDS[step], include_extras=True)
+    for name in step.model_fields:
+        option = getattr(hints.get(name), "__metadata__", (None,))[0]
+        least, most = getattr(option, "min", None), getattr(option, "max", None)
+        if name != "uses" and least is not None:
+            assert not refused(step, name, least), name
+            assert refused(step, name, least - 1), name
+            assert most is None or refused(step, name, most + 1), name
 
 
 def test_a_step_of_codes_is_the_command_with_its_options(

@@ -407,6 +407,7 @@ def test_errors_have_openais_shape_and_the_right_status(server, path, body, stat
             "messages.0.content.0.type: Input should be 'text'",
         ),
         ("/v1/embeddings", {"input": "a"}, "Not Found: POST /v1/embeddings"),
+        (CHAT, [], "the body is no JSON object, sent as application/json"),
     ],
 )
 def test_errors_say_what_is_wrong_in_one_sentence(server, path, body, message):
@@ -424,6 +425,14 @@ def test_a_body_that_is_no_json_is_refused(server):
         response = httpx.post(f"{server.url}{CHAT}", content=content, headers=headers)
         assert response.status_code == 400, content[:5]
         assert response.json()["error"]["type"] == "invalid_request_error"
+    for content, kind, message in (
+        (b"", "application/json", "the body is empty"),
+        (b"a=b", "application/x-www-form-urlencoded", "the body is no JSON object"),
+    ):
+        headers = {"content-type": kind}
+        response = httpx.post(f"{server.url}{CHAT}", content=content, headers=headers)
+        assert response.json()["error"]["message"].startswith(message)
+    headers = {"content-type": "application/json"}
     broken = httpx.post(f"{server.url}{CHAT}", content=b'{"a": }', headers=headers)
     assert broken.json()["error"]["message"] == (
         "the body is no JSON: Expecting value (character 6)"
@@ -833,13 +842,16 @@ def test_what_cannot_be_served_is_said_in_one_sentence(tiny, capfd, arguments, c
     error = capfd.readouterr().err
     assert message in error
     assert error.startswith("error: ")
+    assert "--port 0" not in error
 
 
 def test_a_port_that_is_taken_is_known_before_the_weights_are_loaded(tiny, capfd):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert run_command(["serve-local", str(tiny("llama")), "--port", port]) == 1
-    assert f"cannot listen on 127.0.0.1 port {port}" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert f"cannot listen on 127.0.0.1 port {port}" in err
+    assert "hint: --port 0" in err
 
 
 def test_whatever_the_document_allows_is_answered_without_a_500(server):

@@ -482,6 +482,7 @@ def test_predicted_sizes_are_the_real_ones(tiny, home):
     [
         ({"window": 500}, "--window 500 is longer than the context of 400"),
         ({"context": 513}, "--context 513 is more than the 512 positions"),
+        ({"window": 513, "context": None}, "--window 513 is more than the 512 positions"),
         ({"sinks": 60}, "--sinks 60 leaves nothing of a window of 60"),
         ({"chat": 1.5}, "--chat 1.5 is not a share between 0 and 1"),
         ({"chat": float("nan")}, "--chat nan is not a share"),

@@ -10,8 +10,10 @@ from _family_cases import CASES
 from kvtool.calibrate import heads
 from kvtool.calibrate.budgets import METHODS as BUDGETS
 from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
+from kvtool.calibrate.double_sparsity import calibrate_double_sparsity
 from kvtool.calibrate.heads import METHODS, HeadOptions, calibrate_heads
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
+from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.cli.plan import score_picture
@@ -210,12 +212,19 @@ def test_plans_with_windows_in_other_layers_are_not_composed(tiny):
         compose(plan, budgets)
 
 
-@pytest.mark.parametrize("method", ["aware", "kivi"])
+@pytest.mark.parametrize("method", ["aware", "kivi", "rotatekv"])
 def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, method):
     (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
     checkpoint, ids = open_case(tiny, "olmo3"), tokens(160)
+    read = "rebuilt" if method == "rotatekv" else "absorbed"
     options = QuantizationOptions(
-        method, bits=(8, 8), group=32, data=str(tmp_path / "text.txt"), tokens=1024, context=512
+        method,
+        read=read,
+        bits=(8, 8),
+        group=32,
+        data=str(tmp_path / "text.txt"),
+        tokens=1024,
+        context=512,
     )
     plan = calibrate_quantization(
         checkpoint, options, everything(checkpoint, base_of(checkpoint), options), None, 2
@@ -233,6 +242,20 @@ def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, met
     )
     found = logits(Engine.load(checkpoint, plan=plan), ids, 150)
     assert (found - expected).square().mean().sqrt() / expected.std() > 3 * error
+
+
+def test_the_layers_that_see_the_whole_past_are_read_sparsely(tiny, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
+    checkpoint, ids = open_case(tiny, "gemma3_text"), tokens(150)
+    start = Plan(base_of(checkpoint), whole_layers(checkpoint))
+    text = StatisticsOptions(data=str(tmp_path / "text.txt"), tokens=512)
+    plan = calibrate_double_sparsity(checkpoint, start, 4, 40, text)
+    assert [layer.sparse is None for layer in plan.layers] == [True, False, True, False]
+    expected = logits(Engine.load(checkpoint), ids, 30)
+    found = logits(Engine.load(checkpoint, plan=plan), ids, 30)
+    whole = 2e-4 * float(expected.std())
+    torch.testing.assert_close(found[:40], expected[:40], atol=whole, rtol=0)
+    assert not torch.allclose(found[60:], expected[60:], atol=100 * whole, rtol=0)
 
 
 def test_a_model_of_windows_alone_is_refused(tiny):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kvtool.errors import UsageError
+from kvtool.sizes import MAX_SEED
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="NAME",
-        help="auto, float32, bfloat16 or float16.",
+        help="float32, bfloat16 or float16; auto: float32 on the CPU, bfloat16 on a GPU.",
         rich_help_panel=_COMPUTE,
     ),
 ]
@@ -89,7 +90,9 @@ Device = Annotated[
 ]
 Seed = Annotated[
     int,
-    typer.Option("--seed", min=0, help="Fixes every random choice.", rich_help_panel=_RUN),
+    typer.Option(
+        "--seed", min=0, max=MAX_SEED, help="Fixes every random choice.", rich_help_panel=_RUN
+    ),
 ]
 DryRun = Annotated[
     bool,

@@ -124,7 +124,14 @@ def retrieval_heads(
     device: _options.Device = "auto",
     seed: _options.Seed = 0,
     overwrite: _options.Overwrite = False,
-    resume: _options.Resume = True,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="With --method duo: go on where an interrupted run stopped.",
+            rich_help_panel="Run",
+        ),
+    ] = True,
     dry_run: _options.DryRun = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
@@ -293,7 +300,7 @@ def budgets(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Plan how many tokens of a prompt every head of MODEL keeps."""
-    from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
+    from kvtool.calibrate.budgets import BudgetOptions, budget_tokens, calibrate_budgets
     from kvtool.checkpoint import Checkpoint
     from kvtool.plan import Plan, base_of, check_can_drop, whole_layers
     from kvtool.plan_file import check_plan_output
@@ -309,15 +316,16 @@ def budgets(
     native = whole.native_bytes(context, _BF16)
     options = BudgetOptions(method, policy, context, minimum, data, tokens, seed)
     allowed = parse_budget(kv_budget, native)
+    kept = budget_tokens(whole, options, allowed, _BF16)
     if dry_run:
-        token = 2 * _BF16 * whole.base.head_dim
+        dropped = whole.planned_heads * context - kept
         planned = {
             "plan": str(output),
             "model": checkpoint.source,
             "method": method,
             "policy": policy,
             "context": context,
-            "bytes": allowed // token * token,
+            "bytes": native - dropped * 2 * _BF16 * whole.base.head_dim,
             "native_bytes": native,
             "dry_run": True,
         }

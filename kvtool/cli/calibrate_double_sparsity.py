@@ -48,18 +48,17 @@ def double_sparsity(
     from kvtool.calibrate.statistics import StatisticsOptions, memory_bytes
     from kvtool.calibrate.stream import LayerStream
     from kvtool.checkpoint import Checkpoint
-    from kvtool.plan import Plan, base_of, check_can_drop
+    from kvtool.plan import Plan, base_of, check_can_drop, whole_layers
     from kvtool.plan_file import check_plan_output
 
     check_plan_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
-    check_can_drop(checkpoint)
+    check_can_drop(checkpoint, windows=True)
     start = _options.read_plan(plan, checkpoint)
     if start is None:
-        base = base_of(checkpoint)
-        start = Plan(base, base.full_layers)
+        start = Plan(base_of(checkpoint), whole_layers(checkpoint))
     ahead = plan_ahead(checkpoint, start, channels, tokens_read)
     text = StatisticsOptions(data=data, tokens=tokens, seed=seed)
     context = _options.context_of(checkpoint, None)

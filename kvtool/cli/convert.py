@@ -140,7 +140,14 @@ def convert(
     data: _options.Data = None,
     tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
-    dtype: _options.Dtype = "auto",
+    dtype: Annotated[
+        _options.DtypeName,
+        typer.Option(
+            metavar="NAME",
+            help="Of the attention that is written: float32, bfloat16 or float16; auto: as it was.",
+            rich_help_panel="Output",
+        ),
+    ] = "auto",
     device: _options.Device = "auto",
     shard_size: _options.ShardSize = "2GB",
     overwrite: _options.Overwrite = False,

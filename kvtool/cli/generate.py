@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from kvtool.cli import _options as options
 from kvtool.cli._console import emit, err, stdin
 from kvtool.errors import UnsupportedModelError, UsageError
+from kvtool.sizes import MAX_SEED
 from kvtool.text import TextStream, check_text
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ RepetitionPenalty = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(min=0, help="Same seed, same text.", rich_help_panel=_SAMPLING),
+    typer.Option(min=0, max=MAX_SEED, help="Same seed, same text.", rich_help_panel=_SAMPLING),
 ]
 
 
@@ -143,7 +144,8 @@ def generate(
         speed = "" if rate is None else f", {len(tokens) - 1} more at {rate:.1f} tokens/s"
         err.print(
             f"{len(ids)} prompt tokens, first token after {prefill:.2f} s{speed}, "
-            f"cache {decimal(cache.allocated_bytes)}, {per_token:,.0f} bytes per token"
+            f"cache {decimal(cache.allocated_bytes)}, {per_token:,.0f} bytes per token in "
+            f"{str(engine.dtype).removeprefix('torch.')}"
         )
 
 

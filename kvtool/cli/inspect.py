@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -21,7 +23,7 @@ def inspect(
     offline: _options.Offline = False,
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
-    """Show attention, cache size and applicable conversions, without reading weights."""
+    """Show attention, cache size, and the plans and conversions that apply; reads no weights."""
     from kvtool.checkpoint import Checkpoint
     from kvtool.inspection import inspect_checkpoint
 
@@ -82,9 +84,14 @@ def _facts(inspection: Inspection) -> Table:
 def _applications(inspection: Inspection) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("what applies", "method", "target", "", "why not"):
-        table.add_column(column)
-    for item in inspection.applications:
-        verdict = "no" if item.reasons else "yes"
-        reasons = "; ".join(item.reasons)
-        table.add_row(item.command, item.method, item.target, verdict, reasons)
+        table.add_column(column, overflow="fold")
+    every = [*inspection.plans, *inspection.applications]
+    for command, group in groupby(every, lambda item: item.command):
+        items = list(group)
+        why = items[0].reasons
+        if why and len(items) > 1 and all(item.reasons == why for item in items):
+            items = [replace(items[0], method="any", target="any")]
+        for item in items:
+            verdict, reasons = "no" if item.reasons else "yes", "; ".join(item.reasons)
+            table.add_row(command, item.method, item.target, verdict, reasons)
     return table

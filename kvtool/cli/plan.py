@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 FULL, STREAMING, BUDGETED = "█", "·", "▒"
 SHADES, QUARTERS = "·░▒█", ("lowest quarter", "second", "third", "highest")
 _BF16 = 2
+_PLANNED_BYTES = {
+    "bytes": "cache, bf16",
+    "bytes_at_most": "cache, bf16, at most",
+    "bytes_read": "  read by each token",
+    "native_bytes": "native cache",
+    "memory_bytes": "memory needed, about",
+}
 
 plan_app = typer.Typer(name="plan", help="Look at plans, slice and compose.", no_args_is_help=True)
 
@@ -198,7 +205,8 @@ def _describe_heads(table: Table, result: dict[str, Any]) -> None:
     kept = ", ".join(f"the first {sink} and last {window} tokens" for sink, window in rings)
     share = f"{result['streaming_heads']} of {result['kv_heads']} KV heads"
     table.add_row("streaming", share + (f", {kept}" if kept else ""))
-    table.add_row("  per layer", " ".join(str(layer["streaming"]) for layer in layers))
+    if rings:
+        table.add_row("  per layer", " ".join(str(layer["streaming"]) for layer in layers))
     budgets = [x for layer in layers for x in layer["budget"] or () if x is not None]
     if budgets:
         spread = f"{_spread(budgets)} tokens, chosen by {result['policy']}"
@@ -317,7 +325,11 @@ def planned_facts(title: str, facts: dict[str, Any]) -> Table:
     """What a dry run says, name by name."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), f"{value}")
+        if name in _PLANNED_BYTES:
+            of = f" ({value / facts['native_bytes']:.1%})" if name.startswith("bytes") else ""
+            table.add_row(_PLANNED_BYTES[name], decimal(value) + of)
+        elif value is not None and name != "dry_run":
+            table.add_row(name.replace("_", " "), f"{value}")
     return table
 
 

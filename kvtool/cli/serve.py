@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import signal
 import socket
@@ -205,8 +206,10 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         raise KvtoolError(
-            f"cannot listen on {host} port {port}: {error}", hint="--port 0 takes a free one"
+            f"cannot listen on {host} port {port}: {error}",
+            hint="--port 0 takes a free one" if taken else None,
         ) from error
 
 

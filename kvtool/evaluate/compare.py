@@ -78,7 +78,7 @@ class Comparison:
         """One row per report, the Pareto-optimal ones marked."""
         given = self.conditions
         numbers = (
-            "cache",
+            "cache\nas run",
             "bytes per\ntoken,\nbfloat16",
             "KL\nin nats",
             "perplexity\nratio",

@@ -146,13 +146,15 @@ def _headline(report: Mapping[str, Any]) -> list[dict[str, str]]:
             _estimate_fact("perplexity", result["perplexity"], 4, "of the text"),
             _fact("recall", f"{right}/{asked}", "questions answered"),
         ]
-    saved = 1 - report["bytes_share"]
+    saved, dtype = 1 - report["bytes_share"], report["environment"]["dtype"]
     known = sum(recall["base_correct"] for recall in answers)
     kept = report["recall_share"]
     sizes = f"{decimal(result['cache_bytes'])} instead of {decimal(base)} for {tokens} tokens"
     both = [estimate(result[name]["value"], None, 4) for name in ("perplexity", "base_perplexity")]
     facts = [
-        _fact("bytes saved" if saved >= 0 else "bytes added", f"{abs(saved):.1%}", sizes),
+        _fact(
+            "bytes saved" if saved >= 0 else "bytes added", f"{abs(saved):.1%}", f"{sizes}, {dtype}"
+        ),
         _estimate_fact("KL", result["kl"], 3, "nats per token"),
         _estimate_fact("perplexity ratio", result["perplexity_ratio"], 4, " against ".join(both)),
         _fact(

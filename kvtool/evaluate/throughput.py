@@ -121,15 +121,21 @@ def measure_bandwidth(device: torch.device, nbytes: int = BANDWIDTH_BYTES) -> Ba
 
 
 def weight_bytes(engine: Engine) -> int:
-    """Bytes of weights that one decode step reads.
+    """Bytes of weights that one decode step reads at least.
 
-    The embedding table is read one row at a time, unless it is also the output head.
+    The embedding table is read one row at a time, unless it is also the output head, and of the
+    experts of a layer as many as one token takes.
     """
     model = engine.model
     embedding = model.get_input_embeddings().weight
     read = sum(weight.nbytes for weight in model.parameters())  # a tied table is listed once
     if model.lm_head.weight is not embedding:
         read -= embedding.nbytes
+    taken = getattr(engine.config, "num_experts_per_tok", 0)
+    for module in model.modules():
+        if type(module).__name__.endswith("Experts"):
+            whole = sum(weight.nbytes for weight in module.parameters())
+            read -= whole - whole * taken // module.num_experts
     for attention in engine.attentions:
         if isinstance(attention, LatentRuntimeAttention):
             read += attention.absorb_query.nbytes + attention.absorb_value.nbytes
@@ -360,7 +366,13 @@ def _prompts(vocabulary: int, batch: int, context: int) -> list[list[int]]:
 def _cache_bytes(engine: Engine, store: CacheSize, tokens: float) -> float:
     if engine.plan is not None:  # what token budgets keep is not in proportion to the length
         return engine.plan.read_bytes(round(tokens), engine.dtype.itemsize)
-    return store.constant_bytes + store.bytes_per_token * tokens
+    empty = 0.0  # of sliding windows
+    for attention in engine.attentions:
+        if (window := attention.sliding_window) is not None:
+            layout = attention.stages.layout
+            size = 2 * layout.kv_heads * layout.head_dim * engine.dtype.itemsize
+            empty += size * max(0, window - tokens)
+    return store.constant_bytes + store.bytes_per_token * tokens - empty
 
 
 def _synchronize(device: torch.device) -> None:

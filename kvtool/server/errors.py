@@ -100,4 +100,8 @@ def _what_is_wrong(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None
     where = [str(part) for part in chosen["loc"][1:] if not _TYPE_NAME.match(str(part))]
     param = ".".join(where) or None
     message = str(chosen["msg"]).removeprefix("Value error, ")
+    if chosen["type"] == "model_attributes_type" and param is None:
+        message = "the body is no JSON object, sent as application/json"
+    elif chosen["type"] == "missing" and param is None:
+        message = "the body is empty"
     return (f"{param}: {message}" if param else message), param

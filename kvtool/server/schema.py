@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kvtool.runtime import Sampling
+from kvtool.sizes import MAX_SEED
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 64
@@ -46,7 +47,7 @@ class Generation(BaseModel):
     stop_token_ids: list[Token] | None = Field(None, max_length=64)
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     ignore_eos: bool | None = None
-    seed: int | None = Field(None, ge=-(2**62), le=2**62)
+    seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None

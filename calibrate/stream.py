@@ -7,6 +7,7 @@ of a pass is bounded by the largest layer and the hidden states, not by the mode
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,8 @@ class LayerStream:
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(self.config)
         self._model.eval()
+        if self._model.lm_head.bias is not None:
+            raise UnsupportedModelError(f"{checkpoint.source} has an output head with a bias")
         embedding = self._model.model.embed_tokens  # Gemma's has a factor of its own
         own = float(getattr(embedding, "scalar_embed_scale", 1.0))
         self.embedding_factor = own * embedding_factor(self.config)
@@ -150,8 +153,10 @@ class LayerStream:
                     f"{path}: {name} has shape {list(stored[name])}, its config asks for "
                     f"{list(shape)}."
                 )
+        # Such as of layers that predict several tokens, which transformers has no use for either.
+        passed_over = self._model._keys_to_ignore_on_load_unexpected or ()
         for name in stored.keys() - needed.keys() - {"lm_head.weight"}:
-            if not name.endswith(IGNORED):
+            if not name.endswith(IGNORED) and not any(re.search(x, name) for x in passed_over):
                 raise CheckpointError(
                     f"{path} has a tensor {name}, which its config has no use for."
                 )

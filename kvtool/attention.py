@@ -49,6 +49,8 @@ _WINDOW_IN_CONFIG = ("mistral", "mixtral", "phi3", "starcoder2")
 one that nothing reads."""
 HYBRID = "granitemoehybrid"
 """The model type that has attention in some layers and Mamba-2 in the others."""
+_MUP = ("granite", "granitemoe", "granitemoeshared", HYBRID, "hyperclovax")
+"""Those that multiply embeddings and logits by what their config says; others' may say it, too."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         )
     if getattr(module, "attn_logit_softcapping", None):
         raise UnsupportedModelError(f"{name} ({kind}) caps its scores (softcap), not supported")
-    if not getattr(module, "is_causal", True):
+    if not all(getattr(x, "is_causal", True) for x in (module, module.config)):
         raise UnsupportedModelError(f"{name} ({kind}) looks at later tokens, too: it is no decoder")
     return _mla_layout(module) if mla else _gqa_layout(module, name)
 
@@ -275,15 +277,17 @@ def describe(config: Any) -> list[AttentionLayout]:
 
 def embedding_factor(config: Any) -> float:
     """What a model multiplies its embeddings by, where the embedding does not do so itself."""
-    return float(getattr(config, "embedding_multiplier", 1.0))  # Granite's
+    return float(config.embedding_multiplier) if config.model_type in _MUP else 1.0
 
 
 def logits_factor(config: Any) -> float:
     """What a model multiplies the logits of its output head by."""
-    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere's
-        return float(factor)
-    factor = float(getattr(config, "logits_scaling", 1.0))  # Granite's, which divides
-    return factor if config.model_type == "hyperclovax" else 1 / factor
+    if config.model_type in ("cohere", "cohere2"):
+        return float(config.logit_scale)
+    if config.model_type not in _MUP:
+        return 1.0
+    factor = float(config.logits_scaling)
+    return factor if config.model_type == "hyperclovax" else 1 / factor  # Granite divides
 
 
 def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:
@@ -339,10 +343,8 @@ def rope_of(config: Any) -> Rope:
 
 def _rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
     """By type of layer; under an empty name if there is one for all."""
-    parameters = config.rope_parameters
-    if "rope_theta" in parameters or "rope_type" in parameters:
-        return {"": parameters}
-    return {kind: own for kind, own in parameters.items() if kind in config.layer_types}
+    parameters, kinds = config.rope_parameters, getattr(config, "layer_types", None) or ()
+    return {kind: parameters[kind] for kind in parameters if kind in kinds} or {"": parameters}
 
 
 def _check_fixed(parameters: dict[str, Any]) -> None:

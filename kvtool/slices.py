@@ -127,7 +127,7 @@ def compose(heads: Plan, budgets: Plan) -> Plan:
         )
     if heads.codes or budgets.codes:
         raise PlanError("a plan with codes cannot be composed with another one yet")
-    kept = (layer.kept for layer in (*heads.layers, *budgets.layers))
+    kept = [layer.kept for layer in (*heads.layers, *budgets.layers)]
     if any(isinstance(one, StatePlan | LatentPlan) for one in kept):
         raise PlanError(
             "plans of latents and states are not composed",
@@ -143,6 +143,8 @@ def compose(heads: Plan, budgets: Plan) -> Plan:
             "label channels come last, and are for the heads that keep everything",
             hint="Give the plan that says which heads stream to calibrate double-sparsity.",
         )
+    if kept[: len(heads.layers)] != kept[len(heads.layers) :]:
+        raise PlanError("the plans do not have the same sliding windows in the same layers")
     if budgets.streaming_heads and heads.streaming_heads:
         raise PlanError("both plans choose heads that stream")
     if heads.policy is not None and budgets.policy is not None:

@@ -42,6 +42,7 @@ MIXED = {
     "num_hidden_layers": 4,
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES} | {
+    "qwen3, with what only others read": ("qwen3", MUP | {"logit_scale": 0.25}),
     "apertus": ("apertus", {}),
     "arcee": ("arcee", {}),
     "cohere": ("cohere", {"logit_scale": 0.25}),

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from _family_cases import MIXED, TWO_ROPES
 from conftest import FAMILIES, make_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kvtool.attention import GroupedQueryAttention, causal_attention, describe, recognise, rope_of
+from kvtool.attention import (
+    GroupedQueryAttention,
+    causal_attention,
+    describe,
+    recognise,
+    rope_of,
+    ropes_of,
+)
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UnsupportedModelError
 from kvtool.rope import rotate
@@ -87,6 +95,20 @@ def test_rope_that_depends_on_the_length_is_refused():
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(UnsupportedModelError, match="dynamic"):
         rope_of(make_config("llama", rope_parameters=rope))
+
+
+def test_a_model_that_looks_at_later_tokens_is_refused():
+    with pytest.raises(UnsupportedModelError, match="later tokens"):
+        describe(make_config("qwen2", is_causal=False))
+
+
+def test_of_rope_by_type_of_layer_the_rest_is_not_read():
+    both = {"rope_type": "linear", "factor": 2.0, **TWO_ROPES}
+    config = make_config("gemma3_text", rope_parameters=both, layer_types=MIXED["layer_types"][:3])
+    first, second, third = ropes_of(config)
+    assert first.equals(third)
+    assert float(first.inv_freq[1]) == pytest.approx(1e4 ** (-1 / 8))
+    assert float(second.inv_freq[1]) == pytest.approx(1e6 ** (-1 / 8))
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])

@@ -1,8 +1,11 @@
 """Every family runs, is measured and is planned for as transformers computes it."""
 
+import shutil
+
 import pytest
 import torch
 from _family_cases import CASES
+from safetensors.torch import load_file, save_file
 
 from kvtool.attention import FAMILIES as ALL
 from kvtool.attention import logits_factor
@@ -10,6 +13,7 @@ from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
+from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
@@ -93,3 +97,26 @@ def test_heads_in_another_order_compute_the_same(tiny, name):
     plan = Plan(base, (layer,) * base.layers)
     got = extended(Engine.load(checkpoint, plan=plan), ids, 40)
     same(got, expected(checkpoint, ids))
+
+
+def test_layers_that_transformers_passes_over_are_passed_over(tiny, tmp_path):
+    path = open_case(tiny, "glm4_moe").path
+    shutil.copytree(path, tmp_path / "model")
+    more = {"model.layers.46.eh_proj.weight": torch.zeros(2, 2)}  # predicts the token after next
+    file = tmp_path / "model" / "model.safetensors"
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    checkpoint = Checkpoint.open(str(tmp_path / "model"))
+    Engine.load(checkpoint)
+    LayerStream(checkpoint)
+    more["model.layers.45.eh_proj.weight"] = torch.zeros(2, 2)
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.45"):
+        LayerStream(Checkpoint.open(str(tmp_path / "model")))
+
+
+def test_an_output_head_with_a_bias_is_not_streamed(tiny):
+    more = {**CASES["ernie4_5_moe"][1], "use_bias": True}
+    checkpoint, ids = Checkpoint.open(str(tiny("ernie4_5_moe", **more))), tokens(20)
+    same(extended(Engine.load(checkpoint), ids, 10), expected(checkpoint, ids))
+    with pytest.raises(UnsupportedModelError, match="output head with a bias"):
+        LayerStream(checkpoint)

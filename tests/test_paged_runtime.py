@@ -12,6 +12,7 @@ from _kernel_tools import DEVICE
 
 from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli.serve import room
 from kvtool.convert import conversion, planning
 from kvtool.errors import UsageError
 from kvtool.kernels.dispatch import VARIABLE
@@ -21,7 +22,7 @@ from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine, paged_split
 from kvtool.runtime import coded as coded_store
-from kvtool.runtime.graphs import PagedMemory
+from kvtool.runtime.graphs import PagedMemory, waits_for_experts
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.packed_latents import PackedLatentAttention
 from kvtool.runtime.pages import Pages, Place
@@ -451,3 +452,44 @@ def test_a_decode_step_waits_for_nothing(engines, kind):
             paged.decode(cache, ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory", "rows"), [("starcoder2, window", 3.5, 2), ("gemma3_text", 20.0, 9)]
+)
+def test_rings_are_of_as_many_rows_as_memory_has_room_for(tiny, monkeypatch, kind, memory, rows):
+    monkeypatch.setenv(VARIABLE, "triton")
+    family, more = CASES[kind]
+    checkpoint = Checkpoint.open(str(tiny(family, **{**more, "sliding_window": 200})))
+    paged = Engine.load(checkpoint, device=DEVICE)
+    probe = PagedMemory(paged, 0, 0)
+    each = probe.row_bytes + probe.pages.table_bytes
+    scheduler = Scheduler(paged, int(memory * each), max_running=40)
+    assert scheduler.max_running == rows
+    assert ("2 sequences of up to 512 tokens" in room(scheduler)) is (rows == 2)
+    assert scheduler.budget == int(memory * each) - paged.memory.fixed_bytes(rows)
+    scheduler.check(100, 100)
+    for seed in range(rows + 1):
+        scheduler.add(Request(tokens(5, seed).tolist(), 3))
+    monkeypatch.setattr(scheduler, "_decode", list)  # prompts alone
+    scheduler.step()
+    assert len(scheduler.running) == rows
+    assert paged.memory.pages.rows == rows + 1
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "capability", "waits"),
+    [
+        ("mixtral", torch.bfloat16, (9, 0), False),
+        ("mixtral", torch.bfloat16, (8, 0), True),
+        ("mixtral", torch.float32, (9, 0), True),
+        ("granitemoe", torch.float16, (10, 0), True),
+        ("llama", torch.float32, (8, 0), False),
+    ],
+)
+def test_a_step_that_waits_for_experts_is_not_recorded(
+    tiny, monkeypatch, family, dtype, capability, waits
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    checkpoint = Checkpoint.open(str(tiny(family, **CASES[family][1])))
+    assert waits_for_experts(checkpoint.load_transformers(dtype)) is waits

@@ -1,5 +1,6 @@
 """Layers with a sliding window keep it and no more, and the layers beside them are planned for."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,12 +15,16 @@ from kvtool.calibrate.heads import METHODS, HeadOptions, calibrate_heads
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
 from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli import run_command
+from kvtool.cli.plan import score_picture
+from kvtool.cli.serve import native_bytes_per_token
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
 from kvtool.evaluate.protocol import cache_size
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
+from kvtool.runtime.scheduler import Scheduler
 from kvtool.slices import compose, cut, stream_heads
 from kvtool.windows import WindowPlan
 
@@ -96,6 +101,13 @@ def test_memory_is_known_before_it_is_taken(tiny, name, planned):
         assert memory.holding(length, length) == cache.allocated_bytes
 
 
+@pytest.mark.parametrize("planned", [False, True])
+def test_of_a_long_text_a_token_costs_what_the_other_layers_keep(tiny, planned):
+    checkpoint = open_case(tiny, "gemma3_text")
+    engine = Engine.load(checkpoint, plan=streaming(checkpoint, 2, 5) if planned else None)
+    assert native_bytes_per_token(Scheduler(engine, 10**8), checkpoint) == 2 * TOKEN
+
+
 @pytest.mark.parametrize("name", MIXED)
 def test_a_plan_that_drops_nothing_changes_nothing(tiny, name):
     checkpoint, ids = open_case(tiny, name), tokens(70)
@@ -129,6 +141,25 @@ def test_heads_of_the_other_layers_are_scored_and_stream(tiny, tmp_path, monkeyp
     read = Plan.read(tmp_path / "heads.plan")
     assert read.layers == some.layers
     assert torch.equal(read.scores, plan.scores)
+
+
+def test_scores_of_layers_with_a_window_are_not_shown(tiny):
+    plan = streaming(open_case(tiny, "gemma3_text"), 2, 6)
+    plan = replace(plan, scores=torch.tensor([[9.0, 9], [1, 3], [0, 9], [2, 4]]))
+    assert score_picture(plan).splitlines()[:2] == ["0  · ░", "1  ▒ █"]
+
+
+def test_scores_of_layers_with_a_window_are_not_compared(tiny, tmp_path, capsys):
+    plan, names = streaming(open_case(tiny, "gemma3_text"), 2, 6), []
+    for name, rows in (("one", [1.0, 3, 2, 4]), ("other", [4.0, 2, 3, 1])):
+        scores = torch.zeros(4, 2)
+        scores[1::2] = torch.tensor(rows).view(2, 2)
+        names.append(str(tmp_path / name))
+        replace(plan, scores=scores).write(tmp_path / name)
+    assert run_command(["calibrate", "compare-heads", *names, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["spearman"][0][1] == pytest.approx(-1)
+    assert result["shared_full_heads_at_half"][0][1] == 0
 
 
 def test_a_budget_is_met_by_the_heads_that_see_the_whole_past(tiny):
@@ -171,6 +202,14 @@ def test_budgets_are_shared_by_the_layers_that_see_the_whole_past(tiny, tmp_path
     assert [x.streaming for x in both.layers] == [(), (True, True), (), (False, False)]
     assert [x.budget for x in both.layers] == [None, None, None, plan.layers[3].budget]
     Engine.load(checkpoint, plan=both)
+
+
+def test_plans_with_windows_in_other_layers_are_not_composed(tiny):
+    plan = streaming(open_case(tiny, "gemma3_text"), 2, 6)
+    some = [LayerPlan((False,) * HEADS, budget=(9,) * HEADS), plan.layers[0]] * 2
+    budgets = replace(plan, layers=tuple(some), policy="snapkv")
+    with pytest.raises(PlanError, match="same sliding windows"):
+        compose(plan, budgets)
 
 
 @pytest.mark.parametrize("method", ["aware", "kivi", "rotatekv"])

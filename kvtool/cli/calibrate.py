@@ -359,7 +359,8 @@ def compare_heads(
             raise UsageError(f"{path} has no scores to compare")
         if plan.base != loaded[0].base:
             raise UsageError(f"{path} is for another model than {plans[0]}")
-    scores = [plan.scores for plan in loaded if plan.scores is not None]
+    planned = [layer.kept is None for layer in loaded[0].layers]  # others' scores mean nothing
+    scores = [plan.scores[planned] for plan in loaded if plan.scores is not None]
     correlation = rank_correlation(scores)
     # The heads that stay full when half of them stream: what users will run.
     top = [set(s.flatten().argsort(stable=True)[s.numel() // 2 :].tolist()) for s in scores]

@@ -130,12 +130,17 @@ def _marks(layer: LayerPlan) -> list[str]:
 def score_picture(plan: Plan) -> str:
     """One row per KV head, one column per layer: the darker, the higher the head's score ranks."""
     assert plan.scores is not None
-    places = plan.scores.flatten().argsort(stable=True).argsort() * len(SHADES)
-    shades = (places // plan.base.all_heads).view(plan.scores.shape).T.tolist()
+    planned = [layer.kept is None for layer in plan.layers]
+    scores = plan.scores[planned]
+    places = scores.flatten().argsort(stable=True).argsort() * len(SHADES)
+    shades = iter((places // max(1, scores.numel())).view(scores.shape).tolist())
+    columns = [
+        [SHADES[shade] for shade in next(shades)] if own else [" "] * plan.base.kv_heads
+        for own in planned
+    ]
     width = len(str(plan.base.kv_heads - 1))
     rows = [
-        f"{head:>{width}} {''.join(SHADES[shade] for shade in row)}"
-        for head, row in enumerate(shades)
+        f"{head:>{width}} {''.join(row)}" for head, row in enumerate(zip(*columns, strict=True))
     ]
     legend = ", ".join(f"{shade} {name}" for shade, name in zip(SHADES, QUARTERS, strict=True))
     return "\n".join([*rows, f"{'':>{width}} rows: KV heads, columns: layers; {legend}"])

@@ -18,7 +18,6 @@ from kvtool.errors import KvtoolError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
-    from kvtool.runtime import Engine
     from kvtool.runtime.scheduler import Scheduler
 
 _SERVER, _MEMORY = "Server", "Memory"
@@ -131,7 +130,7 @@ def serve_local(
             f"{needed:,} bytes"
         )
     _warm_up(scheduler)
-    native = native_bytes_per_token(engine, checkpoint)
+    native = native_bytes_per_token(scheduler, checkpoint)
     worker = Worker(
         scheduler,
         model=served_model_name or model,
@@ -159,7 +158,8 @@ def room(scheduler: Scheduler) -> str:
     """What the caches have room for, in words: whole sequences, as long as one alone may become."""
     memory = scheduler.memory
     longest = 1 + scheduler.room(1)
-    count = scheduler.budget // memory.holding(longest, 1)
+    each = memory.holding(longest, 1)  # nothing where rows have rings alone
+    count = scheduler.budget // each if each else scheduler.max_running
     constant = f"{memory.constant:,} bytes and " if memory.constant else ""
     return (
         f"{counted(count, 'sequence')} of up to {counted(longest, 'token')}: each takes {constant}"
@@ -167,17 +167,19 @@ def room(scheduler: Scheduler) -> str:
     )
 
 
-def native_bytes_per_token(engine: Engine, checkpoint: Checkpoint) -> float:
-    """Bytes per token of the cache that this one is smaller than, in the same precision."""
+def native_bytes_per_token(scheduler: Scheduler, checkpoint: Checkpoint) -> float:
+    """Bytes that a further token of a long text costs in the cache that this one is smaller than,
+    in the same precision.
+    """
     from kvtool.convert.artifact import MANIFEST, read_manifest
 
-    itemsize = engine.dtype.itemsize
+    engine, itemsize = scheduler.engine, scheduler.engine.dtype.itemsize
     if engine.plan is not None:
         return engine.plan.native_bytes_per_token(itemsize)
     if (checkpoint.path / MANIFEST).exists():
         before = read_manifest(checkpoint.path)["plan"]["bytes_per_token_before"]
         return float(before) / 2 * itemsize  # the manifest counts bf16
-    return engine.new_cache(1, 64).bytes_per_token()
+    return scheduler.memory.bytes_per_token
 
 
 def _size(text: str, flag: str) -> int:

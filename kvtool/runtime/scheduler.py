@@ -144,7 +144,8 @@ class Scheduler:
     Args:
         memory: Bytes that all caches together may take between two steps. While a plane grows, or
             is copied, its new form exists beside it for a moment, one layer at a time.
-        max_running: Requests decoded together at most.
+        max_running: Requests decoded together at most; fewer where memory has no room for the rings
+            or states of so many on a GPU.
         piece: Tokens of prompts per step, and where prompts are cut.
         share_prefixes: Keep whole pieces of prompts for requests that start alike. Plans drop
             tokens by what comes later in a prompt, and sliding windows and the states of Mamba
@@ -174,10 +175,15 @@ class Scheduler:
         if engine.paged:
             # As rows there are, so that no row has to be made while requests run.
             self._most_prefixes = 3 * max_running
-            smallest = max(1, self.memory.holding(PAGE, PAGE))
-            most = memory // (smallest + engine.new_pages(0, 0).table_bytes)
-            rows = max(1, min(4 * max_running if self.share_prefixes else max_running, most))
+            own = self.memory.constant + engine.new_pages(0, 0).table_bytes
+            most = memory // (own + max(1, self.memory.holding(PAGE, PAGE) - self.memory.constant))
+            if self.memory.bytes_per_token:  # rings and states leave half to what grows
+                most = min(most, memory // 2 // own)
+            rows = min(4 * max_running if self.share_prefixes else max_running, most - 1)
+            rows = max(1, rows)  # beside the spare one
             pool = engine.open_memory(memory, rows)
+            if pool.row_bytes:
+                self.max_running = min(max_running, rows)
             pool.record(min(rows, max_running))
             # What rows take besides pages is there from the start, also of the spare one.
             self.budget -= pool.fixed_bytes(rows)

@@ -113,7 +113,7 @@ class State:
     def compression(self) -> float:
         """Uncompressed bytes over real ones, of running requests; 1 where there is none."""
         own = self.used - self.shared
-        return self.native_bytes / own if own and self.stored_tokens else 1.0
+        return self.native_bytes / own if own and self.native_bytes else 1.0
 
 
 class Worker(threading.Thread):

@@ -372,6 +372,7 @@ def test_a_plan_is_evaluated_beside_the_model_without_it(
     command += ["--prefill", "96", "--continuation", "32", "--windows", "2", "--length", "400"]
     assert run_command(command) == 0
     report = answer(capfd)
+    assert report["plan"]["file"] == str(plan)
     assert report["plan"]["prefill"] == "dense"
     assert report["plan"]["streaming_heads"] == 3
     divergence = report["divergence"]

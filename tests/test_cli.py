@@ -366,3 +366,14 @@ def test_progress_is_silent_when_nobody_looks(
     with _console.progress(quiet) as report, _console.waiting("loading", quiet):
         report("layers", 1, 1)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "M", "hi"], *([name, "M"] for name in ("chat", "evaluate", "bench"))]
+)
+def test_what_runs_a_model_takes_a_revision_of_it(
+    tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    words = [str(tiny("llama")) if word == "M" else word for word in command]
+    assert run_command([*words, "--revision", "v1"]) == 2
+    assert "revision" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def test_the_prompt_comes_from_stdin_for_a_dash(
     arguments = ["--max-new-tokens", "8", "-q"]
     assert run_command(["generate", str(tiny("llama")), "The lazy dog", *arguments]) == 0
     expected = capfd.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO("The lazy dog"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("The lazy dog\n"))  # as of echo
     assert run_command(["generate", str(tiny("llama")), "-", *arguments]) == 0
     assert capfd.readouterr().out == expected
 
@@ -291,9 +291,11 @@ def test_the_second_answer_is_that_of_a_fresh_cache(
 def test_reset_forgets_and_exit_ends(
     tiny: Tiny, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = "hello\n/reset\nother\n/exit\nnever asked\n"
+    said = "hello\n/reset\n/help\nother\n/exit\nnever asked\n"
     assert chat(monkeypatch, tiny("llama"), said) == 0
-    notes = [line for line in capfd.readouterr().err.splitlines() if "reused" in line]
+    err = capfd.readouterr().err
+    assert "/help is no command: /reset forgets" in err
+    notes = [line for line in err.splitlines() if "reused" in line]
     assert len(notes) == 2
     assert notes[1].startswith("[0 of ")
 

@@ -404,7 +404,7 @@ def test_errors_have_openais_shape_and_the_right_status(server, path, body, stat
         (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages.0.content.0.type: Input should be 'text'",
+            "messages.0.content.0.type: the model reads text, and no part of type 'image_url'",
         ),
         ("/v1/embeddings", {"input": "a"}, "Not Found: POST /v1/embeddings"),
         (CHAT, [], "the body is no JSON object, sent as application/json"),

@@ -39,6 +39,7 @@ def bench(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     offline: options.Offline = False,
+    revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Time prefill and decode against transformers, and against what memory allows."""
@@ -53,7 +54,9 @@ def bench(
     from kvtool.runtime import Engine
 
     device = options.resolve_device(device)
-    checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(
+        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+    )
     kept = options.read_plan(plan, checkpoint)
     source = against if against is not None else manifest_base(checkpoint)
     original = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,7 @@ from kvtool.text import TextStream, check_text
 if TYPE_CHECKING:
     from kvtool.runtime import KVCache
 
+_COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends it"
 _FIRST_CAPACITY = 1024  # the cache grows by doubling when a conversation outgrows it
 
 
@@ -45,6 +47,7 @@ def chat(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     offline: options.Offline = False,
+    revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Talk to a model. /reset forgets the conversation, /exit or Ctrl-D ends it."""
@@ -52,7 +55,9 @@ def chat(
     from kvtool.runtime import Engine, Sampling
 
     chosen = sampling_options(temperature, top_p, top_k, min_p, repetition_penalty)
-    checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(
+        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+    )
     kept = options.read_plan(plan, checkpoint)
     tokenizer = checkpoint.tokenizer()
     opening = [] if system is None else [{"role": "system", "content": check_text(system)}]
@@ -65,7 +70,7 @@ def chat(
 
     interactive = stdin().isatty() and sys.stdout.isatty()
     if interactive and not quiet:
-        err.print("/reset forgets the conversation, /exit or Ctrl-D ends it")
+        err.print(_COMMANDS)
     messages, stored = list(opening), list[int]()
     while (line := _read(interactive)) is not None:
         said = line.strip()
@@ -73,6 +78,9 @@ def chat(
             break
         if said == "/reset":
             messages, stored = list(opening), []
+            continue
+        if re.fullmatch(r"/[a-z]+", said):
+            err.print(f"{said} is no command: {_COMMANDS}")
             continue
         if not said:
             continue

@@ -90,6 +90,7 @@ def evaluate(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     offline: options.Offline = False,
+    revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Measure bytes per token, KL, perplexity, retrieval and speed, beside the original."""
@@ -105,7 +106,9 @@ def evaluate(
         raise UsageError("--min-chat-end judges what --no-chat-prompts leaves out")
     for file in output or ():
         check_output(file, (".json", ".html"))
-    checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(
+        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+    )
     kept = options.read_plan(plan, checkpoint)
     source = against if against is not None else manifest_base(checkpoint)
     if source is None and kept is not None:
@@ -118,7 +121,12 @@ def evaluate(
     base = (
         None
         if source is None
-        else Checkpoint.open(source, offline=offline, trust_remote_code=trust_remote_code)
+        else Checkpoint.open(
+            source,
+            revision=revision if source == model else None,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+        )
     )
     settings = Settings.quick() if quick else Settings()
     if lengths:
@@ -144,6 +152,8 @@ def evaluate(
             device=device,
             report=report_progress,
         )
+    if report.plan is not None:
+        report = replace(report, plan={"file": str(plan), **report.plan})
     result = report.to_dict()
     # What was measured for long must outlive a file that cannot be written, and a closed pipe.
     try:

@@ -56,7 +56,10 @@ Seed = Annotated[
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue; '-' reads it from stdin.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(help="The text to continue; '-' reads it from stdin, less a last newline."),
+    ],
     plan: options.PlanFile = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -73,6 +76,7 @@ def generate(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     offline: options.Offline = False,
+    revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt; text streams to stdout, statistics go to stderr."""
@@ -80,8 +84,10 @@ def generate(
     from kvtool.runtime import Engine, Sampling
 
     chosen = sampling_options(temperature, top_p, top_k, min_p, repetition_penalty)
-    text = check_text(stdin().read() if prompt == "-" else prompt)
-    checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    text = check_text(stdin().read().removesuffix("\n") if prompt == "-" else prompt)
+    checkpoint = Checkpoint.open(
+        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+    )
     kept = options.read_plan(plan, checkpoint)
     tokenizer = checkpoint.tokenizer()
     if chat:

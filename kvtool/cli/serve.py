@@ -91,6 +91,7 @@ def serve_local(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     offline: options.Offline = False,
+    revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve a model to OpenAI clients; SIGTERM lets running requests end."""
@@ -110,7 +111,9 @@ def serve_local(
     from kvtool.server.app import Service, create_app
     from kvtool.server.worker import Worker
 
-    checkpoint = Checkpoint.open(model, offline=offline, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(
+        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+    )
     kept = options.read_plan(plan, checkpoint)
     template = None if chat_template is None else _read(chat_template)
     listener = _listen(host, port)

@@ -30,6 +30,7 @@ from kvtool.evaluate.pictures import (
     style,
 )
 from kvtool.evaluate.spectra import code_pictures
+from kvtool.evaluate.tables import with_plan
 
 CORRECT = {"kind": "correct", "mark": "✓", "name": "answered"}
 LOST = {"kind": "lost", "mark": "✗", "name": "lost"}
@@ -52,7 +53,7 @@ def report_page(report: Mapping[str, Any], table: Table | None = None) -> str:
     with style():
         sections = _sections(report)
     return _page(
-        title=report["source"],
+        title=report["source"] + with_plan(report.get("plan")),
         against=report["base"],
         kicker="What the smaller cache keeps" if report["base"] else "What the cache costs",
         lead=f"{report['environment']['dtype']} on {report['environment']['device']}; "

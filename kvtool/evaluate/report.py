@@ -11,7 +11,7 @@ from kvtool.evaluate.chat import Chat, Sample
 from kvtool.evaluate.layers import LayerResult
 from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
 from kvtool.evaluate.retrieval import PassKey, Recall
-from kvtool.evaluate.tables import narrow_table
+from kvtool.evaluate.tables import narrow_table, with_plan
 from kvtool.evaluate.throughput import Bandwidth, Speed
 from kvtool.plan import Plan
 
@@ -185,7 +185,8 @@ class Report:
     def _title(self) -> str:
         against = f" against {self.base}" if self.base is not None else ""
         dtype, device = self.environment["dtype"], self.environment["device"]
-        return f"{self.source}{against} ({dtype}, {device}, {self.seconds:.0f} s)"
+        what = self.source + with_plan(self.plan)
+        return f"{what}{against} ({dtype}, {device}, {self.seconds:.0f} s)"
 
     def _add_cache(self, table: Table) -> None:
         base, cache, dtype = self.base_cache, self.cache, self.environment["dtype"]

@@ -1,6 +1,7 @@
 """Tables of many numbers, as they are shown on a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -20,3 +21,9 @@ def narrow_table(title: str, words: Sequence[str], numbers: Sequence[str], **mor
     for name in numbers:
         table.add_column(name, justify="right", overflow="fold")
     return table
+
+
+def with_plan(facts: Mapping[str, Any] | None) -> str:
+    """The name of the plan that a model was measured with, as a title goes on with it."""
+    file = None if facts is None else facts.get("file")
+    return f" with {Path(file).name}" if file else ""

@@ -7,7 +7,7 @@ refused where ignoring it would change the meaning.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -107,8 +107,15 @@ class Generation(BaseModel):
 
 
 class TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
+    type: str
+    text: str = ""
+
+    @field_validator("type")
+    @classmethod
+    def _is_text(cls, kind: str) -> str:
+        if kind != "text":
+            raise ValueError(f"the model reads text, and no part of type '{kind}'")
+        return kind
 
 
 class Message(BaseModel):

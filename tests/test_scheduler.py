@@ -475,4 +475,4 @@ def test_the_server_says_what_really_fits(engine, kind):
         <= few.budget
         < (count + 1) * few.memory.holding(longest, 1)
     )
-    assert ("bytes and" in room(few)) == (memory.constant > 0)
+    assert ("bytes and" in room(few)) == (memory.constant_bytes > 0)

@@ -163,7 +163,7 @@ def room(scheduler: Scheduler) -> str:
     longest = 1 + scheduler.room(1)
     each = memory.holding(longest, 1)  # nothing where rows have rings alone
     count = scheduler.budget // each if each else scheduler.max_running
-    constant = f"{memory.constant:,} bytes and " if memory.constant else ""
+    constant = f"{memory.constant_bytes:,} bytes and " if memory.constant_bytes else ""
     return (
         f"{counted(count, 'sequence')} of up to {counted(longest, 'token')}: each takes {constant}"
         f"{memory.bytes_per_token:,.0f} bytes per token"

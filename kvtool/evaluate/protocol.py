@@ -24,6 +24,7 @@ from kvtool.mamba import shape_of
 if TYPE_CHECKING:
     from kvtool.layer_plan import LayerPlan
 from kvtool.runtime import Engine
+from kvtool.runtime.stores import whole_pages
 from kvtool.states import StatePlan
 
 PREFILL, CONTINUATION = 1536, 256
@@ -163,7 +164,7 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
         # An empty cache does not show what a token budget will keep of a prompt.
         return [_planned_size(layer, plan.base.head_dim, engine) for layer in plan.layers]
     # Behind its window, a layer grows no more.
-    small = max(1024, *(x.sliding_window or 0 for x in engine.attentions))
+    small = whole_pages(max(1024, *(x.sliding_window or 0 for x in engine.attentions)))
     large = 2 * small
     sizes = []
     for before, after in zip(_store_bytes(engine, small), _store_bytes(engine, large), strict=True):

@@ -48,7 +48,7 @@ class RowMemory:
             return
         if plan.prefill == "dense":
             self.held = engine.dtype.itemsize * sum(x.width for x in self.latents)
-        self.heads, self.dense = plan.base.all_heads, plan.prefill == "dense"
+        self.heads, self.dense = max(1, plan.planned_heads), plan.prefill == "dense"
         self.head_bytes = 2 * self.head_dim * engine.dtype.itemsize
         for layer in plan.layers:
             self.budgets += [n for n in layer.budgets if n is not None]
@@ -72,6 +72,12 @@ class RowMemory:
             )
             packed += sum(float(latent.token_bytes()) for latent in self.latents)
         return self.page_bytes / PAGE + packed + len(self.budgets) * self.head_bytes
+
+    @property
+    def constant_bytes(self) -> int:
+        """What a sequence of any length takes besides, with full sliding windows."""
+        windows = 0 if self.paged else sum(size * window for window, size in self.windows)
+        return self.constant + windows
 
     def reading(self, prompt: int) -> int:
         """While a prompt of so many tokens is read."""

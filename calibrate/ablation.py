@@ -8,27 +8,47 @@ recalled, in nats. No gradient, no threshold, no attention heuristic: the effect
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Reading, TailModel, Window, divergence
 
+STATE = "ablation.safetensors"
+"""Of a run that goes on: the sums so far."""
+
 
 @torch.no_grad()
 def ablation_scores(
-    model: TailModel, readings: Sequence[Reading], window: Window, report: Report
+    model: TailModel,
+    readings: Sequence[Reading],
+    window: Window,
+    report: Report,
+    folder: Path | None = None,
+    key: str = "",
+    *,
+    resume: bool = True,
 ) -> Tensor:
     """The score of every KV head, `[L, H]` float64, >= 0 up to rounding; 0 of layers with a window.
 
     A change in layer l passes through the layers behind it only, so all heads of a layer go through
     those together, and a model of L layers costs L / 2 forward passes over the tail per head.
+
+    Args:
+        folder: Where the sums are kept after every reading.
+        key: Everything that determines them; sums under another one are not gone on with.
     """
     layers, heads = len(model.layers), model.layouts[0].kv_heads
     scores = torch.zeros(layers, heads, dtype=torch.float64)
-    report("ablating heads", 0, len(readings) * layers)
-    for number, reading in enumerate(readings):
+    done = 0
+    if folder is not None and resume:
+        done, scores = _kept(folder / STATE, key, scores)
+    report("ablating heads", done * layers, len(readings) * layers)
+    for number, reading in enumerate(readings[done:], done):
         inputs = [model.embed(reading.ids)]
         for index in range(layers):
             inputs.append(model.layer(index, inputs[-1], reading, model.dense(index)))
@@ -46,4 +66,21 @@ def ablation_scores(
             kl = divergence(original, model.log_probabilities(hidden, reading))
             scores[index] += kl.double().cpu() / len(readings)
             report("ablating heads", number * layers + index + 1, len(readings) * layers)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            written = folder / f"{STATE}.new"
+            save_file({"scores": scores}, written, {"key": key, "readings": str(number + 1)})
+            written.replace(folder / STATE)
     return scores
+
+
+def _kept(file: Path, key: str, none: Tensor) -> tuple[int, Tensor]:
+    """Readings that an earlier run has been through, and their sums."""
+    try:
+        with safe_open(file, "pt") as handle:
+            told = handle.metadata() or {}
+            if told.get("key") == key:
+                return int(told["readings"]), handle.get_tensor("scores")
+    except (OSError, SafetensorError):
+        pass  # there was none, or it is damaged: begin anew
+    return 0, none

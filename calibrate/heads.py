@@ -127,7 +127,7 @@ def calibrate_heads(
     """Scores the heads of a model; in the plan that comes back all of them are full still.
 
     Args:
-        folder: Where `duo` keeps its training state.
+        folder: Where `duo` keeps its training state, and `ablation` its sums.
 
     Raises:
         UnsupportedModelError: The attention cannot stream.
@@ -223,12 +223,12 @@ def score_heads(
     readings, checks = read_samples(model, checkpoint, corpus, options, report)
     window = Window(options.sink, options.window)
     details: dict[str, Any] = {}
+    key = f"{checkpoint.fingerprint()} {corpus.id} {options}"
     if options.method == "ablation":
-        scores = ablation_scores(model, readings, window, report)
+        scores = ablation_scores(model, readings, window, report, folder, key, resume=resume)
     elif options.method == "duo":
         lessons = [teach(model, reading, options.mix) for reading in readings]
         student = GatedModel(model, window, options.mix, options.penalty, options.seed)
-        key = f"{checkpoint.fingerprint()} {corpus.id} {options}"
         log = train(
             student,
             lambda i: lessons[_shuffled(i, len(lessons), options.seed)],

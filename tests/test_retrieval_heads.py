@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from kvtool.attention import GroupedQueryAttention, decoder_layers
 from kvtool.calibrate import attention_scores as attention_module
 from kvtool.calibrate import heads
-from kvtool.calibrate.ablation import ablation_scores
+from kvtool.calibrate.ablation import STATE, ablation_scores
 from kvtool.calibrate.attention_scores import answer_attention, attention_scores, look
 from kvtool.calibrate.duo import JITTER, GatedModel, run_gated, teach
 from kvtool.calibrate.heads import (
@@ -340,6 +340,37 @@ def test_training_moves_the_gates_from_the_first_steps_on(llama):
     assert [record["step"] for record in log] == [1, 2, 3, 4, 5]
     assert not bool((student.alpha == before).any())
     assert {"loss", "distillation", "mean_gate"} <= log[0].keys()
+
+
+def test_an_interrupted_ablation_goes_on_with_the_same_bits(opened, text, tmp_path, no_bar):
+    checkpoint, _ = opened()
+    options = HeadOptions("ablation", WINDOW.sink, WINDOW.window, lengths=(300,), data=text)
+    whole = calibrate_heads(checkpoint, options, folder=tmp_path / "whole")
+    seen: list[int] = []
+
+    def record(stage: str, done: int, total: int) -> None:
+        if stage == "ablating heads":
+            seen.append(done)
+            if len(seen) == 12:  # in the fourth reading of three layers
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_heads(checkpoint, options, folder=tmp_path / "some", report=record)
+    assert seen[-1] == 11
+    resumed = calibrate_heads(checkpoint, options, folder=tmp_path / "some", report=record)
+    assert seen[12] == 9
+    assert torch.equal(resumed.scores, whole.scores)
+    for change in ({"seed": 1}, {"window": 30}):
+        seen.clear()
+        other = HeadOptions(**{**vars(options), **change})
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_heads(checkpoint, other, folder=tmp_path / "some", report=record)
+        assert seen[0] == 0, "the sums of another run were taken for this one's"
+    (tmp_path / "some" / STATE).write_bytes(b"damaged")
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_heads(checkpoint, options, folder=tmp_path / "some", report=record)
+    assert seen[0] == 0
 
 
 def test_interrupted_gates_go_on_with_the_same_bits(opened, text, tmp_path, no_bar):

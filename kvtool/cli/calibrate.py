@@ -128,7 +128,7 @@ def retrieval_heads(
         bool,
         typer.Option(
             "--resume/--no-resume",
-            help="With --method duo: go on where an interrupted run stopped.",
+            help="With --method ablation or duo: go on where an interrupted run stopped.",
             rich_help_panel="Run",
         ),
     ] = True,
@@ -192,15 +192,16 @@ def retrieval_heads(
         _console.emit(found, json, planned_facts("nothing written", found))
         return
     folder = output.with_name(output.name + ".partial")
-    if method == "duo" and folder.exists():
-        _check_is_training(folder)
+    resumes = method in ("ablation", "duo")
+    if resumes and folder.exists():
+        _check_is_ours(folder)
     with _console.progress(quiet) as report:
         started = time.perf_counter()
         scored = calibrate_heads(
             checkpoint,
             options,
             device=device,
-            folder=folder if method == "duo" else None,
+            folder=folder if resumes else None,
             resume=resume,
             report=report,
         )
@@ -209,7 +210,7 @@ def retrieval_heads(
         return
     plan = size.apply(scored)
     plan.write(output, overwrite=overwrite)
-    if method == "duo":
+    if resumes:
         shutil.rmtree(folder, ignore_errors=True)
     if not json:
         for check in scored.provenance[0]["recall"]:
@@ -219,14 +220,15 @@ def retrieval_heads(
     emit_plan(plan, output, context, json, {"seconds": seconds})
 
 
-def _check_is_training(folder: Path) -> None:
-    """Raises UsageError if a folder holds anything that a training of ours does not write."""
+def _check_is_ours(folder: Path) -> None:
+    """Raises UsageError if a folder holds anything that an interrupted run does not leave."""
+    from kvtool.calibrate import ablation
     from kvtool.distill import LOG, STATE
 
-    ours = (LOG, STATE.removesuffix(".safetensors"))
+    ours = (LOG, STATE.removesuffix(".safetensors"), ablation.STATE)
     if not folder.is_dir() or any(not x.name.startswith(ours) for x in folder.iterdir()):
         raise UsageError(
-            f"{folder} is in the way: kvtool trains there, and did not write it",
+            f"{folder} is in the way: kvtool works there, and did not write it",
             hint="move it, or name another output",
         )
 

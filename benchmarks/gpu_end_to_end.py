@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from kvtool.attention import decoder_layers, rope_of
+from kvtool.attention import decoder_layers, ropes_of
 from kvtool.bits import Bits
 from kvtool.codes import CodePlan, code_shapes
 from kvtool.layer_plan import LayerPlan
@@ -79,7 +79,7 @@ def end_to_end(bench: Any, layers: int, batch: int, tokens: int, shrink: int = 1
             return
         for layer, module in zip(decoder_layers(model), originals, strict=True):
             layer.self_attn = module
-        attentions = swap_attention(model, rope_of(config), plan)
+        attentions = swap_attention(model, ropes_of(config), plan)
         checkpoint: Any = SimpleNamespace(tokenizer=lambda: SimpleNamespace(eos_token_id=0))
         engine = Engine(checkpoint, model, attentions, plan)
         with bench.going_on(f"end to end, {name}"):

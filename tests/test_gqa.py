@@ -287,7 +287,7 @@ def test_the_folded_layer_attends_to_what_the_merge_rebuilds(case):
     k = torch.cat((rebuilt.real, rebuilt.imag), dim=-1)
     latent = torch.einsum("hde,bhtd->bte", found.value_encode[0], v)
     v = torch.einsum("hde,bte->bhtd", found.value_decode[0], latent)
-    tables = [table.double() for table in case.stream.tables(hidden.shape[1])]
+    tables = [table.double() for table in case.stream.tables(0, hidden.shape[1])]
     q, k = own.rotate(q, k, *tables)
     expected = own.output(own.attend(q, k, v).float())
     stages = gqa_stages(case, found)
@@ -305,7 +305,7 @@ def gqa_stages(case: Case, merge: Merge) -> DenseAttention:
 def attention(case: Case, merge: Merge, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scores `[n, Q, T, T]` of the original and of the merged keys, and where a query sees."""
     hidden = case.layer.normed(case.stream.embed(text))
-    tables = case.stream.tables(text.shape[1])
+    tables = case.stream.tables(0, text.shape[1])
     scores = []
     for own in (case.attention, gqa_stages(case, merge).gqa):
         q, k, _ = own.project(hidden)

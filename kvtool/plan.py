@@ -119,11 +119,9 @@ def whole_layers(checkpoint: Checkpoint) -> tuple[LayerPlan, ...]:
     config = model_config(checkpoint)
     layers = []
     for layout in describe(config):
-        kept: StatePlan | WindowPlan | None = None
+        kept: StatePlan | WindowPlan | None = WindowPlan.of(layout)
         if layout.kind == "mamba":
             kept = StatePlan.of(shape_of(config))
-        elif layout.sliding_window is not None:
-            kept = WindowPlan(layout.kv_heads, layout.head_dim, layout.sliding_window)
         heads = 0 if kept is not None else layout.kv_heads
         layers.append(LayerPlan((False,) * heads, kept=kept))
     return tuple(layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
+from kvtool.attention import AttentionLayout
 from kvtool.errors import PlanError
 
 
@@ -27,6 +28,13 @@ class WindowPlan:
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.window) < 1:
             raise PlanError("a sliding window without any number is impossible")
+
+    @classmethod
+    def of(cls, layout: AttentionLayout) -> WindowPlan | None:
+        """Of a layer; None if it has no such window."""
+        if layout.sliding_window is None:
+            return None
+        return cls(layout.kv_heads, layout.head_dim, layout.sliding_window)
 
     @property
     def packed(self) -> bool:

@@ -76,7 +76,7 @@ def test_pieces_of_a_text_do_not_matter(tiny, name, pieces):
 def test_a_window_takes_the_bytes_of_its_tokens(tiny, name):
     engine = Engine.load(open_case(tiny, name))
     layers = len(engine.attentions)
-    windows = sum(attention.sliding_window is not None for attention in engine.attentions)
+    windows = sum(attention.window is not None for attention in engine.attentions)
     for capacity in (8, WINDOW, 100):
         cache = engine.new_cache(3, capacity)
         kept = windows * min(capacity, WINDOW) + (layers - windows) * capacity

@@ -164,7 +164,8 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
         # An empty cache does not show what a token budget will keep of a prompt.
         return [_planned_size(layer, plan.base.head_dim, engine) for layer in plan.layers]
     # Behind its window, a layer grows no more.
-    small = whole_pages(max(1024, *(x.sliding_window or 0 for x in engine.attentions)))
+    windows = (x.window.window for x in engine.attentions if x.window is not None)
+    small = whole_pages(max(1024, *windows, 0))
     large = 2 * small
     sizes = []
     for before, after in zip(_store_bytes(engine, small), _store_bytes(engine, large), strict=True):
@@ -196,10 +197,8 @@ def bf16_bytes(engine: Engine, prompt: int, tokens: int) -> int:
         return size
     size = 0
     for attention, layer in zip(engine.attentions, layer_sizes(engine), strict=True):
-        if (window := attention.sliding_window) is not None:
-            layout = attention.stages.layout
-            kept = min(window, tokens)
-            size += 2 * BFLOAT16_BYTES * layout.kv_heads * layout.head_dim * kept
+        if attention.window is not None:
+            size += attention.window.cache_bytes(tokens, BFLOAT16_BYTES)
         elif layer.bytes_per_token:
             size += round(layer.bytes_per_token_bf16 * tokens)
         else:

@@ -366,12 +366,10 @@ def _prompts(vocabulary: int, batch: int, context: int) -> list[list[int]]:
 def _cache_bytes(engine: Engine, store: CacheSize, tokens: float) -> float:
     if engine.plan is not None:  # what token budgets keep is not in proportion to the length
         return engine.plan.read_bytes(round(tokens), engine.dtype.itemsize)
-    empty = 0.0  # of sliding windows
-    for attention in engine.attentions:
-        if (window := attention.sliding_window) is not None:
-            layout = attention.stages.layout
-            size = 2 * layout.kv_heads * layout.head_dim * engine.dtype.itemsize
-            empty += size * max(0, window - tokens)
+    item, windows = engine.dtype.itemsize, [x.window for x in engine.attentions if x.window]
+    empty: int = sum(
+        x.cache_bytes(x.window, item) - x.cache_bytes(round(tokens), item) for x in windows
+    )
     return store.constant_bytes + store.bytes_per_token * tokens - empty
 
 

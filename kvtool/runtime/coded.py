@@ -21,7 +21,7 @@ from kvtool.codes import Code, Part
 from kvtool.kernels.append import Encoder, append
 from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
-from kvtool.runtime.layers import RuntimeAttention, Step, step_of
+from kvtool.runtime.layers import GroupedAttention, Step, step_of
 from kvtool.runtime.paged_split import PagedRings
 from kvtool.runtime.pages import WIDEST, PagedStore, Pages, Place
 from kvtool.runtime.split import DroppingHeads, NewTokens, StreamingHeads
@@ -291,7 +291,7 @@ class PagedCoded(CodedStore):
         return merge((near, self.reader.decode(far)), (near_mass, far_mass))
 
 
-class CodedAttention(RuntimeAttention):
+class CodedAttention(GroupedAttention):
     """Grouped-query attention over a coded store.
 
     Args:
@@ -308,9 +308,7 @@ class CodedAttention(RuntimeAttention):
         layer: int,
         dense_prompt: bool,
     ) -> None:
-        super().__init__()
-        self.stages, self.layer_index = stages, index
-        self.inv_freq, self.scale = inv_freq, scale
+        super().__init__(stages, index, inv_freq, scale)
         self.code, self.layer, self.dense_prompt = code, layer, dense_prompt
         self.most_tokens = None if code.plan.layers == 1 else code.plan.window
 

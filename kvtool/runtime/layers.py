@@ -21,6 +21,7 @@ from kvtool.latent import LatentAttention
 from kvtool.rope import rotate
 from kvtool.runtime.pages import WIDEST, PagedHeads, PagedLatents, Pages, Place
 from kvtool.runtime.stores import DenseStore, LatentStore, Store
+from kvtool.windows import WindowPlan
 
 
 class DecodeLinear(nn.Linear):
@@ -89,14 +90,14 @@ class RuntimeAttention(nn.Module):
         inv_freq: RoPE frequencies `[d/2]` of this layer.
         scale: Factor on cos and sin.
         table: Which of the step's RoPE tables belongs to this layer.
-        sliding_window: Tokens that a row of its store grows to, where the model sees no more.
+        window: What a row of its store grows to, where the model sees no more.
         most_tokens: Of a row, in one call that does not read a dense prompt; `None` for any.
     """
 
     inv_freq: Tensor
     scale: float = 1.0
     table: int = 0
-    sliding_window: int | None = None
+    window: WindowPlan | None = None
     most_tokens: int | None = None
 
     def new_store(self, rows: int, capacity: int) -> Store:
@@ -133,8 +134,8 @@ def step_of(store: Any, q: Tensor, k: Tensor, v: Tensor, step: Step, table: int)
     return context[:, :, None]
 
 
-class DenseAttention(RuntimeAttention):
-    """Grouped-query attention over a dense store."""
+class GroupedAttention(RuntimeAttention):
+    """Grouped-query attention, over whatever store."""
 
     def __init__(
         self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float
@@ -142,6 +143,10 @@ class DenseAttention(RuntimeAttention):
         super().__init__()
         self.stages, self.layer_index = stages, index
         self.inv_freq, self.scale = inv_freq, scale
+
+
+class DenseAttention(GroupedAttention):
+    """Grouped-query attention over a dense store."""
 
     def new_store(self, rows: int, capacity: int) -> DenseStore:
         layout, weight = self.stages.layout, self.stages.qkv.weight

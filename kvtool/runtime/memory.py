@@ -11,6 +11,7 @@ from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.stores import PAGE, whole_pages
+from kvtool.windows import WindowPlan
 
 
 class RowMemory:
@@ -26,11 +27,8 @@ class RowMemory:
         self.latents = [x.kept for x in self.layers if isinstance(x.kept, LatentPlan)]
         self.head_dim = 0 if engine.plan is None else engine.plan.base.head_dim
         self.itemsize = engine.dtype.itemsize
-        self.windows: list[tuple[int, int]] = []  # tokens, and bytes of each
-        for attention in engine.attentions:
-            if (window := attention.sliding_window) is not None:
-                layout = attention.stages.layout
-                self.windows.append((window, 2 * layout.kv_heads * layout.head_dim * self.itemsize))
+        windows = (attention.window for attention in engine.attentions)
+        self.windows: list[WindowPlan] = [x for x in windows if x is not None]
         self.least, large = (
             engine.new_cache(1, n).allocated_bytes - self._uneven(n) for n in (PAGE, 2 * PAGE)
         )
@@ -76,8 +74,9 @@ class RowMemory:
     @property
     def constant_bytes(self) -> int:
         """What a sequence of any length takes besides, with full sliding windows."""
-        windows = 0 if self.paged else sum(size * window for window, size in self.windows)
-        return self.constant + windows
+        if self.paged:
+            return self.constant
+        return self.constant + sum(x.cache_bytes(x.window, self.itemsize) for x in self.windows)
 
     def reading(self, prompt: int) -> int:
         """While a prompt of so many tokens is read."""
@@ -137,7 +136,8 @@ class RowMemory:
             if layer.bits is not None
         )
         latents = sum(x.blocks(room) * x.block_bytes() for x in self.latents)
-        return heads + latents + sum(size * min(room, window) for window, size in self.windows)
+        windows = sum(x.cache_bytes(room, self.itemsize) for x in self.windows)
+        return heads + latents + windows
 
 
 def give_back() -> None:

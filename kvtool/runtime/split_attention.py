@@ -15,7 +15,7 @@ from kvtool.runtime.head_pages import (
     HeadPages,
     PagedByHead,
 )
-from kvtool.runtime.layers import RuntimeAttention, Step, step_of
+from kvtool.runtime.layers import GroupedAttention, Step, step_of
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
 from kvtool.runtime.selection import Selector, selector
@@ -25,15 +25,13 @@ if TYPE_CHECKING:
     from kvtool.runtime.packed import PackedHeads
 
 
-class SplitAttention(RuntimeAttention):
+class SplitAttention(GroupedAttention):
     """Grouped-query attention over a split store; the KV heads of `stages` get its order."""
 
     def __init__(
         self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float, plan: Plan
     ) -> None:
-        super().__init__()
-        self.stages, self.layer_index = stages, index
-        self.inv_freq, self.scale = inv_freq, scale
+        super().__init__(stages, index, inv_freq, scale)
         self.layer, self.prefill, self.policy = plan.layers[index], plan.prefill, plan.policy
         heads = range(stages.layout.kv_heads)
         streaming = [head for head in heads if self.layer.streaming[head]]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention
-from kvtool.runtime.layers import RuntimeAttention, Step, step_of
+from kvtool.runtime.layers import GroupedAttention, Step, step_of
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
 from kvtool.runtime.split import NewTokens, StreamingHeads
+from kvtool.windows import WindowPlan
 
 
 class WindowedHeads(StreamingHeads):
@@ -32,28 +33,29 @@ class WindowedHeads(StreamingHeads):
         super().resize(min(capacity, self.window))  # until then, a position lies in its own slot
 
 
-class WindowedAttention(RuntimeAttention):
+class WindowedAttention(GroupedAttention):
     """Grouped-query attention of a layer with a sliding window."""
+
+    window: WindowPlan
 
     def __init__(
         self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float
     ) -> None:
-        super().__init__()
-        self.stages, self.layer_index = stages, index
-        self.inv_freq, self.scale = inv_freq, scale
-        assert stages.layout.sliding_window is not None
-        self.sliding_window: int = stages.layout.sliding_window
+        super().__init__(stages, index, inv_freq, scale)
+        window = WindowPlan.of(stages.layout)
+        assert window is not None
+        self.window = window
 
     def new_store(self, rows: int, capacity: int) -> WindowedHeads:
         layout, like = self.stages.layout, self.stages.qkv.weight
         heads, size, scaling = layout.kv_heads, layout.head_dim, layout.scaling
-        return WindowedHeads(rows, heads, capacity, self.sliding_window, size, like, scaling)
+        return WindowedHeads(rows, heads, capacity, self.window.window, size, like, scaling)
 
     def new_paged_store(self, pages: Pages) -> PagedSplit:
         layout, like = self.stages.layout, self.stages.qkv.weight
         heads, size, scaling = layout.kv_heads, layout.head_dim, layout.scaling
         rings = PagedRings(
-            pages.rows, heads, 0, self.sliding_window, size, like, scaling, dense_prompt=False
+            pages.rows, heads, 0, self.window.window, size, like, scaling, dense_prompt=False
         )
         rings.pages = pages
         return PagedSplit(PagedHeads(pages, 0, size, like, scaling), rings)

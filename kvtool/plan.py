@@ -151,7 +151,7 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False, windows: bool
         others = None if all(bounded) else "all calibrations but projections plan the others."
         raise UnsupportedModelError(
             f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
-            "streaming heads, token budgets, few bits or sparse reading in them are not supported",
+            "streaming heads, token budgets, codes, few bits and sparse reading are not for them",
             hint=others,
         )
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from kvtool.attention import decoder_layers, ropes_of
 from kvtool.bits import Bits
 from kvtool.codes import CodePlan, code_shapes
 from kvtool.layer_plan import LayerPlan
+from kvtool.layout import decoder_layers, ropes_of
 from kvtool.plan import Base, Plan
 from kvtool.runtime import Engine
 from kvtool.runtime.host import swap_attention

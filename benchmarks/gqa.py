@@ -20,7 +20,6 @@ import torch
 from mla_ablation import JUDGED, compare
 from torch import Tensor
 
-from kvtool.attention import AttentionLayout
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
@@ -29,6 +28,7 @@ from kvtool.convert import artifact, aware, gqa
 from kvtool.convert.fitting import ConvertedLayer, converted_attention, converted_stages
 from kvtool.convert.planning import WINDOW
 from kvtool.corpus import calibration_text, evaluation_text
+from kvtool.layout import AttentionLayout
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import mamba2_chunk_scan
 
-from kvtool.attention import describe
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import granite
 from kvtool.evaluate.throughput import environment
 from kvtool.kernels.ssd import ssd_chunked
+from kvtool.layout import describe
 from kvtool.mamba import CHUNK, Mixer
 from kvtool.replacements import mixer_shape
 from kvtool.runtime import Engine

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvtool.attention import AttentionLayout
 from kvtool.calibrate.cskv import principal
 from kvtool.calibrate.stream import BATCH, LayerStream
 from kvtool.codes import Fitted, Part, Projection
 from kvtool.errors import UnsupportedModelError
+from kvtool.layout import AttentionLayout
 
 ALPHA = 0.5
 """Of the paper and its code."""

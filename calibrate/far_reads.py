@@ -12,19 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import (
-    GroupedQueryAttention,
-    causal_attention,
-    decoder_layers,
-    embedding_factor,
-    is_mixer,
-    logits_factor,
-    ropes_of,
-)
+from kvtool.attention import GroupedQueryAttention, causal_attention
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CalibrationError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
 from kvtool.latent import LatentAttention
+from kvtool.layout import decoder_layers, embedding_factor, is_mixer, logits_factor, ropes_of
 from kvtool.mamba import Mixer, Past
 from kvtool.rope import Rope, rotate
 

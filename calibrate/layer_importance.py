@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool import distill
-from kvtool.attention import PLAIN, GroupedQueryAttention
+from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
@@ -29,6 +29,7 @@ from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Training
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.hybrid import Alignment, HybridModel
+from kvtool.layout import PLAIN
 from kvtool.replacements import seeded_mixer
 
 WINDOW, WINDOW_CUDA = 512, 1024

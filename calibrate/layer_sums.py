@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.attention import AttentionLayout
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
+from kvtool.layout import AttentionLayout
 
 ROWS = 32
 """Queries at the end of each window whose attention is looked at row by row."""

@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from kvtool.attention import describe
 from kvtool.calibrate import asvd, aware, cskv, matryoshka, palu, pca, xkv
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.felt import Felt, feel
@@ -48,6 +47,7 @@ from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
 from kvtool.factored import model_config
+from kvtool.layout import describe
 from kvtool.plan import Base, Plan, base_of, check_can_drop, provenance_of
 from kvtool.slices import cut
 

@@ -14,18 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import (
-    GroupedQueryAttention,
-    decoder_layers,
-    describe,
-    embedding_factor,
-    logits_factor,
-    ropes_of,
-)
+from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate.experts import stacked
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from kvtool.fp8 import SCALES
+from kvtool.layout import decoder_layers, describe, embedding_factor, logits_factor, ropes_of
 from kvtool.rope import Rope
 
 BATCH = 8

@@ -30,11 +30,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import AttentionLayout, DenseAttention
+from kvtool.attention import DenseAttention
 from kvtool.calibrate.statistics import LayerStatistics
 from kvtool.calibrate.stream import BATCH, LayerStream, StreamedLayer
 from kvtool.convert.transmla import NEGLIGIBLE, descending_eigh, key_gram
 from kvtool.latent import FactoredAttention, LatentFactors, query_blocks
+from kvtool.layout import AttentionLayout
 from kvtool.rope import Rope
 
 DRIFT = 0.5

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import AttentionLayout
 from kvtool.convert.targets import rope_parameters
 from kvtool.latent import LatentFactors
+from kvtool.layout import AttentionLayout
 from kvtool.rope import Rope
 
 NORM_ERROR = 1e-6

@@ -6,8 +6,8 @@ head; the latent holds the values as they are. The cache has the same size as be
 
 import torch
 
-from kvtool.attention import AttentionLayout
 from kvtool.latent import LatentFactors, query_blocks
+from kvtool.layout import AttentionLayout
 from kvtool.rope import Rope
 
 

@@ -34,13 +34,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import AttentionLayout, GroupedQueryAttention
+from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate.stream import BATCH, LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint, torch_dtype
 from kvtool.convert.fitting import ConvertedLayer, Fit
 from kvtool.errors import CalibrationError
 from kvtool.fp8 import SCALES, scale
 from kvtool.kernels.hadamard import hadamard
+from kvtool.layout import AttentionLayout
 
 if TYPE_CHECKING:
     from kvtool.convert.planning import ConvertOptions

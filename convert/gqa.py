@@ -47,13 +47,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import AttentionLayout, GroupedQueryAttention
+from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate.statistics import LayerStatistics, Statistics
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.convert.aware import SINKS, square_root, value_weight
 from kvtool.convert.fitting import ConvertedLayer, Fit
 from kvtool.convert.planning import ConvertOptions, save_dtype
 from kvtool.convert.transmla import NEGLIGIBLE, descending_eigh
+from kvtool.layout import AttentionLayout
 
 WINDOWS = 4
 """Of the calibration text, on which queries are refitted."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import HYBRID, AttentionLayout
+from kvtool.layout import HYBRID, AttentionLayout
 from kvtool.mamba import Mixer
 from kvtool.replacements import mixer_shape
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool import distill
-from kvtool.attention import PLAIN, DenseAttention, GroupedQueryAttention, decoder_layers
+from kvtool.attention import DenseAttention, GroupedQueryAttention
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ from kvtool.distill import Amount, Student, Training, fast_bfloat16
 from kvtool.divergence import SLICE, divergence
 from kvtool.errors import UsageError
 from kvtool.latent import FactoredAttention, LatentFactors
+from kvtool.layout import PLAIN, decoder_layers
 from kvtool.rope import Rope
 
 WINDOW = 2048

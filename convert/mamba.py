@@ -27,7 +27,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kvtool import __version__, distill
-from kvtool.attention import AttentionLayout, describe
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
@@ -51,6 +50,7 @@ from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_
 from kvtool.distill import Amount
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.hybrid import Arm, Judged
+from kvtool.layout import AttentionLayout, describe
 from kvtool.mamba import Mixer
 from kvtool.replacements import mixer_shape
 

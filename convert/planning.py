@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kvtool import distill
-from kvtool.attention import AttentionLayout
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.calibrate.stream import LayerStream
@@ -20,6 +19,7 @@ from kvtool.checkpoint import Checkpoint, check_disk, check_output, scratch_fold
 from kvtool.convert import artifact, fp8_kv, heal, targets
 from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
 from kvtool.errors import UnsupportedModelError, UsageError
+from kvtool.layout import AttentionLayout
 
 WINDOW = 2048
 """Tokens per calibration window (TransMLA's converter: 256): rotations matter at long distances."""

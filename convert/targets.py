@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import PLAIN, AttentionLayout, describe, rope_of
 from kvtool.convert import granite
 from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
+from kvtool.layout import PLAIN, AttentionLayout, describe, rope_of
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint

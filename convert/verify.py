@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvtool._transformers import quiet_transformers
-from kvtool.attention import apply_latent_eps
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import artifact, fp8_kv, granite
 from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
 from kvtool.fp8 import LIMIT, decode, encode, skip_flag, stored_scales
+from kvtool.layout import apply_latent_eps
 
 PROBE_KL = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3}
 """Largest mean KL to the conversion's logits, by the dtype that the attention was rounded to."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import GroupedQueryAttention, apply_latent_eps, recognise
+from kvtool.attention import GroupedQueryAttention
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError
 from kvtool.latent import (
@@ -24,6 +24,7 @@ from kvtool.latent import (
     MultiheadLatentAttention,
     used_rank,
 )
+from kvtool.layout import apply_latent_eps, recognise
 
 MODEL_TYPE = "kvtool_mla"
 _PREFIX = "model.layers.{}.self_attn.latent."

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import GroupedQueryAttention, decoder_layers
+from kvtool.attention import GroupedQueryAttention
 from kvtool.distill import Student, fast_bfloat16
 from kvtool.divergence import Loss, divergence
+from kvtool.layout import decoder_layers
 from kvtool.mamba import Mixer
 from kvtool.replacements import NOTHING, OwnToken, ReadOut
 

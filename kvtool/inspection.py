@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from kvtool.attention import AttentionLayout, describe
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import targets
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factored import MODEL_TYPE, base_config
+from kvtool.layout import AttentionLayout, describe
 from kvtool.plan import check_can_drop
 from kvtool.replacements import mixer_shape
 

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtool.attention import GroupedQueryAttention, causal_attention, recognise
+from kvtool.attention import GroupedQueryAttention, causal_attention
 from kvtool.kernels.linear import pack, packed_linear
+from kvtool.layout import recognise
 from kvtool.rope import Rope, rotate
 
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from kvtool import __version__, plan_file
-from kvtool.attention import describe
 from kvtool.bits import Bits, Tier
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Allocation, CodePlan, code_shapes
@@ -31,6 +30,7 @@ from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.factored import is_factored, model_config
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan, by_head
+from kvtool.layout import describe
 from kvtool.mamba import shape_of
 from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy

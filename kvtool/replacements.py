@@ -23,7 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import AttentionLayout, GroupedQueryAttention
+from kvtool.attention import GroupedQueryAttention
+from kvtool.layout import AttentionLayout
 from kvtool.mamba import Mixer, MixerShape
 
 GATE_OPEN = 1.2784645427610738

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from kvtool.attention import AttentionLayout
 from kvtool.errors import PlanError
+from kvtool.layout import AttentionLayout
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kvtool.attention import describe
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import granite
+from kvtool.layout import describe
 from kvtool.mamba import Mixer
 from kvtool.replacements import mixer_shape
 

@@ -7,16 +7,10 @@ from conftest import FAMILIES, make_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kvtool.attention import (
-    GroupedQueryAttention,
-    causal_attention,
-    describe,
-    recognise,
-    rope_of,
-    ropes_of,
-)
+from kvtool.attention import GroupedQueryAttention, causal_attention
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UnsupportedModelError
+from kvtool.layout import describe, recognise, rope_of, ropes_of
 from kvtool.rope import rotate
 
 ROPES = {

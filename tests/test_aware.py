@@ -9,7 +9,6 @@ import torch
 from _convert_tools import YARN, edited_copy
 from torch import Tensor
 
-from kvtool.attention import AttentionLayout
 from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
@@ -18,6 +17,7 @@ from kvtool.convert.exact import exact_factors
 from kvtool.convert.fitting import ConvertedLayer, converted_attention, converted_stages
 from kvtool.convert.targets import default_inv_freq
 from kvtool.latent import FactoredAttention
+from kvtool.layout import AttentionLayout
 from kvtool.rope import Rope, rotate
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -7,14 +7,14 @@ import torch
 from _family_cases import CASES
 from safetensors.torch import load_file, save_file
 
-from kvtool.attention import FAMILIES as ALL
-from kvtool.attention import logits_factor
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.layer_plan import LayerPlan
+from kvtool.layout import FAMILIES as ALL
+from kvtool.layout import logits_factor
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 

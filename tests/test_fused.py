@@ -12,9 +12,9 @@ from conftest import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GraniteConfig, LlamaConfig
 
-from kvtool.attention import decoder_layers
 from kvtool.checkpoint import Checkpoint
 from kvtool.kernels.dispatch import VARIABLE
+from kvtool.layout import decoder_layers
 from kvtool.runtime import Engine, fused, host
 from kvtool.runtime.fused import FusedLayer, FusedMLP, FusedNorm, fuse
 

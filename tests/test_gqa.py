@@ -30,7 +30,7 @@ from _convert_tools import (
 )
 from torch import Tensor
 
-from kvtool.attention import AttentionLayout, DenseAttention
+from kvtool.attention import DenseAttention
 from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
@@ -41,6 +41,7 @@ from kvtool.convert.gqa import Merge
 from kvtool.convert.verify import verify
 from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.errors import UnsupportedModelError, UsageError
+from kvtool.layout import AttentionLayout
 from kvtool.recipe import load_recipe
 
 Tiny = Callable[..., Path]

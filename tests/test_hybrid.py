@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvtool.attention import GroupedQueryAttention, decoder_layers
+from kvtool.attention import GroupedQueryAttention
 from kvtool.checkpoint import Checkpoint
 from kvtool.distill import Training, train
 from kvtool.divergence import divergence
@@ -15,6 +15,7 @@ from kvtool.hybrid import (
     Judged,
     judge,
 )
+from kvtool.layout import decoder_layers
 from kvtool.mamba import Mixer
 from kvtool.replacements import NEARER, Pointwise, random_mixer, seeded_mixer
 

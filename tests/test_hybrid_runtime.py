@@ -4,13 +4,13 @@ import pytest
 import torch
 from _hybrid_tools import MULTIPLIERS, write_hybrid
 
-from kvtool.attention import decoder_layers
 from kvtool.calibrate.past import read_past
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UnsupportedModelError
 from kvtool.hybrid import HybridModel
+from kvtool.layout import decoder_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.scheduler import Request, Scheduler

@@ -13,7 +13,7 @@ from conftest import FAMILIES, make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from kvtool.attention import GroupedQueryAttention, decoder_layers
+from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate import attention_scores as attention_module
 from kvtool.calibrate import heads
 from kvtool.calibrate.ablation import STATE, ablation_scores
@@ -37,6 +37,7 @@ from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Training, train
 from kvtool.errors import CalibrationError, UnsupportedModelError, UsageError
 from kvtool.layer_plan import LayerPlan
+from kvtool.layout import decoder_layers
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.slices import stream_heads

@@ -5,12 +5,13 @@ import torch
 from conftest import FAMILIES
 from torch import nn
 
-from kvtool.attention import GroupedQueryAttention, decoder_layers, rope_of
+from kvtool.attention import GroupedQueryAttention
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import conversion, planning
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.evaluate import retrieval
 from kvtool.layer_plan import LayerPlan
+from kvtool.layout import decoder_layers, rope_of
 from kvtool.plan import Plan, base_of
 from kvtool.rope import Rope
 from kvtool.runtime import Engine

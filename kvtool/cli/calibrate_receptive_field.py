@@ -43,12 +43,12 @@ def receptive_field(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Plan which tokens the Mamba-2 heads of MODEL pass over behind the length they were taught."""
-    from kvtool.attention import describe
     from kvtool.calibrate.bit_options import QuantizationOptions
     from kvtool.calibrate.quantization import everything
     from kvtool.calibrate.receptive_field import calibrate_receptive_field
     from kvtool.checkpoint import Checkpoint
     from kvtool.factored import model_config
+    from kvtool.layout import describe
     from kvtool.plan import base_of
     from kvtool.plan_file import check_plan_output
 

@@ -160,8 +160,8 @@ class _Layers:
             )
 
     def _within(self, checkpoint: Checkpoint, budget: str | None, total: int) -> int:
-        from kvtool.attention import describe
         from kvtool.convert.targets import parse_budget
+        from kvtool.layout import describe
 
         if budget is None:
             raise UsageError("--layers auto needs --kv-budget")

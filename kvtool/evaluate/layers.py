@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import decoder_layers
 from kvtool.evaluate.protocol import SLICE, CacheSize, kl_sum
+from kvtool.layout import decoder_layers
 from kvtool.plan import Plan
 from kvtool.rope import rotate
 from kvtool.runtime.cache import KVCache

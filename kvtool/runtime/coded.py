@@ -21,10 +21,10 @@ from kvtool.codes import Code, Part
 from kvtool.kernels.append import Encoder, append
 from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
-from kvtool.runtime.layers import GroupedAttention, Step, step_of
+from kvtool.runtime.layers import GroupedAttention, NewTokens, Step, step_of
 from kvtool.runtime.paged_split import PagedRings
 from kvtool.runtime.pages import WIDEST, PagedStore, Pages, Place
-from kvtool.runtime.split import DroppingHeads, NewTokens, StreamingHeads
+from kvtool.runtime.split import DroppingHeads, StreamingHeads
 from kvtool.runtime.stores import Store
 from kvtool.runtime.streams import at_once
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.attention import decoder_layers, embedding_factor, logits_factor
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UsageError
 from kvtool.kernels.dispatch import use_triton
 from kvtool.kernels.linear import LEAST_ROWS
 from kvtool.latent import FactoredAttention
+from kvtool.layout import decoder_layers, embedding_factor, logits_factor
 from kvtool.plan import Plan
 from kvtool.rope import Rope
 from kvtool.runtime.cache import KVCache

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtool.attention import PLAIN, decoder_layers
 from kvtool.kernels.rms_norm import add_rms_norm, rms_norm
 from kvtool.kernels.swiglu import swiglu
+from kvtool.layout import PLAIN, decoder_layers
 
 _PLAIN = (*PLAIN, "deepseek_v3")
 """Model types whose layers add what attention and the MLP make of a norm, and do no more."""

@@ -19,11 +19,11 @@ from torch import Tensor
 from kvtool.attention import causal_attention
 from kvtool.kernels.append import append
 from kvtool.kernels.decode_attention import paged_decode_attention
-from kvtool.runtime.layers import Step
+from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import Paged, Pages, Place, enlarge
 from kvtool.runtime.selection import Selector
-from kvtool.runtime.split import BudgetedHeads, NewTokens
+from kvtool.runtime.split import BudgetedHeads
 from kvtool.runtime.stores import PAGE, Store, whole_pages
 
 

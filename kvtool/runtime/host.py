@@ -8,20 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import (
-    AttentionLayout,
-    GroupedQueryAttention,
-    decoder_layers,
-    describe,
-    is_mixer,
-    ropes_of,
-)
+from kvtool.attention import GroupedQueryAttention
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Code, Positions, load_code
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
 from kvtool.latent import LatentAttention
 from kvtool.latent_bits import LatentPlan
+from kvtool.layout import AttentionLayout, decoder_layers, describe, is_mixer, ropes_of
 from kvtool.mamba import Mixer, shape_of
 from kvtool.plan import Plan
 from kvtool.rope import Rope

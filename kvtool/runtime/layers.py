@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,26 @@ class Step:
     place: Place | None = None
 
 
+class NewTokens(NamedTuple):
+    """What some heads make of the tokens of a call.
+
+    Attributes:
+        q, unrotated: `[B, Q, T, D]`, the queries after and before RoPE.
+        k, v: `[B, H, T, D]`, rotated keys, and values.
+    """
+
+    q: Tensor
+    unrotated: Tensor
+    k: Tensor
+    v: Tensor
+
+    def split(self, counts: Sequence[int]) -> list[NewTokens]:
+        """The same by consecutive groups of `counts[i]` KV heads."""
+        heads = self.k.shape[1]
+        parts = [x.split([n * x.shape[1] // heads for n in counts], dim=1) for x in self]
+        return [NewTokens(*part) for part in zip(*parts, strict=True)]
+
+
 class RuntimeAttention(nn.Module):
     """An attention module that reads and writes a store.
 
@@ -144,6 +164,21 @@ class GroupedAttention(RuntimeAttention):
         self.stages, self.layer_index = stages, index
         self.inv_freq, self.scale = inv_freq, scale
 
+    def attention(self, hidden: Tensor, step: Step, store: Any) -> Tensor:
+        stages = self.stages
+        q, k, v = stages.project(hidden)
+        unrotated, k = stages.normalise(q, k)
+        if step.place is not None:
+            return stages.output(step_of(store, unrotated, k, v, step, self.table))
+        cos, sin = (table[:, None] for table in step.tables[self.table])
+        q, k = stages.rotate(unrotated, k, cos, sin)
+        return stages.output(self.read(NewTokens(q, unrotated, k, v), step, store))
+
+    def read(self, new: NewTokens, step: Step, store: Any) -> Tensor:
+        """What new tokens read of a store that they are added to, `[B, Q, T, D]`."""
+        context: Tensor = store.add(new, step)
+        return context
+
 
 class DenseAttention(GroupedAttention):
     """Grouped-query attention over a dense store."""
@@ -156,17 +191,9 @@ class DenseAttention(GroupedAttention):
         layout, weight = self.stages.layout, self.stages.qkv.weight
         return PagedHeads(pages, layout.kv_heads, layout.head_dim, weight, layout.scaling)
 
-    def attention(self, hidden: Tensor, step: Step, store: DenseStore | PagedHeads) -> Tensor:
-        stages, layout = self.stages, self.stages.layout
-        cos, sin = (table[:, None] for table in step.tables[self.table])
-        q, k, v = stages.project(hidden)
-        q, k = stages.normalise(q, k)
-        if step.place is not None:
-            return stages.output(step_of(store, q, k, v, step, self.table))
-        q, k = stages.rotate(q, k, cos, sin)
-        store.write(step.row, step.starts, {"keys": k, "values": v})
-        context = store.attend(q, step.row, step.lengths, layout.scaling)
-        return stages.output(context)
+    def read(self, new: NewTokens, step: Step, store: DenseStore | PagedHeads) -> Tensor:
+        store.write(step.row, step.starts, {"keys": new.k, "values": new.v})
+        return store.attend(new.q, step.row, step.lengths, self.stages.layout.scaling)
 
 
 class LatentRuntimeAttention(RuntimeAttention):

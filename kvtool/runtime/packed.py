@@ -54,11 +54,11 @@ from kvtool.kernels.sparse_values import bitmap_bytes, compress, sparse_sums
 from kvtool.plan import Plan
 from kvtool.rope import rotate
 from kvtool.runtime.head_pages import HeadPages
-from kvtool.runtime.layers import Step
+from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.packed_store import PackedStore, PagedBlocks
 from kvtool.runtime.paged_split import PagedSplit
 from kvtool.runtime.pages import Pages, Place
-from kvtool.runtime.split import NewTokens, StreamingHeads
+from kvtool.runtime.split import StreamingHeads
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE
 

@@ -27,8 +27,7 @@ from kvtool.kernels.latent_attention import paged_latent_attention
 from kvtool.runtime.stores import PAGE, Store, whole_pages
 
 if TYPE_CHECKING:
-    from kvtool.runtime.layers import Step
-    from kvtool.runtime.split import NewTokens
+    from kvtool.runtime.layers import NewTokens, Step
 
 
 WIDEST = 1024

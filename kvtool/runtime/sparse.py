@@ -17,9 +17,9 @@ from torch import Tensor
 from kvtool.attention import GroupedQueryAttention
 from kvtool.kernels.sparse_reading import sparse_attention
 from kvtool.plan import Plan
-from kvtool.runtime.layers import Step
+from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.pages import Pages
-from kvtool.runtime.split import FullHeads, NewTokens
+from kvtool.runtime.split import FullHeads
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import Store
 from kvtool.sparse import SparseReading

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,33 +26,13 @@ from torch import Tensor
 from kvtool.attention import causal_attention
 from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.streaming_attention import streaming_attention
-from kvtool.runtime.layers import Step
+from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.pages import PagedHeads
 from kvtool.runtime.selection import Selector, keep
 from kvtool.runtime.stores import DenseStore, Store, whole_pages, with_spare_rows
 
 if TYPE_CHECKING:
     from kvtool.runtime.packed import PackedHeads
-
-
-class NewTokens(NamedTuple):
-    """What some heads make of the tokens of a call.
-
-    Attributes:
-        q, unrotated: `[B, Q, T, D]`, the queries after and before RoPE.
-        k, v: `[B, H, T, D]`, rotated keys, and values.
-    """
-
-    q: Tensor
-    unrotated: Tensor
-    k: Tensor
-    v: Tensor
-
-    def split(self, counts: Sequence[int]) -> list[NewTokens]:
-        """The same by consecutive groups of `counts[i]` KV heads."""
-        heads = self.k.shape[1]
-        parts = [x.split([n * x.shape[1] // heads for n in counts], dim=1) for x in self]
-        return [NewTokens(*part) for part in zip(*parts, strict=True)]
 
 
 class FullHeads(DenseStore):

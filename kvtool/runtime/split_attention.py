@@ -15,11 +15,11 @@ from kvtool.runtime.head_pages import (
     HeadPages,
     PagedByHead,
 )
-from kvtool.runtime.layers import GroupedAttention, Step, step_of
+from kvtool.runtime.layers import GroupedAttention
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
 from kvtool.runtime.selection import Selector, selector
-from kvtool.runtime.split import BudgetedHeads, FullHeads, NewTokens, SplitStore, StreamingHeads
+from kvtool.runtime.split import BudgetedHeads, FullHeads, SplitStore, StreamingHeads
 
 if TYPE_CHECKING:
     from kvtool.runtime.packed import PackedHeads
@@ -97,17 +97,6 @@ class SplitAttention(GroupedAttention):
         )  # fmt: skip
         rings.pages = pages
         return rings
-
-    def attention(self, hidden: Tensor, step: Step, store: SplitStore) -> Tensor:
-        stages = self.stages
-        cos, sin = (table[:, None] for table in step.tables[self.table])
-        q, k, v = stages.project(hidden)
-        unrotated, k = stages.normalise(q, k)
-        if step.place is not None:
-            assert isinstance(store, PagedSplit)
-            return stages.output(step_of(store, unrotated, k, v, step, self.table))
-        q, k = stages.rotate(unrotated, k, cos, sin)
-        return stages.output(store.add(NewTokens(q, unrotated, k, v), step))
 
     def _new_selector(self) -> Selector:
         assert self.policy is not None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention
-from kvtool.runtime.layers import GroupedAttention, Step, step_of
+from kvtool.runtime.layers import GroupedAttention
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
-from kvtool.runtime.split import NewTokens, StreamingHeads
+from kvtool.runtime.split import StreamingHeads
 from kvtool.windows import WindowPlan
 
 
@@ -59,13 +59,3 @@ class WindowedAttention(GroupedAttention):
         )
         rings.pages = pages
         return PagedSplit(PagedHeads(pages, 0, size, like, scaling), rings)
-
-    def attention(self, hidden: Tensor, step: Step, store: WindowedHeads | PagedSplit) -> Tensor:
-        stages = self.stages
-        cos, sin = (table[:, None] for table in step.tables[self.table])
-        q, k, v = stages.project(hidden)
-        unrotated, k = stages.normalise(q, k)
-        if step.place is not None:
-            return stages.output(step_of(store, unrotated, k, v, step, self.table))
-        q, k = stages.rotate(unrotated, k, cos, sin)
-        return stages.output(store.add(NewTokens(q, unrotated, k, v), step))

@@ -47,10 +47,11 @@ def everything(checkpoint: Checkpoint, base: Base, options: QuantizationOptions)
 
 
 def with_states(plan: Plan, bits: int | None) -> Plan:
-    """The plan with so many bits for all states; None for 8 where they have none yet."""
+    """The plan with so many bits for all states of Mamba-2; None for 8 where they have none yet."""
     layers = []
     for layer in plan.layers:
-        if isinstance(state := layer.kept, StatePlan) and (bits or state.bits is None):
+        state = layer.kept
+        if isinstance(state, StatePlan) and state.rule == "mamba2" and (bits or not state.bits):
             width = bits or 8
             layer = replace(layer, kept=replace(state, bits=width, chunk=CHUNKS[width]))
         layers.append(layer)
@@ -77,7 +78,7 @@ def calibrate_quantization(
         UnsupportedModelError: All layers have a sliding window.
         UsageError: The budget is too small, the text too short, or all heads drop tokens.
     """
-    check_can_drop(checkpoint, other=True, windows=True)
+    check_can_drop(checkpoint, other=True, bounded=True)
     plan_ahead(plan, options, budget_bytes, itemsize)
     first = options.everywhere()
     before, plan = plan.provenance, with_states(plan, options.states)

@@ -32,6 +32,7 @@ class GroupedQueryAttention(nn.Module):
         self.name = name
         interleaved = module.config.model_type in INTERLEAVED
         self._order = channel_order(self.layout.head_dim, self.layout.rotary_dim, interleaved)
+        self.gate = self._gate(module) if self.layout.gated else None
         # One matrix for the three projections: a decode step is bound by the calls it makes. The
         # module's own weights become views of it, so nothing is held twice.
         self.sizes, weights, biases = self._projections(module)
@@ -58,9 +59,23 @@ class GroupedQueryAttention(nn.Module):
             found = [x.split(sizes) for x in module.qkv_proj.parameters()]
         else:
             parts = [list(x.parameters()) for x in (module.q_proj, module.k_proj, module.v_proj)]
+            if layout.gated:
+                parts[0] = [self._halves(x)[0] for x in parts[0]]
             found = list(zip(*parts, strict=True))
         ordered = [[self._in_order(q), self._in_order(k), v] for q, k, v in found]
         return sizes, ordered[0], ordered[1] if layout.qkv_bias else []
+
+    def _gate(self, module: Any) -> nn.Linear:
+        """Of every head, the second half of its rows of `q_proj` (Qwen3-Next)."""
+        gate = nn.Linear(1, 1, bias=False, device="meta")
+        for name, rows in module.q_proj.named_parameters():
+            setattr(gate, name, nn.Parameter(self._halves(rows)[1], requires_grad=False))
+        return gate
+
+    def _halves(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `[heads * 2 D, ...]` the first and the second D of every head."""
+        by_head = rows.unflatten(0, (self.layout.heads, 2, self.layout.head_dim))
+        return by_head[:, 0].flatten(0, 1), by_head[:, 1].flatten(0, 1)
 
     def _in_order(self, rows: Tensor) -> Tensor:
         """`[heads * D, ...]` with the channels of every head in the order of `_order`."""
@@ -94,6 +109,8 @@ class GroupedQueryAttention(nn.Module):
         if layout.qkv_bias:
             self.qkv.bias.copy_(self.qkv.bias[rows])
         self.o_proj.weight = nn.Parameter(self.o_proj.weight[:, q], requires_grad=False)
+        for kind, rows in [] if self.gate is None else list(self.gate.named_parameters()):
+            setattr(self.gate, kind, nn.Parameter(rows[q], requires_grad=False))
         if layout.norm_over_heads:
             for norm, own in ((self.q_norm, q), (self.k_norm, kv)):
                 assert norm is not None
@@ -144,10 +161,20 @@ class GroupedQueryAttention(nn.Module):
         """Exact causal attention over the tokens at hand, `[B, Q, T, Dv]`."""
         return causal_attention(q, k, v, self.layout.scaling, self.layout.sliding_window)
 
-    def output(self, context: Tensor) -> Tensor:
-        """Per-head results `[B, Q, T, Dv]` to hidden states `[B, T, hidden]`."""
-        result: Tensor = self.o_proj(context.transpose(1, 2).flatten(2))
+    def output(self, context: Tensor, hidden: Tensor) -> Tensor:
+        """Per-head results `[B, Q, T, Dv]` to hidden states `[B, T, hidden]`.
+
+        Args:
+            hidden: `[B, T, hidden]`, what they were projected from: a gate reads it.
+        """
+        heads = context.transpose(1, 2).flatten(2)
+        result: Tensor = self.o_proj(heads if self.gate is None else self._gated(heads, hidden))
         return result
+
+    def _gated(self, heads: Tensor, hidden: Tensor) -> Tensor:
+        assert self.gate is not None
+        gate: Tensor = self.gate(hidden)
+        return heads * gate.sigmoid()
 
 
 class DenseAttention(nn.Module):
@@ -178,7 +205,8 @@ class DenseAttention(nn.Module):
 
     def output(self, context: Tensor) -> Tensor:
         """`[B, T, Q, D]` to hidden states `[B, T, hidden]`."""
-        return self.gqa.output(context.transpose(1, 2))
+        result: Tensor = self.gqa.o_proj(context.flatten(2))
+        return result
 
 
 def _over_heads(norm: nn.Module, x: Tensor) -> Tensor:

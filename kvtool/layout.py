@@ -8,8 +8,8 @@ Two layouts are recognised, by structure:
 * **MLA** (`deepseek_v3`): `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, and `q_proj` or
   `q_a_proj q_a_layernorm q_b_proj`. Its stages are those of `kvtool.latent`.
 
-Hybrid models (`granitemoehybrid`) have GQA in some layers and Mamba-2 in the others, whose stages
-are those of `kvtool.mamba`.
+Hybrid models have GQA in some layers, and in the others a state of fixed size: of Mamba-2
+(`granitemoehybrid`), with the stages of `kvtool.mamba`, or of Gated DeltaNet (`kvtool.delta_net`).
 
 Everything else is refused by name, with the reason.
 """
@@ -17,6 +17,7 @@ Everything else is refused by name, with the reason.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,8 +25,9 @@ import torch
 from torch import nn
 
 from kvtool._tensors import first_line
+from kvtool.delta_net import DeltaNet
 from kvtool.errors import UnsupportedModelError
-from kvtool.mamba import MixerShape, shape_of
+from kvtool.mamba import Mixer, MixerShape
 from kvtool.rope import Rope
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
@@ -34,8 +36,9 @@ FAMILIES = (
     *PLAIN,
     *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4"),
     *("gemma", "gemma3_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
-    *("granitemoeshared", "helium", "hyperclovax", "jais2", "mixtral", "olmo", "olmo2", "olmo3"),
-    *("olmoe", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
+    *("granitemoehybrid", "granitemoeshared", "helium", "hyperclovax", "jais2", "mixtral"),
+    *("olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text"),
+    *("qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "starcoder2"),
 )
 """Model types whose attention is the GQA layout; each is checked by a test."""
 INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
@@ -44,7 +47,9 @@ _WINDOW_IN_CONFIG = ("mistral", "mixtral", "phi3", "starcoder2")
 """Those whose attention reads its sliding window from the config; the config of others may have
 one that nothing reads."""
 HYBRID = "granitemoehybrid"
-"""The model type that has attention in some layers and Mamba-2 in the others."""
+"""The model type of attention in some layers and Mamba-2 in the others."""
+_MIXERS: dict[str, type[Mixer] | type[DeltaNet]] = {"mamba": Mixer, "linear_attn": DeltaNet}
+"""By the name of the module in a decoder layer."""
 _MUP = ("granite", "granitemoe", "granitemoeshared", HYBRID, "hyperclovax")
 """Those that multiply embeddings and logits by what their config says; others' may say it, too."""
 
@@ -55,17 +60,18 @@ class AttentionLayout:
 
     Attributes:
         kind: `gqa` caches keys and values per KV head; `mla` one latent and one shared RoPE key;
-            `mamba` a state of a fixed size.
+            `state` a state of a fixed size.
         head_dim: Size of a query and key head (for `mla`: `nope_dim + rope_dim`).
         scaling: Factor on the scores before the softmax.
         qk_norm: Queries and keys are normed in front of RoPE, `norm_over_heads` all heads together.
+        gated: What heads give is multiplied by a gate per channel, in front of `o_proj`.
         rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
         sliding_window: Window in tokens, `None` if the layer sees everything.
         rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
-        mixer: Sizes of a `mamba` layer.
+        mixer: Sizes of a `state` layer.
     """
 
-    kind: Literal["gqa", "mla", "mamba"]
+    kind: Literal["gqa", "mla", "state"]
     hidden_size: int
     heads: int
     kv_heads: int
@@ -75,6 +81,7 @@ class AttentionLayout:
     output_bias: bool = False
     qk_norm: bool = False
     norm_over_heads: bool = False
+    gated: bool = False
     rotary_dim: int = 0
     sliding_window: int | None = None
     rank: int = 0
@@ -84,9 +91,14 @@ class AttentionLayout:
     mixer: MixerShape | None = None
 
     @property
+    def sees_all(self) -> bool:
+        """Whether its heads see the whole past, so that they can be given less."""
+        return self.kind == "gqa" and self.sliding_window is None
+
+    @property
     def cached_values(self) -> int:
         """Numbers kept per token by a runtime that stores what this layer really needs."""
-        if self.kind == "mamba":
+        if self.kind == "state":
             return 0
         if self.kind == "mla":
             return self.rank + self.rope_dim
@@ -140,6 +152,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
     if getattr(config, "clip_qkv", None) is not None:
         raise UnsupportedModelError(f"{name} clips queries, keys and values (clip_qkv)")
     first = module.qkv_proj if hasattr(module, "qkv_proj") else module.k_proj
+    queries = heads * head_dim if hasattr(module, "qkv_proj") else module.q_proj.out_features
     return AttentionLayout(
         kind="gqa",
         hidden_size=first.in_features,
@@ -151,6 +164,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         output_bias=module.o_proj.bias is not None,
         qk_norm=hasattr(module, "k_norm"),
         norm_over_heads=over_heads,
+        gated=queries == 2 * heads * head_dim,
         rotary_dim=_rotary_dim(module, head_dim),
         sliding_window=_sliding_window(module),
     )
@@ -205,29 +219,47 @@ def _mla_layout(module: Any) -> AttentionLayout:
 def decoder_layers(model: nn.Module) -> list[Any]:
     """The list of decoder layers of a `*ForCausalLM` model."""
     layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(hasattr(x, "self_attn") for x in layers):
+    if not isinstance(layers, nn.ModuleList) or not all(
+        hasattr(layer, "self_attn") or mixer_in(layer) for layer in layers
+    ):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a stack of decoder layers with `self_attn`"
         )
     return list(layers)
 
 
-def is_mixer(layer: Any) -> bool:
-    """Whether a decoder layer of a hybrid model has a Mamba-2 mixer in the place of attention."""
-    return layer.self_attn is None
+def with_heads(layouts: Sequence[AttentionLayout]) -> AttentionLayout:
+    """The first layer that has keys and values; of a model that has none, the first."""
+    return next((layout for layout in layouts if layout.kind != "state"), layouts[0])
 
 
-def _mixer_layout(config: Any) -> AttentionLayout:
-    shape = shape_of(config)
+def mixer_in(layer: Any) -> str | None:
+    """Under which name a decoder layer of a hybrid model has a mixer in the place of attention."""
+    names = (name for name in _MIXERS if getattr(layer, name, None) is not None)
+    return next(names, None)
+
+
+def mixer_of(layer: Any) -> Mixer | DeltaNet | None:
+    """The stages of that mixer."""
+    name = mixer_in(layer)
+    return None if name is None else _MIXERS[name].of(getattr(layer, name))
+
+
+def _mixer_layout(layer: Any, name: str) -> AttentionLayout:
+    module = getattr(layer, name)
+    if (activation := module.activation) != "silu":
+        raise UnsupportedModelError(f"{type(module).__name__} with {activation} is not supported")
+    shape = _MIXERS[name].shape_of(module)
+    biased = any(x.bias is not None for x in module.children() if isinstance(x, nn.Linear))
     return AttentionLayout(
-        kind="mamba",
+        kind="state",
         hidden_size=shape.hidden_size,
         heads=shape.heads,
         kv_heads=0,
         head_dim=shape.head_dim,
         scaling=1.0,
-        qkv_bias=bool(config.mamba_proj_bias),
-        output_bias=bool(config.mamba_proj_bias),
+        qkv_bias=biased,
+        output_bias=biased,
         mixer=shape,
     )
 
@@ -240,15 +272,13 @@ def describe(config: Any) -> list[AttentionLayout]:
     """
     from transformers import AutoModelForCausalLM
 
-    if config.model_type not in (*FAMILIES, "deepseek_v3", HYBRID):
+    if config.model_type not in (*FAMILIES, "deepseek_v3"):
         raise UnsupportedModelError(
             f"model type '{config.model_type}' is not supported",
-            hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 and {HYBRID} without experts",
+            hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 without experts",
         )
     if getattr(config, "final_logit_softcapping", None) is not None:
         raise UnsupportedModelError(f"{config.model_type} with capped logits is not supported")
-    if config.model_type == HYBRID and config.num_local_experts:
-        raise UnsupportedModelError(f"{HYBRID} with mixture-of-experts layers is not supported")
     if config.model_type == "deepseek_v3" and config.first_k_dense_replace < (
         config.num_hidden_layers
     ):
@@ -264,8 +294,8 @@ def describe(config: Any) -> list[AttentionLayout]:
     if not decoder_layers(model):
         raise UnsupportedModelError(f"this {config.model_type} config has no layers")
     return [
-        _mixer_layout(config)
-        if is_mixer(layer)
+        _mixer_layout(layer, name)
+        if (name := mixer_in(layer))
         else recognise(layer.self_attn, f"model.layers.{i}.self_attn")
         for i, layer in enumerate(decoder_layers(model))
     ]

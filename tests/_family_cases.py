@@ -41,6 +41,25 @@ MIXED = {
     "sliding_window": 24,
     "num_hidden_layers": 4,
 }
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    **PARTIAL,
+}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "layer_types": ["mamba", "attention"] * 2,
+    "position_embedding_type": "rope",
+    "num_hidden_layers": 4,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES} | {
     "qwen3, with what only others read": ("qwen3", MUP | {"logit_scale": 0.25}),
     "apertus": ("apertus", {}),
@@ -63,6 +82,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family 
     "granite": ("granite", MUP),
     "granitemoe": ("granitemoe", {**MUP, **EXPERTS}),
     "granitemoeshared": ("granitemoeshared", {**MUP, **EXPERTS}),
+    "granitemoehybrid": ("granitemoehybrid", {**MUP, **EXPERTS, **MAMBA}),
+    "granitemoehybrid, no positions": (
+        "granitemoehybrid",
+        {**MUP, **MAMBA, "num_local_experts": 0, "position_embedding_type": "nope"},
+    ),
     "helium": ("helium", {}),
     "hyperclovax": ("hyperclovax", MUP),
     "jais2": ("jais2", {}),
@@ -76,7 +100,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family 
     "phi3, partial": ("phi3", {"sliding_window": None, **PARTIAL}),
     "phi3, window": ("phi3", {"sliding_window": 24}),
     "qwen2_moe": ("qwen2_moe", EXPERTS),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {**EXPERTS, **DELTA}),
+    "qwen3_5_text": ("qwen3_5_text", {**DELTA, "attention_bias": True}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "qwen3_next": ("qwen3_next", {**EXPERTS, **DELTA, "mlp_only_layers": [1]}),
     "seed_oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {**LAYERS, "no_rope_layer_interval": 2}),
     "starcoder2": ("starcoder2", {"sliding_window": None, "use_bias": True}),

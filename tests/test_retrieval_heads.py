@@ -276,7 +276,7 @@ def test_only_the_tail_is_distilled(llama, prefill):
     assert lesson.scale == pytest.approx(float(lesson.hidden.square().mean()))
     student = GatedModel(llama, WINDOW, penalty=0.0)
     nn.init.constant_(student.alpha, 0.5)
-    hidden = run_gated(llama, lesson.reading, student.alpha, WINDOW)
+    hidden = run_gated(llama, lesson.reading, student.alpha, WINDOW, {})
     expected = (hidden - lesson.hidden).square().mean() / lesson.hidden.square().mean()
     torch.testing.assert_close(student(lesson)[0], expected)
 

@@ -342,9 +342,9 @@ class CodedAttention(GroupedAttention):
         q, k = stages.normalise(q, k)
         if step.place is not None:
             assert isinstance(store, PagedCoded)
-            return stages.output(step_of(store, q, k, v, step, self.table))
+            return stages.output(step_of(store, q, k, v, step, self.table), hidden)
         q_rotated, k_rotated = stages.rotate(q, k, cos, sin)
         ahead = torch.arange(hidden.shape[1], device=hidden.device)
         positions = torch.tensor(step.starts, device=hidden.device)[:, None] + ahead
         new = Tokens(q, k, v, q_rotated, k_rotated, positions)
-        return stages.output(store.add(new, step))
+        return stages.output(store.add(new, step), hidden)

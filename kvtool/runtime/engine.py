@@ -23,6 +23,7 @@ from kvtool.runtime.head_pages import HeadPages
 from kvtool.runtime.host import load_host
 from kvtool.runtime.layers import DecodeLinear, Step
 from kvtool.runtime.pages import Pages
+from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE, Rows, whole_pages
@@ -74,7 +75,7 @@ class Engine:
         device: str = "cpu",
         plan: Plan | None = None,
     ) -> Engine:
-        """Loads a GQA, `deepseek_v3`, `kvtool_mla` or `granitemoehybrid` checkpoint.
+        """Loads a checkpoint of a family that kvtool knows, of its own or of a hybrid.
 
         Args:
             plan: What the layers of a GQA checkpoint keep; everything if not given.
@@ -233,11 +234,12 @@ class Engine:
     def new_pages(self, rows: int, pages: int) -> Pages:
         """So many pages for so many rows; of single heads if the plan has token budgets."""
         most = whole_pages(self.max_context) // PAGE
-        by_head = [isinstance(x, SplitAttention | WindowedAttention) for x in self.attentions]
+        kinds = SplitAttention | WindowedAttention | RuntimeMixer
+        by_head = [isinstance(x, kinds) for x in self.attentions]
         if self.plan is None or self.plan.policy is None or not all(by_head):
             return Pages(rows, pages, most, self.device)
         budgets = [getattr(attention, "paged_budgets", []) for attention in self.attentions]
-        stages = self.attentions[0].stages
+        stages = next(x.stages for x in self.attentions if not isinstance(x, RuntimeMixer))
         like, head_dim = stages.qkv.weight, stages.layout.head_dim
         return HeadPages(rows, pages, most, budgets, head_dim, like)
 
@@ -322,7 +324,7 @@ class Engine:
         """Token ids `[B, T]` through the decoder layers to hidden states `[B, T, hidden]`."""
         hidden = self.embed(ids)
         for layer in decoder_layers(self.model):
-            hidden = layer(hidden, past_key_values=step)
+            hidden = layer(hidden, past_key_values=step, position_embeddings=None)
         return hidden
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -169,10 +169,10 @@ class GroupedAttention(RuntimeAttention):
         q, k, v = stages.project(hidden)
         unrotated, k = stages.normalise(q, k)
         if step.place is not None:
-            return stages.output(step_of(store, unrotated, k, v, step, self.table))
+            return stages.output(step_of(store, unrotated, k, v, step, self.table), hidden)
         cos, sin = (table[:, None] for table in step.tables[self.table])
         q, k = stages.rotate(unrotated, k, cos, sin)
-        return stages.output(self.read(NewTokens(q, unrotated, k, v), step, store))
+        return stages.output(self.read(NewTokens(q, unrotated, k, v), step, store), hidden)
 
     def read(self, new: NewTokens, step: Step, store: Any) -> Tensor:
         """What new tokens read of a store that they are added to, `[B, Q, T, D]`."""

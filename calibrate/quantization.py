@@ -98,10 +98,13 @@ def calibrate_quantization(
         )
         statistics = collect(checkpoint, wanted, report=report)
         corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
-        layers = range(len(plan.layers))
-        plan = packed(
-            plan, [_FITTED[method](first, statistics.layer(index), plan.base) for index in layers]
-        )
+        fitted = [
+            _FITTED[method](first, statistics.layer(index), plan.base)
+            if layer.full_heads
+            else first
+            for index, layer in enumerate(plan.layers)
+        ]
+        plan = packed(plan, fitted)
     elif method != "aware":
         plan = alike(plan, first)
     else:
@@ -161,9 +164,8 @@ def plan_ahead(
     plan = with_states(plan, options.states)
     if not options.heads:
         return plan.cache_bytes(options.context, itemsize)
-    unlike = (isinstance(layer.kept, StatePlan | LatentPlan) for layer in plan.layers)
-    if options.method in _FITTED and any(unlike):
-        raise UsageError(f"{options.named} is for models whose layers all have KV heads")
+    if options.method in _FITTED and latents.latents_of(plan):
+        raise UsageError(f"{options.named} is for keys and values of heads, and not for latents")
     same = options.bits is None or first.keys == first.values
     if latents.latents_of(plan):
         if options.method != "aware" or options.read != "absorbed":

@@ -98,12 +98,9 @@ def calibrate_quantization(
         )
         statistics = collect(checkpoint, wanted, report=report)
         corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
-        fitted = [
-            _FITTED[method](first, statistics.layer(index), plan.base)
-            if layer.full_heads
-            else first
-            for index, layer in enumerate(plan.layers)
-        ]
+        fitted, fit = [first] * len(plan.layers), _FITTED[method]
+        for index in (i for i, layer in enumerate(plan.layers) if layer.full_heads):
+            fitted[index] = fit(first, statistics.layer(index), plan.base)
         plan = packed(plan, fitted)
     elif method != "aware":
         plan = alike(plan, first)

@@ -262,8 +262,6 @@ def test_a_budget_counts_the_states(hybrid, tmp_path, capsys):
     [
         (["--bits", "S3"], "states have 4 or 8 bits"),
         (["--bits", "auto", "--kv-budget", "1%"], "with 2 bits everywhere, the cache takes"),
-        (["--method", "rotatekv"], "all have KV heads"),
-        (["--bits", "fp8"], "--bits fp8 is for models whose layers all have KV heads"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(hybrid, tmp_path, capsys, words, message):

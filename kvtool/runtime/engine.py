@@ -21,7 +21,7 @@ from kvtool.runtime.cache import KVCache
 from kvtool.runtime.graphs import PagedCache, PagedMemory
 from kvtool.runtime.head_pages import HeadPages
 from kvtool.runtime.host import load_host
-from kvtool.runtime.layers import DecodeLinear, Step
+from kvtool.runtime.layers import DecodeLinear, Step, through
 from kvtool.runtime.pages import Pages
 from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
@@ -324,7 +324,7 @@ class Engine:
         """Token ids `[B, T]` through the decoder layers to hidden states `[B, T, hidden]`."""
         hidden = self.embed(ids)
         for layer in decoder_layers(self.model):
-            hidden = layer(hidden, past_key_values=step, position_embeddings=None)
+            hidden = through(layer, hidden, step)
         return hidden
 
     def embed(self, ids: Tensor) -> Tensor:

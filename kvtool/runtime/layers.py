@@ -142,6 +142,12 @@ class RuntimeAttention(nn.Module):
     layer_index: int
 
 
+def through(layer: Any, hidden: Tensor, step: Step) -> Tensor:
+    """Hidden states `[B, T, hidden]` through a decoder layer of the host that has such a module."""
+    result: Tensor = layer(hidden, past_key_values=step, position_embeddings=None)
+    return result
+
+
 def step_of(store: Any, q: Tensor, k: Tensor, v: Tensor, step: Step, table: int) -> Tensor:
     """What one new token per row reads of a paged store, `[B, Q, 1, D]`.
 

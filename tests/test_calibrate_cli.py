@@ -140,7 +140,7 @@ def test_streaming_heads_are_a_number_or_a_share(
         (["--length", "600"], 2, "--length 600"),
         (["--streaming-heads", "7"], 2, "'7'"),
         (["--kv-budget", "half"], 2, "'half'"),
-        (["--kv-budget", "1%"], 3, "too small"),
+        (["--kv-budget", "1%"], 2, "too small"),
         (["--samples", "0"], 2, "--samples"),
         (["--method", "duo", "--penalty", "-1"], 2, "--penalty"),
         (["--mix", "teacher"], 2, "--mix is for --method duo: ablation trains nothing"),

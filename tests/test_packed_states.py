@@ -368,5 +368,5 @@ def test_bits_of_states_are_not_lost(hybrid):
     assert {x.kept.bits for x in with_states(few, 8).layers if x.kept is not None} == {8}
     plain = everything(hybrid, base_of(hybrid), QuantizationOptions())
     assert {x.kept.bits for x in with_states(plain, None).layers if x.kept is not None} == {8}
-    with pytest.raises(PlanError, match="not composed"):
+    with pytest.raises(PlanError, match="same states"):
         compose(plain, few)

@@ -23,7 +23,7 @@ from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
-from kvtool.slices import stream_heads
+from kvtool.slices import compose, stream_heads
 from kvtool.states import StatePlan
 
 HEADS, SIZE = 2, 16
@@ -202,3 +202,18 @@ def test_states_of_another_rule_are_refused(tiny, tmp_path):
         replace(state, bits=8)
     plan.write(tmp_path / "new")
     assert Plan.read(tmp_path / "new").layers == plan.layers
+
+
+def test_heads_and_budgets_beside_the_same_states_are_composed(tiny):
+    checkpoint, ids = open_case(tiny, "qwen3_5_text"), tokens(90)
+    plan = streaming(checkpoint, 2, 6)
+    heads = replace(plan, layers=(*plan.layers[:3], LayerPlan((True, False), 2, 6)))
+    budgets = replace(
+        Plan(plan.base, whole_layers(checkpoint)),
+        layers=(plan.layers[0], LayerPlan((False,) * 2, budget=(9, 9))) * 2,
+        policy="snapkv",
+    )
+    both = compose(heads, budgets)
+    assert [x.budget for x in both.layers] == [None, None, None, (None, 9)]
+    engine = Engine.load(checkpoint, plan=both)
+    assert bool(logits(engine, ids, 70).isfinite().all())

@@ -135,7 +135,7 @@ def test_heads_of_the_other_layers_are_scored_and_stream(tiny, tmp_path, monkeyp
         some = stream_heads(plan, count, 4, 24)
         assert [layer == window for layer in some.layers] == [True, False, True, False]
         assert some.streaming_heads == count
-    with pytest.raises(PlanError, match="5 heads cannot stream: the model has 4"):
+    with pytest.raises(UsageError, match="5 heads cannot stream: the model has 4"):
         stream_heads(plan, 5, 4, 24)
     some.write(tmp_path / "heads.plan")
     read = Plan.read(tmp_path / "heads.plan")
@@ -173,7 +173,7 @@ def test_a_budget_is_met_by_the_heads_that_see_the_whole_past(tiny):
         some = cut(plan, size, 100, BYTES)
         assert (some.streaming_heads, some.cache_bytes(100, BYTES)) == (kept, size)
         assert cut(plan, size - 1, 100, BYTES).streaming_heads == kept + 1 if kept < 4 else True
-    with pytest.raises(PlanError, match="too small"):
+    with pytest.raises(UsageError, match="too small"):
         cut(plan, size - 1, 100, BYTES)
 
 
@@ -208,7 +208,7 @@ def test_plans_with_windows_in_other_layers_are_not_composed(tiny):
     plan = streaming(open_case(tiny, "gemma3_text"), 2, 6)
     some = [LayerPlan((False,) * HEADS, budget=(9,) * HEADS), plan.layers[0]] * 2
     budgets = replace(plan, layers=tuple(some), policy="snapkv")
-    with pytest.raises(PlanError, match="same sliding windows"):
+    with pytest.raises(PlanError, match="same states and sliding windows"):
         compose(plan, budgets)
 
 

@@ -62,7 +62,7 @@ class GroupedQueryAttention(nn.Module):
             if layout.gated:
                 parts[0] = [self._halves(x)[0] for x in parts[0]]
             found = list(zip(*parts, strict=True))
-        ordered = [[self._in_order(q), self._in_order(k), v] for q, k, v in found]
+        ordered = [[self._turned(q), self._turned(k), v] for q, k, v in found]
         return sizes, ordered[0], ordered[1] if layout.qkv_bias else []
 
     def _gate(self, module: Any) -> nn.Linear:
@@ -76,6 +76,18 @@ class GroupedQueryAttention(nn.Module):
         """Of `[heads * 2 D, ...]` the first and the second D of every head."""
         by_head = rows.unflatten(0, (self.layout.heads, 2, self.layout.head_dim))
         return by_head[:, 0].flatten(0, 1), by_head[:, 1].flatten(0, 1)
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        """Rows of queries or keys in that order; those that RoPE turns with its scale, if it turns
+        a part of them.
+        """
+        layout = self.layout
+        if layout.turned_scale != 1:
+            scale = torch.ones(layout.head_dim, device=rows.device)
+            scale[: layout.rotary_dim] = layout.turned_scale
+            scale = scale.repeat(len(rows) // layout.head_dim)
+            rows = (rows * scale.view(-1, *[1] * (rows.dim() - 1))).to(rows.dtype)
+        return self._in_order(rows)
 
     def _in_order(self, rows: Tensor) -> Tensor:
         """`[heads * D, ...]` with the channels of every head in the order of `_order`."""

@@ -66,6 +66,7 @@ class AttentionLayout:
         qk_norm: Queries and keys are normed in front of RoPE, `norm_over_heads` all heads together.
         gated: What heads give is multiplied by a gate per channel, in front of `o_proj`.
         rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
+        turned_scale: What RoPE multiplies those by, where they are a part of a head.
         sliding_window: Window in tokens, `None` if the layer sees everything.
         rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
         mixer: Sizes of a `state` layer.
@@ -83,6 +84,7 @@ class AttentionLayout:
     norm_over_heads: bool = False
     gated: bool = False
     rotary_dim: int = 0
+    turned_scale: float = 1.0
     sliding_window: int | None = None
     rank: int = 0
     rope_dim: int = 0
@@ -151,6 +153,10 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
             )
     if getattr(config, "clip_qkv", None) is not None:
         raise UnsupportedModelError(f"{name} clips queries, keys and values (clip_qkv)")
+    rotary_dim, normed = _rotary_dim(module, head_dim), hasattr(module, "k_norm")
+    scale = _rope_scale(config) if 0 < rotary_dim < head_dim else 1.0
+    if scale != 1 and normed:
+        raise UnsupportedModelError(f"{name} has a q/k norm, and RoPE that scales a part of a head")
     first = module.qkv_proj if hasattr(module, "qkv_proj") else module.k_proj
     queries = heads * head_dim if hasattr(module, "qkv_proj") else module.q_proj.out_features
     return AttentionLayout(
@@ -162,10 +168,11 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         scaling=float(module.scaling),
         qkv_bias=first.bias is not None,
         output_bias=module.o_proj.bias is not None,
-        qk_norm=hasattr(module, "k_norm"),
+        qk_norm=normed,
         norm_over_heads=over_heads,
         gated=queries == 2 * heads * head_dim,
-        rotary_dim=_rotary_dim(module, head_dim),
+        rotary_dim=rotary_dim,
+        turned_scale=scale,
         sliding_window=_sliding_window(module),
     )
 
@@ -183,6 +190,18 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
         return 0
     parameters = next(iter(_rope_parameters(config).values()), {})
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def _rope_scale(config: Any) -> float:
+    """What yarn and LongRoPE multiply cos and sin by."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kinds = [x.get("rope_type", "default") for x in _rope_parameters(config).values()]
+    if set(kinds) == {"default"}:
+        return 1.0
+    if len(kinds) > 1:
+        raise UnsupportedModelError("RoPE by type of layer that scales a part of each head")
+    return float(ROPE_INIT_FUNCTIONS[kinds[0]](config)[1])
 
 
 def _sliding_window(module: Any) -> int | None:
@@ -333,8 +352,12 @@ def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:
 def ropes_of(config: Any) -> list[Rope]:
     """The rotary embedding of every layer, read from the module that transformers builds.
 
+    LongRoPE has two sets of frequencies. Which of them transformers takes depends on the length of
+    the text; here all texts have those of one as long as the model's context, as vLLM does it: a
+    cache could not change them later.
+
     Raises:
-        UnsupportedModelError: The frequencies depend on the length of the text.
+        UnsupportedModelError: The frequencies depend on the length of the text in another way.
     """
     from transformers import AutoModelForCausalLM
 
@@ -348,7 +371,13 @@ def ropes_of(config: Any) -> list[Rope]:
     found: dict[str, Rope] = {}
     for kind, parameters in _rope_parameters(config).items():
         prefix = f"{kind}_" if kind else ""
-        _check_fixed(parameters)
+        if (rope_type := parameters.get("rope_type", "default")) == "dynamic":
+            raise UnsupportedModelError(
+                f"RoPE of type '{rope_type}' changes its frequencies with the length of the text"
+            )
+        if rope_type == "longrope":
+            last = torch.tensor([[config.max_position_embeddings - 1]])
+            module(torch.zeros(1), last, *([kind] if kind else []))
         inv_freq, scale = (getattr(module, prefix + x) for x in ("inv_freq", "attention_scaling"))
         found[kind] = Rope(inv_freq.float(), float(scale))
     kinds = [""] * len(layouts) if "" in found else config.layer_types
@@ -373,16 +402,6 @@ def _rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
     return {kind: parameters[kind] for kind in parameters if kind in kinds} or {"": parameters}
 
 
-def _check_fixed(parameters: dict[str, Any]) -> None:
-    kind = parameters.get("rope_type", "default")
-    if kind == "dynamic" or (
-        kind == "longrope" and parameters["short_factor"] != parameters["long_factor"]
-    ):
-        raise UnsupportedModelError(
-            f"RoPE of type '{kind}' changes its frequencies with the length of the text"
-        )
-
-
 def _own_rope(rope: Rope, layout: AttentionLayout) -> Rope:
     """What one layer makes of the model's RoPE."""
     if layout.kind != "gqa":
@@ -393,6 +412,6 @@ def _own_rope(rope: Rope, layout: AttentionLayout) -> Rope:
         raise UnsupportedModelError(
             f"RoPE has {len(rope.inv_freq)} frequencies for {layout.rotary_dim} channels of a head"
         )
-    if layout.rotary_dim < layout.head_dim and rope.scale != 1:
-        raise UnsupportedModelError("RoPE covers a part of each head, and scales it (yarn)")
-    return rope.over(layout.head_dim)
+    if layout.rotary_dim < layout.head_dim:
+        return Rope(rope.inv_freq).over(layout.head_dim)  # its scale is in the projections
+    return rope

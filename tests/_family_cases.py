@@ -41,6 +41,23 @@ MIXED = {
     "sliding_window": 24,
     "num_hidden_layers": 4,
 }
+
+
+def long_rope(original: int, part: float) -> dict[str, Any]:
+    """Of heads of size 16 in a context of 512, with another scale."""
+    pairs = int(8 * part)
+    return {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": part,
+            "original_max_position_embeddings": original,
+            "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+            "long_factor": [2.0 + 0.5 * i for i in range(pairs)],
+        }
+    }
+
+
 DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -98,6 +115,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family 
     "olmoe": ("olmoe", EXPERTS),
     "phi3": ("phi3", {"sliding_window": None}),
     "phi3, partial": ("phi3", {"sliding_window": None, **PARTIAL}),
+    "phi3, longrope": ("phi3", {"sliding_window": None, **long_rope(16, 1.0)}),
+    "phi3, longrope on a part": ("phi3", {"sliding_window": None, **long_rope(16, 0.5)}),
     "phi3, window": ("phi3", {"sliding_window": 24}),
     "qwen2_moe": ("qwen2_moe", EXPERTS),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", {**EXPERTS, **DELTA}),

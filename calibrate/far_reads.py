@@ -21,7 +21,7 @@ from kvtool.latent import LatentAttention
 from kvtool.layout import (
     decoder_layers,
     embedding_factor,
-    logits_factor,
+    finish_of,
     mixer_in,
     mixer_of,
     ropes_of,
@@ -290,7 +290,7 @@ class WholeModel:
         self._now.ring = ring
         hidden = self._hidden(ids[-end:], offset + len(ids) - end)
         logits = self.model.lm_head(self.model.model.norm(hidden))[0].float()
-        said = (logits * logits_factor(self.config)).log_softmax(-1)
+        said = finish_of(self.config)(logits).log_softmax(-1)
         if said.isnan().any():
             raise CalibrationError("the model's predictions are not all numbers")
         drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)

@@ -24,7 +24,7 @@ from kvtool.layout import (
     decoder_layers,
     describe,
     embedding_factor,
-    logits_factor,
+    finish_of,
     mixer_in,
     mixer_of,
     ropes_of,
@@ -129,7 +129,8 @@ class LayerStream:
     Attributes:
         layouts: The attention of every layer.
         ropes: The rotary embedding of every layer.
-        embedding_factor, logits_factor: What embeddings and logits are multiplied by.
+        embedding_factor: What embeddings are multiplied by.
+        finish: What is made of the logits of the output head.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -153,7 +154,7 @@ class LayerStream:
         embedding = self._model.model.embed_tokens  # Gemma's has a factor of its own
         own = float(getattr(embedding, "scalar_embed_scale", 1.0))
         self.embedding_factor = own * embedding_factor(self.config)
-        self.logits_factor = logits_factor(self.config)
+        self.finish = finish_of(self.config)
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -240,8 +241,7 @@ class LayerStream:
         """Final norm and output head: `[..., hidden]` to `[..., vocabulary]`, fp32."""
         tied = self.config.tie_word_embeddings
         head = self.checkpoint.read("model.embed_tokens.weight" if tied else "lm_head.weight")
-        result: Tensor = self.final_norm()(hidden) @ head.float().T * self.logits_factor
-        return result
+        return self.finish(self.final_norm()(hidden) @ head.float().T)
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer, fp32."""

@@ -87,7 +87,7 @@ class TailModel:
         if not stream.config.tie_word_embeddings:
             self.head = checkpoint.read("lm_head.weight").float().to(self.device)
         self.embedding_factor = stream.embedding_factor
-        self.logits_factor = stream.logits_factor
+        self.finish_logits = stream.finish
 
     def embed(self, ids: Tensor) -> Tensor:
         """`[M]` to `[1, M, hidden]`.
@@ -217,7 +217,7 @@ class TailModel:
 
     def predictions(self, hidden: Tensor) -> Tensor:
         """Log-probabilities `[B, M, V]` fp32 behind `hidden [B, M, hidden]` of the last layer."""
-        logits = self.finish(hidden) @ self.head.T * self.logits_factor
+        logits = self.finish_logits(self.finish(hidden) @ self.head.T)
         return torch.log_softmax(logits, dim=-1)
 
     @torch.no_grad()

@@ -43,10 +43,9 @@ class GroupedQueryAttention(nn.Module):
         if hasattr(module, "qkv_proj"):
             module.qkv_proj.weight = self.qkv.weight
         else:
-            parts = (module.q_proj, module.k_proj, module.v_proj)
-            for part, rows in zip(parts, self.qkv.weight.split(self.sizes), strict=True):
+            for part, rows in zip(_three(module), self.qkv.weight.split(self.sizes), strict=True):
                 part.weight = nn.Parameter(rows, requires_grad=False)
-        self.o_proj = module.o_proj
+        self.o_proj, self.v_norm = module.o_proj, getattr(module, "v_norm", None)
         self.q_norm, self.k_norm = (
             self._in_order_of(getattr(module, x, None)) for x in ("q_norm", "k_norm")
         )
@@ -58,7 +57,7 @@ class GroupedQueryAttention(nn.Module):
         if hasattr(module, "qkv_proj"):
             found = [x.split(sizes) for x in module.qkv_proj.parameters()]
         else:
-            parts = [list(x.parameters()) for x in (module.q_proj, module.k_proj, module.v_proj)]
+            parts: list[list[Tensor]] = [list(x.parameters()) for x in _three(module)]
             if layout.gated:
                 parts[0] = [self._halves(x)[0] for x in parts[0]]
             found = list(zip(*parts, strict=True))
@@ -152,10 +151,12 @@ class GroupedQueryAttention(nn.Module):
         self.layout = replace(self.layout, kv_heads=kv_heads)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, Q, T, D]`, keys and values `[B, H, T, D]`, before norm and RoPE."""
+        """Queries `[B, Q, T, D]` and keys `[B, H, T, D]`, before norm and RoPE, and values alike;
+        those are normed already where a model norms them (Gemma 4).
+        """
         split = self.qkv(hidden).split(self.sizes, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.layout.head_dim)).transpose(1, 2) for x in split)
-        return q, k, v
+        return q, k, v if self.v_norm is None else self.v_norm(v)
 
     def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Applies the RMSNorm per head of Qwen3 or over all heads of OLMo 2, or none."""
@@ -219,6 +220,12 @@ class DenseAttention(nn.Module):
         """`[B, T, Q, D]` to hidden states `[B, T, hidden]`."""
         result: Tensor = self.gqa.o_proj(context.flatten(2))
         return result
+
+
+def _three(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """The projections to queries, keys and values; Gemma 4 has one for the last two."""
+    values = module.k_proj if module.v_proj is None else module.v_proj
+    return module.q_proj, module.k_proj, values
 
 
 def _over_heads(norm: nn.Module, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvtool._tensors import first_line
 from kvtool.delta_net import DeltaNet
@@ -35,7 +35,7 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = (
     *PLAIN,
     *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4"),
-    *("gemma", "gemma3_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
+    *("gemma", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
     *("granitemoehybrid", "granitemoeshared", "helium", "hyperclovax", "jais2", "mixtral"),
     *("olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text"),
     *("qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "starcoder2"),
@@ -50,6 +50,11 @@ HYBRID = "granitemoehybrid"
 """The model type of attention in some layers and Mamba-2 in the others."""
 _MIXERS: dict[str, type[Mixer] | type[DeltaNet]] = {"mamba": Mixer, "linear_attn": DeltaNet}
 """By the name of the module in a decoder layer."""
+_SHARED = {
+    "num_kv_shared_layers": "layers that use keys and values of others",
+    "hidden_size_per_layer_input": "inputs of their own for all layers",
+}
+"""Fields that say so, of the small models of Gemma 4."""
 _MUP = ("granite", "granitemoe", "granitemoeshared", HYBRID, "hyperclovax")
 """Those that multiply embeddings and logits by what their config says; others' may say it, too."""
 
@@ -122,7 +127,9 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         optional: set[str] = set()
     else:
         needed = {"o_proj"} | ({"qkv_proj"} & present or {"q_proj", "k_proj", "v_proj"})
-        optional = {"q_norm", "k_norm"}
+        if getattr(module, "use_alternative_attention", False):  # keys are the values, too
+            needed -= {"v_proj"}
+        optional = {"q_norm", "k_norm", "v_norm"}
     kind = type(module).__name__
     if missing := needed - present:
         raise UnsupportedModelError(
@@ -141,8 +148,9 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
 
 def _gqa_layout(module: Any, name: str) -> AttentionLayout:
     config, head_dim = module.config, int(module.head_dim)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    over_heads = False
+    fused, over_heads = hasattr(module, "qkv_proj"), False
+    heads = config.num_attention_heads  # KV heads may differ by layer (Gemma 4)
+    kv_heads = config.num_key_value_heads if fused else module.k_proj.out_features // head_dim
     if hasattr(module, "q_norm"):
         sizes = [tuple(getattr(module, x).weight.shape) for x in ("q_norm", "k_norm")]
         over_heads = sizes == [(heads * head_dim,), (kv_heads * head_dim,)] != [(head_dim,)] * 2
@@ -157,8 +165,8 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
     scale = _rope_scale(config) if 0 < rotary_dim < head_dim else 1.0
     if scale != 1 and normed:
         raise UnsupportedModelError(f"{name} has a q/k norm, and RoPE that scales a part of a head")
-    first = module.qkv_proj if hasattr(module, "qkv_proj") else module.k_proj
-    queries = heads * head_dim if hasattr(module, "qkv_proj") else module.q_proj.out_features
+    first = module.qkv_proj if fused else module.k_proj
+    queries = heads * head_dim if fused else module.q_proj.out_features
     return AttentionLayout(
         kind="gqa",
         hidden_size=first.in_features,
@@ -188,7 +196,11 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
     }
     if not turned.get(config.model_type, True):
         return 0
-    parameters = next(iter(_rope_parameters(config).values()), {})
+    by_kind = _rope_parameters(config)
+    first: dict[str, Any] = next(iter(by_kind.values()), {})
+    parameters = by_kind.get(getattr(module, "layer_type", ""), first)
+    if parameters.get("rope_type") == "proportional":  # what it does not turn has frequency 0
+        return head_dim
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
@@ -248,8 +260,9 @@ def decoder_layers(model: nn.Module) -> list[Any]:
 
 
 def with_heads(layouts: Sequence[AttentionLayout]) -> AttentionLayout:
-    """The first layer that has keys and values; of a model that has none, the first."""
-    return next((layout for layout in layouts if layout.kind != "state"), layouts[0])
+    """The first layer that sees the whole past, or else that has keys and values, or else any."""
+    found = [x for x in layouts if x.sees_all] + [x for x in layouts if x.kind != "state"]
+    return (found or list(layouts))[0]
 
 
 def mixer_in(layer: Any) -> str | None:
@@ -296,8 +309,9 @@ def describe(config: Any) -> list[AttentionLayout]:
             f"model type '{config.model_type}' is not supported",
             hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 without experts",
         )
-    if getattr(config, "final_logit_softcapping", None) is not None:
-        raise UnsupportedModelError(f"{config.model_type} with capped logits is not supported")
+    for field, what in _SHARED.items():
+        if getattr(config, field, 0):
+            raise UnsupportedModelError(f"{config.model_type} with {what} is not supported")
     if config.model_type == "deepseek_v3" and config.first_k_dense_replace < (
         config.num_hidden_layers
     ):
@@ -325,14 +339,29 @@ def embedding_factor(config: Any) -> float:
     return float(config.embedding_multiplier) if config.model_type in _MUP else 1.0
 
 
-def logits_factor(config: Any) -> float:
-    """What a model multiplies the logits of its output head by."""
+@dataclass(frozen=True)
+class Finish:
+    """What a model makes of the logits of its output head: `cap tanh(factor x / cap)`."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Of any shape."""
+        if self.factor != 1:
+            logits = logits * self.factor
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def finish_of(config: Any) -> Finish:
+    """That of a model."""
+    cap = getattr(config, "final_logit_softcapping", None)
     if config.model_type in ("cohere", "cohere2"):
-        return float(config.logit_scale)
+        return Finish(float(config.logit_scale), cap)
     if config.model_type not in _MUP:
-        return 1.0
+        return Finish(cap=cap)
     factor = float(config.logits_scaling)
-    return factor if config.model_type == "hyperclovax" else 1 / factor  # Granite divides
+    return Finish(factor if config.model_type == "hyperclovax" else 1 / factor, cap)
 
 
 def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:

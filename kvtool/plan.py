@@ -100,7 +100,8 @@ def base_of(checkpoint: Checkpoint) -> Base:
     layouts = describe(model_config(checkpoint))
     layout = with_heads(layouts)
     shape = layout.kv_heads, layout.head_dim
-    if any((x.kv_heads, x.head_dim) != shape for x in layouts if x.kind == layout.kind):
+    like = [x for x in layouts if x.kind == layout.kind and x.sees_all == layout.sees_all]
+    if any((x.kv_heads, x.head_dim) != shape for x in like):
         raise UnsupportedModelError(f"{checkpoint.source} has layers of different shapes.")
     config = {key: value for key, value in checkpoint.config.items() if key not in _VOLATILE}
     return Base(
@@ -223,10 +224,6 @@ class Plan:
             labels = () if layer.sparse is None else layer.sparse.channels
             if (last := max((max(row) for row in labels), default=0)) >= base.head_dim:
                 raise PlanError(f"layer {index} has a label channel {last} of {base.head_dim}")
-            if isinstance(window := layer.kept, WindowPlan):
-                own = window.heads, window.head_dim
-                if own != (base.kv_heads, base.head_dim):
-                    raise PlanError(f"layer {index} has a window of {own[0]} heads x {own[1]}")
             if layer.kept is None and len(layer.streaming) != base.kv_heads:
                 raise PlanError(
                     f"layer {index} plans {len(layer.streaming)} KV heads of {base.kv_heads}"

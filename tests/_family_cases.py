@@ -43,6 +43,21 @@ MIXED = {
 }
 
 
+GEMMA4 = {
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 2,
+    "top_k_experts": 2,
+    "final_logit_softcapping": 3.0,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {
+            "rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6,
+        },
+    },
+}  # fmt: skip
+
+
 def long_rope(original: int, part: float) -> dict[str, Any]:
     """Of heads of size 16 in a context of 512, with another scale."""
     pairs = int(8 * part)
@@ -93,6 +108,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family 
     ),
     "gemma": ("gemma", {}),
     "gemma3_text": ("gemma3_text", {**MIXED, "rope_parameters": TWO_ROPES}),
+    "gemma4_text": ("gemma4_text", {**MIXED, **GEMMA4, **EXPERTS, "enable_moe_block": True}),
+    "gemma4_text, keys are values": (
+        "gemma4_text",
+        {**MIXED, **GEMMA4, "attention_k_eq_v": True, "num_key_value_heads": 4},
+    ),
     "glm": ("glm", {"attention_bias": True, **PARTIAL}),
     "glm4": ("glm4", PARTIAL),
     "glm4_moe": ("glm4_moe", {**EXPERTS, **PARTIAL, "use_qk_norm": True}),

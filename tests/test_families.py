@@ -14,7 +14,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.layer_plan import LayerPlan
 from kvtool.layout import FAMILIES as ALL
-from kvtool.layout import logits_factor
+from kvtool.layout import finish_of
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 
@@ -79,7 +79,7 @@ def test_whole_models_compute_what_transformers_computes(tiny, name):
     model._start()
     hidden = model._hidden(ids, 0)
     logits = model.model.lm_head(model.model.model.norm(hidden))[0]
-    same(logits * logits_factor(model.config), wanted)
+    same(finish_of(model.config)(logits), wanted)
     tail = TailModel(LayerStream(checkpoint))
     hidden = tail.embed(ids)
     for index in range(len(tail.layers)):

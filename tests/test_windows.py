@@ -30,7 +30,13 @@ from kvtool.windows import WindowPlan
 
 WINDOW, HEADS, SIZE, BYTES = 24, 2, 16, 4
 TOKEN = 2 * HEADS * SIZE * BYTES  # bytes of a token in a layer
-MIXED = ["gemma3_text", "olmo3", "cohere2", "exaone4"]  # every other layer has a window
+MIXED = [
+    "gemma3_text",
+    "gemma4_text, keys are values",
+    "olmo3",
+    "cohere2",
+    "exaone4",
+]  # every other layer has a window
 
 
 def open_case(tiny, name) -> Checkpoint:
@@ -267,8 +273,11 @@ def test_a_model_of_windows_alone_is_refused(tiny):
 def test_a_plan_of_another_window_is_refused(tiny):
     checkpoint = open_case(tiny, "gemma3_text")
     plan = streaming(checkpoint, 2, 6)
-    with pytest.raises(PlanError, match="layer 0 has a window of 2 heads x 8"):
-        replace(plan, layers=(LayerPlan((), kept=WindowPlan(2, 8, 24)), *plan.layers[1:]))
+    other = replace(plan, layers=(LayerPlan((), kept=WindowPlan(2, 8, 24)), *plan.layers[1:]))
+    with pytest.raises(
+        PlanError, match="of 24 tokens of 2 heads x 16, and 24 tokens of 2 heads x 8"
+    ):
+        Engine.load(checkpoint, plan=other)
     with pytest.raises(PlanError, match=r"layer 1 .* keeps KV heads, and the window"):
         Engine.load(checkpoint, plan=replace(plan, layers=(*plan.layers[:1], plan.layers[0]) * 2))
     with pytest.raises(PlanError, match="without any number"):

@@ -14,7 +14,7 @@ from kvtool.errors import CheckpointError, UsageError
 from kvtool.kernels.dispatch import use_triton
 from kvtool.kernels.linear import LEAST_ROWS
 from kvtool.latent import FactoredAttention
-from kvtool.layout import decoder_layers, embedding_factor, logits_factor
+from kvtool.layout import decoder_layers, embedding_factor, finish_of
 from kvtool.plan import Plan
 from kvtool.rope import Rope
 from kvtool.runtime.cache import KVCache
@@ -56,7 +56,7 @@ class Engine:
         self.device: torch.device = model.device
         self.eos_ids = _eos_ids(model, self.tokenizer)
         self._embedding_factor = embedding_factor(self.config)
-        self._logits_factor = logits_factor(self.config)
+        self._finish = finish_of(self.config)
         limits = [x.most_tokens for x in attentions if x.most_tokens is not None]
         self._most_tokens = min(limits, default=sys.maxsize)
         self._ropes: list[Rope] = []
@@ -239,7 +239,7 @@ class Engine:
         if self.plan is None or self.plan.policy is None or not all(by_head):
             return Pages(rows, pages, most, self.device)
         budgets = [getattr(attention, "paged_budgets", []) for attention in self.attentions]
-        stages = next(x.stages for x in self.attentions if not isinstance(x, RuntimeMixer))
+        stages = next(x.stages for x in self.attentions if isinstance(x, SplitAttention))
         like, head_dim = stages.qkv.weight, stages.layout.head_dim
         return HeadPages(rows, pages, most, budgets, head_dim, like)
 
@@ -317,8 +317,7 @@ class Engine:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[B, T, V]` fp32 of what the last layer gives, `[B, T, hidden]`."""
         logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
-        logits = logits.float()
-        return logits if self._logits_factor == 1 else logits * self._logits_factor
+        return self._finish(logits.float())
 
     def run(self, step: Step, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` through the decoder layers to hidden states `[B, T, hidden]`."""

@@ -205,8 +205,8 @@ def _check_plan(
                 f"layer {i} has exact room for {kept.bits.sink + kept.bits.ring} tokens, more than "
                 f"the {positions} positions of {checkpoint.source}"
             )
-        if isinstance(other, WindowPlan) and other.window != layout.sliding_window:
+        if isinstance(other, WindowPlan) and other != (own := WindowPlan.of(layout)):
             raise PlanError(
-                f"layer {i} of {checkpoint.source} has a sliding window of {layout.sliding_window} "
-                f"tokens, and {other.window} are planned"
+                f"layer {i} of {checkpoint.source} has a sliding window of {own}, and {other} is "
+                "planned"
             )

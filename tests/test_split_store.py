@@ -552,9 +552,7 @@ def test_heads_of_a_layer_with_a_sliding_window_cannot_stream(tiny):
     with pytest.raises(PlanError, match=r"layer 0 .* keeps the window that it sees, and KV heads"):
         Engine.load(checkpoint, plan=make_plan(checkpoint))
     plan = Plan(base_of(checkpoint), (LayerPlan((), kept=WindowPlan(2, 16, 25)),) * 3)
-    with pytest.raises(
-        PlanError, match="of 24 tokens of 2 heads x 16, and 25 tokens"
-    ):
+    with pytest.raises(PlanError, match="of 24 tokens of 2 heads x 16, and 25 tokens"):
         Engine.load(checkpoint, plan=plan)
 
 

@@ -35,7 +35,17 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = (
     *PLAIN,
     *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4"),
-    *("gemma", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
+    *(
+        "gemma",
+        "gemma3_text",
+        "gemma4_text",
+        "gemma4_unified_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "granite",
+        "granitemoe",
+    ),
     *("granitemoehybrid", "granitemoeshared", "helium", "hyperclovax", "jais2", "mixtral"),
     *("olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text"),
     *("qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "starcoder2"),

@@ -113,6 +113,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family 
         "gemma4_text",
         {**MIXED, **GEMMA4, "attention_k_eq_v": True, "num_key_value_heads": 4},
     ),
+    "gemma4_unified_text": ("gemma4_unified_text", {**MIXED, **GEMMA4}),
     "glm": ("glm", {"attention_bias": True, **PARTIAL}),
     "glm4": ("glm4", PARTIAL),
     "glm4_moe": ("glm4_moe", {**EXPERTS, **PARTIAL, "use_qk_norm": True}),

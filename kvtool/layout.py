@@ -32,15 +32,19 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers are attention and a gated MLP, each behind an RMSNorm, and no more."""
 FAMILIES = (
     *PLAIN,
-    *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4"),
-    *("gemma", "gemma3_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
-    *("granitemoeshared", "helium", "hyperclovax", "jais2", "mixtral", "olmo", "olmo2", "olmo3"),
-    *("olmoe", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
+    *("apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
+    *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "glm", "glm4"),
+    *("glm4_moe", "granite", "granitemoe", "granitemoeshared", "helium", "hy_v3", "hyperclovax"),
+    *("internlm3", "iquestcoder", "jais2", "kolibri1", "mellum", "minimax_m2", "ministral"),
+    *("mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe", "qwen2_moe"),
+    *("qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2"),
 )
 """Model types whose attention is the GQA layout; each is checked by a test."""
-INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
+INTERLEAVED = (
+    *("cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium"),
+)
 """Those that turn neighbouring channels of a head together."""
-_WINDOW_IN_CONFIG = ("mistral", "mixtral", "phi3", "starcoder2")
+_WINDOW_IN_CONFIG = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")
 """Those whose attention reads its sliding window from the config; the config of others may have
 one that nothing reads."""
 HYBRID = "granitemoehybrid"
@@ -163,11 +167,13 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
     turned = {  # of models with layers that have no positions (NoPE)
         "smollm3": bool(getattr(module, "use_rope", True)),
         "cohere2": window is not None,
-        "exaone4": window is None or bool(sliding),
+        "cohere2_moe": window is not None or bool(getattr(module, "force_rope", False)),
+        **dict.fromkeys(("exaone4", "exaone_moe", "kolibri1"), window is None or bool(sliding)),
     }
     if not turned.get(config.model_type, True):
         return 0
-    parameters = next(iter(_rope_parameters(config).values()), {})
+    found = _rope_parameters(config)
+    parameters = found[""] if "" in found else found[config.layer_types[module.layer_idx]]
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
@@ -278,7 +284,7 @@ def embedding_factor(config: Any) -> float:
 
 def logits_factor(config: Any) -> float:
     """What a model multiplies the logits of its output head by."""
-    if config.model_type in ("cohere", "cohere2"):
+    if config.model_type in ("cohere", "cohere2", "cohere2_moe"):
         return float(config.logit_scale)
     if config.model_type not in _MUP:
         return 1.0

@@ -198,6 +198,7 @@ class LayerStream:
             stages = layer.attention
             q, k, v = stages.project(hidden)
             q, k = stages.normalise(q, k)
+            q = stages.temper(q, torch.arange(hidden.shape[1]))
             if observe is not None:
                 observe(q, k, v)
             q, k = stages.rotate(q, k, *self.tables(layer.index, hidden.shape[1]))

@@ -35,7 +35,16 @@ FAMILIES = (
     *("apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
     *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "glm", "glm4"),
     *("glm4_moe", "granite", "granitemoe", "granitemoeshared", "helium", "hy_v3", "hyperclovax"),
-    *("internlm3", "iquestcoder", "jais2", "kolibri1", "mellum", "minimax_m2", "ministral"),
+    *(
+        "internlm3",
+        "iquestcoder",
+        "jais2",
+        "kolibri1",
+        "mellum",
+        "minimax_m2",
+        "ministral",
+        "ministral3",
+    ),
     *("mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe", "qwen2_moe"),
     *("qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2"),
 )
@@ -44,7 +53,7 @@ INTERLEAVED = (
     *("cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium"),
 )
 """Those that turn neighbouring channels of a head together."""
-_WINDOW_IN_CONFIG = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")
+_WINDOW_IN_CONFIG = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2")
 """Those whose attention reads its sliding window from the config; the config of others may have
 one that nothing reads."""
 HYBRID = "granitemoehybrid"
@@ -65,6 +74,7 @@ class AttentionLayout:
         qk_norm: Queries and keys are normed in front of RoPE, `norm_over_heads` all heads together.
         rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
         sliding_window: Window in tokens, `None` if the layer sees everything.
+        temper: β and L, if a query at position p is multiplied by 1 + β ln(1 + ⌊p / L⌋) (Llama 4).
         rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
         mixer: Sizes of a `mamba` layer.
     """
@@ -81,6 +91,7 @@ class AttentionLayout:
     norm_over_heads: bool = False
     rotary_dim: int = 0
     sliding_window: int | None = None
+    temper: tuple[float, int] | None = None
     rank: int = 0
     rope_dim: int = 0
     nope_dim: int = 0
@@ -157,6 +168,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         norm_over_heads=over_heads,
         rotary_dim=_rotary_dim(module, head_dim),
         sliding_window=_sliding_window(module),
+        temper=_temper(module.config),
     )
 
 
@@ -187,6 +199,14 @@ def _sliding_window(module: Any) -> int | None:
         own = module if getattr(module, "is_sliding", True) else None
     window: int | None = getattr(own, "sliding_window", None)
     return window if (window or sys.maxsize) < module.config.max_position_embeddings else None
+
+
+def _temper(config: Any) -> tuple[float, int] | None:
+    """Of Ministral 3 alone: the parameters of others' RoPE may say it, too."""
+    parameters = config.rope_parameters if config.model_type == "ministral3" else {}
+    if not (beta := parameters.get("llama_4_scaling_beta")):
+        return None
+    return float(beta), int(parameters["original_max_position_embeddings"])
 
 
 def _mla_layout(module: Any) -> AttentionLayout:

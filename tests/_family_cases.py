@@ -42,6 +42,15 @@ MIXED = {
     "sliding_window": 24,
     "num_hidden_layers": 4,
 }
+TEMPERED = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 6,
+        "llama_4_scaling_beta": 0.4,
+    }
+}
 COMMAND_MOE = {
     **EXPERTS,
     **MIXED,
@@ -106,6 +115,8 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     ),
     "minimax_m2": ("minimax_m2", {**EXPERTS, **PARTIAL}),
     "ministral": ("ministral", MIXED),
+    "ministral3": ("ministral3", TEMPERED),
+    "ministral3, window": ("ministral3", {**TEMPERED, "sliding_window": 24}),
     "mixtral": ("mixtral", {**EXPERTS, "sliding_window": None}),
     "mixtral, window": ("mixtral", {**EXPERTS, "sliding_window": 24}),
     "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True, **PARTIAL}),

@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 import torch
+from _code_tools import KINDS, coded
 from _family_cases import ALL as ALL_CASES
 from _family_cases import CASES
 from safetensors.torch import load_file, save_file
 
 from kvtool.calibrate.far_reads import WholeModel
+from kvtool.calibrate.layer_sums import Seen, watched
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
@@ -98,6 +100,27 @@ def test_heads_in_another_order_compute_the_same(tiny, name):
     plan = Plan(base, (layer,) * base.layers)
     got = extended(Engine.load(checkpoint, plan=plan), ids, 40)
     same(got, expected(checkpoint, ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_read_by_tempered_queries(tiny, kind):
+    checkpoint, ids = open_case(tiny, "ministral3"), tokens(60)
+    same(
+        extended(Engine.load(checkpoint, plan=coded(checkpoint, kind)), ids, 40),
+        expected(checkpoint, ids),
+    )
+
+
+@torch.inference_mode()
+def test_statistics_are_of_tempered_queries(tiny):
+    stream = LayerStream(open_case(tiny, "ministral3"))
+    layer, hidden, starts = stream.layer(1), torch.randn(2, 9, 64), torch.tensor([0, 20])
+    seen: list[Seen] = []
+    watched(stream, layer, starts, seen)(hidden)
+    q = layer.attention.project(hidden)[0]
+    positions = starts[:, None] + torch.arange(9)
+    factor = 1 + 0.4 * torch.log1p((positions / 6).floor())
+    torch.testing.assert_close(seen[0].q, q * factor[:, None, :, None])
 
 
 def test_layers_that_transformers_passes_over_are_passed_over(tiny, tmp_path):

@@ -34,7 +34,7 @@ pytest.importorskip("triton")
 KINDS = [
     "qwen3", "streaming", "streaming-sparse", "packed", "packed-sparse", "codes", "codes-narrow",
     "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
-    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "smollm3", "glm4",
+    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "smollm3", "glm4", "ministral3",
 ]  # fmt: skip
 
 

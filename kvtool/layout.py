@@ -61,6 +61,8 @@ HYBRID = "granitemoehybrid"
 _MUP = ("granite", "granitemoe", "granitemoeshared", HYBRID, "hyperclovax")
 """Those that multiply embeddings and logits by what their config says; others' may say it, too."""
 
+_CHANGES = "RoPE of type '{}' changes its frequencies with the length of the text"
+
 
 @dataclass(frozen=True)
 class AttentionLayout:
@@ -330,7 +332,8 @@ def ropes_of(config: Any) -> list[Rope]:
     """The rotary embedding of every layer, read from the module that transformers builds.
 
     Raises:
-        UnsupportedModelError: The frequencies depend on the length of the text.
+        UnsupportedModelError: The frequencies depend on the length of the text, and not only beyond
+            the context of the model, where nothing here reads.
     """
     from transformers import AutoModelForCausalLM
 
@@ -357,6 +360,9 @@ def rope_of(config: Any) -> Rope:
     Raises:
         UnsupportedModelError: They do not, or the frequencies depend on the length of the text.
     """
+    for parameters in _rope_parameters(config).values():
+        if (kind := parameters.get("rope_type")) == "dynamic":
+            raise UnsupportedModelError(_CHANGES.format(kind))
     first, *others = ropes_of(config)
     if not all(rope.equals(first) for rope in others):
         raise UnsupportedModelError("its layers have different RoPE")
@@ -370,13 +376,10 @@ def _rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def _check_fixed(parameters: dict[str, Any]) -> None:
-    kind = parameters.get("rope_type", "default")
-    if kind == "dynamic" or (
-        kind == "longrope" and parameters["short_factor"] != parameters["long_factor"]
-    ):
-        raise UnsupportedModelError(
-            f"RoPE of type '{kind}' changes its frequencies with the length of the text"
-        )
+    if (kind := parameters.get("rope_type")) != "longrope":
+        return
+    if parameters["short_factor"] != parameters["long_factor"]:
+        raise UnsupportedModelError(_CHANGES.format(kind))
 
 
 def _own_rope(rope: Rope, layout: AttentionLayout) -> Rope:

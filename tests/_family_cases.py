@@ -32,6 +32,7 @@ PARTIAL = {
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
     }
 }  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 6.0}
 TWO_ROPES = {
     kind: {"rope_type": "default", "rope_theta": theta}
     for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4))
@@ -100,7 +101,7 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "helium": ("helium", {}),
     "hy_v3": ("hy_v3", {**EXPERTS, "attention_bias": True, "mlp_bias": True}),
     "hyperclovax": ("hyperclovax", MUP),
-    "internlm3": ("internlm3", {"qkv_bias": True, "bias": True}),
+    "internlm3": ("internlm3", {"qkv_bias": True, "bias": True, "rope_parameters": DYNAMIC}),
     "iquestcoder": ("iquestcoder", {"attention_bias": True}),
     "jais2": ("jais2", {}),
     "kolibri1": ("kolibri1", {**EXPERTS, **MIXED}),

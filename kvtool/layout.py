@@ -376,9 +376,9 @@ def _rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def _check_fixed(parameters: dict[str, Any]) -> None:
-    if (kind := parameters.get("rope_type")) != "longrope":
-        return
-    if parameters["short_factor"] != parameters["long_factor"]:
+    kind = parameters.get("rope_type")
+    longer = kind == "longrope" and parameters["short_factor"] != parameters["long_factor"]
+    if longer or "short_mscale" in parameters:  # Phi MoE's factor changes, too
         raise UnsupportedModelError(_CHANGES.format(kind))
 
 

@@ -134,7 +134,7 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "qwen3_moe": ("qwen3_moe", EXPERTS),
     "seed_oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {**LAYERS, "no_rope_layer_interval": 2}),
-    "solar_open": ("solar_open", {**EXPERTS, "attention_bias": True, **PARTIAL}),
+    "solar_open": ("solar_open", {**EXPERTS, "attention_bias": True}),
     "stablelm": ("stablelm", {"use_qkv_bias": True, **PARTIAL}),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, **PARTIAL}),
     "starcoder2": ("starcoder2", {"sliding_window": None, "use_bias": True}),

@@ -7,6 +7,7 @@ import torch
 from _code_tools import KINDS, coded
 from _family_cases import ALL as ALL_CASES
 from _family_cases import CASES
+from conftest import make_config
 from safetensors.torch import load_file, save_file
 
 from kvtool.calibrate.far_reads import WholeModel
@@ -17,11 +18,21 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.layer_plan import LayerPlan
 from kvtool.layout import FAMILIES as ALL
-from kvtool.layout import logits_factor
+from kvtool.layout import logits_factor, ropes_of
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 
 WHOLE = [name for name, (family, more) in CASES.items() if not more.get("sliding_window")]
+PHI_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0] * 8,
+    "short_mscale": 1.2,
+    "long_mscale": 1.3,
+}
 
 
 def open_case(tiny, name) -> Checkpoint:
@@ -136,6 +147,18 @@ def test_layers_that_transformers_passes_over_are_passed_over(tiny, tmp_path):
     save_file(load_file(file) | more, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.45"):
         LayerStream(Checkpoint.open(str(tmp_path / "model")))
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "reason"),
+    [
+        ("stablelm", {"qk_layernorm": True}, "q_layernorm"),
+        ("phimoe", {"rope_parameters": PHI_LONG}, "changes its frequencies"),
+    ],
+)
+def test_what_no_stage_computes_is_refused(family, more, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        ropes_of(make_config(family, **more))
 
 
 def test_an_output_head_with_a_bias_is_not_streamed(tiny):

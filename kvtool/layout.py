@@ -186,8 +186,7 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
     }
     if not turned.get(config.model_type, True):
         return 0
-    found = _rope_parameters(config)
-    parameters = found[""] if "" in found else found[config.layer_types[module.layer_idx]]
+    parameters = next(iter(_rope_parameters(config).values()), {})
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 

@@ -110,7 +110,7 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
         {
             **EXPERTS,
             **MIXED,
-            "rope_parameters": {**TWO_ROPES, "full_attention": PARTIAL["rope_parameters"]},
+            "rope_parameters": TWO_ROPES,
             "mlp_layer_types": ["dense", "sparse"] * 2,
         },
     ),

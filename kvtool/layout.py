@@ -35,18 +35,9 @@ FAMILIES = (
     *("apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
     *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "glm", "glm4"),
     *("glm4_moe", "granite", "granitemoe", "granitemoeshared", "helium", "hy_v3", "hyperclovax"),
-    *(
-        "internlm3",
-        "iquestcoder",
-        "jais2",
-        "kolibri1",
-        "mellum",
-        "minimax_m2",
-        "ministral",
-        "ministral3",
-    ),
-    *("mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe", "qwen2_moe"),
-    *("qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2"),
+    *("internlm3", "iquestcoder", "jais2", "kolibri1", "mellum", "minimax_m2", "ministral"),
+    *("ministral3", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe"),
+    *("qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2"),
 )
 """Model types whose attention is the GQA layout; each is checked by a test."""
 INTERLEAVED = (

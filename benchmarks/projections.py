@@ -99,7 +99,8 @@ def filled(engine: Engine, ids: Tensor, prompt: KVCache, room: int) -> KVCache:
                 store.streaming.keep_last(0, 0, k[0, rings], v[0, rings])
             continue
         tokens = Tokens(k, rotate(k, cos[:, None], -sin[:, None]), v, k, k, at[None])
-        store.codes.collect(store.layer, tokens, Step(cache.stores, 0, [0], [length], length))
+        step = Step(cache.stores, 0, [0], [length], length, positions=at[None])
+        store.codes.collect(store.layer, tokens, step)
         store.exact.keep_last(0, 0, k[0], v[0])
     cache.lengths = [length]
     return cache

@@ -7,7 +7,7 @@ them in two tensors, gate and up `[E, 2 I, hidden]` and down `[E, hidden, I]`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor
@@ -19,17 +19,29 @@ _PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _RENAMED = [
     (re.compile(pattern), other)
     for pattern, other in (
-        (r"block_sparse_moe\.(gate\.|experts\.\d)", r"mlp.\1"),  # Mixtral
+        (r"block_sparse_moe\.(gate\.|experts\.\d|e_score)", r"mlp.\1"),  # Mixtral, MiniMax
+        (r"mlp\.gate\.(weight)", r"mlp.router.\1"),  # Phi
         (r"(block_sparse_moe)\.input_linear\.weight", r"\1.experts.gate_up_proj"),  # Granite
         (r"(block_sparse_moe)\.output_linear\.weight", r"\1.experts.down_proj"),
         (r"(block_sparse_moe\.router)\.layer\.", r"\1."),
         (r"mlp\.(moe_statics\.)", r"mlp.gate.\1"),  # Ernie
+        (r"mlp\.(e_score_correction_bias)", r"mlp.gate.\1"),  # EXAONE
+        (r"mlp\.router\.gate\.", "mlp.gate."),  # Hunyuan 3
+        (r"mlp\.expert_bias", "mlp.e_score_correction_bias"),
+        (r"mlp\.shared_mlp\.", "mlp.shared_experts."),
+        (r"moe\.router\.expert_bias", "mlp.gate.e_score_correction_bias"),  # Kolibri
+        (r"post_attn_norm", "post_self_attn_layernorm"),
+        (r"post_ffn_norm", "post_mlp_layernorm"),
     )
 ]
 
 
-def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stacked(tensors: Mapping[str, Tensor], known: Container[str]) -> dict[str, Tensor]:
     """Tensors of a checkpoint, under the names and in the shapes of modules.
+
+    Args:
+        known: The names that the modules have. One that is there already is left as it is: what
+            is another name in one family is a module in the next.
 
     Raises:
         CheckpointError: An expert is incomplete.
@@ -38,7 +50,7 @@ def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     experts: dict[str, dict[str, list[tuple[int, Tensor]]]] = {}
     for name, tensor in tensors.items():
         for pattern, other in _RENAMED:
-            name = pattern.sub(other, name)
+            name = name if name in known else pattern.sub(other, name)
         if (match := _EXPERT.fullmatch(name)) is None:
             found[name] = tensor
             continue

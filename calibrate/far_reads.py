@@ -148,7 +148,7 @@ class _Heads(_Reader):
         stages, scaling = self.stages, self.stages.layout.scaling
         q, k, v = stages.project(hidden_states)
         q, k = stages.normalise(q, k)
-        q, k = stages.rotate(q, k, *self.tables())
+        q, k = stages.rotate(stages.temper(q, self.now.positions), k, *self.tables())
         if (window := stages.layout.sliding_window) is not None:
             return stages.output(self._windowed(q, k, v, window), hidden_states), None
         keys, values = self.take(k, v)

@@ -78,6 +78,7 @@ def watched(
         q, k, v = stages.project(hidden)
         q, k = stages.normalise(q, k)
         positions = starts[:, None] + torch.arange(hidden.shape[1])
+        q = stages.temper(q, positions)
         cos, sin = (table[:, None] for table in stream.ropes[layer.index].tables(positions))
         q_rotated, k_rotated = stages.rotate(q, k, cos, sin)
         context = stages.attend(q_rotated, k_rotated, v)

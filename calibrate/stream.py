@@ -164,7 +164,7 @@ class LayerStream:
             needed.pop("lm_head.weight")
         infos = self.checkpoint.tensors.items()
         shaped = {name: torch.empty(info.shape, device="meta") for name, info in infos}
-        stored = {name: tuple(x.shape) for name, x in stacked(shaped).items()}
+        stored = {name: tuple(x.shape) for name, x in stacked(shaped, needed).items()}
         path = self.checkpoint.path
         for name, shape in needed.items():
             if name not in stored:
@@ -204,7 +204,7 @@ class LayerStream:
             fresh = type(module)(self.config, index).eval().requires_grad_(False)
         weights = self.checkpoint.read_prefix(f"model.layers.{index}.")
         used = {k: w.float() for k, w in weights.items() if not k.endswith(IGNORED)}
-        fresh.load_state_dict(stacked(used), assign=True)
+        fresh.load_state_dict(stacked(used, fresh.state_dict()), assign=True)
         return StreamedLayer(index, fresh)
 
     @property
@@ -229,6 +229,7 @@ class LayerStream:
             stages = layer.attention
             q, k, v = stages.project(hidden)
             q, k = stages.normalise(q, k)
+            q = stages.temper(q, torch.arange(hidden.shape[1]))
             if observe is not None:
                 observe(q, k, v)
             q, k = stages.rotate(q, k, *self.tables(layer.index, hidden.shape[1]))

@@ -142,7 +142,7 @@ class TailModel:
         def attention(normed: Tensor) -> Tensor:
             q, k, v = stages.project(normed)
             q, k = stages.normalise(q, k)
-            q, k = stages.rotate(q, k, cos, sin)
+            q, k = stages.rotate(stages.temper(q, positions), k, cos, sin)
             if start and reading is not None:
                 rows = (len(hidden), -1, -1, -1)
                 k = torch.cat((reading.keys[index].expand(rows), k), dim=2)

@@ -166,6 +166,18 @@ class GroupedQueryAttention(nn.Module):
             return _over_heads(self.q_norm, q), _over_heads(self.k_norm, k)
         return self.q_norm(q), self.k_norm(k)
 
+    def temper(self, q: Tensor, positions: Tensor) -> Tensor:
+        """Queries `[B, Q, T, D]` with the factor that some models give them by position.
+
+        Args:
+            positions: `[T]` or `[B, T]`.
+        """
+        if self.layout.temper is None:
+            return q
+        beta, length = self.layout.temper
+        factor = 1 + beta * torch.log1p(positions // length)
+        return q * factor[..., None, :, None].to(q.dtype)
+
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotates queries and keys by tables `[B, 1, T, D]` (or broadcastable)."""
         return rotate(q, cos, sin), rotate(k, cos, sin)
@@ -213,7 +225,8 @@ class DenseAttention(nn.Module):
         q, k, v = self.gqa.project(hidden)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         tables = Rope(self.inv_freq, scale).tables(positions)
-        q, k = self.gqa.rotate(*self.gqa.normalise(q, k), *tables)
+        q, k = self.gqa.normalise(q, k)
+        q, k = self.gqa.rotate(self.gqa.temper(q, positions), k, *tables)
         return self.gqa.attend(q, k, v).transpose(1, 2)
 
     def output(self, context: Tensor) -> Tensor:

@@ -34,26 +34,21 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers are attention and a gated MLP, each behind an RMSNorm, and no more."""
 FAMILIES = (
     *PLAIN,
-    *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4"),
-    *(
-        "gemma",
-        "gemma3_text",
-        "gemma4_text",
-        "gemma4_unified_text",
-        "glm",
-        "glm4",
-        "glm4_moe",
-        "granite",
-        "granitemoe",
-    ),
-    *("granitemoehybrid", "granitemoeshared", "helium", "hyperclovax", "jais2", "mixtral"),
-    *("olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text"),
-    *("qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "starcoder2"),
+    *("apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
+    *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text"),
+    *("gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
+    *("granitemoehybrid", "granitemoeshared", "helium", "hy_v3", "hyperclovax", "internlm3"),
+    *("iquestcoder", "jais2", "kolibri1", "mellum", "minimax_m2", "ministral", "ministral3"),
+    *("mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe", "qwen2_moe"),
+    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3"),
+    *("solar_open", "stablelm", "starcoder2"),
 )
 """Model types whose attention is the GQA layout; each is checked by a test."""
-INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
+INTERLEAVED = (
+    *("cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium"),
+)
 """Those that turn neighbouring channels of a head together."""
-_WINDOW_IN_CONFIG = ("mistral", "mixtral", "phi3", "starcoder2")
+_WINDOW_IN_CONFIG = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2")
 """Those whose attention reads its sliding window from the config; the config of others may have
 one that nothing reads."""
 HYBRID = "granitemoehybrid"
@@ -67,6 +62,8 @@ _SHARED = {
 """Fields that say so, of the small models of Gemma 4."""
 _MUP = ("granite", "granitemoe", "granitemoeshared", HYBRID, "hyperclovax")
 """Those that multiply embeddings and logits by what their config says; others' may say it, too."""
+
+_CHANGES = "RoPE of type '{}' changes its frequencies with the length of the text"
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,7 @@ class AttentionLayout:
         rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
         turned_scale: What RoPE multiplies those by, where they are a part of a head.
         sliding_window: Window in tokens, `None` if the layer sees everything.
+        temper: β and L, if a query at position p is multiplied by 1 + β ln(1 + ⌊p / L⌋) (Llama 4).
         rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
         mixer: Sizes of a `state` layer.
     """
@@ -101,6 +99,7 @@ class AttentionLayout:
     rotary_dim: int = 0
     turned_scale: float = 1.0
     sliding_window: int | None = None
+    temper: tuple[float, int] | None = None
     rank: int = 0
     rope_dim: int = 0
     nope_dim: int = 0
@@ -192,6 +191,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         rotary_dim=rotary_dim,
         turned_scale=scale,
         sliding_window=_sliding_window(module),
+        temper=_temper(module.config),
     )
 
 
@@ -202,7 +202,8 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
     turned = {  # of models with layers that have no positions (NoPE)
         "smollm3": bool(getattr(module, "use_rope", True)),
         "cohere2": window is not None,
-        "exaone4": window is None or bool(sliding),
+        "cohere2_moe": window is not None or bool(getattr(module, "force_rope", False)),
+        **dict.fromkeys(("exaone4", "exaone_moe", "kolibri1"), window is None or bool(sliding)),
     }
     if not turned.get(config.model_type, True):
         return 0
@@ -236,6 +237,14 @@ def _sliding_window(module: Any) -> int | None:
         own = module if getattr(module, "is_sliding", True) else None
     window: int | None = getattr(own, "sliding_window", None)
     return window if (window or sys.maxsize) < module.config.max_position_embeddings else None
+
+
+def _temper(config: Any) -> tuple[float, int] | None:
+    """Of Ministral 3 alone: the parameters of others' RoPE may say it, too."""
+    parameters = config.rope_parameters if config.model_type == "ministral3" else {}
+    if not (beta := parameters.get("llama_4_scaling_beta")):
+        return None
+    return float(beta), int(parameters["original_max_position_embeddings"])
 
 
 def _mla_layout(module: Any) -> AttentionLayout:
@@ -366,7 +375,7 @@ class Finish:
 def finish_of(config: Any) -> Finish:
     """That of a model."""
     cap = getattr(config, "final_logit_softcapping", None)
-    if config.model_type in ("cohere", "cohere2"):
+    if config.model_type in ("cohere", "cohere2", "cohere2_moe"):
         return Finish(float(config.logit_scale), cap)
     if config.model_type not in _MUP:
         return Finish(cap=cap)
@@ -396,7 +405,8 @@ def ropes_of(config: Any) -> list[Rope]:
     cache could not change them later.
 
     Raises:
-        UnsupportedModelError: The frequencies depend on the length of the text in another way.
+        UnsupportedModelError: The frequencies depend on the length of the text, and not only beyond
+            the context of the model, where nothing here reads.
     """
     from transformers import AutoModelForCausalLM
 
@@ -410,10 +420,9 @@ def ropes_of(config: Any) -> list[Rope]:
     found: dict[str, Rope] = {}
     for kind, parameters in _rope_parameters(config).items():
         prefix = f"{kind}_" if kind else ""
-        if (rope_type := parameters.get("rope_type", "default")) == "dynamic":
-            raise UnsupportedModelError(
-                f"RoPE of type '{rope_type}' changes its frequencies with the length of the text"
-            )
+        rope_type = parameters.get("rope_type")
+        if "short_mscale" in parameters:  # Phi MoE's
+            raise UnsupportedModelError(_CHANGES.format(rope_type))
         if rope_type == "longrope":
             last = torch.tensor([[config.max_position_embeddings - 1]])
             module(torch.zeros(1), last, *([kind] if kind else []))
@@ -429,6 +438,9 @@ def rope_of(config: Any) -> Rope:
     Raises:
         UnsupportedModelError: They do not, or the frequencies depend on the length of the text.
     """
+    for parameters in _rope_parameters(config).values():
+        if (kind := parameters.get("rope_type")) == "dynamic":
+            raise UnsupportedModelError(_CHANGES.format(kind))
     first, *others = ropes_of(config)
     if not all(rope.equals(first) for rope in others):
         raise UnsupportedModelError("its layers have different RoPE")

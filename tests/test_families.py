@@ -4,19 +4,34 @@ import shutil
 
 import pytest
 import torch
+from _code_tools import KINDS, coded
+from _family_cases import ALL as ALL_CASES
 from _family_cases import CASES
+from conftest import make_config
 from safetensors.torch import load_file, save_file
 
 from kvtool.calibrate.far_reads import WholeModel
+from kvtool.calibrate.layer_sums import Seen, watched
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.layer_plan import LayerPlan
 from kvtool.layout import FAMILIES as ALL
-from kvtool.layout import finish_of
+from kvtool.layout import finish_of, ropes_of
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
+
+PHI_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0] * 8,
+    "short_mscale": 1.2,
+    "long_mscale": 1.3,
+}
 
 
 def open_case(tiny, name) -> Checkpoint:
@@ -49,7 +64,7 @@ def extended(engine: Engine, ids: torch.Tensor, prompt: int) -> torch.Tensor:
 
 
 def test_every_family_has_a_case():
-    assert {family for family, _ in CASES.values()} == set(ALL)
+    assert {family for family, _ in ALL_CASES.values()} == set(ALL)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -98,6 +113,27 @@ def test_heads_in_another_order_compute_the_same(tiny, name):
     same(got, expected(checkpoint, ids))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_read_by_tempered_queries(tiny, kind):
+    checkpoint, ids = open_case(tiny, "ministral3"), tokens(60)
+    same(
+        extended(Engine.load(checkpoint, plan=coded(checkpoint, kind)), ids, 40),
+        expected(checkpoint, ids),
+    )
+
+
+@torch.inference_mode()
+def test_statistics_are_of_tempered_queries(tiny):
+    stream = LayerStream(open_case(tiny, "ministral3"))
+    layer, hidden, starts = stream.layer(1), torch.randn(2, 9, 64), torch.tensor([0, 20])
+    seen: list[Seen] = []
+    watched(stream, layer, starts, seen)(hidden)
+    q = layer.attention.project(hidden)[0]
+    positions = starts[:, None] + torch.arange(9)
+    factor = 1 + 0.4 * torch.log1p((positions / 6).floor())
+    torch.testing.assert_close(seen[0].q, q * factor[:, None, :, None])
+
+
 def test_layers_that_transformers_passes_over_are_passed_over(tiny, tmp_path):
     path = open_case(tiny, "glm4_moe").path
     shutil.copytree(path, tmp_path / "model")
@@ -111,6 +147,18 @@ def test_layers_that_transformers_passes_over_are_passed_over(tiny, tmp_path):
     save_file(load_file(file) | more, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.45"):
         LayerStream(Checkpoint.open(str(tmp_path / "model")))
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "reason"),
+    [
+        ("stablelm", {"qk_layernorm": True}, "q_layernorm"),
+        ("phimoe", {"rope_parameters": PHI_LONG}, "changes its frequencies"),
+    ],
+)
+def test_what_no_stage_computes_is_refused(family, more, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        ropes_of(make_config(family, **more))
 
 
 def test_an_output_head_with_a_bias_is_not_streamed(tiny):

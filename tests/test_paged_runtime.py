@@ -34,8 +34,8 @@ pytest.importorskip("triton")
 KINDS = [
     "qwen3", "streaming", "streaming-sparse", "packed", "packed-sparse", "codes", "codes-narrow",
     "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
-    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "smollm3", "glm4",
     "qwen3_5_text", "qwen3_5_text, budgets", "qwen3_5_text, packed", "gemma4_text, keys are values",
+    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "smollm3", "glm4", "ministral3",
 ]  # fmt: skip
 
 

@@ -138,7 +138,8 @@ class _Walk:
 
     def _step(self, start: int, end: int, prompt: int | None) -> Step:
         positions = torch.arange(start, end, device=self.engine.device)[None]
-        return Step(self.stores, 0, [start], [end], prompt, self.engine.tables(positions))
+        tables = self.engine.tables(positions)
+        return Step(self.stores, 0, [start], [end], prompt, tables, positions=positions)
 
     def run(self, hidden: Parts, first: int, end: int | None = None) -> Parts:
         """Through the layers from `first` to `end`; their stores start anew with the prompt."""

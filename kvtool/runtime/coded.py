@@ -340,11 +340,10 @@ class CodedAttention(GroupedAttention):
         cos, sin = (table[:, None] for table in step.tables[self.table])
         q, k, v = stages.project(hidden)
         q, k = stages.normalise(q, k)
+        q = stages.temper(q, step.positions)
         if step.place is not None:
             assert isinstance(store, PagedCoded)
             return stages.output(step_of(store, q, k, v, step, self.table), hidden)
         q_rotated, k_rotated = stages.rotate(q, k, cos, sin)
-        ahead = torch.arange(hidden.shape[1], device=hidden.device)
-        positions = torch.tensor(step.starts, device=hidden.device)[:, None] + ahead
-        new = Tokens(q, k, v, q_rotated, k_rotated, positions)
+        new = Tokens(q, k, v, q_rotated, k_rotated, step.positions)
         return stages.output(store.add(new, step), hidden)

@@ -154,9 +154,8 @@ class Engine:
         for piece in ids.to(self.device).split(chunk if dense else min(chunk, self._most_tokens)):
             end = start + len(piece)
             positions = torch.arange(start, end, device=self.device)[None]
-            step = Step(
-                cache.stores, cache.place_of(row), [start], [end], prompt, self.tables(positions)
-            )
+            place, tables = cache.place_of(row), self.tables(positions)
+            step = Step(cache.stores, place, [start], [end], prompt, tables, positions=positions)
             hidden = self.run(step, piece[None])
             if all_logits:
                 collected.append(self.logits(hidden[:, (begin - start) % every :: every])[0])
@@ -178,7 +177,8 @@ class Engine:
             cache.lengths = lengths
             return logits
         positions = torch.tensor(starts, device=self.device)[:, None]
-        step = Step(cache.stores, None, starts, lengths, None, self.tables(positions))
+        tables = self.tables(positions)
+        step = Step(cache.stores, None, starts, lengths, None, tables, positions=positions)
         hidden = self.run(step, ids.to(self.device)[:, None])
         cache.lengths = lengths
         return self.logits(hidden)[:, 0]
@@ -208,9 +208,8 @@ class Engine:
         fed = torch.tensor([*ids, *[0] * spare], device=self.device)
         positions = torch.tensor([*starts, *[0] * spare], device=self.device)[:, None]
         layers = zip(*(cache.stores for cache in caches), strict=True)
-        step = Step(
-            [Rows(layer) for layer in layers], None, starts, lengths, None, self.tables(positions)
-        )
+        stores, tables = [Rows(layer) for layer in layers], self.tables(positions)
+        step = Step(stores, None, starts, lengths, None, tables, positions=positions)
         hidden = self.run(step, fed[:, None])
         for cache, n in zip(caches, lengths, strict=True):
             cache.lengths = [n]

@@ -131,8 +131,9 @@ class PagedMemory:
         """The same with all `[B]` on the device, where nothing is asked of it."""
         engine = self.engine
         place = self.pages.place(rows, positions)
-        tables = engine.tables(positions[:, None])
-        step = Step(self.stores, None, [], [], None, tables, place)
+        positions = positions[:, None]
+        tables = engine.tables(positions)
+        step = Step(self.stores, None, [], [], None, tables, place, positions=positions)
         return engine.logits(engine.run(step, ids[:, None]))[:, 0]
 
     def _take_row(self) -> int:

@@ -72,6 +72,7 @@ class Step:
         prompt: Tokens of the row's prompt, of which this call is a piece; `None` for later tokens.
         tables: Cos and sin `[B, T, d]` per distinct RoPE of the model.
         place: Where a step of a paged memory reads and writes; `starts` and `lengths` are empty.
+        positions: Of the tokens, `[B, T]`.
     """
 
     stores: Sequence[Any]
@@ -81,6 +82,7 @@ class Step:
     prompt: int | None = None
     tables: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     place: Place | None = None
+    positions: Tensor = field(kw_only=True)
 
 
 class NewTokens(NamedTuple):
@@ -173,7 +175,8 @@ class GroupedAttention(RuntimeAttention):
     def attention(self, hidden: Tensor, step: Step, store: Any) -> Tensor:
         stages = self.stages
         q, k, v = stages.project(hidden)
-        unrotated, k = stages.normalise(q, k)
+        q, k = stages.normalise(q, k)
+        unrotated = stages.temper(q, step.positions)
         if step.place is not None:
             return stages.output(step_of(store, unrotated, k, v, step, self.table), hidden)
         cos, sin = (table[:, None] for table in step.tables[self.table])

@@ -22,15 +22,17 @@ _AS_PARTS = (
 _WORD = "kvtool"
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Gives a tokenizer a chat template that takes text, where its folder has a template.
-
-    Processors of several modalities have a file of their own for theirs, and some of them read what
-    a turn says only as a list of parts: given a text they leave it out without a word.
-    """
+def of_processor(folder: Path) -> str | None:
+    """The template in the file of its own that processors have had."""
     file = folder / "chat_template.json"
-    if tokenizer.chat_template is None and file.is_file():
-        tokenizer.chat_template = read_json(file).get("chat_template")
+    return read_json(file).get("chat_template") if file.is_file() else None
+
+
+def take_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes the template of a tokenizer take turns of text, if it takes only lists of parts.
+
+    Some that are for several modalities do: given a text, they leave it out without a word.
+    """
     template = tokenizer.chat_template
     if not isinstance(template, str) or _shows_text(tokenizer, template):
         return

@@ -9,11 +9,11 @@ output.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,8 @@ _NOT_CARRIED = (
         "report.*",
     ),
 )
+# What makes inputs of images and sound, of no use to the text of a wrapper alone.
+_OF_WRAPPERS = ("*processor_config.json",)
 
 
 @dataclass(frozen=True)
@@ -207,12 +209,13 @@ class Checkpoint:
 
     def side_files(self) -> list[Path]:
         """Tokenizer, chat templates, generation config, licence: what any converted form keeps."""
+        left = _NOT_CARRIED if self.wrapper is None else (*_NOT_CARRIED, *_OF_WRAPPERS)
         extra = self.path / "additional_chat_templates"
         found = [*self.path.iterdir(), *(extra.iterdir() if extra.is_dir() else ())]
         return sorted(
             file
             for file in found
-            if file.is_file() and not any(file.match(pattern) for pattern in _NOT_CARRIED)
+            if file.is_file() and not any(file.match(pattern) for pattern in left)
         )
 
     def copy_side_files(self, folder: Path) -> list[Path]:
@@ -242,7 +245,7 @@ class Checkpoint:
         config: PreTrainedConfig
         with self._transformers("its config"):
             if self.wrapper is not None:
-                config = AutoConfig.for_model(**copy.deepcopy(self.config))
+                config = AutoConfig.for_model(**deepcopy(self.config))
             else:
                 config = AutoConfig.from_pretrained(
                     self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
@@ -270,7 +273,9 @@ class Checkpoint:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
-        chat_template.prepare(tokenizer, self.path)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = chat_template.of_processor(self.path)
+        chat_template.take_text(tokenizer)
         return tokenizer
 
     def load_transformers(self, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
@@ -316,7 +321,7 @@ class Checkpoint:
                 self.path, trust_remote_code=self.trust_remote_code, **options
             )
         config, weights = self.hf_config(), self._read(list(self.tensors))  # mapped, not copied
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
         if (self.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.path)

@@ -33,12 +33,14 @@ _SECTIONED = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_te
 three are the position of the token, which makes it ordinary RoPE."""
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 _INHERITED = ("bos_token_id", "eos_token_id", "quantization_config")
-"""Fields that count for the decoder, too, where the wrapper has them."""
+"""Fields of the wrapper that count for the decoder, too, before its own."""
+_DTYPE = ("dtype", "torch_dtype")
+"""Those that count where the decoder has none of its own."""
 
-# Names have changed with the versions of transformers; published folders have all of these.
+# Names have changed with the versions of transformers, some of which even wrote `model.` twice.
 _HEAD = re.compile(r"(?:model\.)?(?:language_model\.|text_model\.)?(lm_head\..+)")
 _BODY = re.compile(
-    r"(?:(?:model\.)?(?:language_model|text_model)\.(?:model\.)?|model\.(?=embed_tokens|layers|norm))"
+    r"(?:(?:model\.)?(?:language_model|text_model)\.(?:model\.)*|model\.(?=embed_tokens|layers|norm))"
     r"(.+)"
 )
 _PASSED_OVER = re.compile(
@@ -71,9 +73,9 @@ def text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in WRAPPERS:
-        reason = f": {_OTHERS[str(kind)]}" if kind in _OTHERS else ""
+        reason = f": {_OTHERS[kind]}" if kind in _OTHERS else ""
         raise UnsupportedModelError(
             f"{path} is a model of several modalities, {wrapper_of(config)} ({kind}), whose text "
             f"kvtool cannot take alone{reason}.",
@@ -102,6 +104,7 @@ def text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{path} has a decoder of type {decoder}, which transformers does not run alone."
         )
     return {
+        **{key: config[key] for key in _DTYPE if key in config},
         **said,
         **{key: own[key] for key, value in plain.items() if own.get(key, value) != value},
         **{key: config[key] for key in _INHERITED if config.get(key) is not None},

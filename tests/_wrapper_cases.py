@@ -66,7 +66,11 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
     "vipllava": ("vipllava", "VipLlava", "llama", {}, {}),
     "voxtral": ("voxtral", "Voxtral", "llama", {}, {}),
 }
-_TOWERS = {"qwen2_audio": _SOUND, "voxtral": _SOUND, "vipllava": {**_IMAGES, "num_hidden_layers": 12}}
+_TOWERS = {
+    "qwen2_audio": _SOUND,
+    "voxtral": _SOUND,
+    "vipllava": {**_IMAGES, "num_hidden_layers": 12},
+}
 _TOWERS |= {"internvl": {**_IMAGES, "image_size": [28, 28], "patch_size": [14, 14]}}
 _TOWERS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl"), _QWEN)
 KNOWN = [name for name, (kind, *_) in CASES.items() if kind in CONFIG_MAPPING]

@@ -20,7 +20,7 @@ from kvtool.errors import CheckpointError, UnsupportedModelError
 WRAPPERS = (
     *("aya_vision", "cohere2_vision", "gemma3", "idefics2", "idefics3", "internvl", "llava"),
     *("llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_audio", "qwen2_vl"),
-    *("qwen3_5", "qwen3_vl", "smolvlm", "vipllava", "voxtral"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "smolvlm", "vipllava", "voxtral"),
 )
 """Model types of wrappers; each is checked by a test. The decoder inside has a type of its own."""
 _OTHERS = {
@@ -28,7 +28,7 @@ _OTHERS = {
     "paligemma": "it reads a prompt in both directions",
 }
 """Why text is not all that the decoder of some others needs."""
-_SECTIONED = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+SECTIONED = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Decoders that differ from others by RoPE in sections, for time, height and width: of text, all
 three are the position of the token, which makes it ordinary RoPE."""
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
@@ -89,8 +89,8 @@ def text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             own = whole.get_text_config(decoder=True).to_dict()
             # Those of Qwen2-VL have the decoder's fields among their own.
             said = config.get("text_config") or {key: config[key] for key in own if key in config}
-            if (decoder := own["model_type"]) in _SECTIONED:
-                decoder = _SECTIONED[decoder]
+            if (decoder := own["model_type"]) in SECTIONED:
+                decoder = SECTIONED[decoder]
                 said = {key: value for key, value in said.items() if key not in _ROPE}
                 own["rope_parameters"] = _without_sections(own["rope_parameters"])
             said = {key: value for key, value in said.items() if key != "model_type"}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from _family_cases import MIXED, MUP, TWO_ROPES
+from _family_cases import EXPERTS, MIXED, MUP, TWO_ROPES
 from conftest import make_config, make_tokenizer, randomise
 from safetensors.torch import save_file
 from torch import nn
@@ -31,6 +31,12 @@ _PERCEIVER = {
 _SECTIONS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 2, 2]}
 }
+_TEMPERED = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1,
+    }
+}  # fmt: skip
 _COHERE = {"logit_scale": 0.25, **MIXED}
 _DELTA = {
     "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -57,23 +63,30 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
     "llava_next": ("llava_next", "LlavaNext", "granite", MUP, {}),
     "llava_onevision": ("llava_onevision", "LlavaOnevision", "qwen2", {}, {}),
     "mistral3": ("mistral3", "Mistral3", "mistral", {}, UNTIED),
+    "mistral3, ministral3": ("mistral3", "Mistral3", "ministral3", _TEMPERED, UNTIED),
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen2_5_VL", "qwen2_5_vl_text", _SECTIONS, {}),
     "qwen2_audio": ("qwen2_audio", "Qwen2Audio", "qwen2", {}, {}),
     "qwen2_vl": ("qwen2_vl", "Qwen2VL", "qwen2_vl_text", _SECTIONS, TIED),
     "qwen3_5": ("qwen3_5", "Qwen3_5", "qwen3_5_text", _DELTA, {}),
+    "qwen3_5_moe": ("qwen3_5_moe", "Qwen3_5Moe", "qwen3_5_moe_text", {**_DELTA, **EXPERTS}, {}),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL", "qwen3_vl_text", _SECTIONS, TIED),
     "smolvlm": ("smolvlm", "SmolVLM", "llama", {}, {}),
     "vipllava": ("vipllava", "VipLlava", "llama", {}, {}),
     "voxtral": ("voxtral", "Voxtral", "llama", {}, {}),
 }
+_QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl")
 _TOWERS = {
     "qwen2_audio": _SOUND,
     "voxtral": _SOUND,
     "vipllava": {**_IMAGES, "num_hidden_layers": 12},
 }
 _TOWERS |= {"internvl": {**_IMAGES, "image_size": [28, 28], "patch_size": [14, 14]}}
-_TOWERS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl"), _QWEN)
-KNOWN = [name for name, (kind, *_) in CASES.items() if kind in CONFIG_MAPPING]
+_TOWERS |= dict.fromkeys(_QWENS, _QWEN)
+KNOWN = [
+    name
+    for name, (kind, _, decoder, *_) in CASES.items()
+    if kind in CONFIG_MAPPING and decoder in CONFIG_MAPPING
+]
 """Those that the installed transformers has."""
 
 

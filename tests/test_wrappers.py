@@ -24,10 +24,10 @@ from kvtool.convert.verify import verify
 from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
 from kvtool.evaluate.throughput import load_rival
 from kvtool.inspection import inspect_checkpoint
-from kvtool.layout import describe, logits_factor
+from kvtool.layout import FAMILIES, describe, logits_factor
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
-from kvtool.wrappers import WRAPPERS, text_config
+from kvtool.wrappers import SECTIONED, WRAPPERS, text_config
 
 Made = tuple[nn.Module, dict[str, Path]]
 AGES = ("saved", "named")
@@ -35,7 +35,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "mla": {"method": "exact"},
     "gqa": {"to": "gqa", "kv_heads": 1, "tokens": 1024},
 }
-KINDS = [name for name in KNOWN if CASES[name][0] != "qwen3_5"]
+KINDS = [name for name in KNOWN if CASES[name][2] in (*FAMILIES, *SECTIONED)]
 """Those whose decoder kvtool knows."""
 
 

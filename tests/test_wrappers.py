@@ -163,6 +163,13 @@ def test_what_the_wrapper_says_of_tokens_counts(llava: Path) -> None:
     assert Engine.load(checkpoint).eos_ids == {9}
 
 
+def test_the_dtype_is_that_of_the_text_and_else_of_the_wrapper(llava: Path) -> None:
+    edit(llava, lambda config: config.update(dtype="bfloat16"))
+    assert Checkpoint.open(str(llava)).hf_config().dtype == torch.float32
+    edit(llava, lambda text: text.pop("dtype"), "text_config")
+    assert Checkpoint.open(str(llava)).hf_config().dtype == torch.bfloat16
+
+
 def test_fields_that_only_the_wrapper_knows_are_filled_in(made, tmp_path: Path) -> None:
     if "voxtral" not in KNOWN:
         pytest.skip("this transformers has no such wrapper")

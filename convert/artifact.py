@@ -245,8 +245,10 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
     plan, measured, base = manifest["plan"], manifest["measured"], manifest["base"]["source"]
     to = plan.get("to", "mla")  # older manifests do not say
     kind, title, rows = _WORDS[to]
+    wrapper = plan.get("text_of")
+    source = f"`{base}`" if wrapper is None else f"the text of `{base}` ({wrapper}) alone"
     load = (
-        f"It is a stock checkpoint of the same class as `{base}`, with fewer KV heads."
+        f"It is a stock checkpoint of the same class as {source}, with fewer KV heads."
         if to == "gqa"
         else f"It is `{base}` with `k_scale` and `v_scale` beside its weights, as "
         "compressed-tensors names them: vLLM stores the cache in fp8 (e4m3) by them, without a "
@@ -271,7 +273,7 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
         "",
         f"# {Path(base).name}, {title}",
         "",
-        f"{kind}, made from `{base}` by kvtool {manifest['versions']['kvtool']}"
+        f"{kind}, made from {source} by kvtool {manifest['versions']['kvtool']}"
         + ("" if to == "fp8-kv" else f" with the method `{manifest['method']}`")
         + f". {load}",
         "",

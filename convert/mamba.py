@@ -199,6 +199,7 @@ def plan(
         "to": "mamba",
         "method": options.method,
         "target": options.target,
+        "text_of": checkpoint.wrapper,
         "layers": count,
         "replaced_layers": list(options.layers),
         "bytes_per_token_before": before,

@@ -147,6 +147,7 @@ def plan(
         "to": options.to,
         "method": options.method,
         "target": options.target,
+        "text_of": checkpoint.wrapper,
         "layers": layers,
         **size.widths,
         "bytes_per_token_before": 2 * layers * size.native,
@@ -191,6 +192,8 @@ def _check_names(checkpoint: Checkpoint, options: ConvertOptions) -> None:
         if value not in known:
             raise UsageError(f"{flag} {value} is unknown: choose {', '.join(known)}")
     targets.refuse_fp8(checkpoint)
+    if reasons := targets.of_wrapper(checkpoint, options.to):
+        raise UnsupportedModelError(f"cannot {targets.ASKED[options.to]}: {reasons[0]}")
     if checkpoint.config.get("model_type") == "kvtool_mla":
         targets.refuse_latent(options.to)
     targets.require(checkpoint.hf_config(), options.method, options.target, options.to)

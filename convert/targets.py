@@ -115,6 +115,15 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
     return reasons
 
 
+def of_wrapper(checkpoint: Checkpoint, to: str) -> list[str]:
+    """Reasons why the text of a wrapper cannot be converted alone; empty if it can, or is none."""
+    if checkpoint.wrapper is None or to != "fp8-kv":
+        return []
+    return [
+        f"scales belong beside all weights of {checkpoint.wrapper}, of which only the text is read"
+    ]
+
+
 def require(config: Any, method: str, target: str, to: str) -> None:
     """Raises UnsupportedModelError with the first reason of :func:`check`."""
     if reasons := check(config, method, target, to):

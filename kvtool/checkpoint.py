@@ -13,10 +13,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvtool import chat_template
 from kvtool._sources import BUILTIN_MODEL, locate
 from kvtool._staging import (
     Shaped,
@@ -41,6 +43,7 @@ from kvtool._tensors import (
 from kvtool._transformers import quiet_transformers
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.fp8 import SCALES, cache_scheme
+from kvtool.wrappers import text_config, text_tensors, wrapper_of
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +93,8 @@ _NOT_CARRIED = (
         "report.*",
     ),
 )
+# What makes inputs of images and sound, of no use to the text of a wrapper alone.
+_OF_WRAPPERS = ("*processor_config.json",)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class Checkpoint:
         config: The content of `config.json`.
         tensors: Every weight by name, from the headers.
         revision: Branch, tag or commit of a hub id, as asked for.
+        wrapper: Architecture of a model of several modalities whose decoder of text this is; then
+            `config` and `tensors` are those of the decoder, see `kvtool.wrappers`.
     """
 
     source: str
@@ -110,6 +117,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     trust_remote_code: bool = False
     revision: str | None = None
+    wrapper: str | None = None
 
     @classmethod
     def open(
@@ -137,7 +145,15 @@ class Checkpoint:
         config = read_json(path / "config.json") if (path / "config.json").is_file() else None
         _check_decoder(path, config)
         assert config is not None
-        return cls(source, path, config, read_headers(path), trust_remote_code, revision)
+        if wrapper := wrapper_of(config):
+            config = text_config(path, config)
+        _check_unquantised(path, config)
+        tensors = read_headers(path)
+        if wrapper:
+            tensors = text_tensors(path, tensors)
+            # As in transformers, a head that is there is not replaced by the embedding.
+            config["tie_word_embeddings"] &= "lm_head.weight" not in tensors
+        return cls(source, path, config, tensors, trust_remote_code, revision, wrapper)
 
     @property
     def total_bytes(self) -> int:
@@ -167,7 +183,7 @@ class Checkpoint:
             with open_safetensors(file) as handle:
                 for name in names:
                     if self.tensors[name].file == file:
-                        tensors[name] = handle.get_tensor(name)
+                        tensors[name] = handle.get_tensor(self.tensors[name].name)
         return tensors
 
     def fingerprint(self) -> str:
@@ -193,12 +209,13 @@ class Checkpoint:
 
     def side_files(self) -> list[Path]:
         """Tokenizer, chat templates, generation config, licence: what any converted form keeps."""
+        left = _NOT_CARRIED if self.wrapper is None else (*_NOT_CARRIED, *_OF_WRAPPERS)
         extra = self.path / "additional_chat_templates"
         found = [*self.path.iterdir(), *(extra.iterdir() if extra.is_dir() else ())]
         return sorted(
             file
             for file in found
-            if file.is_file() and not any(file.match(pattern) for pattern in _NOT_CARRIED)
+            if file.is_file() and not any(file.match(pattern) for pattern in left)
         )
 
     def copy_side_files(self, folder: Path) -> list[Path]:
@@ -225,10 +242,14 @@ class Checkpoint:
                 if "auto_map" in self.config
                 else None,
             )
+        config: PreTrainedConfig
         with self._transformers("its config"):
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
-            )
+            if self.wrapper is not None:
+                config = AutoConfig.for_model(**deepcopy(self.config))
+            else:
+                config = AutoConfig.from_pretrained(
+                    self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+                )
         if self.cache_scheme is not None:
             # With it, transformers would want the package that quantises, and quantise.
             del config.quantization_config
@@ -252,6 +273,9 @@ class Checkpoint:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = chat_template.of_processor(self.path)
+        chat_template.take_text(tokenizer)
         return tokenizer
 
     def load_transformers(self, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
@@ -260,21 +284,15 @@ class Checkpoint:
         Raises:
             CheckpointError: Transformers finds a weight missing, superfluous or of the wrong shape.
         """
-        from transformers import AutoModelForCausalLM
-
         scheme = self.cache_scheme
         with self._transformers("the model"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                **({} if scheme is None else {"config": self.hf_config()}),
+            model, info = self._load(
                 dtype=dtype,
                 output_loading_info=True,
                 # Otherwise a wrong shape is an exception that does not say which file it is about.
                 ignore_mismatched_sizes=True,
-                trust_remote_code=self.trust_remote_code,
                 local_files_only=True,
             )
-        model, info = loaded
         if scheme is not None:
             info["unexpected_keys"] = [
                 name for name in info["unexpected_keys"] if name.split(".")[-1] not in SCALES
@@ -291,6 +309,23 @@ class Checkpoint:
             )
         ready: PreTrainedModel = model.to(device).eval()
         return ready
+
+    def _load(self, **options: Any) -> Any:
+        """The model and what transformers reports of its weights."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
+
+        if self.wrapper is None:
+            if self.cache_scheme is not None:
+                options["config"] = self.hf_config()
+            return AutoModelForCausalLM.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code, **options
+            )
+        config, weights = self.hf_config(), self._read(list(self.tensors))  # mapped, not copied
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+        if (self.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.path)
+        return model, info
 
     @contextlib.contextmanager
     def _transformers(self, what: str) -> Iterator[None]:
@@ -323,6 +358,8 @@ def _check_decoder(path: Path, config: dict[str, Any] | None) -> None:
             f"{path} is not a checkpoint: it has no config.json.",
             hint=f"Name the file itself: {gguf}" if gguf else None,
         )
+    if wrapper_of(config):
+        return
     names = config.get("architectures") or []
     if config.get("is_encoder_decoder") or not any(
         isinstance(name, str) and name.endswith("ForCausalLM") for name in names
@@ -332,6 +369,9 @@ def _check_decoder(path: Path, config: dict[str, Any] | None) -> None:
         raise UnsupportedModelError(
             f"{path} is not a decoder: its architecture is {kind} ({what})."
         )
+
+
+def _check_unquantised(path: Path, config: dict[str, Any]) -> None:
     if (quantization := config.get("quantization_config")) and cache_scheme(config) is None:
         method = (
             quantization.get("quant_method", "unknown")

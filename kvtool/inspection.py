@@ -106,6 +106,7 @@ class Inspection:
 
     Attributes:
         runs: Attention of all layers; empty where it is not known, see `unsupported`.
+        text_of: The wrapper of several modalities whose text alone this is about, if any.
         rope: Type, theta and scaling of the rotary embedding.
         dtypes: Bytes of weights by safetensors type name.
         cache_scales: In words, what it holds for the cache of other engines.
@@ -115,6 +116,7 @@ class Inspection:
     path: str
     family: str
     architecture: str
+    text_of: str | None
     unsupported: str | None
     runs: list[LayerRun]
     rope: dict[str, Any]
@@ -211,6 +213,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         path=str(checkpoint.path),
         family=family,
         architecture=str(checkpoint.config["architectures"][0]),
+        text_of=checkpoint.wrapper,
         unsupported=unsupported,
         runs=runs,
         rope=_rope(config),
@@ -225,7 +228,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
                 target,
                 [f"the model {targets.SCALED}"]
                 if checkpoint.cache_scheme is not None
-                else targets.check(judged, method, target, to),
+                else targets.check(judged, method, target, to)
+                or targets.of_wrapper(checkpoint, to),
             )
             for to, method, target in targets.CONVERSIONS
         ],

@@ -107,7 +107,7 @@ def make_config(family: str, **overrides: Any) -> PreTrainedConfig:
 
 
 @torch.no_grad()
-def _randomise(model: torch.nn.Module, family: str, seed: int) -> None:
+def randomise(model: torch.nn.Module, family: str, seed: int) -> None:
     """Weights for which attention decides: peaked softmaxes, no norm that is just ones.
 
     Inputs of unit variance and weights of std s give outputs of std 8 s. Qwen2's query and key
@@ -139,7 +139,7 @@ def make_model(family: str, path: Path, *, seed: int = 0, **overrides: Any) -> P
     """Writes a small random checkpoint with its tokenizer into *path* and returns *path*."""
     config = make_config(family, **overrides)
     model = AutoModelForCausalLM.from_config(config)
-    _randomise(model, family, seed)
+    randomise(model, family, seed)
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path

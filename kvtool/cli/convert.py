@@ -334,6 +334,9 @@ def new_table(title: str) -> Table:
 def add_plan(table: Table, plan: dict[str, Any]) -> None:
     """Rows of what was planned."""
     before, after = plan["bytes_per_token_before"], plan["bytes_per_token_after"]
+    if plan["text_of"]:
+        told = f"of {plan['text_of']}: what reads images or sound is left out"
+        table.add_row("text alone", told)
     if plan["to"] == "mla":
         table.add_row("method", f"{plan['method']} for {plan['target']}")
     table.add_row("cache bytes per token", f"{before} before, {after} after ({after / before:.1%})")

@@ -41,6 +41,8 @@ def _facts(inspection: Inspection) -> Table:
 
     table = Table(title=inspection.model, title_justify="left", box=box.SIMPLE, show_header=False)
     table.add_row("family", f"{inspection.family} ({inspection.architecture})")
+    if inspection.text_of:
+        table.add_row("text alone", f"of {inspection.text_of}: all of this is about its decoder")
     for run in inspection.runs:
         which = f"layers {run.first}-{run.last}" if run.layers > 1 else f"layer {run.first}"
         table.add_row(which, run.summary)

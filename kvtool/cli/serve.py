@@ -103,6 +103,7 @@ def serve_local(
             f"serving needs packages that are not installed: {', '.join(missing)}",
             hint="pip install 'kvtool[serve]'",
         )
+    from kvtool.chat_template import take_text
     from kvtool.checkpoint import Checkpoint
     from kvtool.evaluate.throughput import weight_bytes
     from kvtool.runtime import Engine
@@ -122,6 +123,7 @@ def serve_local(
     engine = Engine.load(checkpoint, dtype=precision, device=device, plan=kept)
     if template is not None:
         engine.tokenizer.chat_template = template
+        take_text(engine.tokenizer)
     weights = weight_bytes(engine)  # before they are packed
     scheduler = Scheduler(
         engine, memory, max_running=max_running, piece=prefill_chunk, share_prefixes=prefix_cache

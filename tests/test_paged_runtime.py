@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _code_tools import coded
+from _code_tools import WINDOWED, coded
 from _family_cases import CASES
 from _hybrid_tools import write_hybrid
 from _kernel_tools import DEVICE
@@ -34,7 +34,8 @@ pytest.importorskip("triton")
 KINDS = [
     "qwen3", "streaming", "streaming-sparse", "packed", "packed-sparse", "codes", "codes-narrow",
     "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
-    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "smollm3", "glm4",
+    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
+    "smollm3", "glm4",
 ]  # fmt: skip
 
 
@@ -104,6 +105,10 @@ def engines(tiny, tmp_path_factory):
                     tuple(LayerPlan(streams, 3, 9, bits=own) for streams, own in layers),
                     prefill="sparse" if kind.endswith("sparse") else "dense",
                 )
+            elif kind.endswith(", codes"):
+                family, more = WINDOWED[kind.removesuffix(", codes")]
+                checkpoint = Checkpoint.open(str(tiny(family, **more)))
+                plan = coded(checkpoint, share=0.5)
             elif kind.startswith("codes"):
                 plan = coded(checkpoint, share=0.5 if kind.endswith("narrow") else 1.0)
             elif kind.startswith("mla"):
@@ -202,7 +207,9 @@ def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("kind", ["llama", "streaming", "packed", "mla-packed"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "streaming", "packed", "mla-packed", "gemma3_text, codes"]
+)
 def test_what_a_row_takes_of_shared_pages_is_foreseen(engines, monkeypatch, kind):
     """Pages have room for packed blocks: they are not counted again, nor is what a row takes."""
     monkeypatch.setenv(VARIABLE, "triton")

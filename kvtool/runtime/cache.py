@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ class KVCache:
     def __init__(self, stores: Sequence[Any], rows: int) -> None:
         self.stores = list(stores)
         self.lengths = [0] * rows
-        for before, store in pairwise(stores):
-            store.join(before)
+        for index, store in enumerate(self.stores):
+            store.join(self.stores[:index])
 
     @property
     def capacity(self) -> int:

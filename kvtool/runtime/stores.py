@@ -80,8 +80,8 @@ class Store:
         """Whether a row of `stored` tokens still has what its first `length` tokens had left."""
         return True
 
-    def join(self, before: Store) -> None:
-        """Told which store the layer in front of this one has, in the same cache."""
+    def join(self, before: Sequence[Store]) -> None:
+        """Told which stores the layers in front of this one have, in the same cache."""
 
     def forget(self, row: int) -> None:
         """Told that a row is given up, perhaps in the middle of its prompt."""

@@ -20,8 +20,8 @@ _ROPES = {
     kind: {"rope_type": "default", "rope_theta": theta}
     for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4))
 }
-_KINDS = ["sliding_attention", *["full_attention"] * 2] * 2
-_MIXED = {"num_hidden_layers": 5, "sliding_window": SPAN, "layer_types": _KINDS[:5]}
+_KINDS = [*["sliding_attention", "full_attention"] * 2, *["full_attention"] * 2]
+_MIXED = {"num_hidden_layers": 6, "sliding_window": SPAN, "layer_types": _KINDS}
 WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text": ("gemma3_text", _MIXED | {"rope_parameters": _ROPES}),
     "olmo3": ("olmo3", _MIXED | {"rope_parameters": _ROPES}),
@@ -29,7 +29,7 @@ WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("exaone4", _MIXED),
     "cwm": ("cwm", _MIXED),
 }
-"""Models whose layers 1, 2 and 4 see the whole past, and the others :data:`SPAN` tokens."""
+"""Models whose layers 1, 3, 4 and 5 see the whole past, and the others :data:`SPAN` tokens."""
 
 
 def coded(

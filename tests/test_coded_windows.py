@@ -1,5 +1,6 @@
 """Codes beside sliding windows: of the layers that see the whole past, whatever lies between."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,14 @@ from _code_tools import KINDS, SPAN, WINDOW, WINDOWED, coded, narrowed, token_by
 from _convert_tools import one_thread, random_ids
 from torch import Tensor
 
-from kvtool.calibrate import lessons
+from kvtool.calibrate import lessons, matryoshka
 from kvtool.calibrate.past import measure, read_past
-from kvtool.calibrate.projections import METHODS, ProjectionOptions, calibrate_projections
+from kvtool.calibrate.projections import (
+    METHODS,
+    ProjectionOptions,
+    calibrate_projections,
+    text_windows,
+)
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
@@ -36,7 +42,7 @@ one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 LENGTH, CONTEXT = 90, 400
 TOKEN = 2 * 2 * 16  # numbers of a token in a layer
-CODED = [1, 2, 4]
+CODED = [1, 3, 4, 5]
 Capture = pytest.CaptureFixture[str]
 Open = Callable[[str], Checkpoint]
 shapes = pytest.mark.parametrize(("joint", "together"), [(False, 1), (False, 2), (True, 3)])
@@ -86,6 +92,21 @@ def everything(checkpoint: Checkpoint) -> Plan:
 
 def budget(checkpoint: Checkpoint, share: float) -> int:
     return int(share * everything(checkpoint).native_bytes(CONTEXT, 2))
+
+
+def projections(plan: Plan) -> Any:
+    """Its codes, as calibration reads through them."""
+    names = ("encode", "decode", "mean")
+    return [
+        (
+            code,
+            {
+                part: Projection(*(plan.tensors[f"codes.{i}.{part}.{n}"] for n in names))
+                for part in code.parts
+            },
+        )
+        for i, code in enumerate(plan.codes)
+    ]
 
 
 def in_pieces(engine: Engine, ids: Tensor, *sizes: int) -> Tensor:
@@ -148,10 +169,10 @@ def test_bytes_are_those_of_the_plan(gemma, joint, together):
     numbers = sum(code.width for code in plan.codes)
     for tokens in (1, SPAN - 1, 63, 100):
         assert engine.new_cache(1, tokens).allocated_bytes == plan.cache_bytes(tokens, 4)
-        rings, windows = 3 * TOKEN * (3 + WINDOW), 2 * TOKEN * min(tokens, SPAN)
+        rings, windows = 4 * TOKEN * (3 + WINDOW), 2 * TOKEN * min(tokens, SPAN)
         assert plan.cache_bytes(tokens, 1) == rings + windows + numbers * tokens
     assert plan.bytes_per_token(4) == 4 * numbers
-    assert plan.native_bytes_per_token(4) == 3 * 4 * TOKEN
+    assert plan.native_bytes_per_token(4) == 4 * 4 * TOKEN
     sizes = layer_sizes(engine)
     assert sum(size.bytes_per_token for size in sizes) == 4 * numbers
     assert sum(size.bytes_per_token_bf16 for size in sizes) == 2 * numbers
@@ -174,7 +195,7 @@ def test_memory_is_known_before_it_is_taken(gemma, prefill, bits):
         assert plan.cache_bytes(64 * -(-length // 64), 4) == cache.allocated_bytes
         cache = engine.new_cache(1, 64 * -(-length // 64))
         engine.extend(cache, random_ids(length - 1), prompt=length)
-        held = 3 * 4 * TOKEN * length if prefill == "dense" else 0  # of the layers with codes
+        held = 4 * 4 * TOKEN * length if prefill == "dense" else 0  # of the layers with codes
         assert cache.allocated_bytes - memory.holding(length, length) == held
         assert memory.reading(length) == cache.allocated_bytes
 
@@ -191,7 +212,7 @@ def test_the_scheduler_answers_from_codes_and_windows(gemma):
         assert scheduler.used <= scheduler.budget
         scheduler.step()
     assert [x.tokens for x in requests] == [[token for (token,) in own] for own in alone]
-    assert native_bytes_per_token(scheduler, gemma) == 3 * 4 * TOKEN
+    assert native_bytes_per_token(scheduler, gemma) == 4 * 4 * TOKEN
 
 
 # ------------------------------------------------------------------------------------- the plan
@@ -199,7 +220,7 @@ def test_the_scheduler_answers_from_codes_and_windows(gemma):
 
 def test_a_plan_is_read_as_written_and_belongs_to_its_model(model, gemma, tiny, tmp_path):
     plan = narrowed(coded(gemma, "rotated", False, 2), 0.5)
-    assert plan.coded_layers == [[1, 2], [4]]
+    assert plan.coded_layers == [[1, 3], [4, 5]]
     plan.write(tmp_path / "p.plan")
     again = Plan.read(tmp_path / "p.plan")
     assert (again.layers, again.codes) == (plan.layers, plan.codes)
@@ -216,7 +237,7 @@ def test_a_plan_is_read_as_written_and_belongs_to_its_model(model, gemma, tiny, 
 
 def test_codes_of_other_layers_than_there_are_cannot_be_planned(gemma):
     plan = coded(gemma, together=2)
-    with pytest.raises(PlanError, match="2 layers, of a model with 3 without a sliding window, of"):
+    with pytest.raises(PlanError, match="2 layers, of a model with 4 without a sliding window, of"):
         replace(plan, codes=plan.codes[:1])
     whole = replace(plan.layers[1], streaming=(False, True), sink=1, window=3)
     with pytest.raises(PlanError, match="keeps all of them in all heads"):
@@ -225,18 +246,17 @@ def test_codes_of_other_layers_than_there_are_cannot_be_planned(gemma):
 
 def test_what_is_explained_has_its_layers(gemma):
     explained = explain(coded(gemma, together=3, share=0.5), "p")
-    assert [code.name for code in explained.codes] == ["1, 2, 4"]
-    assert explained.picture().splitlines()[0] == "  keys  ▅▅ ▅"
-    assert explained.native_bytes_per_token == 3 * 2 * TOKEN
+    assert [code.name for code in explained.codes] == ["1, 3, 4", "5"]
+    assert explained.picture().splitlines()[0] == "  keys  ▅ ▅▅▅"
+    assert explained.native_bytes_per_token == 4 * 2 * TOKEN
     names = [code.name for code in explain(coded(gemma, together=2), "p").codes]
-    assert names == ["1–2", "4"]
+    assert names == ["1, 3", "4–5"]
 
 
 # ---------------------------------------------------------------------------------- calibration
 
 VARIANTS: list[dict[str, Any]] = [
     *({"method": method} for method in METHODS if method not in ("asvd", "matryoshka")),
-    {"method": "matryoshka", "search_ranks": True},
     {"method": "aware", "read": "rebuilt", "together": 3},
     {"method": "aware", "together": 2},
 ]
@@ -249,7 +269,6 @@ variants = pytest.mark.parametrize(
 def short_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lessons, "RECALL", 0.0)  # recall tasks are longer than these windows
     monkeypatch.setattr("kvtool.calibrate.students.fast_bfloat16", lambda _: False)
-    monkeypatch.setattr("kvtool.calibrate.projections.AUTO", 1024)
 
 
 @variants
@@ -272,6 +291,34 @@ def test_a_slice_is_what_calibration_gives_at_that_budget(gemma, fitted, variant
     assert 0.9 * allowed < smaller.cache_bytes(CONTEXT, 2) <= allowed
     for name, tensor in smaller.tensors.items():
         assert torch.equal(tensor, alone.tensors[name]), name
+
+
+def test_bases_and_ranks_are_of_the_layers_that_see_the_whole_past(gemma, ids, monkeypatch):
+    monkeypatch.setattr(matryoshka, "STEPS", 2)  # halves of a head's rank, not eighths
+    options = ProjectionOptions(
+        "matryoshka", sink=3, window=7, context=CONTEXT, tokens=1024, search_ranks=True,
+        train=Amount(tokens=1024),
+    )  # fmt: skip
+    plan = calibrate_projections(gemma, options, 10**9, 2)
+    expected = token_by_token(Engine.load(gemma), ids, prompt=60)
+    found = token_by_token(Engine.load(gemma, plan=plan), ids, prompt=60)
+    atol = 5e-4 * float(expected.std())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=atol)
+    # Of all halves that a part lost first, the one that the search took first costs least.
+    model = TailModel(LayerStream(gemma))
+    text, offsets = text_windows(gemma, None, 1024, 0)
+    past = read_past(model, text[0], matryoshka.SEARCHED, offsets[0])
+    costs = {}
+    for index, part in itertools.product(range(len(plan.codes)), (0, 1)):
+        code = plan.codes[index]
+        taken = plan.tensors[f"codes.{index}.{code.parts[part]}.spectrum"]  # at which step
+        widths = [*code.widths]
+        widths[part] = int((taken > taken.min()).sum())
+        codes = [*plan.codes]
+        codes[index] = replace(code, widths=tuple(widths))
+        without = projections(replace(plan, codes=tuple(codes)))
+        costs[float(taken.min())] = measure(model, [past], without)
+    assert costs[min(costs)] == min(costs.values())
 
 
 def test_windows_are_paid_from_the_budget(gemma, fitted):
@@ -297,40 +344,30 @@ def test_windows_are_paid_from_the_budget(gemma, fitted):
 )
 def test_codes_are_judged_as_they_run(gemma, fitted, ids, variant):
     plan = fitted(0.5, **variant)
-    engine, names = Engine.load(gemma, plan=plan), ("encode", "decode", "mean")
+    engine = Engine.load(gemma, plan=plan)
     cache = engine.new_cache(1, LENGTH)
     engine.extend(cache, ids[:-WINDOW])
     found = engine.extend(cache, ids[-WINDOW:], all_logits=True).log_softmax(-1)
     model = TailModel(LayerStream(gemma))
     past = read_past(model, ids, WINDOW)
-    codes = [
-        (
-            code,
-            {
-                part: Projection(*(plan.tensors[f"codes.{i}.{part}.{n}"] for n in names))
-                for part in code.parts
-            },
-        )
-        for i, code in enumerate(plan.codes)
-    ]
     exact = Engine.load(gemma)
     true = exact.extend(exact.new_cache(1, LENGTH), ids, all_logits=True)[-WINDOW:].log_softmax(-1)
     torch.testing.assert_close(past.expected, true, rtol=1e-3, atol=1e-3)
     kl = float((true.exp() * (true - found)).sum(-1).mean())
     assert kl > 1e-4
-    assert measure(model, [past], codes) == pytest.approx(kl, rel=2e-2)
+    assert measure(model, [past], projections(plan)) == pytest.approx(kl, rel=2e-2)
 
 
 def test_asvd_is_for_models_that_do_not_norm_their_keys(model, gemma, ids):
     options = ProjectionOptions("asvd", sink=3, window=7, context=CONTEXT, tokens=1024)
     with pytest.raises(UnsupportedModelError, match="norms its keys"):
         calibrate_projections(gemma, options, 10**9, 2)
-    for name in ("cohere2", "cwm"):
-        plan = calibrate_projections(model(name), options, 10**9, 2)
-        expected = token_by_token(Engine.load(model(name)), ids)
-        found = token_by_token(Engine.load(model(name), plan=plan), ids, prompt=5)
-        atol = 2e-4 * float(expected.std())
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=atol)
+    cwm = model("cwm")
+    plan = calibrate_projections(cwm, options, 10**9, 2)
+    expected = token_by_token(Engine.load(cwm), ids)
+    found = token_by_token(Engine.load(cwm, plan=plan), ids, prompt=5)
+    atol = 2e-4 * float(expected.std())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.parametrize("shared", ["even", "auto"])
@@ -361,7 +398,7 @@ def test_commands_know_windows_beside_codes(gemma, tmp_path: Path, capsys: Captu
     words += ["--window", "6", "--context", "400", "-q", "--layers-together", "2", "--json"]
     assert run_command([*words, "--dry-run"]) == 0
     ahead = json.loads(capsys.readouterr().out)
-    assert ahead["native_bytes"] == 2 * TOKEN * (3 * 400 + 2 * SPAN)
+    assert ahead["native_bytes"] == 2 * TOKEN * (4 * 400 + 2 * SPAN)
     assert ahead["codes"] == 2
     assert run_command(words) == 0
     made = json.loads(capsys.readouterr().out)
@@ -375,7 +412,7 @@ def test_commands_know_windows_beside_codes(gemma, tmp_path: Path, capsys: Captu
     assert run_command(short) == 0
     assert Plan.read(Path(plan + ".cut")).cache_bytes(400, 2) <= 0.4 * made["native_bytes"]
     assert run_command(["calibrate", "explain", plan, "-o", plan + ".svg"]) == 0
-    assert "1–2" in capsys.readouterr().out
+    assert "4–5" in capsys.readouterr().out
     words = ["evaluate", model, "--plan", plan, "--quick", "--prefill", "200", "--json", "-q"]
     words += ["--continuation", "50", "--windows", "2", "--length", "300", "--no-speed"]
     assert run_command(words) == 0

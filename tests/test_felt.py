@@ -151,21 +151,21 @@ def felt_token_by_token(
 def test_sums_are_those_of_every_token_and_prediction(loaded, monkeypatch, name, kind):
     monkeypatch.setattr(far_reads, "END", 12)
     (whole, model), ring = loaded(name), (3, 5)
-    first, second, *others = model.planned_layers
-    groups = [[first, second], others]
+    groups = [model.planned_layers[:2], model.planned_layers[2:]]
+    places = [[0, 1], list(range(2, len(model.planned_layers)))]
     windows, offsets = torch.stack([random_ids(40, seed=s) for s in (0, 1)]), [0, 70]
     found = feel(whole, windows, offsets, groups, kind, ring, 7, lambda *_: None)
     naive = felt_token_by_token(model, windows, offsets, 12, kind, ring, 7)
     width = 32
-    for places, one in zip(([0, 1], [2]), found, strict=True):
-        layers = len(places)
+    for own, one in zip(places, found, strict=True):
+        layers = len(own)
         second = metric = weighted = torch.zeros(2 * layers * width, 2 * layers * width)
         second, metric, weighted = (x.double() for x in (second, metric, weighted))
         weight = 0.0
         for rows in naive:
             # Keys of all layers first, then their values.
             y, g = (
-                torch.cat([rows[i][which][:, part] for part in _HALVES for i in places], 1)
+                torch.cat([rows[i][which][:, part] for part in _HALVES for i in own], 1)
                 for which in (0, 1)
             )
             for a, b in zip(y.double(), g.double(), strict=True):

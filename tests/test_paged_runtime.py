@@ -318,6 +318,13 @@ def test_tables_of_a_long_context_leave_room_for_requests(tiny, monkeypatch):
     assert scheduler.room(200) > 200
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", "hybrid"])
+def test_what_cannot_go_back_is_not_shared_from_pages(engines, monkeypatch, kind):
+    for engine in engines(kind):
+        monkeypatch.setenv(VARIABLE, "triton" if engine.paged else "reference")
+        assert Scheduler(engine, 2**24).share_prefixes != engine.paged
+
+
 def test_prefixes_leave_rows_for_requests(engines, monkeypatch):
     """No row is made while requests run: what was recorded would have to be recorded again."""
     _, paged = engines("llama")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtool.runtime.stores import whole_pages
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -17,6 +19,11 @@ class Snapshot:
 
     length: int
     saved: list[list[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(copy.nbytes for layer in self.saved for copy in layer)
 
 
 class KVCache:
@@ -77,10 +84,16 @@ class KVCache:
     def copy_prefix(self, source: KVCache, length: int) -> None:
         """Fills this cache of one row with the first `length` tokens of another.
 
-        Only for stores that keep every token.
+        What later tokens overwrite comes from a snapshot that was made there, see :meth:`restore`.
         """
         for store, other in zip(self.stores, source.stores, strict=True):
             store.copy_prefix(other, length)
+        self.lengths = [length]
+
+    def keep_prefix(self, length: int) -> None:
+        """Gives up what :meth:`copy_prefix` of this one row does not take over."""
+        for store in self.stores:
+            store.keep_prefix(whole_pages(length))
         self.lengths = [length]
 
     def crop(self, row: int, length: int) -> None:

@@ -13,7 +13,8 @@ from _code_tools import KINDS, SPAN, WINDOW, WINDOWED, coded, narrowed, token_by
 from _convert_tools import one_thread, random_ids
 from torch import Tensor
 
-from kvtool.calibrate import lessons, matryoshka
+from kvtool.calibrate import asvd, lessons, matryoshka, palu, pca
+from kvtool.calibrate import projections as methods
 from kvtool.calibrate.past import measure, read_past
 from kvtool.calibrate.projections import (
     ProjectionOptions,
@@ -21,6 +22,7 @@ from kvtool.calibrate.projections import (
     text_windows,
 )
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization
+from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
@@ -188,6 +190,8 @@ def test_memory_is_known_before_it_is_taken(gemma, prefill, bits):
     plan = replace(coded(gemma, "unrotated", True, 2, 0.5), prefill=prefill)
     plan = replace(plan, codes=tuple(replace(code, bits=bits) for code in plan.codes))
     engine = Engine.load(gemma, plan=plan)
+    sizes = layer_sizes(engine)
+    assert sum(size.bytes_per_token_bf16 for size in sizes) == plan.bytes_per_token(2)
     memory = RowMemory(engine)
     for length in (5, 64, 100, 200):
         cache = engine.new_cache(1, 64 * -(-length // 64))
@@ -296,6 +300,30 @@ def test_a_slice_is_what_calibration_gives_at_that_budget(gemma, fitted, variant
         assert torch.equal(tensor, alone.tensors[name]), name
 
 
+def test_codes_are_fitted_to_their_own_layers(gemma, fitted, monkeypatch):
+    text = StatisticsOptions(tokens=1024, sinks=3)
+    statistics = collect(gemma, text)
+    windows, _ = text_windows(gemma, None, 1024, 0)
+    importance = dict(
+        zip(("keys", "values"), palu.fisher(gemma, windows, lambda *_: None), strict=True)
+    )
+    for index, layer in enumerate(CODED):
+        alone = pca.fit(statistics.layer(layer), 2)
+        for part in ("keys", "values"):
+            name = f"codes.{index}.{part}"
+            encode = fitted(100, method="pca").tensors[f"{name}.encode"]
+            assert torch.equal(encode, alone[part].projection.encode.float())
+            first = fitted(100, method="palu").tensors[f"{name}.spectrum"][0]
+            assert float(first) == pytest.approx(float(importance[part][layer]), rel=1e-5)
+    asked = []
+    monkeypatch.setattr(methods, "feel", lambda *given: asked.append(given[3]) or 1 / 0)
+    for together in (1, 2):
+        options = ProjectionOptions(together=together, tokens=1024, context=CONTEXT)
+        with pytest.raises(ZeroDivisionError):
+            calibrate_projections(gemma, options, 10**9, 2)
+    assert asked == [[[1], [3], [4], [5]], [[1, 3], [4, 5]]]
+
+
 def test_bases_and_ranks_are_of_the_layers_that_see_the_whole_past(gemma, ids, monkeypatch):
     monkeypatch.setattr(matryoshka, "STEPS", 2)  # halves of a head's rank, not eighths
     options = ProjectionOptions(
@@ -307,6 +335,11 @@ def test_bases_and_ranks_are_of_the_layers_that_see_the_whole_past(gemma, ids, m
     found = token_by_token(Engine.load(gemma, plan=plan), ids, prompt=60)
     atol = 5e-4 * float(expected.std())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=atol)
+    statistics = collect(gemma, StatisticsOptions(tokens=1024, sinks=3))
+    for index, layer in enumerate(CODED):  # training has hardly moved them
+        start = pca.fit(statistics.layer(layer), 2)["keys"].projection
+        moved = plan.tensors[f"codes.{index}.keys.mean"] - start.mean
+        assert moved.abs().max() < 0.1 * start.mean.abs().max()
     # Of all halves that a part lost first, the one that the search took first costs least.
     model = TailModel(LayerStream(gemma))
     text, offsets = text_windows(gemma, None, 1024, 0)
@@ -367,6 +400,10 @@ def test_asvd_is_for_models_that_do_not_norm_their_keys(model, gemma, ids):
         calibrate_projections(gemma, options, 10**9, 2)
     cwm = model("cwm")
     plan = calibrate_projections(cwm, options, 10**9, 2)
+    everywhere = asvd.fit(LayerStream(cwm), text_windows(cwm, None, 1024, 0)[0])
+    for index, layer in enumerate(CODED):
+        encode = everywhere[layer]["values"].projection.encode.float()
+        assert torch.equal(plan.tensors[f"codes.{index}.values.encode"], encode)
     expected = token_by_token(Engine.load(cwm), ids)
     found = token_by_token(Engine.load(cwm, plan=plan), ids, prompt=5)
     atol = 2e-4 * float(expected.std())

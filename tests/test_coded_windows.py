@@ -13,7 +13,7 @@ from _code_tools import KINDS, SPAN, WINDOW, WINDOWED, coded, narrowed, token_by
 from _convert_tools import one_thread, random_ids
 from torch import Tensor
 
-from kvtool.calibrate import asvd, lessons, matryoshka, palu, pca
+from kvtool.calibrate import asvd, code_bits, lessons, matryoshka, palu, pca
 from kvtool.calibrate import projections as methods
 from kvtool.calibrate.past import measure, read_past
 from kvtool.calibrate.projections import (
@@ -236,7 +236,7 @@ def test_a_plan_is_read_as_written_and_belongs_to_its_model(model, gemma, tiny, 
         with pytest.raises(PlanError, match="was made for"):
             Engine.load(other, plan=again)
     renamed = replace(again, base=base_of(wider))
-    with pytest.raises(PlanError, match="sliding window of 32 tokens, and 24 are planned"):
+    with pytest.raises(PlanError, match=r"layer 0 .* has a sliding window of 32 tokens"):
         Engine.load(wider, plan=renamed)
 
 
@@ -315,6 +315,16 @@ def test_codes_are_fitted_to_their_own_layers(gemma, fitted, monkeypatch):
             assert torch.equal(encode, alone[part].projection.encode.float())
             first = fitted(100, method="palu").tensors[f"{name}.spectrum"][0]
             assert float(first) == pytest.approx(float(importance[part][layer]), rel=1e-5)
+    plan = fitted(0.3, method="cskv", bits=4, tuning=0)
+    for index, layer in enumerate(CODED):  # of all codes its own loses least of a layer
+        joint = statistics.layer(layer).joint
+        second = (joint.second / joint.tokens)[32:, 32:].float()
+        errors = []
+        for code in range(len(CODED)):
+            name = f"codes.{code}.values"
+            lost = plan.tensors[f"{name}.decode"] @ plan.tensors[f"{name}.encode"] - torch.eye(32)
+            errors.append(float((lost @ second @ lost.T).trace()))
+        assert min(errors) == errors[index]
     asked = []
     monkeypatch.setattr(methods, "feel", lambda *given: asked.append(given[3]) or 1 / 0)
     for together in (1, 2):
@@ -411,12 +421,17 @@ def test_asvd_is_for_models_that_do_not_norm_their_keys(model, gemma, ids):
 
 
 @pytest.mark.parametrize("shared", ["even", "auto"])
-def test_codes_get_bits_by_what_predictions_feel(gemma, fitted, ids, shared):
+def test_codes_get_bits_by_what_predictions_feel(gemma, fitted, ids, monkeypatch, shared):
+    asked, joined = [], code_bits.joined
+    monkeypatch.setattr(
+        code_bits, "joined", lambda *given: asked.append(given[2]) or joined(*given)
+    )
     start = fitted(0.6, method="aware", read="rebuilt", together=2)
     bits = (8, 8) if shared == "even" else None
     options = QuantizationOptions("aware", bits, 64, context=CONTEXT, tokens=1024)
     allowed = None if bits else budget(gemma, 0.35)
     plan = calibrate_quantization(gemma, options, start, allowed, 2)
+    assert asked[:2] == start.coded_layers == [[1, 3], [4, 5]]
     assert [layer.kept for layer in plan.layers] == [layer.kept for layer in start.layers]
     assert all(code.bits is not None for code in plan.codes)
     size, floor = plan.cache_bytes(CONTEXT, 2), (allowed or 0) * 0.8

@@ -25,6 +25,7 @@ from kvtool.convert import conversion, planning
 from kvtool.errors import ResourceError, UsageError
 from kvtool.runtime import Engine, Sampling
 from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.stores import whole_pages
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -305,6 +306,7 @@ def test_what_cannot_go_back_is_shared_from_marks(engine, kind):
         (ids, 0),
         (ids, 64),
         ([*ids, *prompt(30, seed=1)], 64),  # a later turn
+        (ids, 64),
         ([*ids[:50], *prompt(40, seed=2)], 0),  # it parts at 48, where nothing was marked yet
         ([*ids[:50], *prompt(60, seed=3)], 48),
         ([*ids[:50], *prompt(60, seed=3), 5], 96),
@@ -317,7 +319,10 @@ def test_what_cannot_go_back_is_shared_from_marks(engine, kind):
         found = drain(scheduler, [(0, request)])[request]
         assert request.cached == cached
         assert found == bits_alone(runtime, Request(text, 4, ignore_eos=True, logprobs=1))
-    assert all(len(prefix.marks) <= 2 for prefix in scheduler._prefixes)
+    for prefix in scheduler._prefixes:
+        assert len(prefix.marks) <= 2
+        tokens = whole_pages(len(prefix.ids))  # of layers that keep them all
+        assert prefix.held == scheduler.memory.bytes_per_token * tokens
 
 
 @pytest.mark.parametrize("kind", MARKED)
@@ -338,6 +343,9 @@ def test_marks_go_where_memory_is_needed(engine, kind):
     assert large in scheduler.running
     assert not row.marks
     drain(scheduler)
+    tight = Scheduler(runtime, memory.holding(64, 50), piece=PIECE)
+    drain(tight, [(0, Request(prompt(50), 9, ignore_eos=True))])  # there is no room for marks
+    assert not tight._prefixes
 
 
 @pytest.mark.parametrize("kind", MARKED)

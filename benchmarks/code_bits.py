@@ -31,7 +31,7 @@ from kvtool.codes import CodePlan, Fitted, Part, Projection
 from kvtool.corpus import evaluation_text
 from kvtool.evaluate.protocol import score_windows, summarise
 from kvtool.evaluate.throughput import environment
-from kvtool.plan import Plan, base_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 
 CONTEXT = 4096
@@ -41,12 +41,12 @@ POWERS = (0.25, 0.5, 0.75)
 
 def half(checkpoint: Checkpoint, options: ProjectionOptions) -> int:
     """Bytes of a cache whose codes have half of all numbers, at two bytes for a number."""
-    base = base_of(checkpoint)
+    start = Plan(base_of(checkpoint), whole_layers(checkpoint))
     codes = [
         replace(code, widths=tuple(width // 2 for width in code.widths))
-        for code in empty_codes(base, options)
+        for code in empty_codes(start, options)
     ]
-    return sum(code.cache_bytes(CONTEXT, base.channels, 2) for code in codes)
+    return sum(code.cache_bytes(CONTEXT, start.base.channels, 2) for code in codes)
 
 
 def levels(checkpoint: Checkpoint, tokens: int) -> list[dict[str, Any]]:

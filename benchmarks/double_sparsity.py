@@ -41,7 +41,7 @@ from kvtool.corpus import evaluation_text
 from kvtool.evaluate.throughput import environment
 from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.sparse_reading import sparse_attention
-from kvtool.plan import Plan, base_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.split import SplitStore
@@ -171,8 +171,7 @@ class Recall:
 
 def everything(checkpoint: Checkpoint) -> Plan:
     """The plan that all is kept and read."""
-    base = base_of(checkpoint)
-    return Plan(base, base.full_layers)
+    return Plan(base_of(checkpoint), whole_layers(checkpoint))
 
 
 def quality(checkpoint: Checkpoint, orders: Orders) -> list[dict[str, Any]]:

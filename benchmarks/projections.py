@@ -33,7 +33,7 @@ from kvtool.errors import PlanError
 from kvtool.evaluate.protocol import kl_sum
 from kvtool.evaluate.retrieval import ANSWER_TOKENS, answer, is_exact, passkey_cases
 from kvtool.evaluate.throughput import environment
-from kvtool.plan import Plan, base_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.rope import rotate
 from kvtool.runtime import Engine
 from kvtool.runtime.cache import KVCache
@@ -168,7 +168,8 @@ def plan_of(checkpoint: Checkpoint, fields: dict[str, Any]) -> tuple[Plan, float
     """A plan at the largest budget, and the seconds that it took."""
     context = PREFILL + CONTINUATION
     options = ProjectionOptions(context=context, **fields)
-    budget = int(SHARES[1] * base_of(checkpoint).native_bytes(context, 2))
+    native = Plan(base_of(checkpoint), whole_layers(checkpoint)).native_bytes(context, 2)
+    budget = int(SHARES[1] * native)
     started = time.perf_counter()
     plan = calibrate_projections(checkpoint, options, budget, 2)
     return plan, time.perf_counter() - started

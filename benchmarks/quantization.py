@@ -41,7 +41,7 @@ from kvtool.corpus import evaluation_text
 from kvtool.evaluate.protocol import kl_sum
 from kvtool.evaluate.retrieval import ANSWER_TOKENS, is_exact
 from kvtool.evaluate.throughput import environment
-from kvtool.plan import Plan, base_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.slices import cut
 
@@ -56,8 +56,8 @@ class Plans:
     def __init__(self, checkpoint: Checkpoint, asked: argparse.Namespace) -> None:
         self.checkpoint, self.tokens = checkpoint, asked.tokens
         base = base_of(checkpoint)
-        self.native, self.size = base.native_bytes(CONTEXT, 2), base.head_dim
-        self.dense = Plan(base, base.full_layers)
+        self.dense = Plan(base, whole_layers(checkpoint))
+        self.native, self.size = self.dense.native_bytes(CONTEXT, 2), base.head_dim
         self.heads = Plan.read(asked.heads) if asked.heads else None
         self.codes = Plan.read(asked.codes) if asked.codes else None
         self.harm = cache(self._harm)

@@ -44,11 +44,8 @@ def harms(
     report("measuring", 0, len(windows))
     for done, read in enumerate(model.far_reads(windows, offsets, ring, seed)):
         predictions += read.predictions
-        first = 0
-        for index, code in enumerate(plan.codes):
-            own = slice(first, first + code.layers)
-            first += code.layers
-            both = joined(model.ropes[own], read, own, offsets[done], code.kind)
+        for index, (code, own) in enumerate(zip(plan.codes, plan.coded_layers, strict=True)):
+            both = joined(model.ropes, read, own, offsets[done], code.kind)
             y, g = (x[ring[0] :] for x in both)
             places = torch.arange(y.shape[1]).chunk(len(code.parts))
             if not done:

@@ -52,7 +52,7 @@ def calibrate_double_sparsity(
         UnsupportedModelError: No layer has KV heads that see the whole past.
         UsageError: The numbers are out of range, or the plan leaves no head to read sparsely.
     """
-    check_can_drop(checkpoint, bounded=True)
+    check_can_drop(checkpoint)
     check_options(checkpoint, plan, channels, tokens)
     statistics = collect(checkpoint, text, report=report)
     labels = [

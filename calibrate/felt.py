@@ -54,18 +54,18 @@ def feel(
     model: WholeModel,
     windows: Tensor,
     offsets: Sequence[int],
-    groups: Sequence[int],
+    groups: Sequence[Sequence[int]],
     kind: CodeKind,
     ring: tuple[int, int],
     seed: int,
     report: Report,
 ) -> list[Felt]:
-    """One :class:`Felt` per group of consecutive layers.
+    """One :class:`Felt` per group of layers.
 
     Args:
         windows: `[N, S]` token ids.
         offsets: The position at which each begins.
-        groups: Numbers of layers.
+        groups: Layers with KV heads that see the whole past.
         kind: Whether y has keys after RoPE, or before.
         ring: Sink and window of the tokens that are read exactly.
         seed: Draws the tokens.
@@ -77,10 +77,8 @@ def feel(
     report("measuring", 0, len(windows))
     reads = model.far_reads(windows, offsets, ring, seed)
     for done, (offset, read) in enumerate(zip(offsets, reads, strict=True)):
-        first = 0
-        for index, count in enumerate(groups):
-            own = slice(first, first + count)
-            y, g = joined(model.ropes[own], read, own, offset, kind)
+        for index, layers in enumerate(groups):
+            y, g = joined(model.ropes, read, layers, offset, kind)
             found = _sums(y[ring[0] :], g[ring[0] :], read.predictions)
             if index == len(sums):
                 sums.append(found)
@@ -88,7 +86,6 @@ def feel(
                 have = sums[index]
                 for name, value in vars(found).items():
                     setattr(have, name, getattr(have, name) + value)
-            first += count
         report("measuring", done + 1, len(windows))
     if not all(bool(x.metric.isfinite().all() and x.second.isfinite().all()) for x in sums):
         raise CalibrationError("the model's gradients are not all finite numbers")
@@ -96,19 +93,18 @@ def feel(
 
 
 def joined(
-    ropes: Sequence[Rope], read: Reads, layers: slice, offset: int, kind: CodeKind
+    ropes: Sequence[Rope], read: Reads, layers: Sequence[int], offset: int, kind: CodeKind
 ) -> tuple[Tensor, Tensor]:
     """What some layers with KV heads keep of a window, y `[S, W]`, and its gradients g.
 
     Args:
-        ropes: Of these layers.
+        ropes: Of all layers.
     """
+    own = [ropes[layer] for layer in layers]
+    seen, felt = ([kept[layer] for layer in layers] for kept in (read.seen, read.felt))
     # A gradient is turned back by the transpose of RoPE alone, a key by its inverse, from which
     # yarn's factor on cos and sin keeps it apart.
-    return (
-        _joined(ropes, read.seen[layers], offset, kind, -2),
-        _joined(ropes, read.felt[layers], offset, kind, 0),
-    )
+    return _joined(own, seen, offset, kind, -2), _joined(own, felt, offset, kind, 0)
 
 
 def _joined(

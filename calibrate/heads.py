@@ -160,7 +160,7 @@ def calibrate_heads(
 def check_options(checkpoint: Checkpoint, options: HeadOptions) -> None:
     """Refuses what cannot work before any weight is read."""
     stream = LayerStream(checkpoint)
-    check_can_drop(checkpoint, bounded=True)
+    check_can_drop(checkpoint)
     if options.sink < 0 or options.window < 1:
         raise UsageError("--sink must be at least 0 and --window at least 1")
     if options.samples < 1 or options.steps < 1 or options.penalty < 0:

@@ -62,7 +62,7 @@ class MatryoshkaStudent(CodeStudent):
     """Step 2.
 
     Args:
-        pca: The start, of every layer.
+        pca: The start, of every layer that sees the whole past.
         heads: H.
         ring: Sink and window, exact tokens.
     """
@@ -87,23 +87,32 @@ class MatryoshkaStudent(CodeStudent):
                 basis = _Basis(own.float(), start.mean.view(heads, size).float())
                 self.bases.append(basis.to(model.device))
 
-    def basis(self, layer: int, part: int) -> _Basis:
+    @property
+    def layers(self) -> list[int]:
+        """Those that have bases; what counts them below says `place`."""
+        return self.model.planned_layers
+
+    def basis(self, place: int, part: int) -> _Basis:
         """Of the keys (part 0) or the values (1) of a layer."""
-        basis = self.bases[2 * layer + part]
+        basis = self.bases[2 * place + part]
         assert isinstance(basis, _Basis)
         return basis
 
-    def attends(self, past: Past) -> Sequence[Attend]:
+    def attends(self, past: Past) -> Sequence[Attend | None]:
         size = past.keys[0].shape[-1]
-        drawn = torch.randint(1, STEPS + 1, (len(past.keys), 2, self.heads)) * size // STEPS
-        return [self.attend(past, i, ranks) for i, ranks in enumerate(drawn)]
+        drawn = torch.randint(1, STEPS + 1, (len(self.layers), 2, self.heads)) * size // STEPS
+        found: list[Attend | None] = [None] * len(past.keys)
+        for place, ranks in enumerate(drawn):
+            found[self.layers[place]] = self.attend(past, place, ranks)
+        return found
 
-    def attend(self, past: Past, layer: int, ranks: Tensor) -> Attend:
+    def attend(self, past: Past, place: int, ranks: Tensor) -> Attend:
         """One layer at `ranks [..., 2, H]` of its keys and values."""
+        layer = self.layers[place]
         kept = torch.arange(past.keys[0].shape[-1]) < ranks[..., None]  # [..., 2, H, D]
         kept = kept.to(self.model.device, torch.float32)
         keys, values = (
-            self.basis(layer, part)(x, kept[..., part, :, :])
+            self.basis(place, part)(x, kept[..., part, :, :])
             for part, x in enumerate((past.keys[layer], past.values[layer]))
         )
         return beside(self.model.layouts[layer].scaling, keys, values, *self.ring)
@@ -112,10 +121,10 @@ class MatryoshkaStudent(CodeStudent):
     def fitted(self) -> list[dict[Part, Fitted]]:
         """The bases as they are now; heads take turns."""
         found: list[dict[Part, Fitted]] = []
-        for layer in range(len(self.bases) // 2):
+        for place in range(len(self.layers)):
             parts: dict[Part, Fitted] = {}
-            for place, part in enumerate(PARTS):
-                basis = self.basis(layer, place)
+            for which, part in enumerate(PARTS):
+                basis = self.basis(place, which)
                 q = basis.weight.detach().cpu().double()
                 size = q.shape[-1]
                 encode = torch.zeros(size, self.heads, self.heads, size, dtype=torch.float64)
@@ -138,25 +147,27 @@ def greedy_ranks(student: MatryoshkaStudent, past: Past, report: Report) -> Tens
     is a bound, and the least is found when the least bound has been brought up to date.
 
     Returns:
-        `[L, 2, H, 8]`: the step at which the i-th eighth of a head's rank was taken, later steps
-        being higher numbers; the first eighths, never taken, have the highest.
+        `[layers, 2, H, 8]`: the step at which the i-th eighth of a head's rank was taken, later
+        steps being higher numbers; the first eighths, never taken, have the highest.
     """
-    layers, heads = len(student.bases) // 2, student.heads
+    layers, heads = len(student.layers), student.heads
     size = past.keys[0].shape[-1]
     eighths = torch.full((layers, 2, heads), STEPS)  # that are left
     removal = torch.zeros(layers, 2, heads, STEPS)
     model = student.model
     with parametrize.cached():
-        attends = [student.attend(past, i, own * size // STEPS) for i, own in enumerate(eighths)]
+        attends = [model.dense(i) for i in range(len(model.layers))]
+        for place, own in enumerate(eighths):
+            attends[student.layers[place]] = student.attend(past, place, own * size // STEPS)
         states = list(past.states)  # the end in front of every layer, at the ranks reached
 
         def cost(entry: tuple[int, int, int]) -> float:
             """KL(original ‖ student) with one more eighth of this head gone."""
-            layer, trial = entry[0], eighths[entry[0]].clone()
+            layer, trial = student.layers[entry[0]], eighths[entry[0]].clone()
             trial[entry[1:]] -= 1
-            tried = student.attend(past, layer, trial * size // STEPS)
+            tried = student.attend(past, entry[0], trial * size // STEPS)
             hidden = states[layer]
-            for i in range(layer, layers):
+            for i in range(layer, len(attends)):
                 attend = tried if i == layer else attends[i]
                 hidden = model.layer(i, hidden, past.reading, attend)
             return float(divergence(past.expected, model.predictions(hidden)[0]))
@@ -170,11 +181,11 @@ def greedy_ranks(student: MatryoshkaStudent, past: Past, report: Report) -> Tens
             _, entry = heapq.heappop(bounds)
             while bounds and (now := cost(entry)) > bounds[0][0]:
                 _, entry = heapq.heappushpop(bounds, (now, entry))
-            layer = entry[0]
+            layer = student.layers[entry[0]]
             eighths[entry] -= 1
             removal[(*entry, int(eighths[entry]))] = step + 1
-            attends[layer] = student.attend(past, layer, eighths[layer] * size // STEPS)
-            for i in range(layer, layers - 1):
+            attends[layer] = student.attend(past, entry[0], eighths[entry[0]] * size // STEPS)
+            for i in range(layer, len(attends) - 1):
                 states[i + 1] = model.layer(i, states[i], past.reading, attends[i])
             if eighths[entry] > 1:
                 heapq.heappush(bounds, (bounds[0][0] if bounds else 0.0, entry))

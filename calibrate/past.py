@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate.tail import Attend, Behind, TailModel, divergence
-from kvtool.codes import CodePlan, Part, Projection
+from kvtool.codes import CodePlan, Part, Projection, layers_of
 from kvtool.kernels.quantise import fake_quantise
 from kvtool.rope import rotate
 
 Codes = Sequence[tuple[CodePlan, dict[Part, Projection]]]
-"""Codes of all layers, with their projections in fp32."""
+"""Codes of all layers that see the whole past, with their projections in fp32."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,39 @@ def read_past(model: TailModel, ids: Tensor, end: int, offset: int = 0) -> Past:
     return Past(reading, keys, values, expected, states)
 
 
-def coded(
-    model: TailModel, past: Past, first: int, code: CodePlan, projections: dict[Part, Projection]
-) -> list[Attend]:
-    """How the layers of a code attend to a past that is coded; differentiable.
+def through(
+    model: TailModel, past: Past, codes: Codes, only: int | None = None
+) -> list[Attend | None]:
+    """How each layer reads a past that is coded; None for one that has no code. Differentiable.
 
     Args:
-        first: The first of its layers.
+        only: Index of the one code that is applied; None for all.
+    """
+    found: list[Attend | None] = [None] * len(model.layers)
+    groups = layers_of([code for code, _ in codes], model.planned_layers)
+    for index, (layers, (code, projections)) in enumerate(zip(groups, codes, strict=True)):
+        if only in (None, index):
+            attends = _coded(model, past, layers, code, projections)
+            for layer, attend in zip(layers, attends, strict=True):
+                found[layer] = attend
+    return found
+
+
+def _coded(
+    model: TailModel,
+    past: Past,
+    layers: Sequence[int],
+    code: CodePlan,
+    projections: dict[Part, Projection],
+) -> list[Attend]:
+    """The same of the layers of one code.
+
+    Args:
         projections: By part; as many rows of each are used as the code is wide.
     """
-    reading, layers = past.reading, range(first, first + code.layers)
-    length = past.keys[first].shape[2]
+    reading = past.reading
+    heads, length = past.keys[layers[0]].shape[1:3]
     rotated = code.kind == "rotated"
-    heads = past.keys[first].shape[1]
     flat = {
         "keys": [past.keys[i] if rotated else past.unrotated(model, i) for i in layers],
         "values": [past.values[i] for i in layers],
@@ -160,13 +180,8 @@ def measure(
     Args:
         only: Index of the one code that is applied; None for all.
     """
-    found = []
-    for past in pasts:
-        attends: list[Attend | None] = []
-        for index, (code, projections) in enumerate(codes):
-            if only is None or index == only:
-                attends += coded(model, past, len(attends), code, projections)
-            else:
-                attends += [None] * code.layers
-        found.append(divergence(past.expected, read_again(model, past, attends)))
+    found = [
+        divergence(past.expected, read_again(model, past, through(model, past, codes, only)))
+        for past in pasts
+    ]
     return float(torch.stack(found).mean())

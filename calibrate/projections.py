@@ -1,7 +1,7 @@
 """Plans that store a code of every token: what a method fits, and which widths a budget allows.
 
 A method gives codes at full width with what each row is worth, so that a smaller budget is a slice
-of the same plan.
+of the same plan. Layers with a sliding window keep it and have no code.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from kvtool.codes import (
     Fitted,
     Part,
     fit_codes,
+    layers_of,
     share_budget,
 )
 from kvtool.corpus import calibration_text, can_chat
@@ -48,7 +49,7 @@ from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
 from kvtool.factored import model_config
 from kvtool.layout import describe
-from kvtool.plan import Base, Plan, base_of, check_can_drop, provenance_of
+from kvtool.plan import Plan, base_of, check_can_drop, provenance_of, whole_layers
 from kvtool.slices import cut
 
 Method = Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"]
@@ -120,31 +121,30 @@ def calibrate_projections(
         itemsize: Bytes per cached number that the budget is stated for.
 
     Raises:
-        UnsupportedModelError: Layers have a sliding window.
+        UnsupportedModelError: All layers have a sliding window.
         UsageError: The budget is too small, or the text too short.
     """
-    base = base_of(checkpoint)
     check_can_drop(checkpoint)
-    check_budget(base, options, budget_bytes, itemsize)
+    start = Plan(base_of(checkpoint), whole_layers(checkpoint))
+    check_budget(start, options, budget_bytes, itemsize)
     check_ring(checkpoint, options)
     budget = (budget_bytes, itemsize)
     if options.method == "matryoshka":
-        found = _matryoshka(checkpoint, base, options, report)
+        found = _matryoshka(checkpoint, start, options, report)
     elif options.method in ("aware", "xkv"):
-        found = _felt(checkpoint, base, options, budget, report)
+        found = _felt(checkpoint, start, options, budget, report)
     elif options.method == "cskv" and options.bits is not None:
-        found = _tuned(checkpoint, base, options, budget, report)
+        found = _tuned(checkpoint, start, options, budget, report)
     else:
-        found = _per_layer(checkpoint, base, options, report)
+        found = _per_layer(checkpoint, start, options, report)
     tensors: dict[str, Tensor] = {}
     for index, parts in enumerate(found.fitted):
         for part, fitted in parts.items():
             tensors |= fitted.tensors(index, part)
     asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
     provenance = provenance_of(options.method, asked, found.corpus, found.tokens, **found.losses)
-    plan = Plan(
-        base,
-        base.full_layers,
+    plan = replace(
+        start,
         provenance=(provenance,),
         codes=tuple(found.codes),
         allocation=allocation(options),
@@ -158,25 +158,30 @@ def allocation(options: ProjectionOptions) -> Allocation:
     return "spectrum" if options.method in ("aware", "palu") or options.search_ranks else "even"
 
 
-def empty_codes(base: Base, options: ProjectionOptions) -> list[CodePlan]:
-    """What is coded together by a method, and how; at full width."""
+def empty_codes(start: Plan, options: ProjectionOptions) -> list[CodePlan]:
+    """What is coded together by a method, and how; at full width.
+
+    Args:
+        start: The plan that keeps everything.
+    """
     absorbed = options.method == "aware" and options.read == "absorbed"
     rotated = absorbed or options.method in ("pca", "matryoshka")
     kind: CodeKind = "rotated" if rotated else "unrotated"
-    together = min(options.together, base.layers) if options.method in ("aware", "xkv") else 1
-    sizes = [min(together, base.layers - i) for i in range(0, base.layers, together)]
+    layers, channels = len(start.planned_layers), start.base.channels
+    together = min(options.together, layers) if options.method in ("aware", "xkv") else 1
+    sizes = [min(together, layers - i) for i in range(0, layers, together)]
     parts = 1 if options.method == "aware" and not absorbed else 2
     plain = [
-        CodePlan(kind, n, (n * base.channels * 2 // parts,) * parts, options.sink, options.window)
+        CodePlan(kind, n, (n * channels * 2 // parts,) * parts, options.sink, options.window)
         for n in sizes
     ]
     return [replace(code, bits=options.bits) for code in plain]
 
 
-def check_budget(base: Base, options: ProjectionOptions, budget_bytes: int, itemsize: int) -> None:
+def check_budget(start: Plan, options: ProjectionOptions, budget_bytes: int, itemsize: int) -> None:
     """Raises UsageError unless the narrowest codes fit the budget."""
     try:
-        _even_codes(base, options, budget_bytes, itemsize)
+        _even_codes(start, options, budget_bytes, itemsize)
     except PlanError as error:
         raise UsageError(str(error)) from error
 
@@ -200,14 +205,14 @@ def check_ring(checkpoint: Checkpoint, options: ProjectionOptions) -> None:
 
 
 def _even_codes(
-    base: Base, options: ProjectionOptions, budget_bytes: int, itemsize: int
+    start: Plan, options: ProjectionOptions, budget_bytes: int, itemsize: int
 ) -> tuple[CodePlan, ...]:
     """Codes in that budget if all rows are worth the same."""
-    codes = empty_codes(base, options)
+    codes = empty_codes(start, options)
     rows = [[torch.ones(width) for width in code.widths] for code in codes]
     return fit_codes(
-        codes, rows, allocation(options), budget_bytes, options.context, base.channels,
-        itemsize,
+        codes, rows, allocation(options), budget_bytes, options.context, start.base.channels,
+        itemsize, start.window_bytes(options.context, itemsize),
     )  # fmt: skip
 
 
@@ -219,30 +224,34 @@ def _statistics(checkpoint: Checkpoint, options: ProjectionOptions, report: Repo
 
 
 def _per_layer(
-    checkpoint: Checkpoint, base: Base, options: ProjectionOptions, report: Report
+    checkpoint: Checkpoint, start: Plan, options: ProjectionOptions, report: Report
 ) -> _Found:
     """The methods that look at one layer after the other."""
-    method, layers = options.method, range(base.layers)
+    method, layers = options.method, start.planned_layers
     if method == "asvd":
         windows, _ = _windows(checkpoint, options, 0)
-        fitted = asvd.fit(LayerStream(checkpoint), windows)
+        everywhere = asvd.fit(LayerStream(checkpoint), windows)
+        fitted = [everywhere[i] for i in layers]
         if options.bits is None:  # it needs no statistics
             corpus, tokens = calibration_text(options.data).id, windows.numel()
-            return _Found(empty_codes(base, options), fitted, corpus, tokens, {})
+            return _Found(empty_codes(start, options), fitted, corpus, tokens, {})
     statistics = _statistics(checkpoint, options, report)
     if method != "asvd":
         fit = pca.fit if method == "pca" else cskv.fit
-        fitted = [fit(statistics.layer(i), base.kv_heads) for i in layers]
+        fitted = [fit(statistics.layer(i), start.base.kv_heads) for i in layers]
     if options.bits is not None:  # by what rows are worth, which Fisher's ranks do not say
-        fitted = [_levelled(fitted[i], statistics.layer(i), method == "pca") for i in layers]
+        fitted = [
+            _levelled(parts, statistics.layer(i), method == "pca")
+            for i, parts in zip(layers, fitted, strict=True)
+        ]
     if method == "palu":
         windows, _ = _windows(checkpoint, options, 0)
         keys, values = palu.fisher(checkpoint, windows, report)
-        for i, parts in enumerate(fitted):
+        for i, parts in zip(layers, fitted, strict=True):
             parts["keys"] = palu.ranked(parts["keys"], float(keys[i]))
             parts["values"] = palu.ranked(parts["values"], float(values[i]))
     corpus = str(statistics.metadata["corpus"])
-    return _Found(empty_codes(base, options), fitted, corpus, statistics.tokens, {})
+    return _Found(empty_codes(start, options), fitted, corpus, statistics.tokens, {})
 
 
 def _levelled(
@@ -263,27 +272,30 @@ def _levelled(
 
 def _tuned(
     checkpoint: Checkpoint,
-    base: Base,
+    start: Plan,
     options: ProjectionOptions,
     budget: tuple[int, int],
     report: Report,
 ) -> _Found:
     """`cskv` with bits, at the widths of the budget, bytes and bytes per number."""
-    codes = _even_codes(base, options, *budget)
+    codes = _even_codes(start, options, *budget)
     windows, _ = _windows(checkpoint, options, JUDGED)
     stream = LayerStream(checkpoint)
     hidden = stream.embed(windows)
     fitted: list[dict[Part, Fitted]] = []
     errors: dict[str, list[float]] = {"before": [], "after": []}
+    of_layer = dict(zip(start.planned_layers, codes, strict=True))
     report("tuning", 0, len(codes))
-    for index, code in enumerate(codes):
+    for index in range(len(stream)):
         y = tokens_of(stream, stream.layer(index), hidden, options.sink)
+        if (code := of_layer.get(index)) is None:
+            continue
         own, held = (x.flatten(0, 1) for x in y.split([len(y) - JUDGED, JUDGED]))
         found = tune(own, held, code, options.tuning, options.seed)
         fitted.append({part: one.fitted for part, one in found.items()})
         errors["before"] += [one.before for one in found.values()]
         errors["after"] += [one.after for one in found.values()]
-        report("tuning", index + 1, len(codes))
+        report("tuning", len(fitted), len(codes))
     tokens = (len(windows) - JUDGED) * windows.shape[1]
     losses = {"reconstruction": errors}
     return _Found(list(codes), fitted, calibration_text(options.data).id, tokens, losses)
@@ -291,19 +303,19 @@ def _tuned(
 
 def _felt(
     checkpoint: Checkpoint,
-    base: Base,
+    start: Plan,
     options: ProjectionOptions,
     budget: tuple[int, int],
     report: Report,
 ) -> _Found:
     """The methods that look at several layers together."""
-    codes = empty_codes(base, options)
+    codes = empty_codes(start, options)
     windows, offsets = _windows(checkpoint, options, JUDGED)
     fitted_to = len(windows) - JUDGED
     ring = (options.sink, options.window)
     felt = feel(
         WholeModel(checkpoint), windows[:fitted_to], offsets[:fitted_to],
-        [code.layers for code in codes], codes[0].kind, ring, options.seed, report,
+        layers_of(codes, start.planned_layers), codes[0].kind, ring, options.seed, report,
     )  # fmt: skip
     report("fitting", 0, len(codes))
     fitted = []
@@ -322,8 +334,9 @@ def _felt(
     if options.train is not None:
         spectra = [[x.spectrum for x in parts.values()] for parts in fitted]
         cut = fit_codes(
-            codes, spectra, "spectrum", budget[0], options.context, base.channels, budget[1]
-        )
+            codes, spectra, "spectrum", budget[0], options.context, start.base.channels, budget[1],
+            start.window_bytes(options.context, budget[1]),
+        )  # fmt: skip
         student = FreeStudent(model, cut, fitted, "spectrum")
         losses |= train_codes(
             student, checkpoint, options.train, RATE, options.data, options.seed, report
@@ -338,14 +351,14 @@ def _felt(
 
 
 def _matryoshka(
-    checkpoint: Checkpoint, base: Base, options: ProjectionOptions, report: Report
+    checkpoint: Checkpoint, start: Plan, options: ProjectionOptions, report: Report
 ) -> _Found:
     """Trained orthogonal bases, and ranks if they are searched."""
-    statistics = _statistics(checkpoint, options, report)
-    start = [pca.fit(statistics.layer(i), base.kv_heads) for i in range(base.layers)]
+    statistics, heads = _statistics(checkpoint, options, report), start.base.kv_heads
+    principal = [pca.fit(statistics.layer(i), heads) for i in start.planned_layers]
     model = TailModel(LayerStream(checkpoint))
     ring = (options.sink, options.window)
-    student = matryoshka.MatryoshkaStudent(model, start, base.kv_heads, ring)
+    student = matryoshka.MatryoshkaStudent(model, principal, heads, ring)
     amount = options.train or Amount(tokens=AUTO)
     losses: dict[str, Any] = train_codes(
         student, checkpoint, amount, matryoshka.RATE, options.data, options.seed, report
@@ -358,7 +371,7 @@ def _matryoshka(
         )
         fitted = matryoshka.ranked(fitted, matryoshka.greedy_ranks(student, past, report))
     corpus = str(statistics.metadata["corpus"])
-    return _Found(empty_codes(base, options), fitted, corpus, statistics.tokens, losses)
+    return _Found(empty_codes(start, options), fitted, corpus, statistics.tokens, losses)
 
 
 def _levelled_together(fitted: dict[Part, Fitted], felt: Felt) -> dict[Part, Fitted]:
@@ -465,9 +478,9 @@ def text_windows(
     return ids, torch.randint(0, last + 1, (len(ids),), generator=generator).tolist()
 
 
-def memory_bytes(checkpoint: Checkpoint, base: Base, options: ProjectionOptions) -> int:
+def memory_bytes(checkpoint: Checkpoint, start: Plan, options: ProjectionOptions) -> int:
     """About what a calibration holds at once, besides Python and its libraries."""
-    weights = 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    weights, base = 4 * sum(math.prod(x.shape) for x in checkpoint.tensors.values()), start.base
     if options.method == "cskv" and options.bits is not None:
         width = int(checkpoint.hf_config().hidden_size) + 6 * base.channels
         return 4 * (options.tokens + JUDGED * WINDOW) * width
@@ -477,5 +490,5 @@ def memory_bytes(checkpoint: Checkpoint, base: Base, options: ProjectionOptions)
         return 4 * options.tokens * int(checkpoint.hf_config().hidden_size)
     length = min(WINDOW, int(checkpoint.hf_config().max_position_embeddings))
     seen = 4 * 4 * 2 * base.layers * base.channels * length
-    sums = sum(8 * 3 * (2 * x.layers * base.channels) ** 2 for x in empty_codes(base, options))
+    sums = sum(8 * 3 * (2 * x.layers * base.channels) ** 2 for x in empty_codes(start, options))
     return weights + seen + sums

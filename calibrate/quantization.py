@@ -78,7 +78,7 @@ def calibrate_quantization(
         UnsupportedModelError: All layers have a sliding window.
         UsageError: The budget is too small, the text too short, or all heads drop tokens.
     """
-    check_can_drop(checkpoint, other=True, bounded=True)
+    check_can_drop(checkpoint, other=True)
     plan_ahead(plan, options, budget_bytes, itemsize)
     first = options.everywhere()
     before, plan = plan.provenance, with_states(plan, options.states)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate.lessons import lessons
-from kvtool.calibrate.past import Past, coded, read_again, read_past
+from kvtool.calibrate.past import Past, read_again, read_past, through
 from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Attend, TailModel, divergence
 from kvtool.checkpoint import Checkpoint
@@ -36,8 +36,8 @@ class CodeStudent(Student):
         super().__init__()
         self.model, self.truth = model, truth
 
-    def attends(self, past: Past) -> Sequence[Attend]:
-        """How the layers read a past, drawn anew at every call."""
+    def attends(self, past: Past) -> Sequence[Attend | None]:
+        """How the layers read a past, drawn anew at every call; None as they do themselves."""
         raise NotImplementedError  # pragma: no cover
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Mapping[str, float | Tensor]]:
@@ -106,16 +106,14 @@ class FreeStudent(CodeStudent):
             for part, mean in zip(self.names[index], self.means[index], strict=True)
         }
 
-    def attends(self, past: Past) -> Sequence[Attend]:
+    def attends(self, past: Past) -> Sequence[Attend | None]:
         numbers = sum(code.width for code in self.codes)
         share = 1.0 if torch.rand(()) < 0.5 else float(torch.empty(()).uniform_(self.least, 1))
         floor = sum(min(STEP, len(x)) for own in self.spectra for x in own)
         taken = max(floor, int(share * numbers))
         narrow = share_budget(self.codes, self.spectra, self.allocation, taken)
-        found: list[Attend] = []
-        for index, code in enumerate(narrow):
-            found += coded(self.model, past, len(found), code, self.projections(index))
-        return found
+        codes = [(code, self.projections(index)) for index, code in enumerate(narrow)]
+        return through(self.model, past, codes)
 
     def fitted(self) -> list[dict[Part, Fitted]]:
         """What was trained; only the rows of these widths are there."""

@@ -73,12 +73,18 @@ class Reading(Behind):
 
 
 class TailModel:
-    """All layers of a checkpoint whose layers have KV heads or a state, fp32."""
+    """All layers of a checkpoint whose layers have KV heads or a state, fp32.
+
+    Attributes:
+        planned_layers: Those that see the whole past.
+    """
 
     def __init__(self, stream: LayerStream, device: str = "cpu") -> None:
         checkpoint = stream.checkpoint
         self.device = torch.device(device)
         self.layouts = stream.layouts
+        whole = (layout.sliding_window is None for layout in self.layouts)
+        self.planned_layers = [index for index, own in enumerate(whole) if own]
         self.layers = [stream.layer(i).to(self.device) for i in range(len(stream))]
         self.ropes = [rope.to(self.device) for rope in stream.ropes]
         self.norm = stream.final_norm().to(self.device)

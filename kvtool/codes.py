@@ -1,7 +1,8 @@
 """Feature codes: the few numbers that are stored of a token instead of its keys and values.
 
-One code serves one layer, or several consecutive ones together: the keys and values that a token
-leaves in neighbouring layers come from almost the same hidden state. A code is linear, and exact at
+One code serves one layer, or several neighbours together: the keys and values that a token leaves
+in neighbouring layers come from almost the same hidden state. Layers with a sliding window have no
+code, and those that share one may have such layers between them. A code is linear, and exact at
 full width. What distinguishes the methods is where it sits (keys before or after RoPE), what shares
 it, and what it is fitted for; see `calibrate/`.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -30,7 +32,7 @@ Part = Literal["keys", "values", "joint"]
 
 @dataclass(frozen=True)
 class CodePlan:
-    """How some consecutive layers code a token together.
+    """How some neighbouring layers code a token together.
 
     Attributes:
         kind: Where the code sits.
@@ -96,6 +98,12 @@ class CodePlan:
         """Bytes of a sequence; rings count whole even if unfilled."""
         exact = self.layers * 2 * channels * (self.sink + self.window)
         return self.token_bytes(itemsize) * tokens + itemsize * exact
+
+
+def layers_of(codes: Sequence[CodePlan], layers: Sequence[int]) -> list[list[int]]:
+    """By code, which of the `layers` that have codes share it: the first, the next, and so on."""
+    left = iter(layers)
+    return [list(islice(left, code.layers)) for code in codes]
 
 
 def code_shapes(
@@ -403,6 +411,7 @@ def fit_codes(
     context: int,
     channels: int,
     itemsize: int = 1,
+    windows: int = 0,
 ) -> tuple[CodePlan, ...]:
     """The widest codes whose cache of a sequence takes at most so many bytes.
 
@@ -411,18 +420,20 @@ def fit_codes(
         context: Tokens of that sequence.
         channels: K of a layer.
         itemsize: Bytes of a number that has no bits.
+        windows: Bytes of that sequence in layers with a sliding window.
 
     Raises:
-        PlanError: Exact tokens and the narrowest codes take more than the budget.
+        PlanError: Windows, exact tokens and the narrowest codes take more than the budget.
     """
     exact = sum(code.cache_bytes(0, channels, itemsize) for code in codes)
-    per_token = max(0, budget_bytes - exact) // context
+    per_token = max(0, budget_bytes - windows - exact) // context
     try:
         return share_budget(codes, spectra, allocation, per_token, itemsize)
     except PlanError as error:
         ring = codes[0]
+        others = f"sliding windows take {windows}, " if windows else ""
         raise PlanError(
-            f"a budget of {budget_bytes} bytes at {context} tokens is too small: the first "
+            f"a budget of {budget_bytes} bytes at {context} tokens is too small: {others}the first "
             f"{ring.sink} and last {ring.window} tokens, kept exactly, take {exact}, and {error}"
         ) from error
 

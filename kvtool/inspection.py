@@ -20,11 +20,11 @@ CONTEXTS = (4096, 32768, 131072)
 """Lengths, in tokens, that cache sizes are stated for."""
 _BF16 = 2
 _PLANS: dict[str, dict[str, bool]] = {  # and what is no hindrance to them
-    "retrieval-heads": {"bounded": True},
-    "budgets": {"bounded": True},
+    "retrieval-heads": {},
+    "budgets": {},
     "projections": {},
-    "quantization": {"bounded": True, "other": True},
-    "double-sparsity": {"bounded": True},
+    "quantization": {"other": True},
+    "double-sparsity": {},
 }
 
 

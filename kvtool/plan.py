@@ -25,7 +25,7 @@ from torch import Tensor
 from kvtool import __version__, plan_file
 from kvtool.bits import Bits, Tier
 from kvtool.checkpoint import Checkpoint
-from kvtool.codes import Allocation, CodePlan, code_shapes
+from kvtool.codes import Allocation, CodePlan, code_shapes, layers_of
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.factored import is_factored, model_config
 from kvtool.latent_bits import LatentPlan
@@ -77,15 +77,6 @@ class Base:
         return self.layers * self.kv_heads
 
     @property
-    def full_layers(self) -> tuple[LayerPlan, ...]:
-        """The layers of a plan, were all to have KV heads: every head keeps everything."""
-        return (LayerPlan((False,) * self.kv_heads),) * self.layers
-
-    def native_bytes(self, tokens: int, itemsize: int) -> int:
-        """Bytes of the cache of one sequence without a plan."""
-        return 2 * itemsize * self.head_dim * self.all_heads * tokens
-
-    @property
     def shape(self) -> str:
         """In words."""
         return f"{self.layers} layers, {self.kv_heads} KV heads of size {self.head_dim}"
@@ -126,12 +117,11 @@ def whole_layers(checkpoint: Checkpoint) -> tuple[LayerPlan, ...]:
     return tuple(layers)
 
 
-def check_can_drop(checkpoint: Checkpoint, *, other: bool = False, bounded: bool = False) -> None:
+def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
     """Raises UnsupportedModelError where no head can keep less than the model gives it.
 
     Args:
         other: Layers that keep something else than KV heads are no hindrance.
-        bounded: Layers with a sliding window or a state are none beside others.
     """
     layouts = describe(model_config(checkpoint))
     if not other and (is_factored(checkpoint) or any(x.kind == "mla" for x in layouts)):
@@ -140,18 +130,16 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False, bounded: bool
             "read less alone",
             hint="calibrate quantization packs latents.",
         )
-    if not (bounded or other) and any(layout.kind == "state" for layout in layouts):
+    if all(layout.sliding_window is not None for layout in layouts):
         raise UnsupportedModelError(
-            f"{checkpoint.source} has layers that keep a state and no keys and values",
-            hint="all calibrations but projections plan the others.",
+            f"{checkpoint.source} has a sliding window in all layers: what they keep is bounded, "
+            "and streaming heads, token budgets, codes, few bits and sparse reading are not for "
+            "them"
         )
-    sliding = [layout.sliding_window is not None for layout in layouts]
-    if all(sliding) or (any(sliding) and not bounded):
-        others = None if all(sliding) else "all calibrations but projections plan the others."
+    if not other and not any(layout.sees_all for layout in layouts):
         raise UnsupportedModelError(
-            f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
-            "streaming heads, token budgets, codes, few bits and sparse reading are not for them",
-            hint=others,
+            f"{checkpoint.source} has no layer whose heads see the whole past",
+            hint="calibrate quantization packs states of Mamba-2.",
         )
 
 
@@ -177,8 +165,9 @@ class Plan:
         policy: How budgets choose tokens; there if and only if some head has a budget.
         provenance: One JSON object per calibration that made it: method, options, corpus, tokens,
             seed, versions.
-        codes: What is stored of tokens instead of keys and values: one entry for the first layers,
-            the next for those behind them, up to the last; or none at all.
+        codes: What is stored of tokens instead of keys and values: one entry for the first layers
+            that have no sliding window, the next for those behind them, up to the last; or none at
+            all.
         allocation: How a budget is shared among codes.
         scores: `[L, H]` fp32, finite: how much a head needs the whole past (higher: more). They
             are kept so that another size is a slice and not another calibration.
@@ -248,11 +237,14 @@ class Plan:
         if bool(self.codes) != (self.allocation is not None):
             raise PlanError("codes and how they share a budget come together")
         if self.codes:
-            layers = sum(code.layers for code in self.codes)
-            if layers != self.base.layers:
-                raise PlanError(f"codes cover {layers} layers, of a model with {self.base.layers}")
-            plain = all(layer.plain and layer.kept is None for layer in self.layers)
-            if self.scores is not None or not plain:
+            layers, there = sum(code.layers for code in self.codes), len(self.planned_layers)
+            if layers != there:
+                windows = f" without a sliding window, of {len(self.layers)}"
+                others = windows if there < len(self.layers) else ""
+                raise PlanError(f"codes cover {layers} layers, of a model with {there}{others}")
+            kept = all(isinstance(layer.kept, WindowPlan | None) for layer in self.layers)
+            plain = all(layer.plain for layer in self.layers)
+            if self.scores is not None or not (plain and kept):
                 raise PlanError("a layer that codes its tokens keeps all of them in all heads")
         wanted: dict[str, tuple[int, ...]] = {}
         for index, code in enumerate(self.codes):
@@ -314,9 +306,19 @@ class Plan:
     # -------------------------------------------------------------------------------- sizes
 
     @property
+    def planned_layers(self) -> list[int]:
+        """The layers with KV heads that see the whole past."""
+        return [index for index, layer in enumerate(self.layers) if layer.kept is None]
+
+    @property
     def planned_heads(self) -> int:
-        """KV heads of all layers that see the whole past."""
+        """KV heads of all these layers."""
         return sum(len(layer.streaming) for layer in self.layers)
+
+    @property
+    def coded_layers(self) -> list[list[int]]:
+        """By code, the layers that share it."""
+        return layers_of(self.codes, self.planned_layers)
 
     @property
     def knows_heads(self) -> bool:
@@ -340,9 +342,15 @@ class Plan:
         """
         if self.codes:
             channels = self.base.channels
-            return sum(code.cache_bytes(tokens, channels, itemsize) for code in self.codes)
+            coded = sum(code.cache_bytes(tokens, channels, itemsize) for code in self.codes)
+            return coded + self.window_bytes(tokens, itemsize)
         size = self.base.head_dim
         return sum(layer.cache_bytes(tokens, size, itemsize) for layer in self.layers)
+
+    def window_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of the layers with a sliding window, whatever is planned for the others."""
+        windows = (x.kept for x in self.layers if isinstance(x.kept, WindowPlan))
+        return sum(window.cache_bytes(tokens, itemsize) for window in windows)
 
     def read_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the cache of N `tokens` that a query reads: of a head that is read sparsely r N
@@ -373,9 +381,11 @@ class Plan:
     @property
     def rings(self) -> tuple[LayerPlan | CodePlan, ...]:
         """By layer, what knows how many first and last tokens it keeps exactly."""
-        if self.codes:
-            return tuple(code for code in self.codes for _ in range(code.layers))
-        return self.layers
+        found: list[LayerPlan | CodePlan] = [*self.layers]
+        for code, own in zip(self.codes, self.coded_layers, strict=True):
+            for layer in own:
+                found[layer] = code
+        return tuple(found)
 
     def check_base(self, checkpoint: Checkpoint) -> None:
         """Raises PlanError if the plan belongs to another model than `checkpoint`."""

@@ -1,20 +1,35 @@
 """Plans with random codes, and models that read through them."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodeKind, CodePlan, code_shapes
-from kvtool.layer_plan import LayerPlan
-from kvtool.plan import Plan, base_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 
 SINK, WINDOW = 3, 7
 KINDS: tuple[CodeKind, ...] = ("rotated", "unrotated")
 SHAPES = [(joint, together) for joint in (False, True) for together in (1, 2, 3)]
 """Whether keys and values share a code, and how many of the three layers of a tiny model do."""
+SPAN = 24
+_ROPES = {
+    kind: {"rope_type": "default", "rope_theta": theta}
+    for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4))
+}
+_KINDS = [*["sliding_attention", "full_attention"] * 2, *["full_attention"] * 2]
+_MIXED = {"num_hidden_layers": 6, "sliding_window": SPAN, "layer_types": _KINDS}
+WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3_text": ("gemma3_text", _MIXED | {"rope_parameters": _ROPES}),
+    "olmo3": ("olmo3", _MIXED | {"rope_parameters": _ROPES}),
+    "cohere2": ("cohere2", _MIXED),  # layers that see everything do not turn
+    "exaone4": ("exaone4", _MIXED),
+    "cwm": ("cwm", _MIXED),
+}
+"""Models whose layers 1, 3, 4 and 5 see the whole past, and the others :data:`SPAN` tokens."""
 
 
 def coded(
@@ -28,6 +43,8 @@ def coded(
 ) -> Plan:
     """A plan with random invertible codes, whose means are not zero; the last may be smaller."""
     base = base_of(checkpoint)
+    start = Plan(base, whole_layers(checkpoint))
+    count = len(start.planned_layers)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -35,8 +52,8 @@ def coded(
 
     codes: list[CodePlan] = []
     tensors: dict[str, Tensor] = {}
-    for first in range(0, base.layers, together):
-        layers = min(together, base.layers - first)
+    for first in range(0, count, together):
+        layers = min(together, count - first)
         full = CodePlan(kind, layers, (1,) if joint else (1, 1)).full_width(base.channels)
         kept = max(1, int(share * full))
         code = CodePlan(kind, layers, (kept,) * (1 if joint else 2), sink, window)
@@ -51,10 +68,7 @@ def coded(
             tensors[f"codes.{index}.{part}.decode"] = torch.linalg.inv(encode).float()
             tensors[f"codes.{index}.{part}.mean"] = random(full).float()
         codes.append(code)
-    plain = LayerPlan((False,) * base.kv_heads)
-    return Plan(
-        base, (plain,) * base.layers, codes=tuple(codes), allocation="even", tensors=tensors
-    )
+    return replace(start, codes=tuple(codes), allocation="even", tensors=tensors)
 
 
 def narrowed(plan: Plan, share: float) -> Plan:

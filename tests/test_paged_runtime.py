@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _code_tools import coded
+from _code_tools import WINDOWED, coded
 from _family_cases import CASES
 from _hybrid_tools import write_hybrid
 from _kernel_tools import DEVICE
@@ -35,7 +35,8 @@ KINDS = [
     "qwen3", "streaming", "streaming-sparse", "packed", "packed-sparse", "codes", "codes-narrow",
     "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
     "qwen3_5_text", "qwen3_5_text, budgets", "qwen3_5_text, packed", "gemma4_text, keys are values",
-    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "smollm3", "glm4", "ministral3",
+    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
+    "smollm3", "glm4", "ministral3",
 ]  # fmt: skip
 
 
@@ -111,6 +112,10 @@ def engines(tiny, tmp_path_factory):
                     tuple(LayerPlan(streams, 3, 9, bits=own) for streams, own in layers),
                     prefill="sparse" if kind.endswith("sparse") else "dense",
                 )
+            elif kind.endswith(", codes"):
+                family, more = WINDOWED[kind.removesuffix(", codes")]
+                checkpoint = Checkpoint.open(str(tiny(family, **more)))
+                plan = coded(checkpoint, share=0.5)
             elif kind.startswith("codes"):
                 plan = coded(checkpoint, share=0.5 if kind.endswith("narrow") else 1.0)
             elif kind.startswith("mla"):
@@ -209,7 +214,9 @@ def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("kind", ["llama", "streaming", "packed", "mla-packed"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "streaming", "packed", "mla-packed", "gemma3_text, codes"]
+)
 def test_what_a_row_takes_of_shared_pages_is_foreseen(engines, monkeypatch, kind):
     """Pages have room for packed blocks: they are not counted again, nor is what a row takes."""
     monkeypatch.setenv(VARIABLE, "triton")
@@ -316,6 +323,13 @@ def test_tables_of_a_long_context_leave_room_for_requests(tiny, monkeypatch):
         pool.page_bytes
     )
     assert scheduler.room(200) > 200
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "hybrid"])
+def test_what_cannot_go_back_is_not_shared_from_pages(engines, monkeypatch, kind):
+    for engine in engines(kind):
+        monkeypatch.setenv(VARIABLE, "triton" if engine.paged else "reference")
+        assert Scheduler(engine, 2**24).share_prefixes != engine.paged
 
 
 def test_prefixes_leave_rows_for_requests(engines, monkeypatch):

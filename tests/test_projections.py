@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from kvtool.calibrate import asvd, aware, cskv, projections
 from kvtool.calibrate.felt import Felt
-from kvtool.calibrate.past import coded as through_codes
-from kvtool.calibrate.past import measure, read_again, read_past
+from kvtool.calibrate.past import measure, read_again, read_past, through
 from kvtool.calibrate.projections import METHODS, ProjectionOptions, calibrate_projections
 from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
@@ -23,7 +22,7 @@ from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import STEP, Projection
 from kvtool.errors import UnsupportedModelError, UsageError
-from kvtool.plan import Plan, base_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.slices import cut
 
@@ -65,7 +64,8 @@ def fitted(llama: Checkpoint) -> Callable[..., Plan]:
 
 
 def budget(checkpoint: Checkpoint, share: float) -> int:
-    return int(share * base_of(checkpoint).native_bytes(CONTEXT, 2))
+    native = Plan(base_of(checkpoint), whole_layers(checkpoint)).native_bytes(CONTEXT, 2)
+    return int(share * native)
 
 
 # ------------------------------------------------------------------------------- every method
@@ -343,10 +343,8 @@ def test_codes_are_judged_as_the_runtime_reads_them(tiny, kind, joint, together,
         )
         for i, code in enumerate(plan.codes)
     ]
-    attends: list[Any] = []
-    for code, parts in codes:
-        attends += through_codes(model, past, len(attends), code, parts)
-    torch.testing.assert_close(found, read_again(model, past, attends), rtol=1e-4, atol=1e-4)
+    again = read_again(model, past, through(model, past, codes))
+    torch.testing.assert_close(found, again, rtol=1e-4, atol=1e-4)
     exact = Engine.load(checkpoint)
     true = exact.extend(exact.new_cache(1, 40), ids, all_logits=True)[prompt:].log_softmax(-1)
     torch.testing.assert_close(past.expected, true, rtol=1e-4, atol=1e-4)

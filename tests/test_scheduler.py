@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from _code_tools import coded
+from _code_tools import WINDOWED, coded
 from _convert_tools import one_thread
 from _hybrid_tools import write_hybrid
 from hypothesis import HealthCheck, given, settings
@@ -25,6 +25,7 @@ from kvtool.convert import conversion, planning
 from kvtool.errors import ResourceError, UsageError
 from kvtool.runtime import Engine, Sampling
 from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.stores import whole_pages
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -40,7 +41,9 @@ PLANS = (
     "sparse",
     "fp8",
 )
-KINDS = ("dense", "windowed", *PLANS, "mla", "kvtool-mla", "packed mla", "packed states")
+MLA = ("mla", "kvtool-mla", "packed mla")
+KINDS = ("dense", "windowed", "some windows", *PLANS, *MLA, "packed states")
+MARKED = ("windowed", "some windows", "hybrid")
 PIECE = 16
 GIGABYTE = 2**30
 RING, HEADS = SINK + WINDOW, 6  # of a streaming head, and of all layers of the plans
@@ -60,6 +63,13 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
         checkpoint = Checkpoint.open(str(tiny("llama", intermediate_size=1536)))
         if kind == "windowed":
             return Engine.load(Checkpoint.open(str(tiny("mistral", sliding_window=24))))
+        if kind == "some windows":
+            family, more = WINDOWED["gemma3_text"]
+            return Engine.load(Checkpoint.open(str(tiny(family, **more))))
+        if kind == "hybrid":
+            path = tmp_path_factory.mktemp("hybrid")
+            write_hybrid(tiny("llama", intermediate_size=1536), path, [0, 2])
+            return Engine.load(Checkpoint.open(str(path)))
         if kind == "split":
             return Engine.load(checkpoint, plan=make_plan(checkpoint, MIXED))
         if kind == "streamed":
@@ -118,7 +128,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def allocated(scheduler: Scheduler) -> int:
     """What the caches really take, beside what the scheduler has computed."""
     owners = [*scheduler._rows(), *scheduler._prefixes]
-    return sum(owner.cache.allocated_bytes for owner in owners)
+    marks = [x for owner in owners for mark in owner.marks for y in mark.saved for x in y]
+    return sum(owner.cache.allocated_bytes for owner in owners) + sum(x.nbytes for x in marks)
 
 
 Bits = dict[Request, list[tuple[int, float]]]
@@ -284,6 +295,74 @@ def test_prompts_that_start_alike_are_read_once(engine, kind):
     for request in (longer, same):
         fresh = Request(request.prompt, 4, ignore_eos=True)
         assert request.tokens == alone(engine(kind), fresh, share_prefixes=False)
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_what_cannot_go_back_is_shared_from_marks(engine, kind):
+    """Where a prompt ended, and where another parted from it."""
+    runtime, ids = engine(kind), prompt(70)
+    scheduler = Scheduler(runtime, GIGABYTE, piece=PIECE)
+    texts = [
+        (ids, 0),
+        (ids, 64),
+        ([*ids, *prompt(30, seed=1)], 64),  # a later turn
+        (ids, 64),
+        ([*ids[:50], *prompt(40, seed=2)], 0),  # it parts at 48, where nothing was marked yet
+        ([*ids[:50], *prompt(60, seed=3)], 48),
+        ([*ids[:50], *prompt(60, seed=3), 5], 96),
+        (ids[:40], 0),
+        (ids[:40], 32),
+        (ids[:60], 48),
+    ]
+    for text, cached in texts:
+        request = Request(text, 4, ignore_eos=True, logprobs=1)
+        found = drain(scheduler, [(0, request)])[request]
+        assert request.cached == cached
+        assert found == bits_alone(runtime, Request(text, 4, ignore_eos=True, logprobs=1))
+    for prefix in scheduler._prefixes:
+        assert len(prefix.marks) <= 2
+        tokens = whole_pages(len(prefix.ids))  # of layers that keep them all
+        assert prefix.held == scheduler.memory.bytes_per_token * tokens
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_marks_go_where_memory_is_needed(engine, kind):
+    runtime = engine(kind)
+    memory = Scheduler(runtime, GIGABYTE, piece=PIECE).memory
+    scheduler = Scheduler(runtime, memory.holding(64, 50) + memory.holding(128, 120), piece=PIECE)
+    running = Request(prompt(50), 14, ignore_eos=True)
+    scheduler.add(running)
+    while not running.tokens:
+        scheduler.step()
+    (row,) = scheduler._running
+    assert [mark.length for mark in row.marks] == [48]
+    assert scheduler.shared == row.marks[0].nbytes > 0
+    large = Request(prompt(120, seed=1), 8, ignore_eos=True)
+    scheduler.add(large)
+    scheduler.step()
+    assert large in scheduler.running
+    assert not row.marks
+    drain(scheduler)
+    tight = Scheduler(runtime, memory.holding(64, 50), piece=PIECE)
+    drain(tight, [(0, Request(prompt(50), 9, ignore_eos=True))])  # there is no room for marks
+    assert not tight._prefixes
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_marks_of_a_running_request_are_there_until_they_are_forgotten(engine, kind):
+    scheduler = Scheduler(engine(kind), GIGABYTE, piece=PIECE)
+    twins = [Request(prompt(50), 30, ignore_eos=True) for _ in range(2)]
+    for request in twins:
+        scheduler.add(request)
+        while not request.tokens:
+            scheduler.step()
+    assert [request.cached for request in twins] == [0, 48]
+    assert scheduler.shared > 0
+    scheduler.forget_prefixes()
+    assert scheduler.shared == 0
+    drain(scheduler)
+    assert not scheduler._prefixes
+    assert twins[0].tokens == twins[1].tokens
 
 
 def test_who_waits_in_vain_takes_no_prefixes(engine):

@@ -319,7 +319,7 @@ def budgets(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
     context = _options.context_of(checkpoint, context)
-    check_can_drop(checkpoint, bounded=True)
+    check_can_drop(checkpoint)
     whole = Plan(base_of(checkpoint), whole_layers(checkpoint))
     native = whole.native_bytes(context, _BF16)
     options = BudgetOptions(method, policy, context, minimum, data, tokens, seed)

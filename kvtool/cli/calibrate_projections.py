@@ -103,7 +103,7 @@ def projections(
     from kvtool.checkpoint import Checkpoint
     from kvtool.distill import Amount
     from kvtool.kernels.quantise import BITS
-    from kvtool.plan import base_of, check_can_drop
+    from kvtool.plan import Plan, base_of, check_can_drop, whole_layers
     from kvtool.plan_file import check_plan_output
     from kvtool.sizes import parse_budget
 
@@ -125,9 +125,9 @@ def projections(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
     context = _options.context_of(checkpoint, context)
-    base = base_of(checkpoint)
     check_can_drop(checkpoint)
-    native = base.native_bytes(context, _BF16)
+    start = Plan(base_of(checkpoint), whole_layers(checkpoint))
+    native = start.native_bytes(context, _BF16)
     options = method_of.ProjectionOptions(
         method,
         read or "absorbed",
@@ -143,7 +143,7 @@ def projections(
         bits,
     )
     allowed = parse_budget(kv_budget, native)
-    method_of.check_budget(base, options, allowed, _BF16)
+    method_of.check_budget(start, options, allowed, _BF16)
     method_of.check_ring(checkpoint, options)
     method_of.check_keys(checkpoint, options)
     if dry_run:
@@ -152,11 +152,11 @@ def projections(
             "model": checkpoint.source,
             "method": method,
             "context": context,
-            "codes": len(method_of.empty_codes(base, options)),
+            "codes": len(method_of.empty_codes(start, options)),
             "bits": bits,
             "bytes_at_most": allowed,
             "native_bytes": native,
-            "memory_bytes": method_of.memory_bytes(checkpoint, base, options),
+            "memory_bytes": method_of.memory_bytes(checkpoint, start, options),
             "dry_run": True,
         }
         _console.emit(planned, json, planned_facts("nothing written", planned))

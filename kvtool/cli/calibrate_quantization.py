@@ -160,7 +160,7 @@ def quantization(
     )
     context = _options.context_of(checkpoint, context)
     base = base_of(checkpoint)
-    check_can_drop(checkpoint, other=True, bounded=True)
+    check_can_drop(checkpoint, other=True)
     start = _options.read_plan(plan, checkpoint)
     width = base.head_dim
     options = bit_options.QuantizationOptions(

@@ -302,6 +302,14 @@ def _describe_kept(table: Table, layers: list[dict[str, Any]]) -> None:
         table.add_row("  beyond", f"{heads} heads pass tokens over behind {one['taught']} tokens")
 
 
+def _describe_windows(table: Table, layers: list[dict[str, Any]]) -> None:
+    """A row for layers with a sliding window."""
+    kept = [layer["kept"] for layer in layers if layer["kept"] is not None]
+    if windows := [x["window"] for x in kept if set(x) == {"heads", "head_dim", "window"}]:
+        last = f"the last {_spread(windows)} tokens, as without a plan"
+        table.add_row("sliding windows", f"{counted(len(windows), 'layer')}: {last}")
+
+
 def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:
     """Rows for codes of one kind and ring, which those of a calibration are."""
     one = codes[0]
@@ -346,6 +354,7 @@ def _facts(result: dict[str, Any]) -> Table:
         _describe_bits(table, result["layers"])
         _describe_sparse(table, result["layers"])
         _describe_kept(table, result["layers"])
+    _describe_windows(table, result["layers"])
     native = result["native_bytes_per_token"]
     per_token = f"{result['bytes_per_token']:,} bytes per further token (native {native:,})"
     table.add_row("cache, bf16", per_token)

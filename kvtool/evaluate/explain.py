@@ -46,7 +46,7 @@ class ExplainedCode:
     """One code of a plan.
 
     Attributes:
-        first, last: Layers that share it.
+        layers: Those that share it.
         bytes_per_token: As bfloat16.
         lost_share: Of the spectrum, behind the cut.
         predicted: Loss at these widths, in the unit of the spectrum.
@@ -54,8 +54,7 @@ class ExplainedCode:
             numbers per token; None where nobody measured.
     """
 
-    first: int
-    last: int
+    layers: list[int]
     kind: str
     parts: list[ExplainedPart]
     bytes_per_token: int
@@ -67,7 +66,10 @@ class ExplainedCode:
     @property
     def name(self) -> str:
         """Its layers."""
-        return f"{self.first}" if self.first == self.last else f"{self.first}–{self.last}"
+        first, last = self.layers[0], self.layers[-1]
+        if last - first + 1 > len(self.layers):  # others lie between
+            return ", ".join(map(str, self.layers))
+        return f"{first}" if first == last else f"{first}–{last}"
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,13 @@ class Explained:
     """All codes of a plan.
 
     Attributes:
+        model_layers: Of the model, also those with a sliding window, which have no code.
         nats: Whether spectra are in nats.
         measured_together: Nats that all codes together cost when they were calibrated.
     """
 
     model: str
+    model_layers: int
     method: str
     allocation: str
     nats: bool
@@ -151,14 +155,15 @@ class Explained:
 
     def picture(self) -> str:
         """A row per part, a column per layer: the higher, the more of the numbers are stored."""
-        rows: dict[str, str] = {}
+        rows: dict[str, list[str]] = {}
         for code in self.codes:
             for part in code.parts:
                 height = min(len(BLOCKS) * part.width // part.full, len(BLOCKS) - 1)
-                column = BLOCKS[height] * (code.last - code.first + 1)
-                rows[part.part] = rows.get(part.part, "") + column
+                row = rows.setdefault(part.part, [" "] * self.model_layers)
+                for layer in code.layers:
+                    row[layer] = BLOCKS[height]
         names = max(map(len, rows))
-        lines = [f"{name:>{names}} {row}" for name, row in rows.items()]
+        lines = [f"{name:>{names}} {''.join(row)}" for name, row in rows.items()]
         legend = f"columns: layers; {BLOCKS[-1]} all numbers stored, {BLOCKS[0]} next to none"
         return "\n".join([*lines, f"{'':>{names}} {legend}"])
 
@@ -182,16 +187,14 @@ def explain(plan: Plan, name: str) -> Explained:
     widths = _numbers(_totals(made.get("widths")), len(plan.codes))
     (together,) = _numbers([made.get("measured_together")], 1)
     codes: list[ExplainedCode] = []
-    first = 0
-    for index, code in enumerate(plan.codes):
+    for index, (code, layers) in enumerate(zip(plan.codes, plan.coded_layers, strict=True)):
         parts = _parts(plan, index, code)
         total = math.fsum(x for part in parts for x in part.spectrum)
         lost = math.fsum(part.tail for part in parts)
         width = widths[index]
         codes.append(
             ExplainedCode(
-                first,
-                first + code.layers - 1,
+                layers,
                 code.kind,
                 parts,
                 code.width * _BF16,
@@ -201,9 +204,9 @@ def explain(plan: Plan, name: str) -> Explained:
                 None if width is None else int(width),
             )
         )
-        first += code.layers
     return Explained(
         plan.base.source,
+        plan.base.layers,
         str(made.get("method", "unknown")),
         plan.allocation,
         together is not None,

@@ -174,8 +174,9 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
     if plan is not None:
         # Integers of few bits take the same in any dtype; rings do not grow.
         packed = [layer.bits is not None or layer.kept is not None for layer in plan.layers]
-        if plan.codes:
-            packed = [code.bits is not None for code in plan.codes for _ in range(code.layers)]
+        for code, own in zip(plan.codes, plan.coded_layers, strict=True):
+            for layer in own:
+                packed[layer] = code.bits is not None
         sizes = [
             replace(size, bytes_per_token_bf16=size.bytes_per_token) if own else size
             for size, own in zip(sizes, packed, strict=True)

@@ -63,7 +63,7 @@ def spectra_panel(axes: Axes, explained: Explained, part: str) -> None:
     )
     top = 0.0
     for index, code in enumerate(explained.codes):
-        layers = code.last - code.first + 1
+        layers = len(code.layers)
         for own in (x for x in code.parts if x.part == part):
             at = [(row + 1) / layers for row in range(len(own.spectrum))]
             depth = (index + 1) / len(explained.codes)
@@ -109,11 +109,12 @@ def loss_panel(axes: Axes, explained: Explained) -> None:
 def _bars(
     axes: Axes, explained: Explained, heights: list[float], role: str, place: int, places: int
 ) -> None:
-    """One of several bars beside each other, over all layers of each code."""
+    """One of several bars beside each other, from the first to the last layer of each code."""
     width = 0.8 / places
     for code, height in zip(explained.codes, heights, strict=True):
-        layers = code.last - code.first + 1
-        left = code.first - 0.4 * layers + (layers - 1) / 2 + place * width * layers
+        first, last = code.layers[0], code.layers[-1]
+        layers = last - first + 1
+        left = first - 0.4 * layers + (layers - 1) / 2 + place * width * layers
         axes.bar(left, height, width * layers, align="edge", color=LIGHT[role])
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kvtool.runtime.stores import whole_pages
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Snapshot:
     length: int
     saved: list[list[Tensor]]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(copy.nbytes for layer in self.saved for copy in layer)
+
 
 class KVCache:
     """What the runtime keeps of `len(lengths)` sequences: one store per layer."""
@@ -26,8 +32,8 @@ class KVCache:
     def __init__(self, stores: Sequence[Any], rows: int) -> None:
         self.stores = list(stores)
         self.lengths = [0] * rows
-        for before, store in pairwise(stores):
-            store.join(before)
+        for index, store in enumerate(self.stores):
+            store.join(self.stores[:index])
 
     @property
     def capacity(self) -> int:
@@ -78,10 +84,16 @@ class KVCache:
     def copy_prefix(self, source: KVCache, length: int) -> None:
         """Fills this cache of one row with the first `length` tokens of another.
 
-        Only for stores that keep every token.
+        What later tokens overwrite comes from a snapshot that was made there, see :meth:`restore`.
         """
         for store, other in zip(self.stores, source.stores, strict=True):
             store.copy_prefix(other, length)
+        self.lengths = [length]
+
+    def keep_prefix(self, length: int) -> None:
+        """Gives up what :meth:`copy_prefix` of this one row does not take over."""
+        for store in self.stores:
+            store.keep_prefix(whole_pages(length))
         self.lengths = [length]
 
     def crop(self, row: int, length: int) -> None:

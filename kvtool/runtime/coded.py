@@ -6,6 +6,7 @@ nothing is moved when it leaves the window.
 
 Where several layers share a code, the last of them encodes what all have seen. Until then no layer
 needs it: a call brings no more tokens than the window holds, but for a prompt that is read densely.
+Layers with a sliding window may lie between them: these keep their own, and ask for no code.
 """
 
 from __future__ import annotations
@@ -115,10 +116,10 @@ class CodedStore(DroppingHeads):
         self.reader = codes.code.reader(layer)
         self.dense_prompt = dense_prompt
 
-    def join(self, before: Store) -> None:
+    def join(self, before: Sequence[Store]) -> None:
         if self.layer:
-            assert isinstance(before, CodedStore)
-            self.codes, self.planes = before.codes, before.planes
+            last = next(store for store in reversed(before) if isinstance(store, CodedStore))
+            self.codes, self.planes = last.codes, last.planes
 
     def resize(self, capacity: int) -> None:
         if not self.layer:  # the others share its plane

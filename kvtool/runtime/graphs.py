@@ -190,6 +190,10 @@ class PagedCache(KVCache):
         for row in self.rows:
             self.memory.resize(row, capacity)
 
+    def keep_prefix(self, length: int) -> None:
+        self.resize(length)
+        self.lengths = [length]
+
     @torch.inference_mode()
     def copy_prefix(self, source: KVCache, length: int) -> None:
         assert isinstance(source, PagedCache)

@@ -111,11 +111,11 @@ def swap_attention(
             attention = _latent_attention(stages, i, rope.scale, plan)
         else:
             grouped = GroupedQueryAttention(module, name)
-            if plan is not None and plan.codes:
+            if grouped.layout.sliding_window is not None:
+                attention = WindowedAttention(grouped, i, inv_freq, rope.scale)
+            elif plan is not None and plan.codes:
                 dense = plan.prefill == "dense"
                 attention = CodedAttention(grouped, i, inv_freq, rope.scale, *codes[i], dense)
-            elif grouped.layout.sliding_window is not None:
-                attention = WindowedAttention(grouped, i, inv_freq, rope.scale)
             elif plan is None or (plan.layers[i].plain and plan.policy is None):
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
             elif plan.layers[i].bits is not None:
@@ -150,14 +150,15 @@ def _positions(ropes: Sequence[Rope], like: Tensor) -> list[Positions]:
     return found
 
 
-def _codes(plan: Plan | None, positions: Sequence[Positions]) -> list[tuple[Code, int]]:
-    """By layer of the model: its code, and which of the layers of the code it is."""
-    found: list[tuple[Code, int]] = []
-    for index, planned in enumerate(() if plan is None else plan.codes):
-        assert plan is not None
-        own = positions[len(found) : len(found) + planned.layers]
+def _codes(plan: Plan | None, positions: Sequence[Positions]) -> dict[int, tuple[Code, int]]:
+    """By layer that has one: its code, and which of the layers of the code it is."""
+    found: dict[int, tuple[Code, int]] = {}
+    if plan is None:
+        return found
+    for index, (planned, layers) in enumerate(zip(plan.codes, plan.coded_layers, strict=True)):
+        own = [positions[layer] for layer in layers]
         code = load_code(index, planned, plan.tensors, plan.base.kv_heads, own)
-        found += [(code, layer) for layer in range(planned.layers)]
+        found |= {layer: (code, place) for place, layer in enumerate(layers)}
     return found
 
 

@@ -52,7 +52,7 @@ class RowMemory:
             self.budgets += [n for n in layer.budgets if n is not None]
             self.rings += [layer.sink + layer.window] * sum(layer.streaming)
             if self.dense:
-                self.dropping += plan.base.kv_heads if plan.codes else sum(layer.streaming)
+                self.dropping += len(layer.streaming) if plan.codes else sum(layer.streaming)
                 if layer.bits is not None:
                     self.dropping += len(layer.full_heads)
                     self.watched += len(layer.full_heads) if layer.bits.rest else 0

@@ -1,7 +1,7 @@
 """Layers of a hybrid checkpoint with a state of fixed size instead of keys and values.
 
 A state is a sum over the text, from which no token can be taken out again: a row cannot be cropped,
-only started over, and a prefix cannot be shared once it has been read past.
+only started over or taken back to where a snapshot was made.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class StateStore(Store):
         """Nothing grows."""
 
     def copy_prefix(self, source: Store, length: int) -> None:
-        """Refuses: a state does not say what it was at an earlier token."""
-        raise NotImplementedError("a state has no prefix")
+        """Nothing: a state does not say what it was at an earlier token."""
+
+    def keep_prefix(self, capacity: int) -> None:
+        self.planes = {name: plane.new_empty(0) for name, plane in self.planes.items()}
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return length >= stored

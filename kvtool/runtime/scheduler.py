@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kvtool.errors import ResourceError, UsageError
-from kvtool.runtime.cache import KVCache
+from kvtool.runtime.cache import KVCache, Snapshot
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
@@ -118,11 +118,22 @@ class Counters:
 
 @dataclass(eq=False)
 class _Row:
-    """A request with memory."""
+    """A request with memory.
+
+    Attributes:
+        branch: Tokens of its prompt that others began with as well; a mark is made there.
+        marks: Where others can start from, in order.
+    """
 
     request: Request
     cache: KVCache
     nbytes: int
+    branch: int
+    marks: list[Snapshot] = field(default_factory=list)
+
+    @property
+    def ids(self) -> Sequence[int]:
+        return self.request.prompt
 
     @property
     def length(self) -> int:
@@ -135,7 +146,27 @@ class _Prefix:
 
     ids: list[int]
     cache: KVCache
-    nbytes: int
+    held: int
+    marks: list[Snapshot]
+
+    @property
+    def nbytes(self) -> int:
+        return self.held + _size(self.marks)
+
+
+class _Start(NamedTuple):
+    """Where a prompt begins to be read.
+
+    Attributes:
+        length: Tokens in front of it, which `source` has read.
+        mark: What `source` was there, if it cannot go back.
+        branch: Tokens, in whole pieces, that some other prompt begins with as well.
+    """
+
+    length: int = 0
+    source: _Prefix | _Row | None = None
+    mark: Snapshot | None = None
+    branch: int = 0
 
 
 class Scheduler:
@@ -148,8 +179,9 @@ class Scheduler:
             or states of so many on a GPU.
         piece: Tokens of prompts per step, and where prompts are cut.
         share_prefixes: Keep whole pieces of prompts for requests that start alike. Plans drop
-            tokens by what comes later in a prompt, and sliding windows and the states of Mamba
-            layers cannot go back to one, so their prefixes are not shared.
+            tokens by what comes later in a prompt, so theirs are not shared. Sliding windows and
+            states cannot go back, and are shared from marks: copies that are made while a prompt is
+            read, where it parts from another, and at its end. There are none in paged memory.
 
     Attributes:
         waiting: Oldest first.
@@ -168,8 +200,9 @@ class Scheduler:
         engine.pack()
         self.engine, self.budget = engine, memory
         self.max_running, self.piece = max_running, piece
-        kept_whole = engine.plan is None and engine.new_cache(1, 1).keeps_all
-        self.share_prefixes = share_prefixes and kept_whole
+        self._by_marks = not engine.new_cache(1, 1).keeps_all
+        possible = engine.plan is None and not (engine.paged and self._by_marks)
+        self.share_prefixes = share_prefixes and possible
         self.memory = RowMemory(engine)
         self._most_prefixes: int | None = None
         if engine.paged:
@@ -203,8 +236,9 @@ class Scheduler:
 
     @property
     def shared(self) -> int:
-        """Bytes of prefixes that are kept for later."""
-        return sum(prefix.nbytes for prefix in self._prefixes)
+        """Bytes of prefixes and marks that are kept for later."""
+        marks = sum(_size(row.marks) for row in self._rows())
+        return sum(prefix.nbytes for prefix in self._prefixes) + marks
 
     @property
     def running(self) -> list[Request]:
@@ -292,6 +326,8 @@ class Scheduler:
     def forget_prefixes(self) -> None:
         """Returns the memory of everything kept for later."""
         self._prefixes.clear()
+        for row in self._rows():
+            row.marks.clear()
 
     # ------------------------------------------------------------------------------- the step
 
@@ -328,23 +364,26 @@ class Scheduler:
         again = max(nbytes, self.memory.holding(prompt + len(request.tokens), prompt))
         if len(self._running) >= self.max_running or not self._could_free(again):
             return None
-        shared, source = self._find_prefix(request)
-        if not self._make_room(again, source):
-            shared, source = self._find_prefix(request)  # it had to go; who runs stays
+        start = self._find_prefix(request)
+        if not self._make_room(again, start.source):
+            start = self._find_prefix(request)  # it had to go; who runs stays
         self.waiting.popleft()
-        self._reading = _Row(request, self.engine.new_cache(1, whole_pages(prompt)), nbytes)
-        if source is not None:
-            self._reading.cache.copy_prefix(source.cache, shared)
-        if isinstance(source, _Prefix):
-            self._prefixes.remove(source)
-            self._prefixes.append(source)  # the most recently used
+        cache = self.engine.new_cache(1, whole_pages(prompt))
+        self._reading = _Row(request, cache, nbytes, start.branch)
+        if start.source is not None:
+            cache.copy_prefix(start.source.cache, start.length)
+        if start.mark is not None:
+            cache.restore(0, start.mark)
+        if isinstance(start.source, _Prefix):
+            self._prefixes.remove(start.source)
+            self._prefixes.append(start.source)  # the most recently used
         if request.admitted is None:
             request.admitted = perf_counter()
-            request.cached = shared
+            request.cached = start.length
             self.counters.prompt_tokens += prompt
             if self.share_prefixes and request.prompt_logprobs is None:
                 self.counters.prefix_queries += prompt
-                self.counters.prefix_hits += shared
+                self.counters.prefix_hits += start.length
         return self._reading
 
     def _read_piece(self, row: _Row) -> list[Drawn]:
@@ -354,6 +393,8 @@ class Scheduler:
         logits = self.engine.extend(
             row.cache, torch.tensor(prompt[start:end]), all_logits=scores, prompt=len(prompt)
         )
+        if self.share_prefixes and self._by_marks and end in (row.branch, self._most(prompt)):
+            self._mark(row)
         if scores:
             assert request.prompt_logprobs is not None
             following = prompt[start + 1 : end + 1]
@@ -441,14 +482,17 @@ class Scheduler:
         return self.used - self.shared + nbytes <= self.budget
 
     def _make_room(self, nbytes: int, source: _Prefix | _Row | None = None) -> bool:
-        """Lets prefixes go until so many bytes are free; whether `source` is still there.
+        """Lets prefixes and marks go until so many bytes are free; whether `source` is still there.
 
-        It goes last.
+        It is the last prefix to go.
         """
         for prefix in sorted(self._prefixes, key=lambda prefix: prefix is source):
             if self.used + nbytes <= self.budget:
                 break
             self._prefixes.remove(prefix)
+        for row in self._rows():
+            if self.used + nbytes > self.budget:
+                row.marks.clear()
         return not isinstance(source, _Prefix) or source in self._prefixes
 
     def _preempt(self) -> None:
@@ -466,42 +510,73 @@ class Scheduler:
         else:
             self._running.remove(row)
 
-    def _find_prefix(self, request: Request) -> tuple[int, _Prefix | _Row | None]:
-        """How many tokens of the start, in whole pieces, another request has read, and where."""
+    def _most(self, prompt: Sequence[int]) -> int:
+        """Tokens of a prompt that another may have read: the last one's logits are needed."""
+        return (len(prompt) - 1) // self.piece * self.piece
+
+    def _mark(self, row: _Row) -> None:
+        """Keeps what a row is now for others to start from, if there is memory for it."""
+        mark = row.cache.snapshot(0)
+        if self._could_free(mark.nbytes):
+            self._make_room(mark.nbytes)
+            row.marks.append(mark)
+
+    def _find_prefix(self, request: Request) -> _Start:
+        """The most tokens of the start, in whole pieces, that another request has read."""
         if not self.share_prefixes or request.prompt_logprobs is not None:
-            return 0, None
-        ids = list(request.prompt)
-        most = (len(ids) - 1) // self.piece * self.piece  # the last token's logits are needed
-        best, source = 0, None
+            return _Start()
+        ids, best = list(request.prompt), _Start()
+        most, branch = self._most(ids), 0
         read: list[_Prefix | _Row] = [*self._prefixes, *self._running]
         for other in read:
-            theirs = other.ids if isinstance(other, _Prefix) else other.request.prompt
             shared = 0
             while shared < most:
                 piece = slice(shared, shared + self.piece)
-                if [*theirs[piece]] != ids[piece]:
+                if [*other.ids[piece]] != ids[piece]:
                     break
                 shared = piece.stop
-            if shared > best:
-                best, source = shared, other
-        return best, source
+            branch = max(branch, shared)
+            mark = next((x for x in reversed(other.marks) if x.length <= shared), None)
+            if self._by_marks:
+                shared = 0 if mark is None else mark.length
+            if shared > best.length:
+                best = _Start(shared, other, mark)
+        return best._replace(branch=branch)
 
     def _keep_prefix(self, row: _Row) -> bool:
-        """Keeps the whole pieces of a prompt, unless a longer one is there already."""
-        prompt = list(row.request.prompt)
+        """Keeps the whole pieces of a prompt, unless a longer one is there already.
+
+        Of several that are one prompt the first mark and the last stay, as of one request.
+        """
+        prompt, marks = list(row.request.prompt), row.marks
         length = len(prompt) // self.piece * self.piece
+        if self._by_marks:
+            length = marks[-1].length if marks else 0
         if not self.share_prefixes or not length or row.length < length:
             return False
         ids = prompt[:length]
-        if any(other.ids[:length] == ids for other in self._prefixes):
-            return False
-        self._prefixes = [p for p in self._prefixes if p.ids != ids[: len(p.ids)]]
-        row.cache.crop(0, length)
-        row.cache.resize(whole_pages(length))
-        self._prefixes.append(_Prefix(ids, row.cache, self.memory.holding(length, length)))
+        for other in self._prefixes:
+            if other.ids[:length] == ids:
+                other.marks = _ends([*marks, *other.marks])
+                return False
+        shorter = [p for p in self._prefixes if p.ids == ids[: len(p.ids)]]
+        self._prefixes = [p for p in self._prefixes if p not in shorter]
+        marks = _ends([x for p in shorter for x in p.marks] + marks)
+        row.cache.keep_prefix(length)
+        self._prefixes.append(_Prefix(ids, row.cache, row.cache.allocated_bytes, marks))
         if self._most_prefixes is not None and len(self._prefixes) > self._most_prefixes:
             del self._prefixes[0]
         return True
+
+
+def _ends(marks: Sequence[Snapshot]) -> list[Snapshot]:
+    """The first of them and the last, in order."""
+    by_length = {mark.length: mark for mark in marks}
+    return [by_length[n] for n in sorted({min(by_length), max(by_length)})] if marks else []
+
+
+def _size(marks: Sequence[Snapshot]) -> int:
+    return sum(mark.nbytes for mark in marks)
 
 
 def _score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:

@@ -125,7 +125,8 @@ class StreamingHeads(DroppingHeads):
 
     def restore(self, row: int, saved: list[Tensor]) -> None:
         for plane, copy in zip(self.planes.values(), saved, strict=True):
-            plane[row, :, : copy.shape[1]] = copy  # there may be more of a ring that has grown
+            kept = min(plane.shape[2], copy.shape[1])  # of a ring that grows, either may be longer
+            plane[row, :, :kept] = copy[:, :kept]
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""

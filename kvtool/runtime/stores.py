@@ -68,9 +68,15 @@ class Store:
             self.planes[name] = other
 
     def copy_prefix(self, source: Store, length: int) -> None:
-        """Takes over the first `length` tokens of another store of this layer."""
+        """Takes over what another store of this layer keeps of its first `length` tokens; not what
+        later tokens overwrite, see :meth:`snapshot`.
+        """
         for name, plane in self.planes.items():
             plane[..., :length, :] = source.planes[name][..., :length, :]
+
+    def keep_prefix(self, capacity: int) -> None:
+        """Gives up what :meth:`copy_prefix` of so many tokens does not take over."""
+        self.resize(capacity)
 
     def grown(self, length: int) -> int:
         """The next capacity when `length` tokens do not fit: doubling copies each token once."""
@@ -80,8 +86,8 @@ class Store:
         """Whether a row of `stored` tokens still has what its first `length` tokens had left."""
         return True
 
-    def join(self, before: Store) -> None:
-        """Told which store the layer in front of this one has, in the same cache."""
+    def join(self, before: Sequence[Store]) -> None:
+        """Told which stores the layers in front of this one have, in the same cache."""
 
     def forget(self, row: int) -> None:
         """Told that a row is given up, perhaps in the middle of its prompt."""

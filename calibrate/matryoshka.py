@@ -99,7 +99,7 @@ class MatryoshkaStudent(CodeStudent):
         return basis
 
     def attends(self, past: Past) -> Sequence[Attend | None]:
-        size = past.keys[0].shape[-1]
+        size = past.keys[self.layers[0]].shape[-1]
         drawn = torch.randint(1, STEPS + 1, (len(self.layers), 2, self.heads)) * size // STEPS
         found: list[Attend | None] = [None] * len(past.keys)
         for place, ranks in enumerate(drawn):
@@ -109,7 +109,7 @@ class MatryoshkaStudent(CodeStudent):
     def attend(self, past: Past, place: int, ranks: Tensor) -> Attend:
         """One layer at `ranks [..., 2, H]` of its keys and values."""
         layer = self.layers[place]
-        kept = torch.arange(past.keys[0].shape[-1]) < ranks[..., None]  # [..., 2, H, D]
+        kept = torch.arange(past.keys[layer].shape[-1]) < ranks[..., None]  # [..., 2, H, D]
         kept = kept.to(self.model.device, torch.float32)
         keys, values = (
             self.basis(place, part)(x, kept[..., part, :, :])
@@ -151,7 +151,7 @@ def greedy_ranks(student: MatryoshkaStudent, past: Past, report: Report) -> Tens
         steps being higher numbers; the first eighths, never taken, have the highest.
     """
     layers, heads = len(student.layers), student.heads
-    size = past.keys[0].shape[-1]
+    size = past.keys[student.layers[0]].shape[-1]
     eighths = torch.full((layers, 2, heads), STEPS)  # that are left
     removal = torch.zeros(layers, 2, heads, STEPS)
     model = student.model

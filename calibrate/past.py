@@ -59,27 +59,30 @@ def read_past(model: TailModel, ids: Tensor, end: int, offset: int = 0) -> Past:
     Args:
         offset: Position of the first token.
     """
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    keys, values = model.nothing(), model.nothing()
     whole = Behind([], [], ids, offset=offset)
     hidden = model.embed(ids)
-    states = []
-    for index in range(len(model.layers)):
+    states, kept = [], {}
+    past = len(ids) - end
+    for index, layer in enumerate(model.layers):
         states.append(hidden[:, -end:])
 
         def remember(q: Tensor, k: Tensor, v: Tensor, start: int, index: int = index) -> Tensor:
-            keys.append(k.contiguous())
-            values.append(v.contiguous())
+            keys[index], values[index] = k.contiguous(), v.contiguous()
             return model.dense(index)(q, k, v, start)
 
-        hidden = model.layer(index, hidden, whole, remember)
+        if layer.mixer is not None:
+            before, kept[index] = model.mix(index, hidden[:, :past])
+            hidden = torch.cat((before, model.mix(index, states[-1], kept[index])[0]), dim=1)
+        else:
+            hidden = model.layer(index, hidden, whole, remember)
     expected = model.predictions(hidden[:, -end:])[0]
-    past = len(ids) - end
     reading = Behind(
         [k[:, :, :past] for k in keys],
         [v[:, :, :past] for v in values],
         ids[past:].to(model.device),
         offset=offset,
+        states=kept,
     )
     return Past(reading, keys, values, expected, states)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import causal_attention
-from kvtool.calibrate.stream import LayerStream, StreamedLayer
+from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tasks import RecallSample
 from kvtool.errors import CheckpointError
 from kvtool.kernels.streaming_attention import streaming_attention
@@ -83,8 +83,7 @@ class TailModel:
         checkpoint = stream.checkpoint
         self.device = torch.device(device)
         self.layouts = stream.layouts
-        whole = (layout.sliding_window is None for layout in self.layouts)
-        self.planned_layers = [index for index, own in enumerate(whole) if own]
+        self.planned_layers = [i for i, layout in enumerate(self.layouts) if layout.sees_all]
         self.layers = [stream.layer(i).to(self.device) for i in range(len(stream))]
         self.ropes = [rope.to(self.device) for rope in stream.ropes]
         self.norm = stream.final_norm().to(self.device)
@@ -114,8 +113,7 @@ class TailModel:
         if prefill == "streamed":
             ids, answers = torch.cat((context, ids)), answers + len(context)
             context = context[:0]
-        nothing = self.table.new_empty(1, 1, 0, 1)
-        keys, values = ([nothing] * len(self.layers) for _ in range(2))
+        keys, values = self.nothing(), self.nothing()
         states: dict[int, Past] = {}
         hidden = self.embed(context)
         for index, layer in enumerate(self.layers):
@@ -127,7 +125,7 @@ class TailModel:
                 return self.dense(index)(q, k, v, start)
 
             if layer.mixer is not None:
-                hidden, states[index] = self._mixed(layer, hidden, None)
+                hidden, states[index] = self.mix(index, hidden)
             else:
                 hidden = self.layer(index, hidden, None, remember)
         where = ids.to(self.device), answers.to(self.device)
@@ -138,7 +136,7 @@ class TailModel:
         layer = self.layers[index]
         if layer.mixer is not None:
             past = None if reading is None else reading.states.get(index)
-            return self._mixed(layer, hidden, past)[0]
+            return self.mix(index, hidden, past)[0]
         stages = layer.attention
         start = 0 if reading is None else reading.start
         first = start + (0 if reading is None else reading.offset)
@@ -157,11 +155,10 @@ class TailModel:
 
         return layer(hidden, attention)
 
-    def _mixed(
-        self, layer: StreamedLayer, hidden: Tensor, past: Past | None
-    ) -> tuple[Tensor, Past]:
-        """The same through a layer with a state, and the state behind it."""
-        mixer, after = layer.mixer, []
+    def mix(self, index: int, hidden: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
+        """The same through a layer with a state behind a past, and the past behind it."""
+        layer, after = self.layers[index], []
+        mixer = layer.mixer
         assert mixer is not None
         if past is not None:
             past = Past(*(x.expand(len(hidden), *x.shape[1:]) for x in past))
@@ -172,6 +169,10 @@ class TailModel:
             return output
 
         return layer(hidden, mix), after[0]
+
+    def nothing(self) -> list[Tensor]:
+        """Keys, or values, of no token in all layers."""
+        return [self.table.new_empty(1, 1, 0, 1)] * len(self.layers)
 
     def dense(self, index: int) -> Attend:
         """The layer's own attention."""

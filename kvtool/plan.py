@@ -239,12 +239,12 @@ class Plan:
         if self.codes:
             layers, there = sum(code.layers for code in self.codes), len(self.planned_layers)
             if layers != there:
-                windows = f" without a sliding window, of {len(self.layers)}"
-                others = windows if there < len(self.layers) else ""
+                whole = f" that see the whole past, of {len(self.layers)}"
+                others = whole if there < len(self.layers) else ""
                 raise PlanError(f"codes cover {layers} layers, of a model with {there}{others}")
-            kept = all(isinstance(layer.kept, WindowPlan | None) for layer in self.layers)
+            latents = any(isinstance(layer.kept, LatentPlan) for layer in self.layers)
             plain = all(layer.plain for layer in self.layers)
-            if self.scores is not None or not (plain and kept):
+            if self.scores is not None or latents or not plain:
                 raise PlanError("a layer that codes its tokens keeps all of them in all heads")
         wanted: dict[str, tuple[int, ...]] = {}
         for index, code in enumerate(self.codes):

@@ -4,20 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from _code_tools import coded
 from _family_cases import CASES
 
-from kvtool.calibrate import heads
+from kvtool.calibrate import heads, lessons
 from kvtool.calibrate.ablation import ablation_scores
 from kvtool.calibrate.budgets import METHODS as BUDGETS
 from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
 from kvtool.calibrate.double_sparsity import calibrate_double_sparsity
 from kvtool.calibrate.heads import METHODS, HeadOptions, calibrate_heads
+from kvtool.calibrate.past import measure, read_past
+from kvtool.calibrate.projections import ProjectionOptions, calibrate_projections
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
 from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel, Window, divergence
 from kvtool.calibrate.tasks import RecallSample
 from kvtool.checkpoint import Checkpoint
+from kvtool.codes import Projection
+from kvtool.distill import Amount
 from kvtool.errors import PlanError
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of, whole_layers
@@ -217,3 +222,67 @@ def test_heads_and_budgets_beside_the_same_states_are_composed(tiny):
     assert [x.budget for x in both.layers] == [None, None, None, (None, 9)]
     engine = Engine.load(checkpoint, plan=both)
     assert bool(logits(engine, ids, 70).isfinite().all())
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize(("kind", "together"), [("rotated", 1), ("unrotated", 2)])
+def test_codes_of_full_width_lose_nothing(tiny, name, kind, together):
+    checkpoint, ids = open_case(tiny, name), tokens(80)
+    expected = logits(Engine.load(checkpoint), ids, 40)
+    plan = coded(checkpoint, kind, joint=True, together=together)
+    for prefill in ("dense", "streamed"):
+        engine = Engine.load(checkpoint, plan=replace(plan, prefill=prefill))
+        found = logits(engine, ids, 40, 20)
+        atol = 5e-4 * float(expected.std())
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"method": "aware"},
+        {"method": "aware", "read": "rebuilt", "together": 2},
+        {"method": "xkv", "together": 2},
+        {"method": "palu"},
+        {"method": "cskv", "bits": 4, "tuning": 3},
+        {"method": "matryoshka", "train": Amount(tokens=1024)},
+        {"method": "matryoshka", "train": Amount(tokens=1024), "search_ranks": True},
+    ],
+    ids=lambda x: "-".join(str(value) for value in x.values() if isinstance(value, str | int)),
+)
+@pytest.mark.parametrize("name", ["qwen3_5_text", "granitemoehybrid"])
+def test_codes_are_judged_as_they_run(tiny, text, monkeypatch, name, variant):
+    monkeypatch.setattr(lessons, "RECALL", 0.0)  # recall tasks are longer than these windows
+    monkeypatch.setattr("kvtool.calibrate.students.fast_bfloat16", lambda _: False)
+    checkpoint, ids = open_case(tiny, name), tokens(90)
+    native = Plan(base_of(checkpoint), whole_layers(checkpoint)).native_bytes(400, 2)
+    options = ProjectionOptions(
+        **{"sink": 3, "window": 7, "context": 400, "tokens": 1024, "data": text} | variant
+    )
+    plan = calibrate_projections(checkpoint, options, int(0.7 * native), 2)
+    assert [layer.kept is None for layer in plan.layers] == OTHERS
+    assert plan.cache_bytes(400, 2) <= 0.7 * native
+    engine = Engine.load(checkpoint, plan=plan)
+    cache = engine.new_cache(1, 90)
+    engine.extend(cache, ids[:-7])
+    cache.resize(90)
+    assert cache.allocated_bytes == plan.cache_bytes(90, 4)
+    found = engine.extend(cache, ids[-7:], all_logits=True).log_softmax(-1)
+    model = TailModel(LayerStream(checkpoint))
+    past = read_past(model, ids, 7)
+    true = logits(Engine.load(checkpoint), ids, 90)[-7:].log_softmax(-1)
+    torch.testing.assert_close(past.expected, true, rtol=1e-3, atol=1e-3)
+    kl = float(divergence(true, found))
+    assert kl > 1e-4
+    names = ("encode", "decode", "mean")
+    codes = [
+        (
+            code,
+            {
+                part: Projection(*(plan.tensors[f"codes.{i}.{part}.{n}"] for n in names))
+                for part in code.parts
+            },
+        )
+        for i, code in enumerate(plan.codes)
+    ]
+    assert measure(model, [past], codes) == pytest.approx(kl, rel=2e-2)

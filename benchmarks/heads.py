@@ -28,6 +28,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
 from kvtool.evaluate.retrieval import is_exact, needle_cases, passkey_cases, plain_ids
 from kvtool.evaluate.throughput import environment
+from kvtool.layout import with_heads
 from kvtool.plan import Plan
 from kvtool.slices import ring_of, stream_heads
 
@@ -111,7 +112,7 @@ def main() -> None:
     corpus = evaluation_text()
     asked = questions(model, tokenizer, corpus.documents)
     windows = []
-    shape = (len(model.layers), model.layouts[0].kv_heads)
+    shape = (len(model.layers), with_heads(model.layouts).kv_heads)
     dense = torch.zeros(shape, dtype=torch.bool)
     for ids in corpus.windows(tokenizer, PREFILL + CONTINUATION + 1, WINDOWS).tolist():
         tail = ids[PREFILL:]

@@ -31,17 +31,20 @@ def check(layouts: Sequence[AttentionLayout]) -> None:
 
 
 @torch.inference_mode()
-def fit(stream: LayerStream, windows: Tensor) -> list[dict[Part, Fitted]]:
-    """Keys and values of every layer, from `windows [N, S]` of token ids.
+def fit(stream: LayerStream, windows: Tensor) -> dict[int, dict[Part, Fitted]]:
+    """Keys and values of every layer that has them, from `windows [N, S]` of token ids.
 
     Raises:
         UnsupportedModelError: Keys are normed behind their projection.
     """
     check(stream.layouts)
     hidden = stream.embed(windows)
-    found: list[dict[Part, Fitted]] = []
+    found: dict[int, dict[Part, Fitted]] = {}
     for index in range(len(stream)):
         layer = stream.layer(index)
+        if layer.mixer is not None:
+            layer.run(hidden, layer.mixer, BATCH)
+            continue
         size = torch.zeros(layer.attention.layout.hidden_size, dtype=torch.float64)
         exact = stream.exact_attention(layer)
 
@@ -57,7 +60,7 @@ def fit(stream: LayerStream, windows: Tensor) -> list[dict[Part, Fitted]]:
             _, *biases = layer.attention.qkv.bias.double().split(layer.attention.sizes)
         scale = (size / windows.numel()) ** (2 * ALPHA)
         fitted = [_projection(w, scale, bias) for w, bias in zip(parts, biases, strict=True)]
-        found.append({"keys": fitted[0], "values": fitted[1]})
+        found[index] = {"keys": fitted[0], "values": fitted[1]}
     return found
 
 

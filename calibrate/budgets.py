@@ -104,7 +104,7 @@ def budget_tokens(whole: Plan, options: BudgetOptions, budget_bytes: int, itemsi
     heads, unit = whole.planned_heads, 2 * itemsize * whole.base.head_dim
     low = min(options.minimum, options.context)
     native = whole.native_bytes(options.context, itemsize)
-    bounded = native - heads * options.context * unit  # by sliding windows, whatever the budget
+    bounded = native - heads * options.context * unit  # by windows and states, whatever the budget
     total = (budget_bytes - bounded) // unit
     if not low * heads <= total <= options.context * heads:
         raise UsageError(

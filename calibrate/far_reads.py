@@ -103,11 +103,13 @@ def _distance(q: Tensor, k: Tensor) -> Tensor:
 
 class _Now:
     """The pass that the readers are in: positions `[T]` of its tokens, and the ring behind which
-    reads are watched, None while the past is read.
+    reads are watched, None while the past is read. Where they are asked for, Δ of the layers of
+    Mamba-2 so far.
     """
 
     positions: Tensor
     ring: tuple[int, int] | None
+    steps: list[Tensor] | None = None
 
 
 class _Reader(nn.Module):
@@ -196,15 +198,14 @@ class _Latent(_Reader):
 
 class _State(_Reader):
     past: Past | None = None
-    steps: Tensor
 
     def __init__(self, stages: Mixer | DeltaNet, now: _Now, rope: Rope) -> None:
         super().__init__(now, rope)
         self.stages = stages
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        if isinstance(self.stages, Mixer):
-            self.steps = self.stages.steps(self.stages.project(hidden_states)[1].dt)[0]
+        if self.now.steps is not None and isinstance(self.stages, Mixer):
+            self.now.steps.append(self.stages.steps(self.stages.project(hidden_states)[1].dt)[0])
         output, past = self.stages.mix(hidden_states, self.past)
         self.past = Past(*(x.detach() for x in past))
         return output
@@ -266,8 +267,11 @@ class WholeModel:
     def steps(self, ids: Tensor, offset: int) -> list[Tensor]:
         """Δ `[T, H]` of the tokens of a window, of every layer of Mamba-2."""
         self._start()
+        found: list[Tensor] = []
+        self._now.steps = found
         self._hidden(ids, offset)
-        return [reader.steps for reader in self._readers if isinstance(reader, _State)]
+        self._now.steps = None
+        return found
 
     def rates(self) -> list[Tensor]:
         """A `[H]` of the same layers."""

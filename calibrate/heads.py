@@ -29,7 +29,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Training, train
 from kvtool.errors import CalibrationError, UsageError
-from kvtool.layout import with_heads
+from kvtool.layout import describe, with_heads
 from kvtool.plan import Plan, Prefill, base_of, check_can_drop, provenance_of, whole_layers
 
 Method = Literal["ablation", "duo", "attention", "semantic", "entropy"]
@@ -184,11 +184,13 @@ def memory_bytes(checkpoint: Checkpoint, options: HeadOptions) -> int:
     if options.method == "entropy":
         stream, tokens = LayerStream(checkpoint), StatisticsOptions().tokens
         return statistics_memory(stream, tokens)
-    base = base_of(checkpoint)
-    weights = sum(4 * math.prod(info.shape) for info in checkpoint.tensors.values())
+    layouts = describe(checkpoint.hf_config())
+    weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     lengths = sample_lengths(options, int(checkpoint.hf_config().max_position_embeddings))
     tokens = sum(lengths[i % len(lengths)] for i in range(options.samples))
-    return weights + 2 * 4 * base.head_dim * base.all_heads * tokens
+    kept = tokens * sum(layout.cached_values for layout in layouts)
+    states = sum(layout.mixer.state_values for layout in layouts if layout.mixer)
+    return 4 * (weights + kept + options.samples * states)
 
 
 def sample_lengths(options: HeadOptions, context: int) -> list[int]:

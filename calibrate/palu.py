@@ -11,18 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvtool.attention import projections
 from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Fitted
-from kvtool.layout import decoder_layers, describe
+from kvtool.layout import decoder_layers, describe, with_heads
 
 
 def fisher(checkpoint: Checkpoint, windows: Tensor, report: Report) -> tuple[Tensor, Tensor]:
-    """F of the key and of the value projections, `[L]` each, from `windows [N, S]` of token ids."""
+    """F of the key and of the value projections of the layers that see the whole past, `[L]` each.
+
+    Args:
+        windows: `[N, S]` token ids.
+    """
     model = checkpoint.load_transformers(torch.float32, "cpu").requires_grad_(False)
-    modules = [layer.self_attn for layer in decoder_layers(model)]
-    names = ("qkv_proj",) if hasattr(modules[0], "qkv_proj") else ("k_proj", "v_proj")
-    parts = [getattr(module, name) for module in modules for name in names]
+    layouts = describe(model.config)
+    layers = zip(decoder_layers(model), layouts, strict=True)
+    modules = [layer.self_attn for layer, layout in layers if layout.sees_all]
+    parts = [part for module in modules for part in projections(module)[-2:]]
     weights = [part.weight.requires_grad_() for part in parts]
     squares = [torch.zeros_like(weight) for weight in weights]
     report("measuring", 0, len(windows))
@@ -32,7 +38,7 @@ def fisher(checkpoint: Checkpoint, windows: Tensor, report: Report) -> tuple[Ten
             total += gradient.square()
         report("measuring", done + 1, len(windows))
     rows = [(x / len(windows)).sqrt().double().sum(dim=1) for x in squares]
-    width = describe(model.config)[0].cached_values  # rows for keys and values come last
+    width = with_heads(layouts).cached_values  # rows for keys and values come last
     found = torch.cat(rows).view(len(modules), -1)[:, -width:]
     keys, values = found.unflatten(1, (2, -1)).sum(dim=2).unbind(dim=1)
     return keys, values

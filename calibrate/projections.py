@@ -212,7 +212,7 @@ def _even_codes(
     rows = [[torch.ones(width) for width in code.widths] for code in codes]
     return fit_codes(
         codes, rows, allocation(options), budget_bytes, options.context, start.base.channels,
-        itemsize, start.window_bytes(options.context, itemsize),
+        itemsize, start.bounded_bytes(options.context, itemsize),
     )  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def _per_layer(
     if method == "palu":
         windows, _ = _windows(checkpoint, options, 0)
         keys, values = palu.fisher(checkpoint, windows, report)
-        for i, parts in zip(layers, fitted, strict=True):
+        for i, parts in enumerate(fitted):
             parts["keys"] = palu.ranked(parts["keys"], float(keys[i]))
             parts["values"] = palu.ranked(parts["values"], float(values[i]))
     corpus = str(statistics.metadata["corpus"])
@@ -287,9 +287,11 @@ def _tuned(
     of_layer = dict(zip(start.planned_layers, codes, strict=True))
     report("tuning", 0, len(codes))
     for index in range(len(stream)):
-        y = tokens_of(stream, stream.layer(index), hidden, options.sink)
+        layer = stream.layer(index)
         if (code := of_layer.get(index)) is None:
+            layer.run(hidden, stream.exact_attention(layer), batch=1)
             continue
+        y = tokens_of(stream, layer, hidden, options.sink)
         own, held = (x.flatten(0, 1) for x in y.split([len(y) - JUDGED, JUDGED]))
         found = tune(own, held, code, options.tuning, options.seed)
         fitted.append({part: one.fitted for part, one in found.items()})
@@ -335,7 +337,7 @@ def _felt(
         spectra = [[x.spectrum for x in parts.values()] for parts in fitted]
         cut = fit_codes(
             codes, spectra, "spectrum", budget[0], options.context, start.base.channels, budget[1],
-            start.window_bytes(options.context, budget[1]),
+            start.bounded_bytes(options.context, budget[1]),
         )  # fmt: skip
         student = FreeStudent(model, cut, fitted, "spectrum")
         losses |= train_codes(
@@ -489,6 +491,6 @@ def memory_bytes(checkpoint: Checkpoint, start: Plan, options: ProjectionOptions
     if options.method == "asvd":
         return 4 * options.tokens * int(checkpoint.hf_config().hidden_size)
     length = min(WINDOW, int(checkpoint.hf_config().max_position_embeddings))
-    seen = 4 * 4 * 2 * base.layers * base.channels * length
+    seen = 4 * 4 * sum(x.cached_values for x in describe(checkpoint.hf_config())) * length
     sums = sum(8 * 3 * (2 * x.layers * base.channels) ** 2 for x in empty_codes(start, options))
     return weights + seen + sums

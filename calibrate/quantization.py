@@ -24,6 +24,7 @@ from kvtool.fp8 import is_static, stored_scales
 from kvtool.kernels.quantise import BITS
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
+from kvtool.layout import describe
 from kvtool.plan import Base, Plan, check_can_drop, provenance_of, whole_layers
 from kvtool.states import CHUNKS, StatePlan
 
@@ -58,6 +59,12 @@ def with_states(plan: Plan, bits: int | None) -> Plan:
     return replace(plan, layers=tuple(layers))
 
 
+def _with_states(plan: Plan, options: QuantizationOptions) -> Plan:
+    """Of engines with an fp8 cache, the states stay as they are unless bits are asked for."""
+    as_they_are = options.method == FP8 and options.states is None
+    return plan if as_they_are else with_states(plan, options.states)
+
+
 def calibrate_quantization(
     checkpoint: Checkpoint,
     options: QuantizationOptions,
@@ -81,15 +88,20 @@ def calibrate_quantization(
     check_can_drop(checkpoint, other=True)
     plan_ahead(plan, options, budget_bytes, itemsize)
     first = options.everywhere()
-    before, plan = plan.provenance, with_states(plan, options.states)
+    before, plan = plan.provenance, _with_states(plan, options)
     method: str = options.method
     corpus, tokens = None, 0
     found: dict[str, Any] = {}
     if not options.heads:
         method = "states"
     elif method == FP8 and is_static(checkpoint.cache_scheme):
-        scales = [stored_scales(checkpoint, index) for index in range(len(plan.layers))]
-        plan = packed(plan, [head_bits.static(first, pair, plan.base) for pair in scales])
+        static = [
+            head_bits.static(first, stored_scales(checkpoint, index), plan.base)
+            if layer.full_heads
+            else first
+            for index, layer in enumerate(plan.layers)
+        ]
+        plan = packed(plan, static)
         found = {"scales": "of the checkpoint"}
         options = replace(options, data=None, tokens=0)
     elif method in _FITTED:
@@ -158,7 +170,7 @@ def plan_ahead(
         raise UsageError("the plan of --plan reads sparsely, which few bits do not go with yet")
     options.check()
     first = options.everywhere()
-    plan = with_states(plan, options.states)
+    plan = _with_states(plan, options)
     if not options.heads:
         return plan.cache_bytes(options.context, itemsize)
     if options.method in _FITTED and latents.latents_of(plan):
@@ -213,7 +225,7 @@ def allowed_bytes(
     return each + (budget_bytes - same.cache_bytes(options.context, itemsize)) // max(1, units)
 
 
-def memory_bytes(checkpoint: Checkpoint, base: Base, options: QuantizationOptions) -> int:
+def memory_bytes(checkpoint: Checkpoint, options: QuantizationOptions) -> int:
     """About what a calibration holds at once, besides Python and its libraries."""
     static = options.method == FP8 and is_static(checkpoint.cache_scheme)
     if static or options.method not in ("aware", *_FITTED):
@@ -221,5 +233,6 @@ def memory_bytes(checkpoint: Checkpoint, base: Base, options: QuantizationOption
     if options.method != "aware":
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)
     weights = 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    length = min(WINDOW, int(model_config(checkpoint).max_position_embeddings))
-    return weights + 4 * 4 * 2 * base.layers * base.channels * length
+    config = model_config(checkpoint)
+    length = min(WINDOW, int(config.max_position_embeddings))
+    return weights + 4 * 4 * sum(x.cached_values for x in describe(config)) * length

@@ -36,6 +36,7 @@ from kvtool.calibrate.stream import LayerStream, Report, StreamedLayer
 from kvtool.checkpoint import Checkpoint, check_disk
 from kvtool.corpus import Corpus, calibration_text, can_chat
 from kvtool.errors import CalibrationError, UsageError
+from kvtool.layout import AttentionLayout
 
 FORMAT = 2
 """Of the file and of what the numbers in it mean; another one is measured anew."""
@@ -263,7 +264,7 @@ def collect(
     report: Report = lambda stage, done, total: None,
     resume: bool = True,
 ) -> Statistics:
-    """Statistics of a GQA checkpoint, from the cache if they are there.
+    """Statistics of the layers that have keys and values, from the cache if they are there.
 
     Args:
         report: Progress, by layers.
@@ -314,15 +315,17 @@ def plan(checkpoint: Checkpoint, options: StatisticsOptions | None = None) -> di
 
 def file_bytes(stream: LayerStream) -> int:
     """Size of a statistics file, but for the little that depends on the options."""
-    total = 0
-    for layout in stream.layouts:
-        if layout.kind == "state":
-            continue
-        width = {kind: (g, w) for kind, (g, w) in shapes(layout).items()}
-        squares = [*width.values(), width["joint"], width["joint"]]  # sinks', attended
-        total += sum(8 * g * w * (w + 1) // 2 for g, w in squares)
-        total += sum(2 * 12 * g * w for g, w in width.values())
-    return total
+    return sum(map(_sums_bytes, stream.layouts))
+
+
+def _sums_bytes(layout: AttentionLayout) -> int:
+    """Of one layer; one with a state has none."""
+    if layout.kind == "state":
+        return 0
+    width = {kind: (g, w) for kind, (g, w) in shapes(layout).items()}
+    squares = [*width.values(), width["joint"], width["joint"]]  # sinks', attended
+    second = sum(8 * g * w * (w + 1) // 2 for g, w in squares)
+    return second + sum(2 * 12 * g * w for g, w in width.values())
 
 
 def memory_bytes(stream: LayerStream, tokens: int) -> int:
@@ -334,7 +337,7 @@ def memory_bytes(stream: LayerStream, tokens: int) -> int:
     )
     states = 2 * 4 * tokens * layout.hidden_size
     embedding = tensors["model.embed_tokens.weight"].nbytes
-    sums = 3 * file_bytes(stream) // len(stream)
+    sums = 3 * max(map(_sums_bytes, stream.layouts))
     return states + max(embedding, 4 * layer + sums)
 
 

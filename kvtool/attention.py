@@ -32,6 +32,11 @@ class GroupedQueryAttention(nn.Module):
         self.name = name
         interleaved = module.config.model_type in INTERLEAVED
         self._order = channel_order(self.layout.head_dim, self.layout.rotary_dim, interleaved)
+        self.turned: Tensor | None = None
+        if self.layout.turned_scale != 1:
+            scale = module.o_proj.weight.new_ones(self.layout.head_dim)
+            scale[: self.layout.rotary_dim] = self.layout.turned_scale
+            self.register_buffer("turned", self._in_order(scale), persistent=False)
         self.gate = self._gate(module) if self.layout.gated else None
         # One matrix for the three projections: a decode step is bound by the calls it makes. The
         # module's own weights become views of it, so nothing is held twice.
@@ -40,11 +45,10 @@ class GroupedQueryAttention(nn.Module):
         self.qkv.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
         if self.layout.qkv_bias:
             self.qkv.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
-        if hasattr(module, "qkv_proj"):
-            module.qkv_proj.weight = self.qkv.weight
-        else:
-            for part, rows in zip(_three(module), self.qkv.weight.split(self.sizes), strict=True):
-                part.weight = nn.Parameter(rows, requires_grad=False)
+        parts = projections(module)
+        rows = self.qkv.weight.split(self.sizes) if len(parts) > 1 else [self.qkv.weight]
+        for part, own in zip(parts, rows, strict=True):
+            part.weight = nn.Parameter(own, requires_grad=False)
         self.o_proj, self.v_norm = module.o_proj, getattr(module, "v_norm", None)
         self.q_norm, self.k_norm = (
             self._in_order_of(getattr(module, x, None)) for x in ("q_norm", "k_norm")
@@ -57,11 +61,11 @@ class GroupedQueryAttention(nn.Module):
         if hasattr(module, "qkv_proj"):
             found = [x.split(sizes) for x in module.qkv_proj.parameters()]
         else:
-            parts: list[list[Tensor]] = [list(x.parameters()) for x in _three(module)]
+            parts: list[list[Tensor]] = [list(x.parameters()) for x in projections(module)]
             if layout.gated:
                 parts[0] = [self._halves(x)[0] for x in parts[0]]
             found = list(zip(*parts, strict=True))
-        ordered = [[self._turned(q), self._turned(k), v] for q, k, v in found]
+        ordered = [[self._in_order(q), self._in_order(k), v] for q, k, v in found]
         return sizes, ordered[0], ordered[1] if layout.qkv_bias else []
 
     def _gate(self, module: Any) -> nn.Linear:
@@ -75,18 +79,6 @@ class GroupedQueryAttention(nn.Module):
         """Of `[heads * 2 D, ...]` the first and the second D of every head."""
         by_head = rows.unflatten(0, (self.layout.heads, 2, self.layout.head_dim))
         return by_head[:, 0].flatten(0, 1), by_head[:, 1].flatten(0, 1)
-
-    def _turned(self, rows: Tensor) -> Tensor:
-        """Rows of queries or keys in that order; those that RoPE turns with its scale, if it turns
-        a part of them.
-        """
-        layout = self.layout
-        if layout.turned_scale != 1:
-            scale = torch.ones(layout.head_dim, device=rows.device)
-            scale[: layout.rotary_dim] = layout.turned_scale
-            scale = scale.repeat(len(rows) // layout.head_dim)
-            rows = (rows * scale.view(-1, *[1] * (rows.dim() - 1))).to(rows.dtype)
-        return self._in_order(rows)
 
     def _in_order(self, rows: Tensor) -> Tensor:
         """`[heads * D, ...]` with the channels of every head in the order of `_order`."""
@@ -159,12 +151,15 @@ class GroupedQueryAttention(nn.Module):
         return q, k, v if self.v_norm is None else self.v_norm(v)
 
     def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Applies the RMSNorm per head of Qwen3 or over all heads of OLMo 2, or none."""
-        if self.q_norm is None or self.k_norm is None:
-            return q, k
-        if self.layout.norm_over_heads:
-            return _over_heads(self.q_norm, q), _over_heads(self.k_norm, k)
-        return self.q_norm(q), self.k_norm(k)
+        """Applies the RMSNorm per head of Qwen3 or over all heads of OLMo 2, or none; and the scale
+        of RoPE, where that turns a part of each head.
+        """
+        if self.q_norm is not None and self.k_norm is not None:
+            if self.layout.norm_over_heads:
+                q, k = _over_heads(self.q_norm, q), _over_heads(self.k_norm, k)
+            else:
+                q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k) if self.turned is None else (q * self.turned, k * self.turned)
 
     def temper(self, q: Tensor, positions: Tensor) -> Tensor:
         """Queries `[B, Q, T, D]` with the factor that some models give them by position.
@@ -235,10 +230,12 @@ class DenseAttention(nn.Module):
         return result
 
 
-def _three(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    """The projections to queries, keys and values; Gemma 4 has one for the last two."""
-    values = module.k_proj if module.v_proj is None else module.v_proj
-    return module.q_proj, module.k_proj, values
+def projections(module: Any) -> list[nn.Linear]:
+    """Of a transformers module, to queries, keys and values; or the one to all of them."""
+    if hasattr(module, "qkv_proj"):
+        return [module.qkv_proj]
+    values = module.k_proj if module.v_proj is None else module.v_proj  # Gemma 4 has one for both
+    return [module.q_proj, module.k_proj, values]
 
 
 def _over_heads(norm: nn.Module, x: Tensor) -> Tensor:

@@ -170,10 +170,8 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
             )
     if getattr(config, "clip_qkv", None) is not None:
         raise UnsupportedModelError(f"{name} clips queries, keys and values (clip_qkv)")
-    rotary_dim, normed = _rotary_dim(module, head_dim), hasattr(module, "k_norm")
+    rotary_dim = _rotary_dim(module, head_dim)
     scale = _rope_scale(config) if 0 < rotary_dim < head_dim else 1.0
-    if scale != 1 and normed:
-        raise UnsupportedModelError(f"{name} has a q/k norm, and RoPE that scales a part of a head")
     first = module.qkv_proj if fused else module.k_proj
     queries = heads * head_dim if fused else module.q_proj.out_features
     return AttentionLayout(
@@ -185,7 +183,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         scaling=float(module.scaling),
         qkv_bias=first.bias is not None,
         output_bias=module.o_proj.bias is not None,
-        qk_norm=normed,
+        qk_norm=hasattr(module, "k_norm"),
         norm_over_heads=over_heads,
         gated=queries == 2 * heads * head_dim,
         rotary_dim=rotary_dim,
@@ -279,9 +277,9 @@ def decoder_layers(model: nn.Module) -> list[Any]:
 
 
 def with_heads(layouts: Sequence[AttentionLayout]) -> AttentionLayout:
-    """The first layer that sees the whole past, or else that has keys and values, or else any."""
-    found = [x for x in layouts if x.sees_all] + [x for x in layouts if x.kind != "state"]
-    return (found or list(layouts))[0]
+    """The first layer that sees the whole past, or else that has keys and values."""
+    first = [layout for layout in layouts if layout.sees_all]
+    return next(layout for layout in (*first, *layouts) if layout.kind != "state")
 
 
 def mixer_in(layer: Any) -> str | None:
@@ -298,7 +296,7 @@ def mixer_of(layer: Any) -> Mixer | DeltaNet | None:
 
 def _mixer_layout(layer: Any, name: str) -> AttentionLayout:
     module = getattr(layer, name)
-    if (activation := module.activation) != "silu":
+    if (activation := module.activation) not in ("silu", "swish"):
         raise UnsupportedModelError(f"{type(module).__name__} with {activation} is not supported")
     shape = _MIXERS[name].shape_of(module)
     biased = any(x.bias is not None for x in module.children() if isinstance(x, nn.Linear))
@@ -345,12 +343,15 @@ def describe(config: Any) -> list[AttentionLayout]:
         ) from error
     if not decoder_layers(model):
         raise UnsupportedModelError(f"this {config.model_type} config has no layers")
-    return [
+    layouts = [
         _mixer_layout(layer, name)
         if (name := mixer_in(layer))
         else recognise(layer.self_attn, f"model.layers.{i}.self_attn")
         for i, layer in enumerate(decoder_layers(model))
     ]
+    if all(layout.kind == "state" for layout in layouts):
+        raise UnsupportedModelError(f"this {config.model_type} has no layer with keys and values")
+    return layouts
 
 
 def embedding_factor(config: Any) -> float:
@@ -464,5 +465,5 @@ def _own_rope(rope: Rope, layout: AttentionLayout) -> Rope:
             f"RoPE has {len(rope.inv_freq)} frequencies for {layout.rotary_dim} channels of a head"
         )
     if layout.rotary_dim < layout.head_dim:
-        return Rope(rope.inv_freq).over(layout.head_dim)  # its scale is in the projections
+        return Rope(rope.inv_freq).over(layout.head_dim)  # its scale is the layout's
     return rope

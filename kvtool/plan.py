@@ -136,11 +136,6 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
             "and streaming heads, token budgets, codes, few bits and sparse reading are not for "
             "them"
         )
-    if not other and not any(layout.sees_all for layout in layouts):
-        raise UnsupportedModelError(
-            f"{checkpoint.source} has no layer whose heads see the whole past",
-            hint="calibrate quantization packs states of Mamba-2.",
-        )
 
 
 def provenance_of(
@@ -343,14 +338,14 @@ class Plan:
         if self.codes:
             channels = self.base.channels
             coded = sum(code.cache_bytes(tokens, channels, itemsize) for code in self.codes)
-            return coded + self.window_bytes(tokens, itemsize)
+            return coded + self.bounded_bytes(tokens, itemsize)
         size = self.base.head_dim
         return sum(layer.cache_bytes(tokens, size, itemsize) for layer in self.layers)
 
-    def window_bytes(self, tokens: int, itemsize: int) -> int:
-        """Bytes of the layers with a sliding window, whatever is planned for the others."""
-        windows = (x.kept for x in self.layers if isinstance(x.kept, WindowPlan))
-        return sum(window.cache_bytes(tokens, itemsize) for window in windows)
+    def bounded_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of the layers without planned heads, such as those with a sliding window."""
+        kept = (layer.kept for layer in self.layers if layer.kept is not None)
+        return sum(one.cache_bytes(tokens, itemsize) for one in kept)
 
     def read_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the cache of N `tokens` that a query reads: of a head that is read sparsely r N

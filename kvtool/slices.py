@@ -107,7 +107,7 @@ def _cut_codes(plan: Plan, budget_bytes: int, context: int, itemsize: int) -> Pl
     ]
     codes = fit_codes(
         plan.codes, spectra, plan.allocation, budget_bytes, context, plan.base.channels,
-        itemsize, plan.window_bytes(context, itemsize),
+        itemsize, plan.bounded_bytes(context, itemsize),
     )  # fmt: skip
     return replace(plan, codes=codes)
 

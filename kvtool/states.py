@@ -1,4 +1,4 @@
-"""Few bits for the state of a Mamba-2 layer.
+"""What a layer with a state keeps, and few bits for that of Mamba-2.
 
 A state is written at every token, and what is rounded stays rounded: errors add up for as long as a
 head remembers, and what decays by less than half a step per token never decays at all. So it is not

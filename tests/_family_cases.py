@@ -84,6 +84,12 @@ DELTA = {
     "num_hidden_layers": 4,
     **PARTIAL,
 }
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+}  # fmt: skip
 MAMBA = {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
@@ -198,6 +204,7 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "qwen3_5_moe_text": ("qwen3_5_moe_text", {**EXPERTS, **DELTA}),
     "qwen3_5_text": ("qwen3_5_text", {**DELTA, "attention_bias": True}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "qwen3_next, yarn": ("qwen3_next", {**EXPERTS, **DELTA, **YARN}),
     "qwen3_next": ("qwen3_next", {**EXPERTS, **DELTA, "mlp_only_layers": [1]}),
     "seed_oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {**LAYERS, "no_rope_layer_interval": 2}),

@@ -242,7 +242,7 @@ def test_a_plan_is_read_as_written_and_belongs_to_its_model(model, gemma, tiny, 
 
 def test_codes_of_other_layers_than_there_are_cannot_be_planned(gemma):
     plan = coded(gemma, together=2)
-    with pytest.raises(PlanError, match="2 layers, of a model with 4 without a sliding window, of"):
+    with pytest.raises(PlanError, match="2 layers, of a model with 4 that see the whole past, of"):
         replace(plan, codes=plan.codes[:1])
     whole = replace(plan.layers[1], streaming=(False, True), sink=1, window=3)
     with pytest.raises(PlanError, match="keeps all of them in all heads"):
@@ -314,7 +314,7 @@ def test_codes_are_fitted_to_their_own_layers(gemma, fitted, monkeypatch):
             encode = fitted(100, method="pca").tensors[f"{name}.encode"]
             assert torch.equal(encode, alone[part].projection.encode.float())
             first = fitted(100, method="palu").tensors[f"{name}.spectrum"][0]
-            assert float(first) == pytest.approx(float(importance[part][layer]), rel=1e-5)
+            assert float(first) == pytest.approx(float(importance[part][index]), rel=1e-5)
     plan = fitted(0.3, method="cskv", bits=4, tuning=0)
     for index, layer in enumerate(CODED):  # of all codes its own loses least of a layer
         joint = statistics.layer(layer).joint
@@ -369,7 +369,7 @@ def test_bases_and_ranks_are_of_the_layers_that_see_the_whole_past(gemma, ids, m
 
 def test_windows_are_paid_from_the_budget(gemma, fitted):
     windows = 2 * 2 * TOKEN * SPAN
-    assert fitted(0.5, method="cskv").window_bytes(CONTEXT, 2) == windows
+    assert fitted(0.5, method="cskv").bounded_bytes(CONTEXT, 2) == windows
     with pytest.raises(UsageError, match=f"sliding windows take {windows}, the first 3 and last 7"):
         calibrate_projections(
             gemma, ProjectionOptions("cskv", sink=3, window=7, context=CONTEXT), windows + 900, 2

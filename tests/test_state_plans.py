@@ -1,11 +1,14 @@
 """Beside layers that keep a state, the others are planned for."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from _code_tools import coded
 from _family_cases import CASES
+from safetensors.torch import load_file, save_file
 
 from kvtool.calibrate import heads, lessons
 from kvtool.calibrate.ablation import ablation_scores
@@ -23,7 +26,7 @@ from kvtool.calibrate.tasks import RecallSample
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Projection
 from kvtool.distill import Amount
-from kvtool.errors import PlanError
+from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
@@ -286,3 +289,32 @@ def test_codes_are_judged_as_they_run(tiny, text, monkeypatch, name, variant):
         for i, code in enumerate(plan.codes)
     ]
     assert measure(model, [past], codes) == pytest.approx(kl, rel=2e-2)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "granitemoehybrid"])
+def test_an_fp8_cache_of_other_engines_leaves_states_alone(tiny, tmp_path, name):
+    source = open_case(tiny, name).path
+    shutil.copytree(source, tmp_path / "scaled")
+    config = json.loads((source / "config.json").read_text())
+    scheme = {"type": "float", "num_bits": 8, "dynamic": False, "strategy": "tensor"}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme,
+    }  # fmt: skip
+    (tmp_path / "scaled" / "config.json").write_text(json.dumps(config))
+    scales = {f"model.layers.{i}.self_attn.{x}_scale": torch.ones(1) for i in (1, 3) for x in "kv"}
+    file = tmp_path / "scaled" / "model.safetensors"
+    save_file(load_file(file) | scales, file, {"format": "pt"})
+    checkpoint = Checkpoint.open(str(tmp_path / "scaled"))
+    options = QuantizationOptions("fp8", bits=(8, 8), sink=0, window=1)
+    start = everything(checkpoint, base_of(checkpoint), options)
+    plan = calibrate_quantization(checkpoint, options, start, None, 2)
+    assert [layer.bits is not None for layer in plan.layers] == OTHERS
+    assert [x.kept.bits for x in plan.layers if x.kept] == [None] * 2
+
+
+def test_a_model_without_keys_and_values_is_refused(tiny):
+    family, more = CASES["qwen3_5_text"]
+    more = {**more, "layer_types": ["linear_attention"] * 4}
+    checkpoint = Checkpoint.open(str(tiny(family, **more)))
+    with pytest.raises(UnsupportedModelError, match="no layer with keys and values"):
+        Engine.load(checkpoint)

@@ -201,7 +201,7 @@ def quantization(
             "context": context,
             "bytes_at_most": planned,
             "native_bytes": native,
-            "memory_bytes": method_of.memory_bytes(checkpoint, base, options),
+            "memory_bytes": method_of.memory_bytes(checkpoint, options),
             "dry_run": True,
         }
         _console.emit(facts, json, planned_facts("nothing written", facts))

@@ -58,7 +58,7 @@ def receptive_field(
     )
     mixers = [layout.mixer for layout in describe(model_config(checkpoint)) if layout.mixer]
     if not any(mixer.rule == "mamba2" for mixer in mixers):
-        raise UnsupportedModelError(f"no layer of {checkpoint.source} keeps a state")
+        raise UnsupportedModelError(f"no layer of {checkpoint.source} keeps a state of Mamba-2")
     if taught is None and (taught := _noted(checkpoint)) is None:
         raise UsageError(
             f"{checkpoint.source} does not say with how long texts it was taught", hint="--taught"

@@ -75,10 +75,10 @@ class Engine:
         device: str = "cpu",
         plan: Plan | None = None,
     ) -> Engine:
-        """Loads a checkpoint of a family that kvtool knows, of its own or of a hybrid.
+        """Loads a checkpoint.
 
         Args:
-            plan: What the layers of a GQA checkpoint keep; everything if not given.
+            plan: What its layers keep; everything if not given.
 
         Raises:
             UnsupportedModelError: The attention is not one that kvtool knows, or not one that the

@@ -26,17 +26,20 @@ class GroupedQueryAttention(nn.Module):
     Q query heads, H KV heads, head size D; hidden states are `[B, T, hidden]`.
     """
 
+    turned: Tensor | None
+
     def __init__(self, module: Any, name: str) -> None:
         super().__init__()
         self.layout = recognise(module, name)
         self.name = name
         interleaved = module.config.model_type in INTERLEAVED
         self._order = channel_order(self.layout.head_dim, self.layout.rotary_dim, interleaved)
-        self.turned: Tensor | None = None
+        turned = None
         if self.layout.turned_scale != 1:
-            scale = module.o_proj.weight.new_ones(self.layout.head_dim)
-            scale[: self.layout.rotary_dim] = self.layout.turned_scale
-            self.register_buffer("turned", self._in_order(scale), persistent=False)
+            turned = module.o_proj.weight.new_ones(self.layout.head_dim)
+            turned[: self.layout.rotary_dim] = self.layout.turned_scale
+            turned = self._in_order(turned)
+        self.register_buffer("turned", turned, persistent=False)
         self.gate = self._gate(module) if self.layout.gated else None
         # One matrix for the three projections: a decode step is bound by the calls it makes. The
         # module's own weights become views of it, so nothing is held twice.

@@ -109,7 +109,7 @@ def attention(stream: LayerStream, layer: StreamedLayer, row: Row, peaks: Peaks)
         q, k = own.rotate(*own.normalise(q, k), *stream.tables(layer.index, hidden.shape[1]))
         k = stored(k, pair[0]) if row.keys else k
         v = stored(v, pair[1]) if row.values else v
-        return own.output(own.attend(q, k, v))
+        return own.output(own.attend(q, k, v), hidden)
 
     return attend
 

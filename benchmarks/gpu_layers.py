@@ -17,6 +17,8 @@ from benchmarks.gpu_bench import BFLOAT16, Case, normal, rms_ratio
 from kvtool.kernels.append import Encoder, append
 from kvtool.kernels.decode_attention import merge
 from kvtool.kernels.decode_attention import reference as decode_reference
+from kvtool.kernels.gated_delta import gated_delta_step
+from kvtool.kernels.gated_delta import reference as delta_reference
 from kvtool.kernels.grouped_linear import grouped_linear
 from kvtool.kernels.grouped_linear import reference as grouped_reference
 from kvtool.kernels.hadamard import hadamard
@@ -29,7 +31,7 @@ from kvtool.runtime.stores import PAGE
 
 
 def state_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
-    """Mamba-2 of the shapes of Llama-3-8B after conversion: a group per head."""
+    """Mamba-2 as Llama-3-8B has it after conversion, a group per head; and Gated DeltaNet."""
     heads, size = 32, 128
     x, b, c = (normal(device, batch, tokens, heads, size) for _ in range(3))
     b, c = b * size**-0.5, c * size**-0.5
@@ -77,6 +79,21 @@ def state_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]
     yield Case(
         "ssd", "32 heads of 128 x 128, step", rows, 1, 2.0 * state.nbytes, 6.0 * state.numel(),
         [lambda: ssd_step(one[0], step, a, one[1], one[2], state)], step_error,
+    )  # fmt: skip
+    unit, beta = one[1] / one[1].float().norm(dim=-1, keepdim=True).to(BFLOAT16), step.sigmoid()
+
+    def delta_error() -> float:
+        held = [state.clone() for _ in range(2)]
+        found = gated_delta_step(one[2], unit, one[0], -step, beta, held[0])
+        exact = delta_reference.gated_delta_step(
+            one[2].float(), unit.float(), one[0].float(), -step, beta, held[1]
+        )
+        return max(rms_ratio(found, exact), rms_ratio(*held))
+
+    yield Case(
+        "gated_delta", "32 heads of 128 x 128, step", rows, 1, 2.0 * state.nbytes,
+        7.0 * state.numel(),
+        [lambda: gated_delta_step(one[2], unit, one[0], -step, beta, state)], delta_error,
     )  # fmt: skip
 
 

@@ -63,13 +63,13 @@ class Model:
 
             scores = masked(k)
             if self.packer is None:
-                return stages.output((scores.softmax(-1) @ v[:, None]).flatten(0, 1)[None])
+                return stages.output((scores.softmax(-1) @ v[:, None]).flatten(0, 1)[None], hidden)
             keys, values = self.packed(index, k, v, scores.softmax(-1).sum(1))
             ends = (at + 1 - SINK - WINDOW).clamp_min(0) // self.size * self.size + SINK
             far = (at >= SINK) & (at < ends[:, None])
             weights = torch.where(far, masked(keys), scores).softmax(-1)
             context = (weights * far) @ values[:, None] + (weights * ~far) @ v[:, None]
-            return stages.output(context.flatten(0, 1)[None])
+            return stages.output(context.flatten(0, 1)[None], hidden)
 
         return read
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Reading, TailModel, Window, divergence
+from kvtool.layout import with_heads
 
 STATE = "ablation.safetensors"
 """Of a run that goes on: the sums so far."""
@@ -33,7 +34,7 @@ def ablation_scores(
     *,
     resume: bool = True,
 ) -> Tensor:
-    """The score of every KV head, `[L, H]` float64, >= 0 up to rounding; 0 of layers with a window.
+    """The score of every KV head, `[L, H]` float64, >= 0 up to rounding; 0 where it has no past.
 
     A change in layer l passes through the layers behind it only, so all heads of a layer go through
     those together, and a model of L layers costs L / 2 forward passes over the tail per head.
@@ -42,7 +43,7 @@ def ablation_scores(
         folder: Where the sums are kept after every reading.
         key: Everything that determines them; sums under another one are not gone on with.
     """
-    layers, heads = len(model.layers), model.layouts[0].kv_heads
+    layers, heads = len(model.layers), with_heads(model.layouts).kv_heads
     scores = torch.zeros(layers, heads, dtype=torch.float64)
     done = 0
     if folder is not None and resume:
@@ -54,8 +55,8 @@ def ablation_scores(
             inputs.append(model.layer(index, inputs[-1], reading, model.dense(index)))
         original = model.log_probabilities(inputs[-1], reading)
         for index, layout in enumerate(model.layouts):
-            if layout.sliding_window is not None:
-                continue  # it sees no whole past
+            if not layout.sees_all:
+                continue
             ablated = [
                 model.layer(index, inputs[index], reading, model.split(index, head_alone, window))
                 for head_alone in torch.eye(heads, dtype=torch.bool)

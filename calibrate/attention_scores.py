@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Attend, Reading, TailModel
+from kvtool.layout import with_heads
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def attention_scores(
     model: TailModel, readings: Sequence[Reading], report: Report
 ) -> tuple[Tensor, Tensor]:
     """Retrieval and semantic retrieval scores of every KV head, each `[L, H]` float64 in [0, 1]."""
-    layers, layout = len(model.layers), model.layouts[0]
+    layers, layout = len(model.layers), with_heads(model.layouts)
     retrieval = torch.zeros(layers, layout.heads, dtype=torch.float64)
     semantic = torch.zeros_like(retrieval)
     report("reading attention", 0, len(readings))
@@ -39,7 +40,7 @@ def attention_scores(
         column = torch.arange(len(text), device=model.device)
         needle = (column >= spans[:, :1]) & (column < spans[:, 1:])  # [A, S]
         copied = needle & (text == reading.ids[reading.answers][:, None])
-        for index, attention in enumerate(rows):  # [Q, A, S]
+        for index, attention in rows.items():  # [Q, A, S]
             top = F.one_hot(attention.argmax(-1), len(text)).bool()
             for scores, found in ((retrieval, top & copied), (semantic, attention * needle)):
                 per_query = (found.sum(-1) * recalled).double().sum(-1)
@@ -52,14 +53,14 @@ def attention_scores(
     return of_groups(retrieval), of_groups(semantic)
 
 
-def look(model: TailModel, reading: Reading) -> tuple[list[Tensor], Tensor]:
+def look(model: TailModel, reading: Reading) -> tuple[dict[int, Tensor], Tensor]:
     """One pass over a tail.
 
     Returns:
-        Per layer the attention `[Q, A, S]` of the tokens that predict the answers, and whether each
-        answer is the model's likeliest token, `[A]`.
+        By layer with heads the attention `[Q, A, S]` of the tokens that predict the answers, and
+        whether each answer is the model's likeliest token, `[A]`.
     """
-    rows: list[Tensor] = []
+    rows: dict[int, Tensor] = {}
     hidden = model.embed(reading.ids)
     for index, layout in enumerate(model.layouts):
         dense = model.dense(index)
@@ -69,10 +70,11 @@ def look(model: TailModel, reading: Reading) -> tuple[list[Tensor], Tensor]:
             k: Tensor,
             v: Tensor,
             start: int,
+            index: int = index,
             dense: Attend = dense,
             scaling: float = layout.scaling,
         ) -> Tensor:
-            rows.append(answer_attention(q, k, reading, scaling))
+            rows[index] = answer_attention(q, k, reading, scaling)
             return dense(q, k, v, start)
 
         hidden = model.layer(index, hidden, reading, attend)

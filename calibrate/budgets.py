@@ -65,7 +65,7 @@ def calibrate_budgets(
         UnsupportedModelError: No layer sees the whole past, or its heads share a latent.
         UsageError: The budget is too small or too large for the bounds.
     """
-    check_can_drop(checkpoint, windows=True)
+    check_can_drop(checkpoint, bounded=True)
     whole = Plan(base_of(checkpoint), whole_layers(checkpoint))
     total = budget_tokens(whole, options, budget_bytes, itemsize)
     statistics = None

@@ -52,24 +52,31 @@ def calibrate_double_sparsity(
         UnsupportedModelError: No layer has KV heads that see the whole past.
         UsageError: The numbers are out of range, or the plan leaves no head to read sparsely.
     """
-    check_can_drop(checkpoint, windows=True)
+    check_can_drop(checkpoint, bounded=True)
     check_options(checkpoint, plan, channels, tokens)
     statistics = collect(checkpoint, text, report=report)
-    layers = range(len(plan.layers))
-    orders = [label_orders(statistics.layer(index), plan.base.kv_heads) for index in layers]
-    made = labelled(plan, [order[:, :channels] for order in orders], tokens)
+    labels = [
+        label_orders(statistics.layer(index), plan.base.kv_heads)[:, :channels]
+        if layer.kept is None
+        else None
+        for index, layer in enumerate(plan.layers)
+    ]
+    made = labelled(plan, labels, tokens)
     asked = {"channels": channels, "tokens_read": tokens, "data": text.data, "seed": text.seed}
     corpus = str(statistics.metadata["corpus"])
     said = provenance_of("double-sparsity", asked, corpus, statistics.tokens)
     return replace(made, provenance=(*plan.provenance, said))
 
 
-def labelled(plan: Plan, labels: Sequence[Tensor], tokens: int) -> Plan:
-    """The plan with label channels `[H, r]` of every layer, by which so many tokens are read."""
+def labelled(plan: Plan, labels: Sequence[Tensor | None], tokens: int) -> Plan:
+    """The plan with label channels `[H, r]` of every layer, by which so many tokens are read.
+
+    Layers that are not planned need none.
+    """
     layers = [
-        layer
-        if layer.kept is not None
-        else replace(layer, sparse=SparseReading(tuple(map(tuple, own.tolist())), tokens))
+        replace(layer, sparse=SparseReading(tuple(map(tuple, own.tolist())), tokens))
+        if own is not None and layer.kept is None
+        else layer
         for layer, own in zip(plan.layers, labels, strict=True)
     ]
     return replace(plan, layers=tuple(layers))

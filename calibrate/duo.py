@@ -20,7 +20,7 @@ where the gradient of the distillation is not zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from kvtool.calibrate.tail import Attend, Reading, TailModel, Window
 from kvtool.distill import Student
+from kvtool.layout import with_heads
 
 Mix = Literal["self", "teacher"]
 
@@ -42,13 +43,14 @@ class Lesson:
 
     Attributes:
         hidden: `[1, M, hidden]` behind the final norm.
-        contexts: Per layer the full attention `[1, Q, M, D]`; empty unless the teacher's is mixed.
+        contexts: By layer with heads the full attention `[1, Q, M, D]`; empty unless the teacher's
+            is mixed.
         scale: Mean square of `hidden`.
     """
 
     reading: Reading
     hidden: Tensor
-    contexts: list[Tensor]
+    contexts: dict[int, Tensor]
     scale: float
 
 
@@ -71,7 +73,7 @@ class GatedModel(Student):
         # In a tuple, so that the frozen weights are no parameters of this module.
         self._model = (model,)
         self.window, self.mix, self.penalty = window, mix, penalty
-        shape = (len(model.layers), model.layouts[0].kv_heads)
+        shape = (len(model.layers), with_heads(model.layouts).kv_heads)
         jitter = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
         self.alpha = nn.Parameter(1 - JITTER * jitter.to(model.device))
 
@@ -83,7 +85,7 @@ class GatedModel(Student):
     def _whole(self) -> list[int]:
         """Layers that have gates: those that see the whole past."""
         layouts = enumerate(self._model[0].layouts)
-        return [index for index, layout in layouts if layout.sliding_window is None]
+        return [index for index, layout in layouts if layout.sees_all]
 
     def forward(self, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
         """L = L_distill + penalty · mean |alpha| (section 3.2)."""
@@ -101,17 +103,17 @@ def run_gated(
     reading: Reading,
     alpha: Tensor,
     window: Window,
-    contexts: Sequence[Tensor] = (),
+    contexts: Mapping[int, Tensor],
 ) -> Tensor:
     """The tail through the gated model, `[1, M, hidden]` behind the final norm; differentiable.
 
     Args:
         alpha: `[L, H]`.
-        contexts: Full attention per layer to mix in, instead of the student's own.
+        contexts: Full attention by layer to mix in, where there is one, instead of its own.
     """
     hidden = model.embed(reading.ids)
     for index in range(len(model.layers)):
-        full = contexts[index] if contexts else None
+        full = contexts.get(index)
         attend = _gated(model, index, alpha[index], window, full)
         hidden = model.layer(index, hidden, reading, attend)
     return model.finish(hidden[:, -len(reading.sample.tail) :])
@@ -120,12 +122,12 @@ def run_gated(
 def _gated(
     model: TailModel, index: int, alpha: Tensor, window: Window, context: Tensor | None
 ) -> Attend:
-    group = model.layouts[index].heads // model.layouts[index].kv_heads
+    group = model.layouts[index].heads // len(alpha)
     gate = alpha.clamp(0, 1).repeat_interleave(group)[:, None, None]  # [Q, 1, 1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         full = model.dense(index)(q, k, v, start) if context is None else context
-        if model.layouts[index].sliding_window is not None:
+        if not model.layouts[index].sees_all:
             return full
         return gate * full + (1 - gate) * model.streamed(index, window)(q, k, v, start)
 
@@ -135,14 +137,14 @@ def _gated(
 @torch.no_grad()
 def teach(model: TailModel, reading: Reading, mix: Mix) -> Lesson:
     """Runs the original over the tail of a reading."""
-    contexts: list[Tensor] = []
+    contexts: dict[int, Tensor] = {}
     hidden = model.embed(reading.ids)
     for index in range(len(model.layers)):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, start: int, index: int = index) -> Tensor:
             full = model.dense(index)(q, k, v, start)
             if mix == "teacher":
-                contexts.append(full)
+                contexts[index] = full
             return full
 
         hidden = model.layer(index, hidden, reading, attend)

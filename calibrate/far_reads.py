@@ -14,10 +14,18 @@ from torch import Tensor, nn
 
 from kvtool.attention import GroupedQueryAttention, causal_attention
 from kvtool.checkpoint import Checkpoint
+from kvtool.delta_net import DeltaNet
 from kvtool.errors import CalibrationError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
 from kvtool.latent import LatentAttention
-from kvtool.layout import decoder_layers, embedding_factor, is_mixer, logits_factor, ropes_of
+from kvtool.layout import (
+    decoder_layers,
+    embedding_factor,
+    finish_of,
+    mixer_in,
+    mixer_of,
+    ropes_of,
+)
 from kvtool.mamba import Mixer, Past
 from kvtool.rope import Rope, rotate
 
@@ -142,14 +150,15 @@ class _Heads(_Reader):
         q, k = stages.normalise(q, k)
         q, k = stages.rotate(stages.temper(q, self.now.positions), k, *self.tables())
         if (window := stages.layout.sliding_window) is not None:
-            return stages.output(self._windowed(q, k, v, window)), None
+            return stages.output(self._windowed(q, k, v, window), hidden_states), None
         keys, values = self.take(k, v)
         if self.now.ring is None:
-            return stages.output(causal_attention(q, keys, values, scaling)), None
+            whole = causal_attention(q, keys, values, scaling)
+            return stages.output(whole, hidden_states), None
         read: Tensor = FarRead.apply(  # type: ignore[no-untyped-call]
             q, keys, values, *self.far, scaling, *self.now.ring
         )
-        return stages.output(read), None
+        return stages.output(read, hidden_states), None
 
     def _windowed(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Of a layer that has no far reads, `[B, Q, T, D]`."""
@@ -189,16 +198,15 @@ class _State(_Reader):
     past: Past | None = None
     steps: Tensor
 
-    def __init__(self, stages: Mixer, now: _Now, rope: Rope) -> None:
+    def __init__(self, stages: Mixer | DeltaNet, now: _Now, rope: Rope) -> None:
         super().__init__(now, rope)
         self.stages = stages
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        z, new = self.stages.project(hidden_states)
-        self.steps = self.stages.steps(new.dt)[0]
-        y, past = self.stages.scan(new, self.past)
+        if isinstance(self.stages, Mixer):
+            self.steps = self.stages.steps(self.stages.project(hidden_states)[1].dt)[0]
+        output, past = self.stages.mix(hidden_states, self.past)
         self.past = Past(*(x.detach() for x in past))
-        output: Tensor = self.stages.out_proj(self.stages.gate(y, z))
         return output
 
 
@@ -220,9 +228,9 @@ class WholeModel:
         layers = zip(decoder_layers(self.model), self.ropes, strict=True)
         for index, (layer, rope) in enumerate(layers):
             self.shapes.append(None)
-            if is_mixer(layer):
-                layer.mamba = _State(Mixer.of(layer.mamba), self._now, rope)
-                self._readers.append(layer.mamba)
+            if (mixer := mixer_of(layer)) is not None:
+                self._readers.append(_State(mixer, self._now, rope))
+                setattr(layer, mixer_in(layer) or "", self._readers[-1])
                 continue
             module, name = layer.self_attn, f"model.layers.{index}.self_attn"
             latent = latent_stages(module, name, rope.inv_freq, factors_in, index)
@@ -256,15 +264,15 @@ class WholeModel:
 
     @torch.no_grad()
     def steps(self, ids: Tensor, offset: int) -> list[Tensor]:
-        """Δ `[T, H]` of the tokens of a window, of every layer with a state."""
+        """Δ `[T, H]` of the tokens of a window, of every layer of Mamba-2."""
         self._start()
         self._hidden(ids, offset)
         return [reader.steps for reader in self._readers if isinstance(reader, _State)]
 
     def rates(self) -> list[Tensor]:
         """A `[H]` of the same layers."""
-        states = [reader for reader in self._readers if isinstance(reader, _State)]
-        return [reader.stages.decay.detach() for reader in states]
+        stages = [reader.stages for reader in self._readers if isinstance(reader, _State)]
+        return [one.decay.detach() for one in stages if isinstance(one, Mixer)]
 
     def _start(self) -> None:
         for reader in self._readers:
@@ -282,7 +290,7 @@ class WholeModel:
         self._now.ring = ring
         hidden = self._hidden(ids[-end:], offset + len(ids) - end)
         logits = self.model.lm_head(self.model.model.norm(hidden))[0].float()
-        said = (logits * logits_factor(self.config)).log_softmax(-1)
+        said = finish_of(self.config)(logits).log_softmax(-1)
         if said.isnan().any():
             raise CalibrationError("the model's predictions are not all numbers")
         drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
@@ -299,5 +307,5 @@ class WholeModel:
         hidden: Tensor = self.model.model.embed_tokens(ids[None])
         hidden = hidden * embedding_factor(self.config)
         for layer in decoder_layers(self.model):
-            hidden = layer(hidden)
+            hidden = layer(hidden, position_embeddings=None)
         return hidden

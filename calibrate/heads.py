@@ -29,6 +29,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import Corpus, calibration_text
 from kvtool.distill import Training, train
 from kvtool.errors import CalibrationError, UsageError
+from kvtool.layout import with_heads
 from kvtool.plan import Plan, Prefill, base_of, check_can_drop, provenance_of, whole_layers
 
 Method = Literal["ablation", "duo", "attention", "semantic", "entropy"]
@@ -103,7 +104,7 @@ class HeadScores:
 
     Attributes:
         scores: `[L, H]` float64, higher: needs its whole past more. Those of layers with a sliding
-            window mean nothing.
+            window or a state mean nothing.
         checks: How the model did on the recall tasks that were tried.
         details: Numbers of the method, for the provenance.
     """
@@ -159,7 +160,7 @@ def calibrate_heads(
 def check_options(checkpoint: Checkpoint, options: HeadOptions) -> None:
     """Refuses what cannot work before any weight is read."""
     stream = LayerStream(checkpoint)
-    check_can_drop(checkpoint, windows=True)
+    check_can_drop(checkpoint, bounded=True)
     if options.sink < 0 or options.window < 1:
         raise UsageError("--sink must be at least 0 and --window at least 1")
     if options.samples < 1 or options.steps < 1 or options.penalty < 0:
@@ -262,7 +263,8 @@ def read_samples(
     """
     tokenizer = checkpoint.tokenizer()
     lengths = sample_lengths(options, int(checkpoint.hf_config().max_position_embeddings))
-    dense = torch.zeros(len(model.layers), model.layouts[0].kv_heads, dtype=torch.bool)
+    heads = with_heads(model.layouts).kv_heads
+    dense = torch.zeros(len(model.layers), heads, dtype=torch.bool)
     window = Window(options.sink, options.window)
     found: list[Reading] = []
     checks: list[RecallCheck] = []
@@ -307,11 +309,12 @@ def _entropy(checkpoint: Checkpoint, options: HeadOptions, report: Report) -> He
     statistics = collect(
         checkpoint, StatisticsOptions(data=options.data, seed=options.seed), report=report
     )
-    rows = []
-    for index in range(len(statistics)):
+    base, layers = base_of(checkpoint), whole_layers(checkpoint)
+    scores = torch.zeros(base.layers, base.kv_heads, dtype=torch.float64)
+    for index in (i for i, layer in enumerate(layers) if layer.kept is None):
         entropy = statistics.layer(index).query_entropy  # [Q]
-        rows.append(entropy.view(base_of(checkpoint).kv_heads, -1).amax(-1))
-    return HeadScores(torch.stack(rows), statistics.metadata["corpus"], statistics.tokens)
+        scores[index] = entropy.view(base.kv_heads, -1).amax(-1)
+    return HeadScores(scores, statistics.metadata["corpus"], statistics.tokens)
 
 
 def _shuffled(index: int, count: int, seed: int) -> int:

@@ -58,6 +58,7 @@ def shapes(layout: AttentionLayout) -> dict[str, tuple[int, int]]:
 class Seen:
     """What went through an attention module: queries `[B, Q, T, D]`, keys, values, results."""
 
+    hidden: Tensor  # [B, T, hidden]
     q: Tensor
     k: Tensor
     v: Tensor
@@ -81,8 +82,8 @@ def watched(
         cos, sin = (table[:, None] for table in stream.ropes[layer.index].tables(positions))
         q_rotated, k_rotated = stages.rotate(q, k, cos, sin)
         context = stages.attend(q_rotated, k_rotated, v)
-        output = stages.output(context)
-        seen.append(Seen(q, k, v, q_rotated, k_rotated, context, output))
+        output = stages.output(context, hidden)
+        seen.append(Seen(hidden, q, k, v, q_rotated, k_rotated, context, output))
         return output
 
     return attention
@@ -148,7 +149,8 @@ class LayerSums:
         self._add("distance_mass", distance_mass(mass, self.sinks).sum(dim=0))
         self._add("budget_mass", budget_mass(mass)[..., self.budgets].sum(dim=0))
         few = evicted(mass) @ seen.v[:, :, None]  # [B, H, g, R, D]
-        output = layer.attention.output(few.flatten(1, 2))
+        few = few.flatten(1, 2)
+        output = layer.attention.output(few, seen.hidden[:, -few.shape[2] :])
         full = seen.output[:, -output.shape[1] :]
         error = (output - full).norm(dim=-1) / (full.norm(dim=-1) + 1e-5)
         self._add("eviction_error", error.double().mean(dim=1).sum())

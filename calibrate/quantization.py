@@ -47,10 +47,11 @@ def everything(checkpoint: Checkpoint, base: Base, options: QuantizationOptions)
 
 
 def with_states(plan: Plan, bits: int | None) -> Plan:
-    """The plan with so many bits for all states; None for 8 where they have none yet."""
+    """The plan with so many bits for all states of Mamba-2; None for 8 where they have none yet."""
     layers = []
     for layer in plan.layers:
-        if isinstance(state := layer.kept, StatePlan) and (bits or state.bits is None):
+        state = layer.kept
+        if isinstance(state, StatePlan) and state.rule == "mamba2" and (bits or not state.bits):
             width = bits or 8
             layer = replace(layer, kept=replace(state, bits=width, chunk=CHUNKS[width]))
         layers.append(layer)
@@ -77,7 +78,7 @@ def calibrate_quantization(
         UnsupportedModelError: All layers have a sliding window.
         UsageError: The budget is too small, the text too short, or all heads drop tokens.
     """
-    check_can_drop(checkpoint, other=True, windows=True)
+    check_can_drop(checkpoint, other=True, bounded=True)
     plan_ahead(plan, options, budget_bytes, itemsize)
     first = options.everywhere()
     before, plan = plan.provenance, with_states(plan, options.states)
@@ -97,10 +98,10 @@ def calibrate_quantization(
         )
         statistics = collect(checkpoint, wanted, report=report)
         corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
-        layers = range(len(plan.layers))
-        plan = packed(
-            plan, [_FITTED[method](first, statistics.layer(index), plan.base) for index in layers]
-        )
+        fitted, fit = [first] * len(plan.layers), _FITTED[method]
+        for index in (i for i, layer in enumerate(plan.layers) if layer.full_heads):
+            fitted[index] = fit(first, statistics.layer(index), plan.base)
+        plan = packed(plan, fitted)
     elif method != "aware":
         plan = alike(plan, first)
     else:
@@ -160,9 +161,8 @@ def plan_ahead(
     plan = with_states(plan, options.states)
     if not options.heads:
         return plan.cache_bytes(options.context, itemsize)
-    unlike = (isinstance(layer.kept, StatePlan | LatentPlan) for layer in plan.layers)
-    if options.method in _FITTED and any(unlike):
-        raise UsageError(f"{options.named} is for models whose layers all have KV heads")
+    if options.method in _FITTED and latents.latents_of(plan):
+        raise UsageError(f"{options.named} is for keys and values of heads, and not for latents")
     same = options.bits is None or first.keys == first.values
     if latents.latents_of(plan):
         if options.method != "aware" or options.read != "absorbed":

@@ -316,6 +316,8 @@ def file_bytes(stream: LayerStream) -> int:
     """Size of a statistics file, but for the little that depends on the options."""
     total = 0
     for layout in stream.layouts:
+        if layout.kind == "state":
+            continue
         width = {kind: (g, w) for kind, (g, w) in shapes(layout).items()}
         squares = [*width.values(), width["joint"], width["joint"]]  # sinks', attended
         total += sum(8 * g * w * (w + 1) // 2 for g, w in squares)
@@ -431,8 +433,11 @@ class _Pass:
 
     def _measure(self, layer: StreamedLayer, hidden: Tensor) -> dict[str, Tensor]:
         """Takes `hidden [N, T, hidden]` through a layer, in place; returns what it leaves."""
-        sums = LayerSums(layer.attention.layout, self.options.sinks, self.budgets)
         batch = max(1, _BATCH // hidden.shape[1])
+        if layer.mixer is not None:  # which has no keys, and nothing to be measured
+            layer.run(hidden, layer.mixer, batch)
+            return {}
+        sums = LayerSums(layer.attention.layout, self.options.sinks, self.budgets)
         for piece, starts in zip(hidden.split(batch), self.starts.split(batch), strict=True):
             seen: list[Seen] = []
             # Added after the layer is through, which refuses values that are not finite.

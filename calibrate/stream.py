@@ -17,9 +17,19 @@ from torch import Tensor, nn
 from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate.experts import stacked
 from kvtool.checkpoint import Checkpoint
+from kvtool.delta_net import DeltaNet
 from kvtool.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from kvtool.fp8 import SCALES
-from kvtool.layout import decoder_layers, describe, embedding_factor, logits_factor, ropes_of
+from kvtool.layout import (
+    decoder_layers,
+    describe,
+    embedding_factor,
+    finish_of,
+    mixer_in,
+    mixer_of,
+    ropes_of,
+)
+from kvtool.mamba import Mixer
 from kvtool.rope import Rope
 
 BATCH = 8
@@ -38,39 +48,55 @@ Observer = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class _Slot(nn.Module):
-    """Stands where a decoder layer expects its attention module."""
+    """Stands where a decoder layer expects its attention module, or its mixer."""
 
     attention: Attention
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return self.attention(hidden_states), None
+    def __init__(self, *, alone: bool) -> None:
+        super().__init__()
+        self.alone = alone
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor | tuple[Tensor, None]:
+        result = self.attention(hidden_states)
+        return result if self.alone else (result, None)
 
 
 class StreamedLayer:
     """One decoder layer with its weights, fp32.
 
     Attributes:
-        attention: The stages of its attention module.
+        mixer: The stages of its mixer, where it has one in the place of attention.
     """
 
     def __init__(self, index: int, module: Any) -> None:
         self.index = index
-        self.attention = GroupedQueryAttention(module.self_attn, f"model.layers.{index}.self_attn")
-        self._slot = _Slot()
-        module.self_attn = self._slot
+        self.mixer = mixer_of(module)
+        self._stages: GroupedQueryAttention | Mixer | DeltaNet = (
+            GroupedQueryAttention(module.self_attn, f"model.layers.{index}.self_attn")
+            if self.mixer is None
+            else self.mixer
+        )
+        self._slot = _Slot(alone=self.mixer is not None)
+        setattr(module, mixer_in(module) or "self_attn", self._slot)
         self._module = module
+
+    @property
+    def attention(self) -> GroupedQueryAttention:
+        """The stages of its attention module."""
+        assert isinstance(self._stages, GroupedQueryAttention)
+        return self._stages
 
     def to(self, device: torch.device) -> StreamedLayer:
         """Moves the weights."""
         self._module.to(device)
-        self.attention.to(device)
+        self._stages.to(device)
         return self
 
     def __call__(self, hidden: Tensor, attention: Attention) -> Tensor:
         """The layer with `attention` in it, `[B, T, hidden]` to the same; differentiable."""
         self._slot.attention = attention
         try:
-            result: Tensor = self._module(hidden)
+            result: Tensor = self._module(hidden, position_embeddings=None)
         finally:
             # It may hold the layer, and a cycle would keep the weights until Python looks for one.
             del self._slot.attention
@@ -98,12 +124,13 @@ class StreamedLayer:
 
 
 class LayerStream:
-    """A GQA checkpoint as a sequence of layers.
+    """A checkpoint as a sequence of layers that have KV heads, or a state.
 
     Attributes:
         layouts: The attention of every layer.
         ropes: The rotary embedding of every layer.
-        embedding_factor, logits_factor: What embeddings and logits are multiplied by.
+        embedding_factor: What embeddings are multiplied by.
+        finish: What is made of the logits of the output head.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -112,11 +139,11 @@ class LayerStream:
         self.checkpoint = checkpoint
         self.config = checkpoint.hf_config()
         self.layouts = describe(self.config)
-        if any(layout.kind in ("mla", "mamba") for layout in self.layouts):
+        if any(layout.kind == "mla" for layout in self.layouts):
             raise UnsupportedModelError(
-                f"{checkpoint.source} has layers that keep a state or a latent: this looks at keys "
-                "and values of heads",
-                hint="calibrate quantization packs latents and states.",
+                f"{checkpoint.source} has layers that keep a latent: this looks at keys and values "
+                "of heads",
+                hint="calibrate quantization packs latents.",
             )
         self.ropes = ropes_of(self.config)
         with torch.device("meta"):
@@ -127,7 +154,7 @@ class LayerStream:
         embedding = self._model.model.embed_tokens  # Gemma's has a factor of its own
         own = float(getattr(embedding, "scalar_embed_scale", 1.0))
         self.embedding_factor = own * embedding_factor(self.config)
-        self.logits_factor = logits_factor(self.config)
+        self.finish = finish_of(self.config)
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -192,7 +219,11 @@ class LayerStream:
         return self.ropes[index].tables(torch.arange(length))
 
     def exact_attention(self, layer: StreamedLayer, observe: Observer | None = None) -> Attention:
-        """The layer's own attention over whole windows; `observe` sees what goes into it."""
+        """The layer's own attention over whole windows; `observe` sees what goes into it, unless
+        there is a mixer.
+        """
+        if layer.mixer is not None:
+            return layer.mixer
 
         def attention(hidden: Tensor) -> Tensor:
             stages = layer.attention
@@ -202,7 +233,7 @@ class LayerStream:
             if observe is not None:
                 observe(q, k, v)
             q, k = stages.rotate(q, k, *self.tables(layer.index, hidden.shape[1]))
-            return stages.output(stages.attend(q, k, v))
+            return stages.output(stages.attend(q, k, v), hidden)
 
         return attention
 
@@ -211,8 +242,7 @@ class LayerStream:
         """Final norm and output head: `[..., hidden]` to `[..., vocabulary]`, fp32."""
         tied = self.config.tie_word_embeddings
         head = self.checkpoint.read("model.embed_tokens.weight" if tied else "lm_head.weight")
-        result: Tensor = self.final_norm()(hidden) @ head.float().T * self.logits_factor
-        return result
+        return self.finish(self.final_norm()(hidden) @ head.float().T)
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer, fp32."""

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import causal_attention
-from kvtool.calibrate.stream import LayerStream
+from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.calibrate.tasks import RecallSample
 from kvtool.errors import CheckpointError
 from kvtool.kernels.streaming_attention import streaming_attention
+from kvtool.mamba import Past
 from kvtool.plan_file import Prefill
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -37,20 +38,23 @@ class Behind:
     """Tokens behind a context that a model has read.
 
     Attributes:
-        keys, values: Per layer `[1, H, C, D]` of the context, keys rotated; C may be 0.
+        keys, values: Per layer `[1, H, C, D]` of the context, keys rotated; C may be 0, and is in
+            layers with a state.
         ids: `[M]`, the tokens behind the context.
         offset: Position of the context's first token.
+        states: What layers with a state remember of the context.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     ids: Tensor
     offset: int = field(default=0, kw_only=True)
+    states: dict[int, Past] = field(default_factory=dict, kw_only=True)
 
     @property
     def start(self) -> int:
         """Tokens of the context."""
-        return self.keys[0].shape[2] if self.keys else 0
+        return max((x.shape[2] for x in self.keys), default=0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Reading(Behind):
 
 
 class TailModel:
-    """All layers of a GQA checkpoint, fp32."""
+    """All layers of a checkpoint whose layers have KV heads or a state, fp32."""
 
     def __init__(self, stream: LayerStream, device: str = "cpu") -> None:
         checkpoint = stream.checkpoint
@@ -83,7 +87,7 @@ class TailModel:
         if not stream.config.tie_word_embeddings:
             self.head = checkpoint.read("lm_head.weight").float().to(self.device)
         self.embedding_factor = stream.embedding_factor
-        self.logits_factor = stream.logits_factor
+        self.finish_logits = stream.finish
 
     def embed(self, ids: Tensor) -> Tensor:
         """`[M]` to `[1, M, hidden]`.
@@ -104,22 +108,32 @@ class TailModel:
         if prefill == "streamed":
             ids, answers = torch.cat((context, ids)), answers + len(context)
             context = context[:0]
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+        nothing = self.table.new_empty(1, 1, 0, 1)
+        keys, values = ([nothing] * len(self.layers) for _ in range(2))
+        states: dict[int, Past] = {}
         hidden = self.embed(context)
-        for index in range(len(self.layers)):
+        for index, layer in enumerate(self.layers):
+            if not len(context):
+                continue
 
             def remember(q: Tensor, k: Tensor, v: Tensor, start: int, index: int = index) -> Tensor:
-                keys.append(k.contiguous())
-                values.append(v.contiguous())
-                return q if not len(context) else self.dense(index)(q, k, v, start)
+                keys[index], values[index] = k.contiguous(), v.contiguous()
+                return self.dense(index)(q, k, v, start)
 
-            hidden = self.layer(index, hidden, None, remember)
-        return Reading(keys, values, ids.to(self.device), answers.to(self.device), sample)
+            if layer.mixer is not None:
+                hidden, states[index] = self._mixed(layer, hidden, None)
+            else:
+                hidden = self.layer(index, hidden, None, remember)
+        where = ids.to(self.device), answers.to(self.device)
+        return Reading(keys, values, *where, sample, states=states)
 
     def layer(self, index: int, hidden: Tensor, reading: Behind | None, attend: Attend) -> Tensor:
         """Hidden states `[B, M, hidden]` behind a context through one layer; differentiable."""
-        stages = self.layers[index].attention
+        layer = self.layers[index]
+        if layer.mixer is not None:
+            past = None if reading is None else reading.states.get(index)
+            return self._mixed(layer, hidden, past)[0]
+        stages = layer.attention
         start = 0 if reading is None else reading.start
         first = start + (0 if reading is None else reading.offset)
         positions = torch.arange(first, first + hidden.shape[1], device=self.device)
@@ -133,9 +147,25 @@ class TailModel:
                 rows = (len(hidden), -1, -1, -1)
                 k = torch.cat((reading.keys[index].expand(rows), k), dim=2)
                 v = torch.cat((reading.values[index].expand(rows), v), dim=2)
-            return stages.output(attend(q, k, v, start))
+            return stages.output(attend(q, k, v, start), normed)
 
-        return self.layers[index](hidden, attention)
+        return layer(hidden, attention)
+
+    def _mixed(
+        self, layer: StreamedLayer, hidden: Tensor, past: Past | None
+    ) -> tuple[Tensor, Past]:
+        """The same through a layer with a state, and the state behind it."""
+        mixer, after = layer.mixer, []
+        assert mixer is not None
+        if past is not None:
+            past = Past(*(x.expand(len(hidden), *x.shape[1:]) for x in past))
+
+        def mix(normed: Tensor) -> Tensor:
+            output, behind = mixer.mix(normed, past)
+            after.append(behind)
+            return output
+
+        return layer(hidden, mix), after[0]
 
     def dense(self, index: int) -> Attend:
         """The layer's own attention."""
@@ -187,7 +217,7 @@ class TailModel:
 
     def predictions(self, hidden: Tensor) -> Tensor:
         """Log-probabilities `[B, M, V]` fp32 behind `hidden [B, M, hidden]` of the last layer."""
-        logits = self.finish(hidden) @ self.head.T * self.logits_factor
+        logits = self.finish_logits(self.finish(hidden) @ self.head.T)
         return torch.log_softmax(logits, dim=-1)
 
     @torch.no_grad()

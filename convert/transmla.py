@@ -162,7 +162,7 @@ def partial_rope_attention(
             v,
             layout.scaling,
         )
-        return stages.output(context)
+        return stages.output(context, hidden)
 
     return attention
 

@@ -32,6 +32,7 @@ class GroupedQueryAttention(nn.Module):
         self.name = name
         interleaved = module.config.model_type in INTERLEAVED
         self._order = channel_order(self.layout.head_dim, self.layout.rotary_dim, interleaved)
+        self.gate = self._gate(module) if self.layout.gated else None
         # One matrix for the three projections: a decode step is bound by the calls it makes. The
         # module's own weights become views of it, so nothing is held twice.
         self.sizes, weights, biases = self._projections(module)
@@ -42,10 +43,9 @@ class GroupedQueryAttention(nn.Module):
         if hasattr(module, "qkv_proj"):
             module.qkv_proj.weight = self.qkv.weight
         else:
-            parts = (module.q_proj, module.k_proj, module.v_proj)
-            for part, rows in zip(parts, self.qkv.weight.split(self.sizes), strict=True):
+            for part, rows in zip(_three(module), self.qkv.weight.split(self.sizes), strict=True):
                 part.weight = nn.Parameter(rows, requires_grad=False)
-        self.o_proj = module.o_proj
+        self.o_proj, self.v_norm = module.o_proj, getattr(module, "v_norm", None)
         self.q_norm, self.k_norm = (
             self._in_order_of(getattr(module, x, None)) for x in ("q_norm", "k_norm")
         )
@@ -57,10 +57,36 @@ class GroupedQueryAttention(nn.Module):
         if hasattr(module, "qkv_proj"):
             found = [x.split(sizes) for x in module.qkv_proj.parameters()]
         else:
-            parts = [list(x.parameters()) for x in (module.q_proj, module.k_proj, module.v_proj)]
+            parts: list[list[Tensor]] = [list(x.parameters()) for x in _three(module)]
+            if layout.gated:
+                parts[0] = [self._halves(x)[0] for x in parts[0]]
             found = list(zip(*parts, strict=True))
-        ordered = [[self._in_order(q), self._in_order(k), v] for q, k, v in found]
+        ordered = [[self._turned(q), self._turned(k), v] for q, k, v in found]
         return sizes, ordered[0], ordered[1] if layout.qkv_bias else []
+
+    def _gate(self, module: Any) -> nn.Linear:
+        """Of every head, the second half of its rows of `q_proj` (Qwen3-Next)."""
+        gate = nn.Linear(1, 1, bias=False, device="meta")
+        for name, rows in module.q_proj.named_parameters():
+            setattr(gate, name, nn.Parameter(self._halves(rows)[1], requires_grad=False))
+        return gate
+
+    def _halves(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `[heads * 2 D, ...]` the first and the second D of every head."""
+        by_head = rows.unflatten(0, (self.layout.heads, 2, self.layout.head_dim))
+        return by_head[:, 0].flatten(0, 1), by_head[:, 1].flatten(0, 1)
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        """Rows of queries or keys in that order; those that RoPE turns with its scale, if it turns
+        a part of them.
+        """
+        layout = self.layout
+        if layout.turned_scale != 1:
+            scale = torch.ones(layout.head_dim, device=rows.device)
+            scale[: layout.rotary_dim] = layout.turned_scale
+            scale = scale.repeat(len(rows) // layout.head_dim)
+            rows = (rows * scale.view(-1, *[1] * (rows.dim() - 1))).to(rows.dtype)
+        return self._in_order(rows)
 
     def _in_order(self, rows: Tensor) -> Tensor:
         """`[heads * D, ...]` with the channels of every head in the order of `_order`."""
@@ -94,6 +120,8 @@ class GroupedQueryAttention(nn.Module):
         if layout.qkv_bias:
             self.qkv.bias.copy_(self.qkv.bias[rows])
         self.o_proj.weight = nn.Parameter(self.o_proj.weight[:, q], requires_grad=False)
+        for kind, rows in [] if self.gate is None else list(self.gate.named_parameters()):
+            setattr(self.gate, kind, nn.Parameter(rows[q], requires_grad=False))
         if layout.norm_over_heads:
             for norm, own in ((self.q_norm, q), (self.k_norm, kv)):
                 assert norm is not None
@@ -123,10 +151,12 @@ class GroupedQueryAttention(nn.Module):
         self.layout = replace(self.layout, kv_heads=kv_heads)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, Q, T, D]`, keys and values `[B, H, T, D]`, before norm and RoPE."""
+        """Queries `[B, Q, T, D]` and keys `[B, H, T, D]`, before norm and RoPE, and values alike;
+        those are normed already where a model norms them (Gemma 4).
+        """
         split = self.qkv(hidden).split(self.sizes, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.layout.head_dim)).transpose(1, 2) for x in split)
-        return q, k, v
+        return q, k, v if self.v_norm is None else self.v_norm(v)
 
     def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Applies the RMSNorm per head of Qwen3 or over all heads of OLMo 2, or none."""
@@ -156,10 +186,20 @@ class GroupedQueryAttention(nn.Module):
         """Exact causal attention over the tokens at hand, `[B, Q, T, Dv]`."""
         return causal_attention(q, k, v, self.layout.scaling, self.layout.sliding_window)
 
-    def output(self, context: Tensor) -> Tensor:
-        """Per-head results `[B, Q, T, Dv]` to hidden states `[B, T, hidden]`."""
-        result: Tensor = self.o_proj(context.transpose(1, 2).flatten(2))
+    def output(self, context: Tensor, hidden: Tensor) -> Tensor:
+        """Per-head results `[B, Q, T, Dv]` to hidden states `[B, T, hidden]`.
+
+        Args:
+            hidden: `[B, T, hidden]`, what they were projected from: a gate reads it.
+        """
+        heads = context.transpose(1, 2).flatten(2)
+        result: Tensor = self.o_proj(heads if self.gate is None else self._gated(heads, hidden))
         return result
+
+    def _gated(self, heads: Tensor, hidden: Tensor) -> Tensor:
+        assert self.gate is not None
+        gate: Tensor = self.gate(hidden)
+        return heads * gate.sigmoid()
 
 
 class DenseAttention(nn.Module):
@@ -191,7 +231,14 @@ class DenseAttention(nn.Module):
 
     def output(self, context: Tensor) -> Tensor:
         """`[B, T, Q, D]` to hidden states `[B, T, hidden]`."""
-        return self.gqa.output(context.transpose(1, 2))
+        result: Tensor = self.gqa.o_proj(context.flatten(2))
+        return result
+
+
+def _three(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """The projections to queries, keys and values; Gemma 4 has one for the last two."""
+    values = module.k_proj if module.v_proj is None else module.v_proj
+    return module.q_proj, module.k_proj, values
 
 
 def _over_heads(norm: nn.Module, x: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ CONTEXTS = (4096, 32768, 131072)
 """Lengths, in tokens, that cache sizes are stated for."""
 _BF16 = 2
 _PLANS: dict[str, dict[str, bool]] = {  # and what is no hindrance to them
-    "retrieval-heads": {"windows": True},
-    "budgets": {"windows": True},
+    "retrieval-heads": {"bounded": True},
+    "budgets": {"bounded": True},
     "projections": {},
-    "quantization": {"windows": True, "other": True},
-    "double-sparsity": {"windows": True},
+    "quantization": {"bounded": True, "other": True},
+    "double-sparsity": {"bounded": True},
 }
 
 
@@ -52,8 +52,9 @@ class LayerRun:
         layout = self.layout
         if layout.kind == "mla":
             text = f"MLA {layout.heads} heads, latent {layout.rank} + RoPE key {layout.rope_dim}"
-        elif layout.kind == "mamba":
-            text = f"Mamba-2 {layout.heads} heads x {layout.head_dim}"
+        elif layout.mixer is not None:
+            name = "Mamba-2" if layout.mixer.rule == "mamba2" else "Gated DeltaNet"
+            text = f"{name} {layout.heads} heads x {layout.head_dim}"
         elif layout.kv_heads == layout.heads:
             text = f"MHA {layout.heads} heads x {layout.head_dim}"
         else:
@@ -64,6 +65,7 @@ class LayerRun:
         if layout.kind == "gqa" and layout.rotary_dim < layout.head_dim:
             part = f"RoPE on {layout.rotary_dim} of {layout.head_dim} channels"
             text += f", {part}" if layout.rotary_dim else ", no RoPE"
+        text += ", gated" if layout.gated else ""
         text += ", bias" if layout.qkv_bias or layout.output_bias else ""
         text += f", window of {layout.sliding_window} tokens" if layout.sliding_window else ""
         return f"{self.layers} x {text}"

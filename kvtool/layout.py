@@ -8,8 +8,8 @@ Two layouts are recognised, by structure:
 * **MLA** (`deepseek_v3`): `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, and `q_proj` or
   `q_a_proj q_a_layernorm q_b_proj`. Its stages are those of `kvtool.latent`.
 
-Hybrid models (`granitemoehybrid`) have GQA in some layers and Mamba-2 in the others, whose stages
-are those of `kvtool.mamba`.
+Hybrid models have GQA in some layers, and in the others a state of fixed size: of Mamba-2
+(`granitemoehybrid`), with the stages of `kvtool.mamba`, or of Gated DeltaNet (`kvtool.delta_net`).
 
 Everything else is refused by name, with the reason.
 """
@@ -17,15 +17,17 @@ Everything else is refused by name, with the reason.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvtool._tensors import first_line
+from kvtool.delta_net import DeltaNet
 from kvtool.errors import UnsupportedModelError
-from kvtool.mamba import MixerShape, shape_of
+from kvtool.mamba import Mixer, MixerShape
 from kvtool.rope import Rope
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
@@ -33,11 +35,13 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = (
     *PLAIN,
     *("apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
-    *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "glm", "glm4"),
-    *("glm4_moe", "granite", "granitemoe", "granitemoeshared", "helium", "hy_v3", "hyperclovax"),
-    *("internlm3", "iquestcoder", "jais2", "kolibri1", "mellum", "minimax_m2", "ministral"),
-    *("ministral3", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe"),
-    *("qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2"),
+    *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma4_text"),
+    *("gemma4_unified_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
+    *("granitemoehybrid", "granitemoeshared", "helium", "hy_v3", "hyperclovax", "internlm3"),
+    *("iquestcoder", "jais2", "kolibri1", "mellum", "minimax_m2", "ministral", "ministral3"),
+    *("mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe", "qwen2_moe"),
+    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3"),
+    *("solar_open", "stablelm", "starcoder2"),
 )
 """Model types whose attention is the GQA layout; each is checked by a test."""
 INTERLEAVED = (
@@ -48,7 +52,14 @@ _WINDOW_IN_CONFIG = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "star
 """Those whose attention reads its sliding window from the config; the config of others may have
 one that nothing reads."""
 HYBRID = "granitemoehybrid"
-"""The model type that has attention in some layers and Mamba-2 in the others."""
+"""The model type of attention in some layers and Mamba-2 in the others."""
+_MIXERS: dict[str, type[Mixer] | type[DeltaNet]] = {"mamba": Mixer, "linear_attn": DeltaNet}
+"""By the name of the module in a decoder layer."""
+_SHARED = {
+    "num_kv_shared_layers": "layers that use keys and values of others",
+    "hidden_size_per_layer_input": "inputs of their own for all layers",
+}
+"""Fields that say so, of the small models of Gemma 4."""
 _MUP = ("granite", "granitemoe", "granitemoeshared", HYBRID, "hyperclovax")
 """Those that multiply embeddings and logits by what their config says; others' may say it, too."""
 
@@ -61,18 +72,20 @@ class AttentionLayout:
 
     Attributes:
         kind: `gqa` caches keys and values per KV head; `mla` one latent and one shared RoPE key;
-            `mamba` a state of a fixed size.
+            `state` a state of a fixed size.
         head_dim: Size of a query and key head (for `mla`: `nope_dim + rope_dim`).
         scaling: Factor on the scores before the softmax.
         qk_norm: Queries and keys are normed in front of RoPE, `norm_over_heads` all heads together.
+        gated: What heads give is multiplied by a gate per channel, in front of `o_proj`.
         rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
+        turned_scale: What RoPE multiplies those by, where they are a part of a head.
         sliding_window: Window in tokens, `None` if the layer sees everything.
         temper: β and L, if a query at position p is multiplied by 1 + β ln(1 + ⌊p / L⌋) (Llama 4).
         rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
-        mixer: Sizes of a `mamba` layer.
+        mixer: Sizes of a `state` layer.
     """
 
-    kind: Literal["gqa", "mla", "mamba"]
+    kind: Literal["gqa", "mla", "state"]
     hidden_size: int
     heads: int
     kv_heads: int
@@ -82,7 +95,9 @@ class AttentionLayout:
     output_bias: bool = False
     qk_norm: bool = False
     norm_over_heads: bool = False
+    gated: bool = False
     rotary_dim: int = 0
+    turned_scale: float = 1.0
     sliding_window: int | None = None
     temper: tuple[float, int] | None = None
     rank: int = 0
@@ -92,9 +107,14 @@ class AttentionLayout:
     mixer: MixerShape | None = None
 
     @property
+    def sees_all(self) -> bool:
+        """Whether its heads see the whole past, so that they can be given less."""
+        return self.kind == "gqa" and self.sliding_window is None
+
+    @property
     def cached_values(self) -> int:
         """Numbers kept per token by a runtime that stores what this layer really needs."""
-        if self.kind == "mamba":
+        if self.kind == "state":
             return 0
         if self.kind == "mla":
             return self.rank + self.rope_dim
@@ -116,7 +136,9 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         optional: set[str] = set()
     else:
         needed = {"o_proj"} | ({"qkv_proj"} & present or {"q_proj", "k_proj", "v_proj"})
-        optional = {"q_norm", "k_norm"}
+        if getattr(module, "use_alternative_attention", False):  # keys are the values, too
+            needed -= {"v_proj"}
+        optional = {"q_norm", "k_norm", "v_norm"}
     kind = type(module).__name__
     if missing := needed - present:
         raise UnsupportedModelError(
@@ -135,8 +157,9 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
 
 def _gqa_layout(module: Any, name: str) -> AttentionLayout:
     config, head_dim = module.config, int(module.head_dim)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    over_heads = False
+    fused, over_heads = hasattr(module, "qkv_proj"), False
+    heads = config.num_attention_heads  # KV heads may differ by layer (Gemma 4)
+    kv_heads = config.num_key_value_heads if fused else module.k_proj.out_features // head_dim
     if hasattr(module, "q_norm"):
         sizes = [tuple(getattr(module, x).weight.shape) for x in ("q_norm", "k_norm")]
         over_heads = sizes == [(heads * head_dim,), (kv_heads * head_dim,)] != [(head_dim,)] * 2
@@ -147,7 +170,12 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
             )
     if getattr(config, "clip_qkv", None) is not None:
         raise UnsupportedModelError(f"{name} clips queries, keys and values (clip_qkv)")
-    first = module.qkv_proj if hasattr(module, "qkv_proj") else module.k_proj
+    rotary_dim, normed = _rotary_dim(module, head_dim), hasattr(module, "k_norm")
+    scale = _rope_scale(config) if 0 < rotary_dim < head_dim else 1.0
+    if scale != 1 and normed:
+        raise UnsupportedModelError(f"{name} has a q/k norm, and RoPE that scales a part of a head")
+    first = module.qkv_proj if fused else module.k_proj
+    queries = heads * head_dim if fused else module.q_proj.out_features
     return AttentionLayout(
         kind="gqa",
         hidden_size=first.in_features,
@@ -157,9 +185,11 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         scaling=float(module.scaling),
         qkv_bias=first.bias is not None,
         output_bias=module.o_proj.bias is not None,
-        qk_norm=hasattr(module, "k_norm"),
+        qk_norm=normed,
         norm_over_heads=over_heads,
-        rotary_dim=_rotary_dim(module, head_dim),
+        gated=queries == 2 * heads * head_dim,
+        rotary_dim=rotary_dim,
+        turned_scale=scale,
         sliding_window=_sliding_window(module),
         temper=_temper(module.config),
     )
@@ -177,8 +207,24 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
     }
     if not turned.get(config.model_type, True):
         return 0
-    parameters = next(iter(_rope_parameters(config).values()), {})
+    by_kind = _rope_parameters(config)
+    first: dict[str, Any] = next(iter(by_kind.values()), {})
+    parameters = by_kind.get(getattr(module, "layer_type", ""), first)
+    if parameters.get("rope_type") == "proportional":  # what it does not turn has frequency 0
+        return head_dim
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def _rope_scale(config: Any) -> float:
+    """What yarn and LongRoPE multiply cos and sin by."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kinds = [x.get("rope_type", "default") for x in _rope_parameters(config).values()]
+    if set(kinds) == {"default"}:
+        return 1.0
+    if len(kinds) > 1:
+        raise UnsupportedModelError("RoPE by type of layer that scales a part of each head")
+    return float(ROPE_INIT_FUNCTIONS[kinds[0]](config)[1])
 
 
 def _sliding_window(module: Any) -> int | None:
@@ -223,29 +269,48 @@ def _mla_layout(module: Any) -> AttentionLayout:
 def decoder_layers(model: nn.Module) -> list[Any]:
     """The list of decoder layers of a `*ForCausalLM` model."""
     layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(hasattr(x, "self_attn") for x in layers):
+    if not isinstance(layers, nn.ModuleList) or not all(
+        hasattr(layer, "self_attn") or mixer_in(layer) for layer in layers
+    ):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a stack of decoder layers with `self_attn`"
         )
     return list(layers)
 
 
-def is_mixer(layer: Any) -> bool:
-    """Whether a decoder layer of a hybrid model has a Mamba-2 mixer in the place of attention."""
-    return layer.self_attn is None
+def with_heads(layouts: Sequence[AttentionLayout]) -> AttentionLayout:
+    """The first layer that sees the whole past, or else that has keys and values, or else any."""
+    found = [x for x in layouts if x.sees_all] + [x for x in layouts if x.kind != "state"]
+    return (found or list(layouts))[0]
 
 
-def _mixer_layout(config: Any) -> AttentionLayout:
-    shape = shape_of(config)
+def mixer_in(layer: Any) -> str | None:
+    """Under which name a decoder layer of a hybrid model has a mixer in the place of attention."""
+    names = (name for name in _MIXERS if getattr(layer, name, None) is not None)
+    return next(names, None)
+
+
+def mixer_of(layer: Any) -> Mixer | DeltaNet | None:
+    """The stages of that mixer."""
+    name = mixer_in(layer)
+    return None if name is None else _MIXERS[name].of(getattr(layer, name))
+
+
+def _mixer_layout(layer: Any, name: str) -> AttentionLayout:
+    module = getattr(layer, name)
+    if (activation := module.activation) != "silu":
+        raise UnsupportedModelError(f"{type(module).__name__} with {activation} is not supported")
+    shape = _MIXERS[name].shape_of(module)
+    biased = any(x.bias is not None for x in module.children() if isinstance(x, nn.Linear))
     return AttentionLayout(
-        kind="mamba",
+        kind="state",
         hidden_size=shape.hidden_size,
         heads=shape.heads,
         kv_heads=0,
         head_dim=shape.head_dim,
         scaling=1.0,
-        qkv_bias=bool(config.mamba_proj_bias),
-        output_bias=bool(config.mamba_proj_bias),
+        qkv_bias=biased,
+        output_bias=biased,
         mixer=shape,
     )
 
@@ -258,15 +323,14 @@ def describe(config: Any) -> list[AttentionLayout]:
     """
     from transformers import AutoModelForCausalLM
 
-    if config.model_type not in (*FAMILIES, "deepseek_v3", HYBRID):
+    if config.model_type not in (*FAMILIES, "deepseek_v3"):
         raise UnsupportedModelError(
             f"model type '{config.model_type}' is not supported",
-            hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 and {HYBRID} without experts",
+            hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 without experts",
         )
-    if getattr(config, "final_logit_softcapping", None) is not None:
-        raise UnsupportedModelError(f"{config.model_type} with capped logits is not supported")
-    if config.model_type == HYBRID and config.num_local_experts:
-        raise UnsupportedModelError(f"{HYBRID} with mixture-of-experts layers is not supported")
+    for field, what in _SHARED.items():
+        if getattr(config, field, 0):
+            raise UnsupportedModelError(f"{config.model_type} with {what} is not supported")
     if config.model_type == "deepseek_v3" and config.first_k_dense_replace < (
         config.num_hidden_layers
     ):
@@ -282,8 +346,8 @@ def describe(config: Any) -> list[AttentionLayout]:
     if not decoder_layers(model):
         raise UnsupportedModelError(f"this {config.model_type} config has no layers")
     return [
-        _mixer_layout(config)
-        if is_mixer(layer)
+        _mixer_layout(layer, name)
+        if (name := mixer_in(layer))
         else recognise(layer.self_attn, f"model.layers.{i}.self_attn")
         for i, layer in enumerate(decoder_layers(model))
     ]
@@ -294,14 +358,29 @@ def embedding_factor(config: Any) -> float:
     return float(config.embedding_multiplier) if config.model_type in _MUP else 1.0
 
 
-def logits_factor(config: Any) -> float:
-    """What a model multiplies the logits of its output head by."""
+@dataclass(frozen=True)
+class Finish:
+    """What a model makes of the logits of its output head: `cap tanh(factor x / cap)`."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Of any shape."""
+        if self.factor != 1:
+            logits = logits * self.factor
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def finish_of(config: Any) -> Finish:
+    """That of a model."""
+    cap = getattr(config, "final_logit_softcapping", None)
     if config.model_type in ("cohere", "cohere2", "cohere2_moe"):
-        return float(config.logit_scale)
+        return Finish(float(config.logit_scale), cap)
     if config.model_type not in _MUP:
-        return 1.0
+        return Finish(cap=cap)
     factor = float(config.logits_scaling)
-    return factor if config.model_type == "hyperclovax" else 1 / factor  # Granite divides
+    return Finish(factor if config.model_type == "hyperclovax" else 1 / factor, cap)
 
 
 def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:
@@ -321,9 +400,13 @@ def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:
 def ropes_of(config: Any) -> list[Rope]:
     """The rotary embedding of every layer, read from the module that transformers builds.
 
+    LongRoPE has two sets of frequencies. Which of them transformers takes depends on the length of
+    the text; here all texts have those of one as long as the model's context, as vLLM does it: a
+    cache could not change them later.
+
     Raises:
-        UnsupportedModelError: The frequencies depend on the length of the text, and not only beyond
-            the context of the model, where nothing here reads.
+        UnsupportedModelError: The frequencies depend on the length of the text in another way, and
+            not only beyond the context of the model, where nothing here reads.
     """
     from transformers import AutoModelForCausalLM
 
@@ -337,7 +420,12 @@ def ropes_of(config: Any) -> list[Rope]:
     found: dict[str, Rope] = {}
     for kind, parameters in _rope_parameters(config).items():
         prefix = f"{kind}_" if kind else ""
-        _check_fixed(parameters)
+        rope_type = parameters.get("rope_type", "default")
+        if "short_mscale" in parameters:  # Phi MoE's scale changes, too
+            raise UnsupportedModelError(_CHANGES.format(rope_type))
+        if rope_type == "longrope":
+            last = torch.tensor([[config.max_position_embeddings - 1]])
+            module(torch.zeros(1), last, *([kind] if kind else []))
         inv_freq, scale = (getattr(module, prefix + x) for x in ("inv_freq", "attention_scaling"))
         found[kind] = Rope(inv_freq.float(), float(scale))
     kinds = [""] * len(layouts) if "" in found else config.layer_types
@@ -365,13 +453,6 @@ def _rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
     return {kind: parameters[kind] for kind in parameters if kind in kinds} or {"": parameters}
 
 
-def _check_fixed(parameters: dict[str, Any]) -> None:
-    kind = parameters.get("rope_type")
-    longer = kind == "longrope" and parameters["short_factor"] != parameters["long_factor"]
-    if longer or "short_mscale" in parameters:  # Phi MoE's factor changes, too
-        raise UnsupportedModelError(_CHANGES.format(kind))
-
-
 def _own_rope(rope: Rope, layout: AttentionLayout) -> Rope:
     """What one layer makes of the model's RoPE."""
     if layout.kind != "gqa":
@@ -382,6 +463,6 @@ def _own_rope(rope: Rope, layout: AttentionLayout) -> Rope:
         raise UnsupportedModelError(
             f"RoPE has {len(rope.inv_freq)} frequencies for {layout.rotary_dim} channels of a head"
         )
-    if layout.rotary_dim < layout.head_dim and rope.scale != 1:
-        raise UnsupportedModelError("RoPE covers a part of each head, and scales it (yarn)")
-    return rope.over(layout.head_dim)
+    if layout.rotary_dim < layout.head_dim:
+        return Rope(rope.inv_freq).over(layout.head_dim)  # its scale is in the projections
+    return rope

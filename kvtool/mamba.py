@@ -17,13 +17,15 @@ its norm has weights, but divides by nothing. It can be written in the stock for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.kernels.ssd import causal_conv, ssd_chunked, ssd_step
+
+Rule = Literal["mamba2", "delta"]
 
 CHUNK = 64
 """Tokens of a chunk of the scan."""
@@ -35,6 +37,7 @@ class MixerShape:
 
     Attributes:
         heads: H. head_dim: P. groups: G, divides H. state: N. taps: K of the convolution.
+        rule: How a token changes the state: as in Mamba-2, or as in Gated DeltaNet.
     """
 
     hidden_size: int
@@ -43,6 +46,7 @@ class MixerShape:
     groups: int
     state: int
     taps: int = 4
+    rule: Rule = "mamba2"
 
     @property
     def inner(self) -> int:
@@ -72,18 +76,6 @@ class MixerShape:
     def constant_bytes(self, itemsize: int) -> int:
         """What is kept of a sequence of any length: the state is fp32."""
         return 4 * self.state_values + itemsize * self.conv_values
-
-
-def shape_of(config: Any) -> MixerShape:
-    """The mixers of a `granitemoehybrid` config."""
-    return MixerShape(
-        hidden_size=config.hidden_size,
-        heads=config.mamba_n_heads,
-        head_dim=config.mamba_d_head,
-        groups=config.mamba_n_groups,
-        state=config.mamba_d_state,
-        taps=config.mamba_d_conv,
-    )
 
 
 class Past(NamedTuple):
@@ -142,13 +134,10 @@ class Mixer(nn.Module):
         self.groups_normed, self.eps = shape.groups, 1e-5
         self.limits = (0.0, float("inf"))
 
-    @classmethod
-    def of(cls, module: Any) -> Mixer:
-        """The stages of a transformers module, sharing its weights.
-
-        The three numbers per head that decide the decay are kept in fp32, whatever the module is.
-        """
-        shape = MixerShape(
+    @staticmethod
+    def shape_of(module: Any) -> MixerShape:
+        """The sizes of a transformers module."""
+        return MixerShape(
             hidden_size=module.hidden_size,
             heads=module.num_heads,
             head_dim=module.head_dim,
@@ -156,6 +145,14 @@ class Mixer(nn.Module):
             state=module.ssm_state_size,
             taps=module.conv_kernel_size,
         )
+
+    @classmethod
+    def of(cls, module: Any) -> Mixer:
+        """The stages of a transformers module, sharing its weights.
+
+        The three numbers per head that decide the decay are kept in fp32, whatever the module is.
+        """
+        shape = cls.shape_of(module)
         with torch.device("meta"):
             mixer = cls(shape)
         mixer.in_proj, mixer.out_proj = module.in_proj, module.out_proj
@@ -206,6 +203,12 @@ class Mixer(nn.Module):
         """Of whole texts `[B, T, hidden]`, what goes into `out_proj`."""
         z, new = self.project(hidden)
         return self.gate(self.scan(new)[0], z)
+
+    def mix(self, hidden: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
+        """T new tokens `[B, T, hidden]` behind a past, to the same, and the past behind them."""
+        z, new = self.project(hidden)
+        y, after = self.scan(new, past)
+        return self.out_proj(self.gate(y, z)), after
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Whole texts `[B, T, hidden]`, to the same."""

@@ -30,8 +30,7 @@ from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.factored import is_factored, model_config
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan, by_head
-from kvtool.layout import describe
-from kvtool.mamba import shape_of
+from kvtool.layout import describe, with_heads
 from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
@@ -99,9 +98,10 @@ def base_of(checkpoint: Checkpoint) -> Base:
         UnsupportedModelError: Its attention is not known.
     """
     layouts = describe(model_config(checkpoint))
-    attention = [x for x in layouts if x.kind != "mamba"] or layouts
-    layout = attention[0]
-    if any((x.kv_heads, x.head_dim) != (layout.kv_heads, layout.head_dim) for x in attention):
+    layout = with_heads(layouts)
+    shape = layout.kv_heads, layout.head_dim
+    like = [x for x in layouts if x.kind == layout.kind and x.sees_all == layout.sees_all]
+    if any((x.kv_heads, x.head_dim) != shape for x in like):
         raise UnsupportedModelError(f"{checkpoint.source} has layers of different shapes.")
     config = {key: value for key, value in checkpoint.config.items() if key not in _VOLATILE}
     return Base(
@@ -116,23 +116,22 @@ def base_of(checkpoint: Checkpoint) -> Base:
 
 def whole_layers(checkpoint: Checkpoint) -> tuple[LayerPlan, ...]:
     """The layers of a plan that keeps all that the model looks at, which has no latents."""
-    config = model_config(checkpoint)
     layers = []
-    for layout in describe(config):
+    for layout in describe(model_config(checkpoint)):
         kept: StatePlan | WindowPlan | None = WindowPlan.of(layout)
-        if layout.kind == "mamba":
-            kept = StatePlan.of(shape_of(config))
+        if layout.mixer is not None:
+            kept = StatePlan.of(layout.mixer)
         heads = 0 if kept is not None else layout.kv_heads
         layers.append(LayerPlan((False,) * heads, kept=kept))
     return tuple(layers)
 
 
-def check_can_drop(checkpoint: Checkpoint, *, other: bool = False, windows: bool = False) -> None:
+def check_can_drop(checkpoint: Checkpoint, *, other: bool = False, bounded: bool = False) -> None:
     """Raises UnsupportedModelError where no head can keep less than the model gives it.
 
     Args:
         other: Layers that keep something else than KV heads are no hindrance.
-        windows: Layers with a sliding window are none beside others.
+        bounded: Layers with a sliding window or a state are none beside others.
     """
     layouts = describe(model_config(checkpoint))
     if not other and (is_factored(checkpoint) or any(x.kind == "mla" for x in layouts)):
@@ -141,14 +140,14 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False, windows: bool
             "read less alone",
             hint="calibrate quantization packs latents.",
         )
-    if not other and any(layout.kind == "mamba" for layout in layouts):
+    if not (bounded or other) and any(layout.kind == "state" for layout in layouts):
         raise UnsupportedModelError(
             f"{checkpoint.source} has layers that keep a state and no keys and values",
-            hint="calibrate quantization packs states, and the heads of the other layers.",
+            hint="all calibrations but projections plan the others.",
         )
-    bounded = [layout.sliding_window is not None for layout in layouts]
-    if all(bounded) or (any(bounded) and not windows):
-        others = None if all(bounded) else "all calibrations but projections plan the others."
+    sliding = [layout.sliding_window is not None for layout in layouts]
+    if all(sliding) or (any(sliding) and not bounded):
+        others = None if all(sliding) else "all calibrations but projections plan the others."
         raise UnsupportedModelError(
             f"{checkpoint.source} has layers with a sliding window: what they keep is bounded, and "
             "streaming heads, token budgets, codes, few bits and sparse reading are not for them",
@@ -225,10 +224,6 @@ class Plan:
             labels = () if layer.sparse is None else layer.sparse.channels
             if (last := max((max(row) for row in labels), default=0)) >= base.head_dim:
                 raise PlanError(f"layer {index} has a label channel {last} of {base.head_dim}")
-            if isinstance(window := layer.kept, WindowPlan):
-                own = window.heads, window.head_dim
-                if own != (base.kv_heads, base.head_dim):
-                    raise PlanError(f"layer {index} has a window of {own[0]} heads x {own[1]}")
             if layer.kept is None and len(layer.streaming) != base.kv_heads:
                 raise PlanError(
                     f"layer {index} plans {len(layer.streaming)} KV heads of {base.kv_heads}"
@@ -478,11 +473,15 @@ def _document(plan: Plan) -> dict[str, Any]:
         for entry, layer in zip(document["layers"], plan.layers, strict=True):
             if layer.kept is not None:
                 entry["kept"] = {"kind": names[type(layer.kept)], **asdict(layer.kept)}
+                if isinstance(layer.kept, StatePlan) and layer.kept.rule == "mamba2":
+                    del entry["kept"]["rule"]  # older versions know no other
     if any(layer.sparse is not None for layer in plan.layers):
         document["format_version"] = plan_file.SPARSE_VERSION
         for entry, layer in zip(document["layers"], plan.layers, strict=True):
             if layer.sparse is not None:
                 entry["sparse"] = asdict(layer.sparse)
     if any(isinstance(layer.kept, WindowPlan) for layer in plan.layers):
+        document["format_version"] = plan_file.WINDOW_VERSION
+    if any(isinstance(x.kept, StatePlan) and x.kept.rule != "mamba2" for x in plan.layers):
         document["format_version"] = plan_file.FORMAT_VERSION
     return document

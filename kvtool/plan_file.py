@@ -21,11 +21,13 @@ from kvtool._tensors import first_line, open_safetensors
 from kvtool.bits import Axis, Turned
 from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
+from kvtool.mamba import Rule
 
-FORMAT_VERSION, SPARSE_VERSION, KEPT_VERSION, BITS_VERSION, CODES_VERSION = 7, 6, 5, 4, 3
-"""7 knows sliding windows; 6 fp8, and heads that are read sparsely; 5 layers without KV heads, and
-tiers, balances, factors and sparse values; 4 bits of heads, and 3 codes. A file is of the oldest
-version that knows what is in it, 1 at least."""
+FORMAT_VERSION, WINDOW_VERSION, SPARSE_VERSION, KEPT_VERSION, BITS_VERSION = 8, 7, 6, 5, 4
+CODES_VERSION = 3
+"""8 knows states of Gated DeltaNet; 7 sliding windows; 6 fp8, and heads that are read sparsely; 5
+layers without KV heads, and tiers, balances, factors and sparse values; 4 bits of heads, and 3
+codes. A file is of the oldest version that knows what is in it, 1 at least."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
@@ -91,7 +93,7 @@ class BitsEntry(_Strict):
 
 
 class StateEntry(_Strict):
-    """The state of a Mamba-2 layer."""
+    """The state of a layer with a mixer."""
 
     kind: Literal["state"]
     heads: _Count
@@ -103,6 +105,7 @@ class StateEntry(_Strict):
     chunk: _Count
     taught: _Count | None
     least: tuple[float, ...] | None
+    rule: Rule = "mamba2"
 
 
 class LatentEntry(_Strict):

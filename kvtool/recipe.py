@@ -115,11 +115,11 @@ class HeadsStep(_Strict):
     window: Positive = 256
     prefill: Literal["dense", "streamed"] = "dense"
     lengths: list[Positive] | None = None
-    samples: Positive = 8
+    samples: Positive | None = None
     data: str | None = None
-    steps: Positive = 200
-    mix: Literal["self", "teacher"] = "self"
-    penalty: NotNegative = 0.05
+    steps: Positive | None = None
+    mix: Literal["self", "teacher"] | None = None
+    penalty: NotNegative | None = None
     device: str = "auto"
     seed: Seed = 0
 

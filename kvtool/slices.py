@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from kvtool.codes import fit_codes
-from kvtool.errors import PlanError
+from kvtool.errors import PlanError, UsageError
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan
-from kvtool.states import StatePlan
 
 
 def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
@@ -22,8 +21,9 @@ def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
     one count also do for every larger one.
 
     Raises:
-        PlanError: There are no scores, fewer heads than `count`, or token budgets or bits, which
-            were made for the heads that are full now.
+        PlanError: There are no scores, or token budgets or bits, which were made for the heads that
+            are full now.
+        UsageError: There are fewer heads than `count`.
     """
     heads = plan.planned_heads
     if plan.scores is None:
@@ -39,7 +39,7 @@ def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
             hint="Slice the plan of the heads, and calibrate the bits again with --plan.",
         )
     if not 0 <= count <= heads:
-        raise PlanError(f"{count} heads cannot stream: the model has {heads}")
+        raise UsageError(f"{count} heads cannot stream: the model has {heads}")
     planned = torch.tensor([layer.kept is None for layer in plan.layers])
     scores = plan.scores[planned]
     streaming = torch.zeros(heads, dtype=torch.bool)
@@ -80,7 +80,8 @@ def cut(plan: Plan, budget_bytes: int, context: int, itemsize: int) -> Plan:
         itemsize: Bytes per number.
 
     Raises:
-        PlanError: It does not fit even if all heads stream, or :func:`stream_heads` refuses.
+        UsageError: It does not fit even if all heads stream.
+        PlanError: See :func:`stream_heads`.
     """
     if plan.codes:
         return _cut_codes(plan, budget_bytes, context, itemsize)
@@ -91,7 +92,7 @@ def cut(plan: Plan, budget_bytes: int, context: int, itemsize: int) -> Plan:
     for count in range(heads + 1):
         if native - count * saved <= budget_bytes:
             return stream_heads(plan, count, sink, window)
-    raise PlanError(
+    raise UsageError(
         f"a budget of {budget_bytes} bytes at {context} tokens is too small: the model takes "
         f"{native}, and {native - heads * saved} if every head keeps only the first {sink} "
         f"and last {window} tokens"
@@ -128,9 +129,9 @@ def compose(heads: Plan, budgets: Plan) -> Plan:
     if heads.codes or budgets.codes:
         raise PlanError("a plan with codes cannot be composed with another one yet")
     kept = [layer.kept for layer in (*heads.layers, *budgets.layers)]
-    if any(isinstance(one, StatePlan | LatentPlan) for one in kept):
+    if any(isinstance(one, LatentPlan) for one in kept):
         raise PlanError(
-            "plans of latents and states are not composed",
+            "plans of latents are not composed",
             hint="Give the first to the calibration of the second with --plan.",
         )
     if any(layer.bits is not None for layer in (*heads.layers, *budgets.layers)):
@@ -144,7 +145,7 @@ def compose(heads: Plan, budgets: Plan) -> Plan:
             hint="Give the plan that says which heads stream to calibrate double-sparsity.",
         )
     if kept[: len(heads.layers)] != kept[len(heads.layers) :]:
-        raise PlanError("the plans do not have the same sliding windows in the same layers")
+        raise PlanError("the plans do not keep the same states and sliding windows")
     if budgets.streaming_heads and heads.streaming_heads:
         raise PlanError("both plans choose heads that stream")
     if heads.policy is not None and budgets.policy is not None:

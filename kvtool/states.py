@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from kvtool.errors import PlanError
 from kvtool.kernels.quantise import packed_bytes
-from kvtool.mamba import MixerShape
+from kvtool.mamba import MixerShape, Rule
 
 CHUNKS = {4: 16, 8: 8}
 """By bits, after how many tokens a state is packed. On `smollm2` with 8 layers of Mamba-2, KL to
@@ -25,7 +25,7 @@ _SCALE, _FLOAT = 2, 4  # bytes
 
 @dataclass(frozen=True)
 class StatePlan:
-    """How a Mamba-2 layer keeps its state [H, P, N].
+    """How a layer with a mixer keeps its state [H, P, N].
 
     Attributes:
         heads, head_dim, groups, state, taps: H, P, G, N and K, see
@@ -34,6 +34,7 @@ class StatePlan:
         chunk: C, tokens that are taken up before the state is packed again.
         taught, least: Behind the first `taught` tokens of a text, a head takes up only those with
             Δ of at least `least[h]` (`calibrate/receptive_field.py`); None for all.
+        rule: Of the mixer. States of Gated DeltaNet are fp32.
 
     Raises:
         PlanError: The numbers are out of range.
@@ -48,6 +49,7 @@ class StatePlan:
     chunk: int = 8
     taught: int | None = None
     least: tuple[float, ...] | None = None
+    rule: Rule = "mamba2"
 
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.groups, self.state, self.taps) < 1:
@@ -56,6 +58,8 @@ class StatePlan:
             raise PlanError(f"{self.groups} groups of a mixer do not divide its {self.heads} heads")
         if self.bits is not None and self.bits not in CHUNKS:
             raise PlanError(f"states have numbers of 4 or 8 bits, not of {self.bits}")
+        if self.rule == "delta" and (self.bits, self.taught) != (None, None):
+            raise PlanError("states of Gated DeltaNet are kept as they are, and take up all tokens")
         if self.chunk < 1:
             raise PlanError(f"a state cannot be packed every {self.chunk} tokens")
         if (self.taught is None) != (self.least is None):
@@ -67,12 +71,14 @@ class StatePlan:
     def of(cls, shape: MixerShape, bits: int | None = None) -> StatePlan:
         """The plan of a mixer."""
         chunk = CHUNKS[bits or 8]
-        return cls(shape.heads, shape.head_dim, shape.groups, shape.state, shape.taps, bits, chunk)
+        sizes = shape.heads, shape.head_dim, shape.groups, shape.state, shape.taps
+        return cls(*sizes, bits, chunk, rule=shape.rule)
 
     def fits(self, shape: MixerShape) -> bool:
         """Whether the mixer has such a state."""
-        own = self.heads, self.head_dim, self.groups, self.state, self.taps
-        return own == (shape.heads, shape.head_dim, shape.groups, shape.state, shape.taps)
+        own = self.heads, self.head_dim, self.groups, self.state, self.taps, self.rule
+        sizes = shape.heads, shape.head_dim, shape.groups, shape.state, shape.taps
+        return own == (*sizes, shape.rule)
 
     @property
     def packed(self) -> bool:

@@ -29,6 +29,9 @@ class WindowPlan:
         if min(self.heads, self.head_dim, self.window) < 1:
             raise PlanError("a sliding window without any number is impossible")
 
+    def __str__(self) -> str:
+        return f"{self.window} tokens of {self.heads} heads x {self.head_dim}"
+
     @classmethod
     def of(cls, layout: AttentionLayout) -> WindowPlan | None:
         """Of a layer; None if it has no such window."""

@@ -22,6 +22,7 @@ from kvtool.kernels.append import Encoder
 from kvtool.kernels.append.triton import append
 from kvtool.kernels.decode_attention.merge_triton import merge
 from kvtool.kernels.decode_attention.triton import paged_decode_attention
+from kvtool.kernels.gated_delta.triton import gated_delta_step
 from kvtool.kernels.grouped_linear.triton import grouped_linear
 from kvtool.kernels.hadamard.triton import hadamard
 from kvtool.kernels.packed_attention import Blocks, Ring
@@ -153,6 +154,7 @@ def main() -> None:
     for segments in (1, 2):
         ssd_chunked(x, dt, A, x, x, state if segments == 1 else None, segments)
     ssd_step(x[:, 0], dt[:, 0], A, x[:, 0], x[:, 0], state)
+    gated_delta_step(x[:, 0], x[:, 0], x[:, 0], dt[:, 0], dt[:, 0], state)
     causal_conv(half(2, 100, 3 * D), half(3 * D, 4), half(3 * D), half(2, 3 * D, 3))
 
 

@@ -60,6 +60,55 @@ COMMAND_MOE = {
     "prefix_dense_intermediate_size": 80,
     "mlp_layer_types": ["sparse", "dense"] * 2,
 }
+GEMMA4 = {
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 2,
+    "top_k_experts": 2,
+    "final_logit_softcapping": 3.0,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {
+            "rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6,
+        },
+    },
+}  # fmt: skip
+
+
+def long_rope(original: int, part: float) -> dict[str, Any]:
+    """Of heads of size 16 in a context of 512, with another scale."""
+    pairs = int(8 * part)
+    return {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": part,
+            "original_max_position_embeddings": original,
+            "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+            "long_factor": [2.0 + 0.5 * i for i in range(pairs)],
+        }
+    }
+
+
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    **PARTIAL,
+}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "layer_types": ["mamba", "attention"] * 2,
+    "position_embedding_type": "rope",
+    "num_hidden_layers": 4,
+}
 ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES} | {
     "qwen3, with what only others read": ("qwen3", MUP | {"logit_scale": 0.25}),
     "apertus": ("apertus", {}),
@@ -92,12 +141,23 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "flex_olmo": ("flex_olmo", {**EXPERTS, "attention_bias": True}),
     "gemma": ("gemma", {}),
     "gemma3_text": ("gemma3_text", {**MIXED, "rope_parameters": TWO_ROPES}),
+    "gemma4_text": ("gemma4_text", {**MIXED, **GEMMA4, **EXPERTS, "enable_moe_block": True}),
+    "gemma4_text, keys are values": (
+        "gemma4_text",
+        {**MIXED, **GEMMA4, "attention_k_eq_v": True, "num_key_value_heads": 4},
+    ),
+    "gemma4_unified_text": ("gemma4_unified_text", {**MIXED, **GEMMA4}),
     "glm": ("glm", {"attention_bias": True, **PARTIAL}),
     "glm4": ("glm4", PARTIAL),
     "glm4_moe": ("glm4_moe", {**EXPERTS, **PARTIAL, "use_qk_norm": True}),
     "granite": ("granite", MUP),
     "granitemoe": ("granitemoe", {**MUP, **EXPERTS}),
     "granitemoeshared": ("granitemoeshared", {**MUP, **EXPERTS}),
+    "granitemoehybrid": ("granitemoehybrid", {**MUP, **EXPERTS, **MAMBA}),
+    "granitemoehybrid, no positions": (
+        "granitemoehybrid",
+        {**MUP, **MAMBA, "num_local_experts": 0, "position_embedding_type": "nope"},
+    ),
     "helium": ("helium", {}),
     "hy_v3": ("hy_v3", {**EXPERTS, "attention_bias": True, "mlp_bias": True}),
     "hyperclovax": ("hyperclovax", MUP),
@@ -127,11 +187,16 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "olmoe": ("olmoe", EXPERTS),
     "phi3": ("phi3", {"sliding_window": None}),
     "phi3, partial": ("phi3", {"sliding_window": None, **PARTIAL}),
+    "phi3, longrope": ("phi3", {"sliding_window": None, **long_rope(16, 1.0)}),
+    "phi3, longrope on a part": ("phi3", {"sliding_window": None, **long_rope(16, 0.5)}),
     "phi3, window": ("phi3", {"sliding_window": 24}),
     "phimoe": ("phimoe", {**EXPERTS, "attention_bias": True}),
     "phimoe, window": ("phimoe", {**EXPERTS, "sliding_window": 24}),
     "qwen2_moe": ("qwen2_moe", EXPERTS),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {**EXPERTS, **DELTA}),
+    "qwen3_5_text": ("qwen3_5_text", {**DELTA, "attention_bias": True}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "qwen3_next": ("qwen3_next", {**EXPERTS, **DELTA, "mlp_only_layers": [1]}),
     "seed_oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {**LAYERS, "no_rope_layer_interval": 2}),
     "solar_open": ("solar_open", {**EXPERTS, "attention_bias": True}),

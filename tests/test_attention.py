@@ -49,7 +49,7 @@ def test_stages_equal_the_module_of_transformers(tiny, family, rope):
     cos, sin = rope_of(checkpoint.hf_config()).tables(torch.arange(40))
     q, k, v = stages.project(hidden)
     q, k = stages.rotate(*stages.normalise(q, k), cos, sin)
-    got = stages.output(stages.attend(q, k, v))
+    got = stages.output(stages.attend(q, k, v), hidden)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 

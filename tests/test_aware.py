@@ -246,7 +246,7 @@ def partly_rotated(case: Case, layer: StreamedLayer, basis: aware.Basis) -> Tens
     scores = rotate(q, cos, sin) @ rotate(kept, cos, sin).mT + case.rope.scale**2 * q @ rest.mT
     future = torch.ones_like(scores[0, 0]).triu(1).bool()
     mass = (scores * layout.scaling).masked_fill(future, -torch.inf).softmax(dim=-1)
-    return stages.output((mass @ v).float())
+    return stages.output((mass @ v).float(), case.hidden)
 
 
 @pytest.mark.parametrize("rope_dim", [4, 10])

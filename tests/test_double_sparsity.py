@@ -8,7 +8,6 @@ from typing import Any, cast
 import pytest
 import torch
 from _convert_tools import convert
-from _hybrid_tools import write_hybrid
 from torch import Tensor
 
 from kvtool.bits import Bits
@@ -206,13 +205,10 @@ def test_plans_that_leave_nothing_to_read_sparsely_are_refused(llama, tmp_path, 
 
 def test_models_without_kv_heads_or_with_a_window_are_refused(tiny, tmp_path, capsys):
     convert(tiny("llama"), tmp_path / "latent", method="transmla", kv_budget="60%", freqfold="2")
-    (tmp_path / "hybrid").mkdir()
-    write_hybrid(tiny("llama"), tmp_path / "hybrid", [0, 2])
     window = tiny("mistral", sliding_window=24)
-    for model in (tmp_path / "latent", tmp_path / "hybrid", window):
+    for model in (tmp_path / "latent", window):
         assert command(str(model), tmp_path / "p", "-q") == 4
         assert capsys.readouterr().err.strip()
     assert not (tmp_path / "p").exists()
-    for model in (tmp_path / "latent", tmp_path / "hybrid"):
-        assert run_command(["calibrate", "statistics", str(model), "-q"]) == 4
-        assert "looks at keys and values of heads" in capsys.readouterr().err
+    assert run_command(["calibrate", "statistics", str(tmp_path / "latent"), "-q"]) == 4
+    assert "looks at keys and values of heads" in capsys.readouterr().err

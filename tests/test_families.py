@@ -18,11 +18,10 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.layer_plan import LayerPlan
 from kvtool.layout import FAMILIES as ALL
-from kvtool.layout import logits_factor, ropes_of
-from kvtool.plan import Plan, base_of
+from kvtool.layout import finish_of, ropes_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 
-WHOLE = [name for name, (family, more) in CASES.items() if not more.get("sliding_window")]
 PHI_LONG = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -95,7 +94,7 @@ def test_whole_models_compute_what_transformers_computes(tiny, name):
     model._start()
     hidden = model._hidden(ids, 0)
     logits = model.model.lm_head(model.model.model.norm(hidden))[0]
-    same(logits * logits_factor(model.config), wanted)
+    same(finish_of(model.config)(logits), wanted)
     tail = TailModel(LayerStream(checkpoint))
     hidden = tail.embed(ids)
     for index in range(len(tail.layers)):
@@ -103,12 +102,13 @@ def test_whole_models_compute_what_transformers_computes(tiny, name):
     same(tail.predictions(hidden)[0], wanted.log_softmax(-1))
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", CASES)
 def test_heads_in_another_order_compute_the_same(tiny, name):
     checkpoint, ids = open_case(tiny, name), tokens(60)
     base = base_of(checkpoint)
     layer = LayerPlan((True, False), sink=4, window=100)
-    plan = Plan(base, (layer,) * base.layers)
+    layers = [layer if x.kept is None else x for x in whole_layers(checkpoint)]
+    plan = Plan(base, tuple(layers))
     got = extended(Engine.load(checkpoint, plan=plan), ids, 40)
     same(got, expected(checkpoint, ids))
 

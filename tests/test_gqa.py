@@ -290,7 +290,7 @@ def test_the_folded_layer_attends_to_what_the_merge_rebuilds(case):
     v = torch.einsum("hde,bte->bhtd", found.value_decode[0], latent)
     tables = [table.double() for table in case.stream.tables(0, hidden.shape[1])]
     q, k = own.rotate(q, k, *tables)
-    expected = own.output(own.attend(q, k, v).float())
+    expected = own.output(own.attend(q, k, v).float(), hidden)
     stages = gqa_stages(case, found)
     got = stages.output(stages.context(hidden, case.stream.rope.scale))
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)

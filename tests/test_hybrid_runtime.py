@@ -8,7 +8,6 @@ from kvtool.calibrate.past import read_past
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import UnsupportedModelError
 from kvtool.hybrid import HybridModel
 from kvtool.layout import decoder_layers
 from kvtool.runtime import Engine
@@ -193,9 +192,3 @@ def test_a_state_gives_no_prefix_away(hybrid):
     engine.extend(source, IDS)
     with pytest.raises(NotImplementedError, match="a state has no prefix"):
         target.copy_prefix(source, len(IDS) // 2)
-
-
-def test_plans_and_experts_are_refused(hybrid, tiny, tmp_path):
-    write_hybrid(tiny("llama"), tmp_path, [0], num_local_experts=4, num_experts_per_tok=2)
-    with pytest.raises(UnsupportedModelError, match="mixture-of-experts"):
-        Engine.load(Checkpoint.open(str(tmp_path)))

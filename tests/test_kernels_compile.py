@@ -25,7 +25,7 @@ def test_kernels_compile_for_hopper_and_fit():
     assert {x["kernel"] for x in kernels} >= {
         "_hadamard", "_append", "_attend", "_merge", "_states", "_pass_on", "_outputs", "_step",
         "_conv", "_pack", "_rms_norm", "_swiglu", "_merge_parts",
-        "_grouped_linear",
+        "_grouped_linear", "_delta_step",
     }  # fmt: skip
     for made in kernels:
         assert made["cubin"] > 0

@@ -294,7 +294,7 @@ def test_bits_go_to_numbers_that_predictions_feel(latent):
         (["--bits", "K4V2"], "keys and values at once"),
         (["--bits", "S8"], "no layer of"),
         (["--method", "kivi"], "by what predictions feel"),
-        (["--bits", "fp8"], "--bits fp8 is for models whose layers all have KV heads"),
+        (["--bits", "fp8"], "--bits fp8 is for keys and values of heads, and not for latents"),
         (["--read", "rebuilt"], "read as stored"),
         (["--bits", "auto", "--kv-budget", "1%"], "with 2 bits everywhere, the cache takes"),
     ],

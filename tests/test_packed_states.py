@@ -262,8 +262,6 @@ def test_a_budget_counts_the_states(hybrid, tmp_path, capsys):
     [
         (["--bits", "S3"], "states have 4 or 8 bits"),
         (["--bits", "auto", "--kv-budget", "1%"], "with 2 bits everywhere, the cache takes"),
-        (["--method", "rotatekv"], "all have KV heads"),
-        (["--bits", "fp8"], "--bits fp8 is for models whose layers all have KV heads"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(hybrid, tmp_path, capsys, words, message):
@@ -272,13 +270,11 @@ def test_bad_input_ends_in_a_sentence(hybrid, tmp_path, capsys, words, message):
 
 
 def test_other_plans_are_refused(hybrid, tiny, tmp_path, capsys):
-    for words in (["budgets", "--kv-budget", "50%"], ["projections"], ["retrieval-heads"]):
-        out = str(tmp_path / "p")
-        code = run_command(["calibrate", *words, hybrid.source, "-o", out, "-q"])
-        assert code == UnsupportedModelError.exit_code, words
-        assert "keep a state" in capsys.readouterr().err
-    llama = str(tiny("llama"))
     out = str(tmp_path / "p")
+    code = run_command(["calibrate", "projections", hybrid.source, "-o", out, "-q"])
+    assert code == UnsupportedModelError.exit_code
+    assert "keep a state" in capsys.readouterr().err
+    llama = str(tiny("llama"))
     assert run_command(["calibrate", "quantization", llama, "-o", out, "--bits", "S8"]) == 2
     assert "keeps a state" in capsys.readouterr().err
 
@@ -372,5 +368,5 @@ def test_bits_of_states_are_not_lost(hybrid):
     assert {x.kept.bits for x in with_states(few, 8).layers if x.kept is not None} == {8}
     plain = everything(hybrid, base_of(hybrid), QuantizationOptions())
     assert {x.kept.bits for x in with_states(plain, None).layers if x.kept is not None} == {8}
-    with pytest.raises(PlanError, match="not composed"):
+    with pytest.raises(PlanError, match="same states"):
         compose(plain, few)

@@ -34,7 +34,9 @@ pytest.importorskip("triton")
 KINDS = [
     "qwen3", "streaming", "streaming-sparse", "packed", "packed-sparse", "codes", "codes-narrow",
     "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
-    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "smollm3", "glm4", "ministral3",
+    "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "smollm3", "glm4",
+    "qwen3_5_text", "qwen3_5_text, budgets", "qwen3_5_text, packed", "gemma4_text, keys are values",
+    "ministral3",
 ]  # fmt: skip
 
 
@@ -85,8 +87,14 @@ def engines(tiny, tmp_path_factory):
                     tuple(LayerPlan(streams, 3, 9) for streams in layers),
                     prefill=prefill,
                 )
-            elif kind == "gemma3_text, budgets":
-                checkpoint = Checkpoint.open(str(tiny("gemma3_text", **CASES["gemma3_text"][1])))
+            elif kind == "qwen3_5_text, packed":
+                checkpoint = Checkpoint.open(str(tiny("qwen3_5_text", **CASES["qwen3_5_text"][1])))
+                state, heads = whole_layers(checkpoint)[:2]
+                layers = [replace(heads, bits=Bits(4, 2, 64, window=n)) for n in (5, 6)]
+                plan = Plan(base_of(checkpoint), (state, layers[0], state, layers[1]))
+            elif kind.endswith("_text, budgets"):
+                name = kind.removesuffix(", budgets")
+                checkpoint = Checkpoint.open(str(tiny(name, **CASES[name][1])))
                 layers = whole_layers(checkpoint)
                 some = [replace(layers[1], budget=(7, 70)), LayerPlan((True, False), 3, 9)]
                 plan = Plan(

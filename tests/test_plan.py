@@ -372,7 +372,7 @@ def test_a_document_with_anything_anywhere_is_refused_or_works(
 @pytest.mark.parametrize(
     ("where", "value", "complaint"),
     [
-        ("format_version", "8", "newer kvtool"),
+        ("format_version", "9", "newer kvtool"),
         ("format_version", "2", "whose codes are not read"),
         ("format_version", "0", "no kvtool has written"),
         ("allocation", '"even"', "come together"),
@@ -605,7 +605,7 @@ def test_a_cut_fits_its_budget_and_one_streaming_head_less_would_not(
     budget = sizes[like] + off
     fitting = [n for n, size in enumerate(sizes) if size <= budget]
     if not fitting:
-        with pytest.raises(PlanError, match="too small"):
+        with pytest.raises(UsageError, match="too small"):
             cut(plan, budget, context, 2)
         return
     smaller = cut(plan, budget, context, 2)
@@ -622,7 +622,7 @@ def test_what_cannot_be_sliced_is_refused_with_the_reason() -> None:
         with pytest.raises(PlanError, match=complaint):
             stream_heads(plan, 1, 4, 8)
     for count in (-1, 7):
-        with pytest.raises(PlanError, match="6"):
+        with pytest.raises(UsageError, match="6"):
             stream_heads(SCORED, count, 4, 8)
     with pytest.raises(PlanError, match="no head streams"):
         cut(SCORED, 10**6, 4096, 2)

@@ -210,7 +210,7 @@ class MixedAttention(nn.Module):
         self.full = full
         gate = self.gates.repeat_interleave(group)[:, None, None]
         mixed = full if self.teacher is None else self.teacher
-        return stages.output(gate * mixed + (1 - gate) * streaming), None
+        return stages.output(gate * mixed + (1 - gate) * streaming, hidden_states), None
 
 
 @torch.inference_mode()
@@ -276,7 +276,7 @@ def test_only_the_tail_is_distilled(llama, prefill):
     assert lesson.scale == pytest.approx(float(lesson.hidden.square().mean()))
     student = GatedModel(llama, WINDOW, penalty=0.0)
     nn.init.constant_(student.alpha, 0.5)
-    hidden = run_gated(llama, lesson.reading, student.alpha, WINDOW)
+    hidden = run_gated(llama, lesson.reading, student.alpha, WINDOW, {})
     expected = (hidden - lesson.hidden).square().mean() / lesson.hidden.square().mean()
     torch.testing.assert_close(student(lesson)[0], expected)
 
@@ -421,7 +421,7 @@ def test_looked_at_attention_is_that_of_the_original(opened, tiny, family, prefi
     with torch.inference_mode():
         out = original(ids[None], output_attentions=True, use_cache=False)
     before = len(sample.context) + sample.answers - 1
-    for got, expected in zip(rows, out.attentions, strict=True):
+    for got, expected in zip(rows.values(), out.attentions, strict=True):
         close(got, expected[0, :, before])
     predicted = out.logits[0, before].argmax(-1)
     assert torch.equal(recalled, predicted == sample.tail[sample.answers])
@@ -452,7 +452,7 @@ def crafted_parts(secret: tuple[int, ...] = (10, 11, 12, 13)) -> tuple[Any, Any]
         first=torch.tensor([False, True, False, False, False, False]),
         spans=torch.tensor([[-1, -1]] + [[10, 14]] * 4 + [[-1, -1]]),
     )
-    layouts = [SimpleNamespace(heads=4, kv_heads=2)]
+    layouts = [SimpleNamespace(kind="gqa", heads=4, kv_heads=2)]
     model = SimpleNamespace(layers=[None], layouts=layouts, device=torch.device("cpu"))
     return SimpleNamespace(sample=sample, ids=sample.tail, answers=sample.answers), model
 
@@ -462,7 +462,7 @@ def crafted(
 ) -> tuple[list[float], list[float]]:
     """Scores from attention rows `[4, 4, 26]`."""
     reading, model = crafted_parts(secret)
-    monkeypatch.setattr(attention_module, "look", lambda *_: ([rows], torch.tensor(recalled)))
+    monkeypatch.setattr(attention_module, "look", lambda *_: ({0: rows}, torch.tensor(recalled)))
     retrieval, semantic = attention_scores(model, [reading], silent)
     return retrieval[0].tolist(), semantic[0].tolist()
 
@@ -502,7 +502,7 @@ def test_a_group_is_as_good_as_its_best_head_over_all_readings(monkeypatch):
     assert halves == [1.0, 1.0]
     turns = iter(rows)
     sample, model = crafted_parts()
-    monkeypatch.setattr(attention_module, "look", lambda *_: ([next(turns)], torch.ones(4) > 0))
+    monkeypatch.setattr(attention_module, "look", lambda *_: ({0: next(turns)}, torch.ones(4) > 0))
     retrieval, _ = attention_scores(model, [sample, sample], silent)
     assert retrieval[0, 0] == 0.5
 

@@ -102,7 +102,7 @@ class MaskedAttention(nn.Module):
         mask = self.visible(unrotated[0], q[0], k[0], v[0]).repeat_interleave(group, dim=0)
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores = (stages.layout.scaling * q @ k.mT).masked_fill(~mask, -torch.inf)
-        return stages.output(scores.softmax(-1) @ v), None
+        return stages.output(scores.softmax(-1) @ v, hidden_states), None
 
 
 class Masked:
@@ -552,7 +552,7 @@ def test_heads_of_a_layer_with_a_sliding_window_cannot_stream(tiny):
     with pytest.raises(PlanError, match=r"layer 0 .* keeps the window that it sees, and KV heads"):
         Engine.load(checkpoint, plan=make_plan(checkpoint))
     plan = Plan(base_of(checkpoint), (LayerPlan((), kept=WindowPlan(2, 16, 25)),) * 3)
-    with pytest.raises(PlanError, match="a sliding window of 24 tokens, and 25 are planned"):
+    with pytest.raises(PlanError, match="of 24 tokens of 2 heads x 16, and 25 tokens"):
         Engine.load(checkpoint, plan=plan)
 
 
@@ -565,7 +565,7 @@ def test_reordered_heads_compute_the_same_layer(tiny):
 
     def run():
         q, k, v = stages.project(hidden)
-        return k, stages.output(stages.attend(*stages.normalise(q, k), v))
+        return k, stages.output(stages.attend(*stages.normalise(q, k), v), hidden)
 
     keys, expected = run()
     stages.reorder_kv_heads([1, 0])

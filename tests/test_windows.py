@@ -30,7 +30,13 @@ from kvtool.windows import WindowPlan
 
 WINDOW, HEADS, SIZE, BYTES = 24, 2, 16, 4
 TOKEN = 2 * HEADS * SIZE * BYTES  # bytes of a token in a layer
-MIXED = ["gemma3_text", "olmo3", "cohere2", "exaone4"]  # every other layer has a window
+MIXED = [
+    "gemma3_text",
+    "gemma4_text, keys are values",
+    "olmo3",
+    "cohere2",
+    "exaone4",
+]  # every other layer has a window
 
 
 def open_case(tiny, name) -> Checkpoint:
@@ -135,7 +141,7 @@ def test_heads_of_the_other_layers_are_scored_and_stream(tiny, tmp_path, monkeyp
         some = stream_heads(plan, count, 4, 24)
         assert [layer == window for layer in some.layers] == [True, False, True, False]
         assert some.streaming_heads == count
-    with pytest.raises(PlanError, match="5 heads cannot stream: the model has 4"):
+    with pytest.raises(UsageError, match="5 heads cannot stream: the model has 4"):
         stream_heads(plan, 5, 4, 24)
     some.write(tmp_path / "heads.plan")
     read = Plan.read(tmp_path / "heads.plan")
@@ -173,7 +179,7 @@ def test_a_budget_is_met_by_the_heads_that_see_the_whole_past(tiny):
         some = cut(plan, size, 100, BYTES)
         assert (some.streaming_heads, some.cache_bytes(100, BYTES)) == (kept, size)
         assert cut(plan, size - 1, 100, BYTES).streaming_heads == kept + 1 if kept < 4 else True
-    with pytest.raises(PlanError, match="too small"):
+    with pytest.raises(UsageError, match="too small"):
         cut(plan, size - 1, 100, BYTES)
 
 
@@ -208,7 +214,7 @@ def test_plans_with_windows_in_other_layers_are_not_composed(tiny):
     plan = streaming(open_case(tiny, "gemma3_text"), 2, 6)
     some = [LayerPlan((False,) * HEADS, budget=(9,) * HEADS), plan.layers[0]] * 2
     budgets = replace(plan, layers=tuple(some), policy="snapkv")
-    with pytest.raises(PlanError, match="same sliding windows"):
+    with pytest.raises(PlanError, match="same states and sliding windows"):
         compose(plan, budgets)
 
 
@@ -267,8 +273,9 @@ def test_a_model_of_windows_alone_is_refused(tiny):
 def test_a_plan_of_another_window_is_refused(tiny):
     checkpoint = open_case(tiny, "gemma3_text")
     plan = streaming(checkpoint, 2, 6)
-    with pytest.raises(PlanError, match="layer 0 has a window of 2 heads x 8"):
-        replace(plan, layers=(LayerPlan((), kept=WindowPlan(2, 8, 24)), *plan.layers[1:]))
+    other = replace(plan, layers=(LayerPlan((), kept=WindowPlan(2, 8, 24)), *plan.layers[1:]))
+    with pytest.raises(PlanError, match="2 heads x 16, and 24 tokens of 2 heads x 8"):
+        Engine.load(checkpoint, plan=other)
     with pytest.raises(PlanError, match=r"layer 1 .* keeps KV heads, and the window"):
         Engine.load(checkpoint, plan=replace(plan, layers=(*plan.layers[:1], plan.layers[0]) * 2))
     with pytest.raises(PlanError, match="without any number"):

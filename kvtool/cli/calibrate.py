@@ -104,23 +104,25 @@ def retrieval_heads(
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Recall tasks to look at.", rich_help_panel="Input")
-    ] = 8,
+        int | None,
+        typer.Option(min=1, help="Recall tasks to look at: 8.", rich_help_panel="Input"),
+    ] = None,
     data: _options.Data = None,
     steps: Annotated[
-        int, typer.Option(min=1, help="Training steps.", rich_help_panel=_TRAINING)
-    ] = 200,
+        int | None, typer.Option(min=1, help="Training steps: 200.", rich_help_panel=_TRAINING)
+    ] = None,
     mix: Annotated[
-        Literal["self", "teacher"],
+        Literal["self", "teacher"] | None,
         typer.Option(
-            help="Whose full attention the gates mix in: self as in the paper, teacher as in its "
-            "code.",
+            help="Whose full attention the gates mix in: self as in the paper (default), teacher "
+            "as in its code.",
             rich_help_panel=_TRAINING,
         ),
-    ] = "self",
+    ] = None,
     penalty: Annotated[
-        float, typer.Option(min=0.0, help="Pull of the gates to 0.", rich_help_panel=_TRAINING)
-    ] = 0.05,
+        float | None,
+        typer.Option(min=0.0, help="Pull of the gates to 0: 0.05.", rich_help_panel=_TRAINING),
+    ] = None,
     device: _options.Device = "auto",
     seed: _options.Seed = 0,
     overwrite: _options.Overwrite = False,
@@ -147,6 +149,12 @@ def retrieval_heads(
 
     if kv_budget is not None and streaming_heads is not None:
         raise UsageError("--kv-budget and --streaming-heads both say how many heads stream")
+    named = {"steps": steps, "mix": mix, "penalty": penalty}
+    training: dict[str, Any] = {name: x for name, x in named.items() if x is not None}
+    if training and method != "duo":
+        raise UsageError(f"--{next(iter(training))} is for --method duo: {method} trains nothing")
+    if method == "entropy" and (lengths or samples is not None):
+        raise UsageError("--length and --samples are of recall tasks, which entropy does not need")
     main = os.environ.get("RANK", "0") == "0"  # under accelerate launch, one process writes
     if main:
         check_plan_output(output, overwrite=overwrite)
@@ -160,12 +168,10 @@ def retrieval_heads(
         window=window,
         prefill=prefill,
         lengths=tuple(lengths) if lengths else None,
-        samples=samples,
-        mix=mix,
-        steps=steps,
-        penalty=penalty,
+        samples=samples or HeadOptions.samples,
         data=data,
         seed=seed,
+        **training,
     )
     check_options(checkpoint, options)
     context = _options.context_of(checkpoint, context)
@@ -313,7 +319,7 @@ def budgets(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
     context = _options.context_of(checkpoint, context)
-    check_can_drop(checkpoint, windows=True)
+    check_can_drop(checkpoint, bounded=True)
     whole = Plan(base_of(checkpoint), whole_layers(checkpoint))
     native = whole.native_bytes(context, _BF16)
     options = BudgetOptions(method, policy, context, minimum, data, tokens, seed)

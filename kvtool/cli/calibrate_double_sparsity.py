@@ -55,7 +55,7 @@ def double_sparsity(
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
-    check_can_drop(checkpoint, windows=True)
+    check_can_drop(checkpoint, bounded=True)
     start = _options.read_plan(plan, checkpoint)
     if start is None:
         start = Plan(base_of(checkpoint), whole_layers(checkpoint))

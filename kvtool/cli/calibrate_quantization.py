@@ -160,7 +160,7 @@ def quantization(
     )
     context = _options.context_of(checkpoint, context)
     base = base_of(checkpoint)
-    check_can_drop(checkpoint, other=True, windows=True)
+    check_can_drop(checkpoint, other=True, bounded=True)
     start = _options.read_plan(plan, checkpoint)
     width = base.head_dim
     options = bit_options.QuantizationOptions(
@@ -186,8 +186,9 @@ def quantization(
         start = method_of.everything(checkpoint, base, options)
     elif any(isinstance(layer.kept, LatentPlan) for layer in start.layers):
         raise UsageError("the plan of --plan has bits already", hint="Leave it out.")
-    if states is not None and not any(isinstance(x.kept, StatePlan) for x in start.layers):
-        raise UsageError(f"--bits {bits}: no layer of {checkpoint.source} keeps a state")
+    kept = [x.kept for x in start.layers if isinstance(x.kept, StatePlan)]
+    if states is not None and not any(x.rule == "mamba2" for x in kept):
+        raise UsageError(f"--bits {bits}: no layer of {checkpoint.source} keeps a state of Mamba-2")
     native = start.native_bytes(context, _BF16)
     budget = None if kv_budget is None else parse_budget(kv_budget, native)
     planned = method_of.plan_ahead(start, options, budget, _BF16)

@@ -56,7 +56,8 @@ def receptive_field(
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
-    if not any(layout.kind == "mamba" for layout in describe(model_config(checkpoint))):
+    mixers = [layout.mixer for layout in describe(model_config(checkpoint)) if layout.mixer]
+    if not any(mixer.rule == "mamba2" for mixer in mixers):
         raise UnsupportedModelError(f"no layer of {checkpoint.source} keeps a state")
     if taught is None and (taught := _noted(checkpoint)) is None:
         raise UsageError(

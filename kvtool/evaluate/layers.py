@@ -21,7 +21,7 @@ from kvtool.layout import decoder_layers
 from kvtool.plan import Plan
 from kvtool.rope import rotate
 from kvtool.runtime.cache import KVCache
-from kvtool.runtime.layers import LatentRuntimeAttention, Step
+from kvtool.runtime.layers import LatentRuntimeAttention, Step, through
 
 if TYPE_CHECKING:
     from kvtool.runtime import Engine
@@ -145,8 +145,9 @@ class _Walk:
         """Through the layers from `first` to `end`; their stores start anew with the prompt."""
         prompt, rest = hidden
         for layer in self.layers[first:end]:
-            prompt = layer(prompt, past_key_values=self.steps[0])
-            rest = layer(rest, past_key_values=self.steps[1])
+            prompt, rest = (
+                through(layer, *x) for x in zip((prompt, rest), self.steps, strict=True)
+            )
         return prompt, rest
 
     def scores(self, index: int, hidden: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from kvtool.errors import UsageError
-from kvtool.mamba import shape_of
 
 if TYPE_CHECKING:
     from kvtool.layer_plan import LayerPlan
@@ -202,7 +201,8 @@ def bf16_bytes(engine: Engine, prompt: int, tokens: int) -> int:
         elif layer.bytes_per_token:
             size += round(layer.bytes_per_token_bf16 * tokens)
         else:
-            size += StatePlan.of(shape_of(engine.config)).cache_bytes(tokens, BFLOAT16_BYTES)
+            shape = attention.stages.shape
+            size += StatePlan.of(shape).cache_bytes(tokens, BFLOAT16_BYTES)
     return size
 
 

@@ -343,7 +343,7 @@ class CodedAttention(GroupedAttention):
         q = stages.temper(q, step.positions)
         if step.place is not None:
             assert isinstance(store, PagedCoded)
-            return stages.output(step_of(store, q, k, v, step, self.table))
+            return stages.output(step_of(store, q, k, v, step, self.table), hidden)
         q_rotated, k_rotated = stages.rotate(q, k, cos, sin)
         new = Tokens(q, k, v, q_rotated, k_rotated, step.positions)
-        return stages.output(store.add(new, step))
+        return stages.output(store.add(new, step), hidden)

@@ -14,15 +14,16 @@ from kvtool.errors import CheckpointError, UsageError
 from kvtool.kernels.dispatch import use_triton
 from kvtool.kernels.linear import LEAST_ROWS
 from kvtool.latent import FactoredAttention
-from kvtool.layout import decoder_layers, embedding_factor, logits_factor
+from kvtool.layout import decoder_layers, embedding_factor, finish_of
 from kvtool.plan import Plan
 from kvtool.rope import Rope
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.graphs import PagedCache, PagedMemory
 from kvtool.runtime.head_pages import HeadPages
 from kvtool.runtime.host import load_host
-from kvtool.runtime.layers import DecodeLinear, Step
+from kvtool.runtime.layers import DecodeLinear, Step, through
 from kvtool.runtime.pages import Pages
+from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE, Rows, whole_pages
@@ -55,7 +56,7 @@ class Engine:
         self.device: torch.device = model.device
         self.eos_ids = _eos_ids(model, self.tokenizer)
         self._embedding_factor = embedding_factor(self.config)
-        self._logits_factor = logits_factor(self.config)
+        self._finish = finish_of(self.config)
         limits = [x.most_tokens for x in attentions if x.most_tokens is not None]
         self._most_tokens = min(limits, default=sys.maxsize)
         self._ropes: list[Rope] = []
@@ -74,7 +75,7 @@ class Engine:
         device: str = "cpu",
         plan: Plan | None = None,
     ) -> Engine:
-        """Loads a GQA, `deepseek_v3`, `kvtool_mla` or `granitemoehybrid` checkpoint.
+        """Loads a checkpoint of a family that kvtool knows, of its own or of a hybrid.
 
         Args:
             plan: What the layers of a GQA checkpoint keep; everything if not given.
@@ -232,11 +233,12 @@ class Engine:
     def new_pages(self, rows: int, pages: int) -> Pages:
         """So many pages for so many rows; of single heads if the plan has token budgets."""
         most = whole_pages(self.max_context) // PAGE
-        by_head = [isinstance(x, SplitAttention | WindowedAttention) for x in self.attentions]
+        kinds = SplitAttention | WindowedAttention | RuntimeMixer
+        by_head = [isinstance(x, kinds) for x in self.attentions]
         if self.plan is None or self.plan.policy is None or not all(by_head):
             return Pages(rows, pages, most, self.device)
         budgets = [getattr(attention, "paged_budgets", []) for attention in self.attentions]
-        stages = self.attentions[0].stages
+        stages = next(x.stages for x in self.attentions if isinstance(x, SplitAttention))
         like, head_dim = stages.qkv.weight, stages.layout.head_dim
         return HeadPages(rows, pages, most, budgets, head_dim, like)
 
@@ -314,14 +316,13 @@ class Engine:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[B, T, V]` fp32 of what the last layer gives, `[B, T, hidden]`."""
         logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
-        logits = logits.float()
-        return logits if self._logits_factor == 1 else logits * self._logits_factor
+        return self._finish(logits.float())
 
     def run(self, step: Step, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` through the decoder layers to hidden states `[B, T, hidden]`."""
         hidden = self.embed(ids)
         for layer in decoder_layers(self.model):
-            hidden = layer(hidden, past_key_values=step)
+            hidden = through(layer, hidden, step)
         return hidden
 
     def embed(self, ids: Tensor) -> Tensor:

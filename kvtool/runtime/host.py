@@ -15,8 +15,14 @@ from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
 from kvtool.latent import LatentAttention
 from kvtool.latent_bits import LatentPlan
-from kvtool.layout import AttentionLayout, decoder_layers, describe, is_mixer, ropes_of
-from kvtool.mamba import Mixer, shape_of
+from kvtool.layout import (
+    AttentionLayout,
+    decoder_layers,
+    describe,
+    mixer_in,
+    mixer_of,
+    ropes_of,
+)
 from kvtool.plan import Plan
 from kvtool.rope import Rope
 from kvtool.runtime.coded import CodedAttention
@@ -39,7 +45,7 @@ from kvtool.windows import WindowPlan
 _KEPT = {
     "gqa": "KV heads",
     "mla": "latents",
-    "mamba": "states",
+    "state": "states",
     "window": "the window that it sees",
 }
 
@@ -93,10 +99,11 @@ def swap_attention(
     for i, (layer, rope) in enumerate(zip(decoder_layers(model), ropes, strict=True)):
         inv_freq = rope.inv_freq
         kept = None if plan is None else plan.layers[i].kept
-        if is_mixer(layer):
+        if (mixer := mixer_of(layer)) is not None:
             state = kept if isinstance(kept, StatePlan) else None
-            layer.mamba = RuntimeMixer(Mixer.of(layer.mamba), i, inv_freq, rope.scale, state)
-            swapped.append(layer.mamba)
+            runtime = RuntimeMixer(mixer, i, inv_freq, rope.scale, state)
+            setattr(layer, mixer_in(layer) or "", runtime)
+            swapped.append(runtime)
             continue
         module, name = layer.self_attn, f"model.layers.{i}.self_attn"
         attention: RuntimeAttention
@@ -159,13 +166,10 @@ def _check_plan(
 ) -> None:
     """Refuses a plan that the model's attention cannot obey, or that was made for another."""
     latent = factored or any(layout.kind == "mla" for layout in layouts)
-    state = any(layout.kind == "mamba" for layout in layouts)
-    if (latent or state) and all(layer.kept is None for layer in plan.layers):
-        why = "its heads share one latent, so none of them can keep less than the others"
-        if state:
-            why = "some of its layers keep a state and no keys and values"
+    if latent and all(layer.kept is None for layer in plan.layers):
         raise UnsupportedModelError(
-            f"{checkpoint.source} cannot run with a plan of heads alone: {why}",
+            f"{checkpoint.source} cannot run with a plan of heads alone: its heads share one "
+            "latent, so none of them can keep less than the others",
             hint="use the plan with the model that this one was converted from",
         )
     plan.check_base(checkpoint)
@@ -176,7 +180,7 @@ def _check_plan(
         if layout.sliding_window is not None:
             kind = "window"
         other = kept.kept
-        planned = {StatePlan: "mamba", LatentPlan: "mla", WindowPlan: "window"}.get(
+        planned = {StatePlan: "state", LatentPlan: "mla", WindowPlan: "window"}.get(
             type(other), "gqa"
         )
         if planned != kind:
@@ -184,7 +188,7 @@ def _check_plan(
                 f"layer {i} of {checkpoint.source} keeps {_KEPT[kind]}, and {_KEPT[planned]} are "
                 "planned"
             )
-        if isinstance(other, StatePlan) and not other.fits(shape_of(config)):
+        if isinstance(other, StatePlan) and layout.mixer and not other.fits(layout.mixer):
             raise PlanError(f"layer {i} of {checkpoint.source} has a state of other sizes")
         if isinstance(other, LatentPlan) and other.sink + other.ring > positions:
             raise PlanError(
@@ -201,8 +205,8 @@ def _check_plan(
                 f"layer {i} has exact room for {kept.bits.sink + kept.bits.ring} tokens, more than "
                 f"the {positions} positions of {checkpoint.source}"
             )
-        if isinstance(other, WindowPlan) and other.window != layout.sliding_window:
+        if isinstance(other, WindowPlan) and other != (own := WindowPlan.of(layout)):
             raise PlanError(
-                f"layer {i} of {checkpoint.source} has a sliding window of {layout.sliding_window} "
-                f"tokens, and {other.window} are planned"
+                f"layer {i} of {checkpoint.source} has a sliding window of {own}, and {other} is "
+                "planned"
             )

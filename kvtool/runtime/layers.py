@@ -144,6 +144,12 @@ class RuntimeAttention(nn.Module):
     layer_index: int
 
 
+def through(layer: Any, hidden: Tensor, step: Step) -> Tensor:
+    """Hidden states `[B, T, hidden]` through a decoder layer of the host that has such a module."""
+    result: Tensor = layer(hidden, past_key_values=step, position_embeddings=None)
+    return result
+
+
 def step_of(store: Any, q: Tensor, k: Tensor, v: Tensor, step: Step, table: int) -> Tensor:
     """What one new token per row reads of a paged store, `[B, Q, 1, D]`.
 
@@ -172,10 +178,10 @@ class GroupedAttention(RuntimeAttention):
         q, k = stages.normalise(q, k)
         unrotated = stages.temper(q, step.positions)
         if step.place is not None:
-            return stages.output(step_of(store, unrotated, k, v, step, self.table))
+            return stages.output(step_of(store, unrotated, k, v, step, self.table), hidden)
         cos, sin = (table[:, None] for table in step.tables[self.table])
         q, k = stages.rotate(unrotated, k, cos, sin)
-        return stages.output(self.read(NewTokens(q, unrotated, k, v), step, store))
+        return stages.output(self.read(NewTokens(q, unrotated, k, v), step, store), hidden)
 
     def read(self, new: NewTokens, step: Step, store: Any) -> Tensor:
         """What new tokens read of a store that they are added to, `[B, Q, T, D]`."""

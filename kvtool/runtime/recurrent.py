@@ -1,4 +1,4 @@
-"""Mamba-2 layers of a hybrid checkpoint: a state of fixed size instead of keys and values.
+"""Layers of a hybrid checkpoint with a state of fixed size instead of keys and values.
 
 A state is a sum over the text, from which no token can be taken out again: a row cannot be cropped,
 only started over, and a prefix cannot be shared once it has been read past.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtool.delta_net import DeltaNet
 from kvtool.kernels.quantise import dequantise_rows, packed_bytes, quantise_rows
 from kvtool.kernels.ssd import ssd_chunked
 from kvtool.mamba import CHUNK, Mixer, Past, Projected
@@ -20,11 +21,13 @@ from kvtool.runtime.pages import Pages, PerRow, Place
 from kvtool.runtime.stores import Store
 from kvtool.states import StatePlan
 
+Stages = Mixer | DeltaNet
+
 
 class StateStore(Store):
     """What a mixer remembers of every row: `conv [B, C, K - 1]` and `state [B, H, P, N]` fp32."""
 
-    def __init__(self, mixer: Mixer, rows: int) -> None:
+    def __init__(self, mixer: Stages, rows: int) -> None:
         shape, like = mixer.shape, mixer.in_proj.weight
         states = (rows, shape.heads, shape.head_dim, shape.state)
         self.mixer = mixer
@@ -55,14 +58,18 @@ class StateStore(Store):
         for plane, kept in zip(self.planes.values(), saved, strict=True):
             plane[row] = kept
 
-    def add(self, new: Projected, step: Step) -> Tensor:
-        """Takes up T new tokens and returns y `[B, T, H, P]`."""
+    def add(self, new: Any, step: Step) -> Tensor:
+        """Takes up T new tokens and returns y `[B, T, H, P]`.
+
+        Args:
+            new: What the mixer projects of them.
+        """
         rows = slice(None) if step.row is None else slice(step.row, step.row + 1)
         past = Past(self.planes["conv"][rows], self.planes["state"][rows])
         for b, start in enumerate(step.starts):
             if start == 0:
                 past.conv[b], past.state[b] = 0, 0
-        if new.dt.shape[1] == 1:
+        if new[0].shape[1] == 1:
             return self.mixer.step(new, past)
         y, after = self.mixer.scan(new, past)
         for plane, values in zip(past, after, strict=True):
@@ -73,11 +80,11 @@ class StateStore(Store):
 class PagedStates(PerRow, StateStore):
     """The same for the rows of a paged memory, which take no pages here."""
 
-    def __init__(self, mixer: Mixer, pages: Pages) -> None:
+    def __init__(self, mixer: Stages, pages: Pages) -> None:
         super().__init__(mixer, pages.rows)
         self.pages = pages
 
-    def step(self, new: Projected, at: Place) -> Tensor:
+    def step(self, new: Any, at: Place) -> Tensor:
         """Takes up a new token per row and returns y `[B, 1, H, P]`."""
         past = Past(*(plane[at.rows] for plane in self.planes.values()))
         for values in past:  # of a row that begins here
@@ -96,6 +103,8 @@ class PackedStates(StateStore):
             behind the last whole chunk; of up to C - 1 tokens behind that, `x [B, C - 1, H, P]`,
             `dt [B, C - 1, H]` fp32 and `b [B, C - 1, G, N]`.
     """
+
+    mixer: Mixer
 
     def __init__(self, mixer: Mixer, rows: int, plan: StatePlan) -> None:
         assert plan.bits is not None
@@ -158,7 +167,7 @@ class PackedStates(StateStore):
 
 
 class RuntimeMixer(RuntimeAttention):
-    """A Mamba-2 mixer over a store of states.
+    """A mixer over a store of states.
 
     Args:
         plan: How it keeps them; None for fp32.
@@ -166,7 +175,7 @@ class RuntimeMixer(RuntimeAttention):
     """
 
     def __init__(
-        self, stages: Mixer, index: int, inv_freq: Tensor, scale: float,
+        self, stages: Stages, index: int, inv_freq: Tensor, scale: float,
         plan: StatePlan | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -179,6 +188,7 @@ class RuntimeMixer(RuntimeAttention):
 
     def new_store(self, rows: int, capacity: int) -> StateStore:
         if self.packed is not None:
+            assert isinstance(self.stages, Mixer)
             return PackedStates(self.stages, rows, self.packed)
         return StateStore(self.stages, rows)
 
@@ -189,6 +199,7 @@ class RuntimeMixer(RuntimeAttention):
         stages = self.stages
         z, new = stages.project(hidden)
         if self.receptive is not None:
+            assert isinstance(new, Projected)
             new = Projected(new.xbc, self._taken_up(new.dt, step, *self.receptive))
         y = store.add(new, step) if step.place is None else store.step(new, step.place)
         output: Tensor = stages.out_proj(stages.gate(y, z))
@@ -203,6 +214,7 @@ class RuntimeMixer(RuntimeAttention):
             first = torch.tensor([*step.starts, *spare], device=raw.device)
         ahead = torch.arange(raw.shape[1], device=raw.device)
         late = first.view(-1, 1, 1) + ahead[:, None] >= taught
+        assert isinstance(self.stages, Mixer)
         return raw.masked_fill(late & (self.stages.steps(raw) < least), -torch.inf)
 
     def forward(  # type: ignore[override]

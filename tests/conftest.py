@@ -132,7 +132,7 @@ def _randomise(model: torch.nn.Module, family: str, seed: int) -> None:
     kept = model.state_dict()  # buffers that are stored: what routers correct scores by
     for name, buffer in sorted(model.named_buffers()):
         if name in kept:
-            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float32))
+            buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float32))
 
 
 def make_model(family: str, path: Path, *, seed: int = 0, **overrides: Any) -> Path:

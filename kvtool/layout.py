@@ -34,14 +34,14 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers are attention and a gated MLP, each behind an RMSNorm, and no more."""
 FAMILIES = (
     *PLAIN,
-    *("apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
+    *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
     *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma4_text"),
     *("gemma4_unified_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
     *("granitemoehybrid", "granitemoeshared", "helium", "hy_v3", "hyperclovax", "internlm3"),
-    *("iquestcoder", "jais2", "kolibri1", "mellum", "minimax_m2", "ministral", "ministral3"),
-    *("mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe", "qwen2_moe"),
-    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3"),
-    *("solar_open", "stablelm", "starcoder2"),
+    *("iquestcoder", "jais2", "kolibri1", "laguna", "mellum", "minimax_m2", "ministral"),
+    *("ministral3", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe"),
+    *("qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss"),
+    *("smollm3", "solar_open", "stablelm", "starcoder2"),
 )
 """Model types whose attention is the GQA layout; each is checked by a test."""
 INTERLEAVED = (
@@ -63,6 +63,9 @@ _SHARED = {
 _MUP = ("granite", "granitemoe", "granitemoeshared", HYBRID, "hyperclovax")
 """Those that multiply embeddings and logits by what their config says; others' may say it, too."""
 
+GATES = {"afmoe": "gate_proj", "laguna": "g_proj"}
+"""The projection to a gate on what heads give, of those that have one beside `q_proj`."""
+
 _CHANGES = "RoPE of type '{}' changes its frequencies with the length of the text"
 
 
@@ -76,7 +79,7 @@ class AttentionLayout:
         head_dim: Size of a query and key head (for `mla`: `nope_dim + rope_dim`).
         scaling: Factor on the scores before the softmax.
         qk_norm: Queries and keys are normed in front of RoPE, `norm_over_heads` all heads together.
-        gated: What heads give is multiplied by a gate per channel, in front of `o_proj`.
+        gated: What heads give is multiplied by a gate, per channel or head, in front of `o_proj`.
         rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
         turned_scale: What RoPE multiplies those by, where they are a part of a head.
         sliding_window: Window in tokens, `None` if the layer sees everything.
@@ -139,6 +142,8 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         if getattr(module, "use_alternative_attention", False):  # keys are the values, too
             needed -= {"v_proj"}
         optional = {"q_norm", "k_norm", "v_norm"}
+        config: Any = module.config
+        needed |= {GATES[config.model_type]} if config.model_type in GATES else set()
     kind = type(module).__name__
     if missing := needed - present:
         raise UnsupportedModelError(
@@ -158,7 +163,9 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
 def _gqa_layout(module: Any, name: str) -> AttentionLayout:
     config, head_dim = module.config, int(module.head_dim)
     fused, over_heads = hasattr(module, "qkv_proj"), False
-    heads = config.num_attention_heads  # KV heads may differ by layer (Gemma 4)
+    # Both may differ by layer (Laguna, Gemma 4).
+    heads = getattr(config, "num_attention_heads_per_layer", None) or config.num_attention_heads
+    heads = heads if isinstance(heads, int) else heads[module.layer_idx]
     kv_heads = config.num_key_value_heads if fused else module.k_proj.out_features // head_dim
     if hasattr(module, "q_norm"):
         sizes = [tuple(getattr(module, x).weight.shape) for x in ("q_norm", "k_norm")]
@@ -187,7 +194,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         output_bias=module.o_proj.bias is not None,
         qk_norm=normed,
         norm_over_heads=over_heads,
-        gated=queries == 2 * heads * head_dim,
+        gated=queries == 2 * heads * head_dim or config.model_type in GATES,
         rotary_dim=rotary_dim,
         turned_scale=scale,
         sliding_window=_sliding_window(module),
@@ -203,13 +210,15 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
         "smollm3": bool(getattr(module, "use_rope", True)),
         "cohere2": window is not None,
         "cohere2_moe": window is not None or bool(getattr(module, "force_rope", False)),
+        "afmoe": window is not None,
         **dict.fromkeys(("exaone4", "exaone_moe", "kolibri1"), window is None or bool(sliding)),
     }
     if not turned.get(config.model_type, True):
         return 0
     by_kind = _rope_parameters(config)
     first: dict[str, Any] = next(iter(by_kind.values()), {})
-    parameters = by_kind.get(getattr(module, "layer_type", ""), first)
+    kinds = getattr(config, "layer_types", None)
+    parameters = by_kind.get(kinds[module.layer_idx], first) if kinds else first
     if parameters.get("rope_type") == "proportional":  # what it does not turn has frequency 0
         return head_dim
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
@@ -355,6 +364,8 @@ def describe(config: Any) -> list[AttentionLayout]:
 
 def embedding_factor(config: Any) -> float:
     """What a model multiplies its embeddings by, where the embedding does not do so itself."""
+    if config.model_type == "afmoe":
+        return float(config.hidden_size**0.5) if config.mup_enabled else 1.0
     return float(config.embedding_multiplier) if config.model_type in _MUP else 1.0
 
 

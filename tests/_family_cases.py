@@ -52,6 +52,14 @@ TEMPERED = {
         "llama_4_scaling_beta": 0.4,
     }
 }
+LAGUNA = {
+    **EXPERTS,
+    **MIXED,
+    "num_attention_heads_per_layer": [4, 8, 2, 4],
+    "rope_parameters": {**TWO_ROPES, **{"full_attention": PARTIAL["rope_parameters"]}},
+    "moe_routed_scaling_factor": 2.5,
+    "moe_router_logit_softcapping": 2.0,
+}
 COMMAND_MOE = {
     **EXPERTS,
     **MIXED,
@@ -111,6 +119,7 @@ MAMBA = {
 }
 ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES} | {
     "qwen3, with what only others read": ("qwen3", MUP | {"logit_scale": 0.25}),
+    "afmoe": ("afmoe", {**EXPERTS, **MIXED, "mup_enabled": True, "attention_bias": True}),
     "apertus": ("apertus", {}),
     "arcee": ("arcee", {}),
     "cohere": ("cohere", {"logit_scale": 0.25}),
@@ -165,6 +174,8 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "iquestcoder": ("iquestcoder", {"attention_bias": True}),
     "jais2": ("jais2", {}),
     "kolibri1": ("kolibri1", {**EXPERTS, **MIXED}),
+    "laguna": ("laguna", LAGUNA),
+    "laguna, gate per channel": ("laguna", {**LAGUNA, "gating": "per-channel"}),
     "mellum": (
         "mellum",
         {

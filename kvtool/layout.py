@@ -63,6 +63,8 @@ _SHARED = {
 _MUP = ("granite", "granitemoe", "granitemoeshared", HYBRID, "hyperclovax")
 """Those that multiply embeddings and logits by what their config says; others' may say it, too."""
 
+_CAPPED = ("gemma3_text", "gemma4_text", "gemma4_unified_text")
+"""Those that cap their logits, if their config says so."""
 GATES = {"afmoe": "gate_proj", "laguna": "g_proj"}
 """The projection to a gate on what heads give, of those that have one beside `q_proj`."""
 
@@ -385,7 +387,7 @@ class Finish:
 
 def finish_of(config: Any) -> Finish:
     """That of a model."""
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = config.final_logit_softcapping if config.model_type in _CAPPED else None
     if config.model_type in ("cohere", "cohere2", "cohere2_moe"):
         return Finish(float(config.logit_scale), cap)
     if config.model_type not in _MUP:
@@ -432,7 +434,7 @@ def ropes_of(config: Any) -> list[Rope]:
     for kind, parameters in _rope_parameters(config).items():
         prefix = f"{kind}_" if kind else ""
         rope_type = parameters.get("rope_type", "default")
-        if "short_mscale" in parameters:  # Phi MoE's scale changes, too
+        if config.model_type == "phimoe" and rope_type != "default":  # its scale changes, too
             raise UnsupportedModelError(_CHANGES.format(rope_type))
         if rope_type == "longrope":
             last = torch.tensor([[config.max_position_embeddings - 1]])

@@ -118,7 +118,10 @@ MAMBA = {
     "num_hidden_layers": 4,
 }
 ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES} | {
-    "qwen3, with what only others read": ("qwen3", MUP | {"logit_scale": 0.25}),
+    "qwen3, with what only others read": (
+        "qwen3",
+        MUP | {"logit_scale": 0.25, "final_logit_softcapping": 3.0},
+    ),
     "afmoe": ("afmoe", {**EXPERTS, **MIXED, "mup_enabled": True, "attention_bias": True}),
     "apertus": ("apertus", {}),
     "arcee": ("arcee", {}),

@@ -67,7 +67,16 @@ _CAPPED = ("gemma3_text", "gemma4_text", "gemma4_unified_text")
 """Those that cap their logits, if their config says so."""
 GATES = {"afmoe": "gate_proj", "laguna": "g_proj"}
 """The projection to a gate on what heads give, of those that have one beside `q_proj`."""
-
+_OTHERS = {
+    **dict.fromkeys(("gemma2", "vaultgemma"), "its attention caps scores"),
+    **dict.fromkeys(
+        ("gpt_oss", "granite_swa", "granitemoe_swa"), "its heads have sinks that are no tokens"
+    ),
+    **dict.fromkeys(
+        ("hunyuan_v1_dense", "hunyuan_v1_moe"), "it norms queries and keys behind RoPE"
+    ),
+}
+"""Why some others are not."""
 _CHANGES = "RoPE of type '{}' changes its frequencies with the length of the text"
 
 
@@ -144,8 +153,8 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         if getattr(module, "use_alternative_attention", False):  # keys are the values, too
             needed -= {"v_proj"}
         optional = {"q_norm", "k_norm", "v_norm"}
-        config: Any = module.config
-        needed |= {GATES[config.model_type]} if config.model_type in GATES else set()
+        family = getattr(getattr(module, "config", None), "model_type", "")
+        needed |= {GATES[family]} if family in GATES else set()
     kind = type(module).__name__
     if missing := needed - present:
         raise UnsupportedModelError(
@@ -336,7 +345,8 @@ def describe(config: Any) -> list[AttentionLayout]:
 
     if config.model_type not in (*FAMILIES, "deepseek_v3"):
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' is not supported",
+            f"model type '{config.model_type}' is not supported"
+            + (f": {_OTHERS[config.model_type]}" if config.model_type in _OTHERS else ""),
             hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 without experts",
         )
     for field, what in _SHARED.items():

@@ -189,7 +189,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
     if getattr(config, "clip_qkv", None) is not None:
         raise UnsupportedModelError(f"{name} clips queries, keys and values (clip_qkv)")
     rotary_dim, normed = _rotary_dim(module, head_dim), hasattr(module, "k_norm")
-    scale = _rope_scale(config) if 0 < rotary_dim < head_dim else 1.0
+    scale = _rope_scale(module) if 0 < rotary_dim < head_dim else 1.0
     if scale != 1 and normed:
         raise UnsupportedModelError(f"{name} has a q/k norm, and RoPE that scales a part of a head")
     first = module.qkv_proj if fused else module.k_proj
@@ -235,16 +235,16 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
-def _rope_scale(config: Any) -> float:
-    """What yarn and LongRoPE multiply cos and sin by."""
+def _rope_scale(module: Any) -> float:
+    """What yarn and LongRoPE multiply cos and sin by in a layer."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    kinds = [x.get("rope_type", "default") for x in _rope_parameters(config).values()]
-    if set(kinds) == {"default"}:
+    config, by_kind = module.config, _rope_parameters(module.config)
+    own = {} if "" in by_kind else {"layer_type": config.layer_types[module.layer_idx]}
+    rope_type = by_kind[own.get("layer_type", "")].get("rope_type", "default")
+    if rope_type == "default":
         return 1.0
-    if len(kinds) > 1:
-        raise UnsupportedModelError("RoPE by type of layer that scales a part of each head")
-    return float(ROPE_INIT_FUNCTIONS[kinds[0]](config)[1])
+    return float(ROPE_INIT_FUNCTIONS[rope_type](config, **own)[1])
 
 
 def _sliding_window(module: Any) -> int | None:

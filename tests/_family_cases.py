@@ -56,7 +56,17 @@ LAGUNA = {
     **EXPERTS,
     **MIXED,
     "num_attention_heads_per_layer": [4, 8, 2, 4],
-    "rope_parameters": {**TWO_ROPES, **{"full_attention": PARTIAL["rope_parameters"]}},
+    "rope_parameters": {
+        **TWO_ROPES,
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "factor": 4.0,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "moe_routed_scaling_factor": 2.5,
     "moe_router_logit_softcapping": 2.0,
 }

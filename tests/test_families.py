@@ -22,6 +22,18 @@ from kvtool.layout import finish_of, ropes_of
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 
+UNEVEN = {
+    "layer_types": ["full_attention"] * 3,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+}
 PHI_LONG = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -154,6 +166,7 @@ def test_layers_that_transformers_passes_over_are_passed_over(tiny, tmp_path):
     [
         ("stablelm", {"qk_layernorm": True}, "q_layernorm"),
         ("hunyuan_v1_dense", {}, "'hunyuan_v1_dense' is not supported: it norms .* behind RoPE"),
+        ("laguna", UNEVEN, "scales a part"),
         ("phimoe", {"rope_parameters": PHI_LONG}, "changes its frequencies"),
     ],
 )

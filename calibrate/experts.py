@@ -25,7 +25,8 @@ _RENAMED = [
         (r"(block_sparse_moe)\.output_linear\.weight", r"\1.experts.down_proj"),
         (r"(block_sparse_moe\.router)\.layer\.", r"\1."),
         (r"mlp\.(moe_statics\.)", r"mlp.gate.\1"),  # Ernie
-        (r"mlp\.(e_score_correction_bias)", r"mlp.gate.\1"),  # EXAONE
+        (r"mlp\.(?:experts\.)?(e_score_correction_bias)", r"mlp.gate.\1"),  # EXAONE, Laguna
+        (r"mlp\.shared_expert\.", "mlp.shared_experts."),
         (r"mlp\.router\.gate\.", "mlp.gate."),  # Hunyuan 3
         (r"mlp\.expert_bias", "mlp.e_score_correction_bias"),
         (r"mlp\.shared_mlp\.", "mlp.shared_experts."),

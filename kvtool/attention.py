@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from kvtool.layout import INTERLEAVED, recognise
+from kvtool.layout import GATES, INTERLEAVED, recognise
 from kvtool.rope import Rope, channel_order, rotate
 
 
@@ -40,6 +40,7 @@ class GroupedQueryAttention(nn.Module):
             turned[: self.layout.rotary_dim] = self.layout.turned_scale
             turned = self._in_order(turned)
         self.register_buffer("turned", turned, persistent=False)
+        self._own_gate = GATES.get(module.config.model_type)
         self.gate = self._gate(module) if self.layout.gated else None
         # One matrix for the three projections: a decode step is bound by the calls it makes. The
         # module's own weights become views of it, so nothing is held twice.
@@ -65,14 +66,16 @@ class GroupedQueryAttention(nn.Module):
             found = [x.split(sizes) for x in module.qkv_proj.parameters()]
         else:
             parts: list[list[Tensor]] = [list(x.parameters()) for x in projections(module)]
-            if layout.gated:
+            if layout.gated and self._own_gate is None:
                 parts[0] = [self._halves(x)[0] for x in parts[0]]
             found = list(zip(*parts, strict=True))
         ordered = [[self._in_order(q), self._in_order(k), v] for q, k, v in found]
         return sizes, ordered[0], ordered[1] if layout.qkv_bias else []
 
     def _gate(self, module: Any) -> nn.Linear:
-        """Of every head, the second half of its rows of `q_proj` (Qwen3-Next)."""
+        """A module, or of every head the second half of its rows of `q_proj` (Qwen3-Next)."""
+        if self._own_gate is not None:
+            return getattr(module, self._own_gate)  # type: ignore[no-any-return]
         gate = nn.Linear(1, 1, bias=False, device="meta")
         for name, rows in module.q_proj.named_parameters():
             setattr(gate, name, nn.Parameter(self._halves(rows)[1], requires_grad=False))
@@ -116,7 +119,8 @@ class GroupedQueryAttention(nn.Module):
             self.qkv.bias.copy_(self.qkv.bias[rows])
         self.o_proj.weight = nn.Parameter(self.o_proj.weight[:, q], requires_grad=False)
         for kind, rows in [] if self.gate is None else list(self.gate.named_parameters()):
-            setattr(self.gate, kind, nn.Parameter(rows[q], requires_grad=False))
+            own = _block_rows(heads, group) if len(rows) == layout.heads else q
+            setattr(self.gate, kind, nn.Parameter(rows[own], requires_grad=False))
         if layout.norm_over_heads:
             for norm, own in ((self.q_norm, q), (self.k_norm, kv)):
                 assert norm is not None
@@ -197,6 +201,9 @@ class GroupedQueryAttention(nn.Module):
     def _gated(self, heads: Tensor, hidden: Tensor) -> Tensor:
         assert self.gate is not None
         gate: Tensor = self.gate(hidden)
+        if self._own_gate == "g_proj":  # of Laguna; per head or per channel
+            gate = F.softplus(gate.float()).to(heads.dtype)
+            return heads * gate.repeat_interleave(heads.shape[-1] // gate.shape[-1], dim=-1)
         return heads * gate.sigmoid()
 
 

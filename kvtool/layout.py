@@ -34,14 +34,14 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers are attention and a gated MLP, each behind an RMSNorm, and no more."""
 FAMILIES = (
     *PLAIN,
-    *("apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
-    *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text"),
-    *("gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
+    *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
+    *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma4_text"),
+    *("gemma4_unified_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
     *("granitemoehybrid", "granitemoeshared", "helium", "hy_v3", "hyperclovax", "internlm3"),
-    *("iquestcoder", "jais2", "kolibri1", "mellum", "minimax_m2", "ministral", "ministral3"),
-    *("mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe", "qwen2_moe"),
-    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3"),
-    *("solar_open", "stablelm", "starcoder2"),
+    *("iquestcoder", "jais2", "kolibri1", "laguna", "mellum", "minimax_m2", "ministral"),
+    *("ministral3", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe"),
+    *("qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss"),
+    *("smollm3", "solar_open", "stablelm", "starcoder2"),
 )
 """Model types whose attention is the GQA layout; each is checked by a test."""
 INTERLEAVED = (
@@ -63,6 +63,20 @@ _SHARED = {
 _MUP = ("granite", "granitemoe", "granitemoeshared", HYBRID, "hyperclovax")
 """Those that multiply embeddings and logits by what their config says; others' may say it, too."""
 
+_CAPPED = ("gemma3_text", "gemma4_text", "gemma4_unified_text")
+"""Those that cap their logits, if their config says so."""
+GATES = {"afmoe": "gate_proj", "laguna": "g_proj"}
+"""The projection to a gate on what heads give, of those that have one beside `q_proj`."""
+_OTHERS = {
+    **dict.fromkeys(("gemma2", "vaultgemma"), "its attention caps scores"),
+    **dict.fromkeys(
+        ("gpt_oss", "granite_swa", "granitemoe_swa"), "its heads have sinks that are no tokens"
+    ),
+    **dict.fromkeys(
+        ("hunyuan_v1_dense", "hunyuan_v1_moe"), "it norms queries and keys behind RoPE"
+    ),
+}
+"""Why some others are not."""
 _CHANGES = "RoPE of type '{}' changes its frequencies with the length of the text"
 
 
@@ -76,7 +90,7 @@ class AttentionLayout:
         head_dim: Size of a query and key head (for `mla`: `nope_dim + rope_dim`).
         scaling: Factor on the scores before the softmax.
         qk_norm: Queries and keys are normed in front of RoPE, `norm_over_heads` all heads together.
-        gated: What heads give is multiplied by a gate per channel, in front of `o_proj`.
+        gated: What heads give is multiplied by a gate, per channel or head, in front of `o_proj`.
         rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
         turned_scale: What RoPE multiplies those by, where they are a part of a head.
         sliding_window: Window in tokens, `None` if the layer sees everything.
@@ -139,6 +153,8 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         if getattr(module, "use_alternative_attention", False):  # keys are the values, too
             needed -= {"v_proj"}
         optional = {"q_norm", "k_norm", "v_norm"}
+        family = getattr(getattr(module, "config", None), "model_type", "")
+        needed |= {GATES[family]} if family in GATES else set()
     kind = type(module).__name__
     if missing := needed - present:
         raise UnsupportedModelError(
@@ -158,7 +174,9 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
 def _gqa_layout(module: Any, name: str) -> AttentionLayout:
     config, head_dim = module.config, int(module.head_dim)
     fused, over_heads = hasattr(module, "qkv_proj"), False
-    heads = config.num_attention_heads  # KV heads may differ by layer (Gemma 4)
+    # Both may differ by layer (Laguna, Gemma 4).
+    heads = getattr(config, "num_attention_heads_per_layer", None) or config.num_attention_heads
+    heads = heads if isinstance(heads, int) else heads[module.layer_idx]
     kv_heads = config.num_key_value_heads if fused else module.k_proj.out_features // head_dim
     if hasattr(module, "q_norm"):
         sizes = [tuple(getattr(module, x).weight.shape) for x in ("q_norm", "k_norm")]
@@ -171,7 +189,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
     if getattr(config, "clip_qkv", None) is not None:
         raise UnsupportedModelError(f"{name} clips queries, keys and values (clip_qkv)")
     rotary_dim = _rotary_dim(module, head_dim)
-    scale = _rope_scale(config) if 0 < rotary_dim < head_dim else 1.0
+    scale = _rope_scale(module) if 0 < rotary_dim < head_dim else 1.0
     first = module.qkv_proj if fused else module.k_proj
     queries = heads * head_dim if fused else module.q_proj.out_features
     return AttentionLayout(
@@ -185,7 +203,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         output_bias=module.o_proj.bias is not None,
         qk_norm=hasattr(module, "k_norm"),
         norm_over_heads=over_heads,
-        gated=queries == 2 * heads * head_dim,
+        gated=queries == 2 * heads * head_dim or config.model_type in GATES,
         rotary_dim=rotary_dim,
         turned_scale=scale,
         sliding_window=_sliding_window(module),
@@ -201,28 +219,30 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
         "smollm3": bool(getattr(module, "use_rope", True)),
         "cohere2": window is not None,
         "cohere2_moe": window is not None or bool(getattr(module, "force_rope", False)),
+        "afmoe": window is not None,
         **dict.fromkeys(("exaone4", "exaone_moe", "kolibri1"), window is None or bool(sliding)),
     }
     if not turned.get(config.model_type, True):
         return 0
     by_kind = _rope_parameters(config)
     first: dict[str, Any] = next(iter(by_kind.values()), {})
-    parameters = by_kind.get(getattr(module, "layer_type", ""), first)
+    kinds = getattr(config, "layer_types", None)
+    parameters = by_kind.get(kinds[module.layer_idx], first) if kinds else first
     if parameters.get("rope_type") == "proportional":  # what it does not turn has frequency 0
         return head_dim
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
-def _rope_scale(config: Any) -> float:
-    """What yarn and LongRoPE multiply cos and sin by."""
+def _rope_scale(module: Any) -> float:
+    """What yarn and LongRoPE multiply cos and sin by in a layer."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    kinds = [x.get("rope_type", "default") for x in _rope_parameters(config).values()]
-    if set(kinds) == {"default"}:
+    config, by_kind = module.config, _rope_parameters(module.config)
+    own = {} if "" in by_kind else {"layer_type": config.layer_types[module.layer_idx]}
+    rope_type = by_kind[own.get("layer_type", "")].get("rope_type", "default")
+    if rope_type == "default":
         return 1.0
-    if len(kinds) > 1:
-        raise UnsupportedModelError("RoPE by type of layer that scales a part of each head")
-    return float(ROPE_INIT_FUNCTIONS[kinds[0]](config)[1])
+    return float(ROPE_INIT_FUNCTIONS[rope_type](config, **own)[1])
 
 
 def _sliding_window(module: Any) -> int | None:
@@ -323,7 +343,8 @@ def describe(config: Any) -> list[AttentionLayout]:
 
     if config.model_type not in (*FAMILIES, "deepseek_v3"):
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' is not supported",
+            f"model type '{config.model_type}' is not supported"
+            + (f": {_OTHERS[config.model_type]}" if config.model_type in _OTHERS else ""),
             hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 without experts",
         )
     for field, what in _SHARED.items():
@@ -356,6 +377,8 @@ def describe(config: Any) -> list[AttentionLayout]:
 
 def embedding_factor(config: Any) -> float:
     """What a model multiplies its embeddings by, where the embedding does not do so itself."""
+    if config.model_type == "afmoe":
+        return float(config.hidden_size**0.5) if config.mup_enabled else 1.0
     return float(config.embedding_multiplier) if config.model_type in _MUP else 1.0
 
 
@@ -375,7 +398,7 @@ class Finish:
 
 def finish_of(config: Any) -> Finish:
     """That of a model."""
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = config.final_logit_softcapping if config.model_type in _CAPPED else None
     if config.model_type in ("cohere", "cohere2", "cohere2_moe"):
         return Finish(float(config.logit_scale), cap)
     if config.model_type not in _MUP:
@@ -406,8 +429,8 @@ def ropes_of(config: Any) -> list[Rope]:
     cache could not change them later.
 
     Raises:
-        UnsupportedModelError: The frequencies depend on the length of the text, and not only beyond
-            the context of the model, where nothing here reads.
+        UnsupportedModelError: The frequencies depend on the length of the text in another way, and
+            not only beyond the context of the model, where nothing here reads.
     """
     from transformers import AutoModelForCausalLM
 
@@ -421,12 +444,14 @@ def ropes_of(config: Any) -> list[Rope]:
     found: dict[str, Rope] = {}
     for kind, parameters in _rope_parameters(config).items():
         prefix = f"{kind}_" if kind else ""
-        rope_type = parameters.get("rope_type")
-        if "short_mscale" in parameters:  # Phi MoE's
+        rope_type = parameters.get("rope_type", "default")
+        if config.model_type == "phimoe" and rope_type != "default":  # its scale changes, too
             raise UnsupportedModelError(_CHANGES.format(rope_type))
         if rope_type == "longrope":
             last = torch.tensor([[config.max_position_embeddings - 1]])
             module(torch.zeros(1), last, *([kind] if kind else []))
+        if not hasattr(module, f"{prefix}inv_freq"):
+            raise UnsupportedModelError(f"{config.model_type} has no RoPE by type of layer")
         inv_freq, scale = (getattr(module, prefix + x) for x in ("inv_freq", "attention_scaling"))
         found[kind] = Rope(inv_freq.float(), float(scale))
     kinds = [""] * len(layouts) if "" in found else config.layer_types

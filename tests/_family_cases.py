@@ -43,8 +43,40 @@ MIXED = {
     "sliding_window": 24,
     "num_hidden_layers": 4,
 }
-
-
+TEMPERED = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 6,
+        "llama_4_scaling_beta": 0.4,
+    }
+}
+LAGUNA = {
+    **EXPERTS,
+    **MIXED,
+    "num_attention_heads_per_layer": [4, 8, 2, 4],
+    "rope_parameters": {
+        **TWO_ROPES,
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "moe_routed_scaling_factor": 2.5,
+    "moe_router_logit_softcapping": 2.0,
+}
+COMMAND_MOE = {
+    **EXPERTS,
+    **MIXED,
+    "logit_scale": 0.25,
+    "num_shared_experts": 2,
+    "prefix_dense_intermediate_size": 80,
+    "mlp_layer_types": ["sparse", "dense"] * 2,
+}
 GEMMA4 = {
     "hidden_size_per_layer_input": 0,
     "global_head_dim": 32,
@@ -100,25 +132,12 @@ MAMBA = {
     "position_embedding_type": "rope",
     "num_hidden_layers": 4,
 }
-TEMPERED = {
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 6,
-        "llama_4_scaling_beta": 0.4,
-    }
-}
-COMMAND_MOE = {
-    **EXPERTS,
-    **MIXED,
-    "logit_scale": 0.25,
-    "num_shared_experts": 2,
-    "prefix_dense_intermediate_size": 80,
-    "mlp_layer_types": ["sparse", "dense"] * 2,
-}
 ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES} | {
-    "qwen3, with what only others read": ("qwen3", MUP | {"logit_scale": 0.25}),
+    "qwen3, with what only others read": (
+        "qwen3",
+        MUP | {"logit_scale": 0.25, "final_logit_softcapping": 3.0},
+    ),
+    "afmoe": ("afmoe", {**EXPERTS, **MIXED, "mup_enabled": True, "attention_bias": True}),
     "apertus": ("apertus", {}),
     "arcee": ("arcee", {}),
     "cohere": ("cohere", {"logit_scale": 0.25}),
@@ -173,6 +192,8 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "iquestcoder": ("iquestcoder", {"attention_bias": True}),
     "jais2": ("jais2", {}),
     "kolibri1": ("kolibri1", {**EXPERTS, **MIXED}),
+    "laguna": ("laguna", LAGUNA),
+    "laguna, gate per channel": ("laguna", {**LAGUNA, "gating": "per-channel"}),
     "mellum": (
         "mellum",
         {

@@ -1,6 +1,8 @@
 """Every family runs, is measured and is planned for as transformers computes it."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from kvtool.layout import FAMILIES as ALL
 from kvtool.layout import finish_of, ropes_of
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
+from kvtool.wrappers import WRAPPERS
 
 PHI_LONG = {
     "rope_type": "longrope",
@@ -65,6 +68,11 @@ def extended(engine: Engine, ids: torch.Tensor, prompt: int) -> torch.Tensor:
 
 def test_every_family_has_a_case():
     assert {family for family, _ in ALL_CASES.values()} == set(ALL)
+
+
+def test_the_documents_name_every_family():
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    assert not {*ALL, *WRAPPERS} - set(re.findall(r"`(\w+)`", text))
 
 
 @pytest.mark.parametrize("name", CASES)

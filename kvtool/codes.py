@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvtool.errors import PlanError
+from kvtool.errors import PlanError, UsageError
 from kvtool.kernels.grouped_linear import grouped_linear
 from kvtool.kernels.quantise import BITS, groups_of, packed_bytes
 from kvtool.rope import Rope, rotate
@@ -372,7 +372,7 @@ def share_budget(
         itemsize: Bytes of a number of a code without bits.
 
     Raises:
-        PlanError: There is no room for the narrowest codes of all.
+        UsageError: There is no room for the narrowest codes of all.
     """
     layers = sum(code.layers for code in codes)
     if allocation == "even":
@@ -386,7 +386,7 @@ def share_budget(
         code.part_bytes(width, itemsize) for (code, _), width in zip(parts, widths, strict=True)
     )
     if left < 0:
-        raise PlanError(f"the narrowest codes of all store {sum(widths)} numbers per token")
+        raise UsageError(f"the narrowest codes of all store {sum(widths)} numbers per token")
     further = [
         (-float(rows.mean()), part, len(rows))
         for part, (_, x) in enumerate(parts)
@@ -411,7 +411,7 @@ def fit_codes(
     context: int,
     channels: int,
     itemsize: int = 1,
-    windows: int = 0,
+    bounded: int = 0,
 ) -> tuple[CodePlan, ...]:
     """The widest codes whose cache of a sequence takes at most so many bytes.
 
@@ -420,19 +420,19 @@ def fit_codes(
         context: Tokens of that sequence.
         channels: K of a layer.
         itemsize: Bytes of a number that has no bits.
-        windows: Bytes of that sequence in layers with a sliding window.
+        bounded: Bytes of that sequence in layers with a sliding window or a state.
 
     Raises:
-        PlanError: Windows, exact tokens and the narrowest codes take more than the budget.
+        UsageError: Windows, states, exact tokens and the narrowest codes take more than the budget.
     """
     exact = sum(code.cache_bytes(0, channels, itemsize) for code in codes)
-    per_token = max(0, budget_bytes - windows - exact) // context
+    per_token = max(0, budget_bytes - bounded - exact) // context
     try:
         return share_budget(codes, spectra, allocation, per_token, itemsize)
-    except PlanError as error:
+    except UsageError as error:
         ring = codes[0]
-        others = f"sliding windows take {windows}, " if windows else ""
-        raise PlanError(
+        others = f"windows and states take {bounded}, " if bounded else ""
+        raise UsageError(
             f"a budget of {budget_bytes} bytes at {context} tokens is too small: {others}the first "
             f"{ring.sink} and last {ring.window} tokens, kept exactly, take {exact}, and {error}"
         ) from error
@@ -450,5 +450,5 @@ def _evenly(code: CodePlan, rows: Sequence[int], budget: int, itemsize: int) -> 
 
     widths = widths_of(bisect_right(range(sum(rows) + 1), budget, key=taken) - 1)
     if min(widths) < 1:
-        raise PlanError(f"the narrowest codes of all store {len(rows)} numbers per token and code")
+        raise UsageError(f"the narrowest codes of all store {len(rows)} numbers per token and code")
     return replace(code, widths=widths)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvtool.calibrate import palu
 from kvtool.codes import STEP, CodePlan, Fitted, Projection, code_shapes, fit_codes, share_budget
-from kvtool.errors import PlanError
+from kvtool.errors import UsageError
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Base, Plan
 from kvtool.slices import cut
@@ -57,7 +57,7 @@ def test_a_budget_is_never_exceeded_and_a_larger_one_takes_nothing_away(problem,
     for numbers in range(sum(rows) * 3 + 1):
         try:
             shared = share_budget(codes, spectra, allocation, numbers)
-        except PlanError:
+        except UsageError:
             assert not any(before)  # once there is room, there is room
             continue
         chosen = widths(shared)
@@ -121,7 +121,7 @@ def test_a_cache_takes_no_more_than_its_budget(problem, context, numbers):
     for allocation in ("even", "spectrum"):
         try:
             shared = fit_codes(codes, spectra, allocation, numbers, context, 16)
-        except PlanError:
+        except UsageError:
             assert numbers < exact + context * len(codes) * STEP * 2 * 3
             continue
         assert sum(code.cache_bytes(context, 16, 1) for code in shared) <= numbers
@@ -131,9 +131,9 @@ def test_layers_get_the_same_however_many_share_a_code():
     codes = [CodePlan("rotated", n, (8 * n, 8 * n)) for n in (2, 2, 1)]
     spectra = [[torch.ones(8 * code.layers)] * 2 for code in codes]
     assert widths(share_budget(codes, spectra, "even", 5 * 7)) == [7, 7, 7, 7, 3, 3]
-    with pytest.raises(PlanError, match="narrowest codes of all"):
+    with pytest.raises(UsageError, match="narrowest codes of all"):
         share_budget(codes, spectra, "even", 5)
-    with pytest.raises(PlanError, match="narrowest codes of all store 48 numbers"):
+    with pytest.raises(UsageError, match="narrowest codes of all store 48 numbers"):
         share_budget(codes, spectra, "spectrum", 47)
 
 

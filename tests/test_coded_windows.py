@@ -370,7 +370,7 @@ def test_bases_and_ranks_are_of_the_layers_that_see_the_whole_past(gemma, ids, m
 def test_windows_are_paid_from_the_budget(gemma, fitted):
     windows = 2 * 2 * TOKEN * SPAN
     assert fitted(0.5, method="cskv").bounded_bytes(CONTEXT, 2) == windows
-    with pytest.raises(UsageError, match=f"sliding windows take {windows}, the first 3 and last 7"):
+    with pytest.raises(UsageError, match=f"windows and states take {windows}, the first 3"):
         calibrate_projections(
             gemma, ProjectionOptions("cskv", sink=3, window=7, context=CONTEXT), windows + 900, 2
         )

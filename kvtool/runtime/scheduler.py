@@ -29,6 +29,7 @@ from kvtool.errors import ResourceError, UsageError
 from kvtool.runtime.cache import KVCache, Snapshot
 from kvtool.runtime.engine import Engine
 from kvtool.runtime.memory import RowMemory
+from kvtool.runtime.prefixes import Prefix, Prefixes, Reader, Start, size
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
 from kvtool.runtime.stores import PAGE, whole_pages
 
@@ -140,35 +141,6 @@ class _Row:
         return self.cache.lengths[0]
 
 
-@dataclass(eq=False)
-class _Prefix:
-    """The head of a prompt whose request has ended."""
-
-    ids: list[int]
-    cache: KVCache
-    held: int
-    marks: list[Snapshot]
-
-    @property
-    def nbytes(self) -> int:
-        return self.held + _size(self.marks)
-
-
-class _Start(NamedTuple):
-    """Where a prompt begins to be read.
-
-    Attributes:
-        length: Tokens in front of it, which `source` has read.
-        mark: What `source` was there, if it cannot go back.
-        branch: Tokens, in whole pieces, that some other prompt begins with as well.
-    """
-
-    length: int = 0
-    source: _Prefix | _Row | None = None
-    mark: Snapshot | None = None
-    branch: int = 0
-
-
 class Scheduler:
     """Runs requests on an engine, whose weights it packs. Not for several threads.
 
@@ -200,14 +172,14 @@ class Scheduler:
         engine.pack()
         self.engine, self.budget = engine, memory
         self.max_running, self.piece = max_running, piece
-        self._by_marks = not engine.new_cache(1, 1).keeps_all
-        possible = engine.plan is None and not (engine.paged and self._by_marks)
+        by_marks = not engine.new_cache(1, 1).keeps_all
+        possible = engine.plan is None and not (engine.paged and by_marks)
         self.share_prefixes = share_prefixes and possible
         self.memory = RowMemory(engine)
-        self._most_prefixes: int | None = None
+        most_prefixes: int | None = None
         if engine.paged:
             # As rows there are, so that no row has to be made while requests run.
-            self._most_prefixes = 3 * max_running
+            most_prefixes = 3 * max_running
             own = self.memory.constant + engine.new_pages(0, 0).table_bytes
             most = memory // (own + max(1, self.memory.holding(PAGE, PAGE) - self.memory.constant))
             if self.memory.bytes_per_token:  # rings and states leave half to what grows
@@ -226,7 +198,7 @@ class Scheduler:
         self.counters = Counters()
         self._reading: _Row | None = None
         self._running: list[_Row] = []  # oldest first
-        self._prefixes: list[_Prefix] = []  # least recently used first
+        self._prefixes = Prefixes(piece, by_marks=by_marks, most=most_prefixes)
 
     # ---------------------------------------------------------------------------- what there is
 
@@ -237,7 +209,7 @@ class Scheduler:
     @property
     def shared(self) -> int:
         """Bytes of prefixes and marks that are kept for later."""
-        marks = sum(_size(row.marks) for row in self._rows())
+        marks = sum(size(row.marks) for row in self._rows())
         return sum(prefix.nbytes for prefix in self._prefixes) + marks
 
     @property
@@ -320,7 +292,8 @@ class Scheduler:
         row = self._row_of(request)
         if row is not None:
             self._drop(row)
-            if not self._keep_prefix(row):
+            kept = self.share_prefixes and self._prefixes.keep(row.ids, row.length, row)
+            if not kept:
                 row.cache.release()
 
     def forget_prefixes(self) -> None:
@@ -374,9 +347,7 @@ class Scheduler:
             cache.copy_prefix(start.source.cache, start.length)
         if start.mark is not None:
             cache.restore(0, start.mark)
-        if isinstance(start.source, _Prefix):
-            self._prefixes.remove(start.source)
-            self._prefixes.append(start.source)  # the most recently used
+        self._prefixes.use(start.source)
         if request.admitted is None:
             request.admitted = perf_counter()
             request.cached = start.length
@@ -393,7 +364,8 @@ class Scheduler:
         logits = self.engine.extend(
             row.cache, torch.tensor(prompt[start:end]), all_logits=scores, prompt=len(prompt)
         )
-        if self.share_prefixes and self._by_marks and end in (row.branch, self._most(prompt)):
+        ends = row.branch, self._prefixes.shareable(prompt)
+        if self.share_prefixes and self._prefixes.by_marks and end in ends:
             self._mark(row)
         if scores:
             assert request.prompt_logprobs is not None
@@ -481,7 +453,7 @@ class Scheduler:
         """Whether so many bytes are free, but for prefixes that nobody uses."""
         return self.used - self.shared + nbytes <= self.budget
 
-    def _make_room(self, nbytes: int, source: _Prefix | _Row | None = None) -> bool:
+    def _make_room(self, nbytes: int, source: Reader | None = None) -> bool:
         """Lets prefixes and marks go until so many bytes are free; whether `source` is still there.
 
         It is the last prefix to go.
@@ -493,7 +465,7 @@ class Scheduler:
         for row in self._rows():
             if self.used + nbytes > self.budget:
                 row.marks.clear()
-        return not isinstance(source, _Prefix) or source in self._prefixes
+        return not isinstance(source, Prefix) or source in self._prefixes
 
     def _preempt(self) -> None:
         """Sends the newest request back to the head of the queue."""
@@ -510,10 +482,6 @@ class Scheduler:
         else:
             self._running.remove(row)
 
-    def _most(self, prompt: Sequence[int]) -> int:
-        """Tokens of a prompt that another may have read: the last one's logits are needed."""
-        return (len(prompt) - 1) // self.piece * self.piece
-
     def _mark(self, row: _Row) -> None:
         """Keeps what a row is now for others to start from, if there is memory for it."""
         mark = row.cache.snapshot(0)
@@ -521,62 +489,10 @@ class Scheduler:
             self._make_room(mark.nbytes)
             row.marks.append(mark)
 
-    def _find_prefix(self, request: Request) -> _Start:
-        """The most tokens of the start, in whole pieces, that another request has read."""
+    def _find_prefix(self, request: Request) -> Start:
         if not self.share_prefixes or request.prompt_logprobs is not None:
-            return _Start()
-        ids, best = list(request.prompt), _Start()
-        most, branch = self._most(ids), 0
-        read: list[_Prefix | _Row] = [*self._prefixes, *self._running]
-        for other in read:
-            shared = 0
-            while shared < most:
-                piece = slice(shared, shared + self.piece)
-                if [*other.ids[piece]] != ids[piece]:
-                    break
-                shared = piece.stop
-            branch = max(branch, shared)
-            mark = next((x for x in reversed(other.marks) if x.length <= shared), None)
-            if self._by_marks:
-                shared = 0 if mark is None else mark.length
-            if shared > best.length:
-                best = _Start(shared, other, mark)
-        return best._replace(branch=branch)
-
-    def _keep_prefix(self, row: _Row) -> bool:
-        """Keeps the whole pieces of a prompt, unless a longer one is there already.
-
-        Of several that are one prompt the first mark and the last stay, as of one request.
-        """
-        prompt, marks = list(row.request.prompt), row.marks
-        length = len(prompt) // self.piece * self.piece
-        if self._by_marks:
-            length = marks[-1].length if marks else 0
-        if not self.share_prefixes or not length or row.length < length:
-            return False
-        ids = prompt[:length]
-        for other in self._prefixes:
-            if other.ids[:length] == ids:
-                other.marks = _ends([*marks, *other.marks])
-                return False
-        shorter = [p for p in self._prefixes if p.ids == ids[: len(p.ids)]]
-        self._prefixes = [p for p in self._prefixes if p not in shorter]
-        marks = _ends([x for p in shorter for x in p.marks] + marks)
-        row.cache.keep_prefix(length)
-        self._prefixes.append(_Prefix(ids, row.cache, row.cache.allocated_bytes, marks))
-        if self._most_prefixes is not None and len(self._prefixes) > self._most_prefixes:
-            del self._prefixes[0]
-        return True
-
-
-def _ends(marks: Sequence[Snapshot]) -> list[Snapshot]:
-    """The first of them and the last, in order."""
-    by_length = {mark.length: mark for mark in marks}
-    return [by_length[n] for n in sorted({min(by_length), max(by_length)})] if marks else []
-
-
-def _size(marks: Sequence[Snapshot]) -> int:
-    return sum(mark.nbytes for mark in marks)
+            return Start()
+        return self._prefixes.find(request.prompt, self._running)
 
 
 def _score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:

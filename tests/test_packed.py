@@ -217,7 +217,7 @@ def reference(checkpoint, plan: Plan, ids: Tensor) -> Tensor:
             weights = attend_to(to_keys(x))
             exact, stored = (y.repeat_interleave(group, 0) for y in (v[0], values))
             context = (weights * far) @ stored + (weights * ~far) @ exact
-            return stages.output(context[None])
+            return stages.output(context[None], hidden)
 
         attention.attention = attend
     return logits(engine, ids, len(ids))

@@ -28,9 +28,10 @@ def attention_scores(
     model: TailModel, readings: Sequence[Reading], report: Report
 ) -> tuple[Tensor, Tensor]:
     """Retrieval and semantic retrieval scores of every KV head, each `[L, H]` float64 in [0, 1]."""
-    layers, layout = len(model.layers), with_heads(model.layouts)
-    retrieval = torch.zeros(layers, layout.heads, dtype=torch.float64)
-    semantic = torch.zeros_like(retrieval)
+    retrieval, semantic = (
+        [torch.zeros(layout.heads, dtype=torch.float64) for layout in model.layouts]
+        for _ in range(2)
+    )
     report("reading attention", 0, len(readings))
     for number, reading in enumerate(readings):
         rows, recalled = look(model, reading)
@@ -47,8 +48,13 @@ def attention_scores(
                 scores[index] += per_query.cpu() / max(int(recalled.sum()), 1) / len(readings)
         report("reading attention", number + 1, len(readings))
 
-    def of_groups(scores: Tensor) -> Tensor:
-        return scores.view(layers, layout.kv_heads, -1).amax(-1)
+    def of_groups(scores: Sequence[Tensor]) -> Tensor:
+        """0 of layers that see no whole past."""
+        heads = with_heads(model.layouts).kv_heads
+        found = torch.zeros(len(scores), heads, dtype=torch.float64)
+        for index in (i for i, layout in enumerate(model.layouts) if layout.sees_all):
+            found[index] = scores[index].view(heads, -1).amax(-1)
+        return found
 
     return of_groups(retrieval), of_groups(semantic)
 
@@ -57,8 +63,8 @@ def look(model: TailModel, reading: Reading) -> tuple[dict[int, Tensor], Tensor]
     """One pass over a tail.
 
     Returns:
-        By layer with heads the attention `[Q, A, S]` of the tokens that predict the answers, and
-        whether each answer is the model's likeliest token, `[A]`.
+        By layer that sees the whole past the attention `[Q, A, S]` of the tokens that predict the
+        answers, and whether each answer is the model's likeliest token, `[A]`.
     """
     rows: dict[int, Tensor] = {}
     hidden = model.embed(reading.ids)
@@ -74,7 +80,8 @@ def look(model: TailModel, reading: Reading) -> tuple[dict[int, Tensor], Tensor]
             dense: Attend = dense,
             scaling: float = layout.scaling,
         ) -> Tensor:
-            rows[index] = answer_attention(q, k, reading, scaling)
+            if model.layouts[index].sees_all:
+                rows[index] = answer_attention(q, k, reading, scaling)
             return dense(q, k, v, start)
 
         hidden = model.layer(index, hidden, reading, attend)

@@ -1,7 +1,7 @@
 """Plans that store a code of every token: what a method fits, and which widths a budget allows.
 
 A method gives codes at full width with what each row is worth, so that a smaller budget is a slice
-of the same plan. Layers with a sliding window keep it and have no code.
+of the same plan. Layers with a sliding window or a state keep that and have no code.
 """
 
 from __future__ import annotations

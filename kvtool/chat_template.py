@@ -25,7 +25,8 @@ _WORD = "kvtool"
 def of_processor(folder: Path) -> str | None:
     """The template in the file of its own that processors have had."""
     file = folder / "chat_template.json"
-    return read_json(file).get("chat_template") if file.is_file() else None
+    template = read_json(file).get("chat_template") if file.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def take_text(tokenizer: PreTrainedTokenizerBase) -> None:

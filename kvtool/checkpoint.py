@@ -143,6 +143,8 @@ class Checkpoint:
         """
         path = locate(source, revision, offline, trust_remote_code)
         config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+        if config is not None:
+            _check_names(path, config)
         _check_decoder(path, config)
         assert config is not None
         if wrapper := wrapper_of(config):
@@ -219,11 +221,18 @@ class Checkpoint:
         )
 
     def copy_side_files(self, folder: Path) -> list[Path]:
-        """Copies the side files byte for byte into `folder`, and returns the copies."""
+        """Copies the side files byte for byte into `folder`, and returns the copies.
+
+        A chat template that came with a processor gets the name under which tokenizers look for it.
+        """
         copies = [folder / file.relative_to(self.path) for file in self.side_files()]
         for file, copy in zip(self.side_files(), copies, strict=True):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
+        named, own = folder / "chat_template.jinja", chat_template.of_processor(self.path)
+        if self.wrapper is not None and own is not None and not named.exists():
+            named.write_text(str(self.tokenizer().chat_template), encoding="utf-8")
+            copies.append(named)
         return copies
 
     def hf_config(self) -> PreTrainedConfig:
@@ -345,6 +354,14 @@ def _named(key: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
         return key
     name, found, wanted = key
     return f"{name} is {list(found)} instead of {list(wanted)}"
+
+
+def _check_names(path: Path, config: dict[str, Any]) -> None:
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path / 'config.json'}: architectures is not a list of names.")
+    if not isinstance(config.get("model_type", ""), str):
+        raise CheckpointError(f"{path / 'config.json'}: model_type is not a name.")
 
 
 def _check_decoder(path: Path, config: dict[str, Any] | None) -> None:

@@ -1,10 +1,10 @@
 """Feature codes: the few numbers that are stored of a token instead of its keys and values.
 
 One code serves one layer, or several neighbours together: the keys and values that a token leaves
-in neighbouring layers come from almost the same hidden state. Layers with a sliding window have no
-code, and those that share one may have such layers between them. A code is linear, and exact at
-full width. What distinguishes the methods is where it sits (keys before or after RoPE), what shares
-it, and what it is fitted for; see `calibrate/`.
+in neighbouring layers come from almost the same hidden state. Layers with a sliding window or a
+state have no code, and those that share one may have such layers between them. A code is linear,
+and exact at full width. What distinguishes the methods is where it sits (keys before or after
+RoPE), what shares it, and what it is fitted for; see `calibrate/`.
 """
 
 from __future__ import annotations

@@ -357,22 +357,29 @@ def describe(config: Any) -> list[AttentionLayout]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        layouts = _layouts(model)
+        finish_of(config)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # whatever a config of impossible values makes transformers raise
         raise UnsupportedModelError(
-            f"transformers makes no model of this {config.model_type} config: "
+            f"no model can be made of this {config.model_type} config: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
-    if not decoder_layers(model):
+    if not layouts:
         raise UnsupportedModelError(f"this {config.model_type} config has no layers")
-    layouts = [
+    if all(layout.kind == "state" for layout in layouts):
+        raise UnsupportedModelError(f"this {config.model_type} has no layer with keys and values")
+    return layouts
+
+
+def _layouts(model: nn.Module) -> list[AttentionLayout]:
+    return [
         _mixer_layout(layer, name)
         if (name := mixer_in(layer))
         else recognise(layer.self_attn, f"model.layers.{i}.self_attn")
         for i, layer in enumerate(decoder_layers(model))
     ]
-    if all(layout.kind == "state" for layout in layouts):
-        raise UnsupportedModelError(f"this {config.model_type} has no layer with keys and values")
-    return layouts
 
 
 def embedding_factor(config: Any) -> float:

@@ -161,8 +161,7 @@ class Plan:
         provenance: One JSON object per calibration that made it: method, options, corpus, tokens,
             seed, versions.
         codes: What is stored of tokens instead of keys and values: one entry for the first layers
-            that have no sliding window, the next for those behind them, up to the last; or none at
-            all.
+            that see the whole past, the next for those behind them, up to the last; or none at all.
         allocation: How a budget is shared among codes.
         scores: `[L, H]` fp32, finite: how much a head needs the whole past (higher: more). They
             are kept so that another size is a slice and not another calibration.
@@ -238,7 +237,7 @@ class Plan:
                 others = whole if there < len(self.layers) else ""
                 raise PlanError(f"codes cover {layers} layers, of a model with {there}{others}")
             latents = any(isinstance(layer.kept, LatentPlan) for layer in self.layers)
-            plain = all(layer.plain for layer in self.layers)
+            plain = all(layer.plain for layer in self.layers if layer.kept is None)
             if self.scores is not None or latents or not plain:
                 raise PlanError("a layer that codes its tokens keeps all of them in all heads")
         wanted: dict[str, tuple[int, ...]] = {}

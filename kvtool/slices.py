@@ -145,7 +145,10 @@ def compose(heads: Plan, budgets: Plan) -> Plan:
             hint="Give the plan that says which heads stream to calibrate double-sparsity.",
         )
     if kept[: len(heads.layers)] != kept[len(heads.layers) :]:
-        raise PlanError("the plans do not keep the same states and sliding windows")
+        raise PlanError(
+            "the plans do not keep the same states and sliding windows",
+            hint="What states keep comes last: give the other plan to its calibration with --plan.",
+        )
     if budgets.streaming_heads and heads.streaming_heads:
         raise PlanError("both plans choose heads that stream")
     if heads.policy is not None and budgets.policy is not None:

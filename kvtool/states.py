@@ -9,7 +9,7 @@ the state. Whatever the calls were that brought the tokens, the same is rounded 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from kvtool.errors import PlanError
@@ -76,9 +76,8 @@ class StatePlan:
 
     def fits(self, shape: MixerShape) -> bool:
         """Whether the mixer has such a state."""
-        own = self.heads, self.head_dim, self.groups, self.state, self.taps, self.rule
-        sizes = shape.heads, shape.head_dim, shape.groups, shape.state, shape.taps
-        return own == (*sizes, shape.rule)
+        plain = StatePlan.of(shape)
+        return plain == replace(self, bits=None, chunk=plain.chunk, taught=None, least=None)
 
     @property
     def packed(self) -> bool:

@@ -84,6 +84,13 @@ def text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         )
     if kind not in CONFIG_MAPPING:
         raise UnsupportedModelError(f"{path} has model type {kind}, which transformers lacks.")
+    inside = config.get("text_config", {})
+    if not isinstance(inside, dict):
+        raise CheckpointError(f"{path / 'config.json'}: text_config is not an object.")
+    if (decoder := inside.get("model_type", kind)) not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{path} has a decoder of type {decoder}, which transformers lacks."
+        )
     try:
         with quiet_transformers():
             whole = AutoConfig.from_pretrained(path, local_files_only=True)

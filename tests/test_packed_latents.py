@@ -226,7 +226,7 @@ def test_plans_that_do_not_fit_are_refused(latent, tiny):
     with pytest.raises(PlanError, match="more than the 512 positions"):
         Engine.load(checkpoint, plan=replace(plan, layers=(wide, *plan.layers[1:])))
     heads = LayerPlan((False,))
-    with pytest.raises(PlanError, match="keeps latents, and KV heads are planned"):
+    with pytest.raises(PlanError, match="keeps latents, and the plan is for KV heads"):
         Engine.load(checkpoint, plan=replace(plan, layers=(heads, *plan.layers[1:])))
     with pytest.raises(UnsupportedModelError, match="heads share one latent"):
         Engine.load(checkpoint, plan=replace(plan, layers=(heads,) * 3))

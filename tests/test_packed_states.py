@@ -209,10 +209,10 @@ def test_plans_that_do_not_fit_are_refused(hybrid, tiny):
     with pytest.raises(PlanError, match="no KV heads to plan"):
         replace(plan.layers[0], bits=Bits(4, 4))
     wide = replace(plan.layers[0], kept=replace(plan.layers[0].kept, state=32))
-    with pytest.raises(PlanError, match=r"layer 0 .* has a state of other sizes"):
+    with pytest.raises(PlanError, match=r"layer 0 .* has a state of another kind"):
         Engine.load(hybrid, plan=replace(plan, layers=(wide, *plan.layers[1:])))
     moved = (plan.layers[1], plan.layers[0], plan.layers[2])
-    with pytest.raises(PlanError, match="keeps states, and KV heads are planned"):
+    with pytest.raises(PlanError, match="keeps states, and the plan is for KV heads"):
         Engine.load(hybrid, plan=replace(plan, layers=moved))
     with pytest.raises(PlanError, match="made for"):
         Engine.load(Checkpoint.open(str(tiny("llama"))), plan=plan)

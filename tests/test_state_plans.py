@@ -8,6 +8,7 @@ import pytest
 import torch
 from _code_tools import coded
 from _family_cases import CASES
+from conftest import make_config
 from safetensors.torch import load_file, save_file
 
 from kvtool.calibrate import heads, lessons
@@ -28,6 +29,7 @@ from kvtool.codes import Projection
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.layer_plan import LayerPlan
+from kvtool.layout import describe
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
@@ -99,7 +101,7 @@ def test_memory_is_known_before_it_is_taken(tiny, name, planned):
             assert plan.cache_bytes(length, 4) == cache.allocated_bytes
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", [*HYBRIDS, "laguna"])
 @pytest.mark.parametrize("method", METHODS)
 def test_heads_are_scored_and_stream(tiny, tmp_path, monkeypatch, text, name, method):
     monkeypatch.setattr(heads, "MIN_ACCURACY", 0.0)
@@ -112,9 +114,7 @@ def test_heads_are_scored_and_stream(tiny, tmp_path, monkeypatch, text, name, me
     some = stream_heads(plan, 3, 4, 24)
     assert [layer.kept is None for layer in some.layers] == OTHERS
     some.write(tmp_path / "heads.plan")
-    read = Plan.read(tmp_path / "heads.plan")
-    assert read.layers == some.layers
-    Engine.load(checkpoint, plan=read)
+    assert Plan.read(tmp_path / "heads.plan").layers == some.layers
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -204,7 +204,7 @@ def test_states_of_another_rule_are_refused(tiny, tmp_path):
     state = plan.layers[0].kept
     assert isinstance(state, StatePlan)
     mamba = LayerPlan((), kept=replace(state, rule="mamba2"))
-    with pytest.raises(PlanError, match=r"layer 0 .* has a state of other sizes"):
+    with pytest.raises(PlanError, match=r"layer 0 .* has a state of another kind"):
         Engine.load(checkpoint, plan=replace(plan, layers=(mamba, *plan.layers[1:])))
     with pytest.raises(PlanError, match="kept as they are"):
         replace(state, bits=8)
@@ -318,3 +318,35 @@ def test_a_model_without_keys_and_values_is_refused(tiny):
     checkpoint = Checkpoint.open(str(tiny(family, **more)))
     with pytest.raises(UnsupportedModelError, match="no layer with keys and values"):
         Engine.load(checkpoint)
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_codes_and_states_have_bits_together(tiny, text, bits):
+    checkpoint, ids = open_case(tiny, "granitemoehybrid"), tokens(120)
+    plan = coded(checkpoint, "unrotated", together=2, share=0.7)
+    options = QuantizationOptions("aware", bits=(bits or 4,) * 2, states=8, heads=bits is not None)
+    options = replace(options, data=text, tokens=1024, context=400)
+    made = calibrate_quantization(checkpoint, options, plan, None, 2)
+    assert [code.bits for code in made.codes] == [bits]
+    assert [layer.kept.bits for layer in made.layers if layer.kept] == [8, 8]
+    expected = logits(Engine.load(checkpoint, plan=plan), ids, 60)
+    engine = Engine.load(checkpoint, plan=made)
+    found = logits(engine, ids, 60)
+    assert not torch.equal(found, expected)
+    assert (found - expected).square().mean().sqrt() / expected.std() < 0.2
+    assert made.cache_bytes(400, 2) < plan.cache_bytes(400, 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "reason"),
+    [
+        ("granite", {"logits_scaling": 0.0}, "ZeroDivisionError"),
+        ("laguna", {"rope_parameters": {"full_attention": None}}, "no model can be made"),
+    ],
+)
+def test_configs_of_impossible_values_are_refused(family, more, reason):
+    config = make_config(*CASES[family][:1], **CASES[family][1])
+    for field, value in more.items():
+        setattr(config, field, value)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        describe(config)

@@ -276,7 +276,7 @@ def test_a_plan_of_another_window_is_refused(tiny):
     other = replace(plan, layers=(LayerPlan((), kept=WindowPlan(2, 8, 24)), *plan.layers[1:]))
     with pytest.raises(PlanError, match="2 heads x 16, and 24 tokens of 2 heads x 8"):
         Engine.load(checkpoint, plan=other)
-    with pytest.raises(PlanError, match=r"layer 1 .* keeps KV heads, and the window"):
+    with pytest.raises(PlanError, match=r"layer 1 .* KV heads, and the plan is for the window"):
         Engine.load(checkpoint, plan=replace(plan, layers=(*plan.layers[:1], plan.layers[0]) * 2))
     with pytest.raises(PlanError, match="without any number"):
         WindowPlan(2, 16, 0)

@@ -13,7 +13,7 @@ from _convert_tools import convert
 from _wrapper_cases import CASES, KNOWN, make_wrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
@@ -333,6 +333,30 @@ def test_a_template_that_reads_text_is_left_alone(llava: Path) -> None:
     before = (llava / "chat_template.jinja").read_text()
     (llava / "chat_template.json").write_text(json.dumps({"chat_template": PARTS}))
     assert Checkpoint.open(str(llava)).tokenizer().chat_template == before
+
+
+def test_a_conversion_gives_stock_tokenizers_the_template_of_the_processor(llava: Path) -> None:
+    (llava / "chat_template.jinja").unlink()
+    (llava / "chat_template.json").write_text(json.dumps({"chat_template": PARTS}))
+    output = llava.with_name("converted")
+    convert(llava, output, **CONVERSIONS["gqa"])
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    turns = [{"role": "user", "content": "the fox"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "USER: the fox\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "reason"),
+    [
+        ({"text_config": []}, CheckpointError, "text_config is not an object"),
+        ({"text_config": {"model_type": "qwen9"}}, UnsupportedModelError, "type qwen9"),
+        ({"architectures": -1}, CheckpointError, "not a list of names"),
+        ({"model_type": []}, CheckpointError, "model_type is not a name"),
+    ],
+)
+def test_a_wrong_config_is_refused_in_one_sentence(llava: Path, change, kind, reason) -> None:
+    edit(llava, lambda config: config.update(change))
+    assert reason in refused(llava, kind)
 
 
 @pytest.mark.parametrize("to", ["mla", "gqa"])

@@ -283,13 +283,15 @@ def _describe_latents(table: Table, latents: list[dict[str, Any]]) -> None:
     )
 
 
-def _describe_kept(table: Table, layers: list[dict[str, Any]]) -> None:
-    """Rows for layers that keep a latent or a state."""
-    kept = [layer["kept"] for layer in layers if layer["kept"] is not None]
-    states, latents = ([x for x in kept if name in x] for name in ("chunk", "rank"))
-    if latents:
-        _describe_latents(table, latents)
-    if not states:
+def _kept_with(layers: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
+    """What layers without planned heads keep, if it has such a field."""
+    kept = (layer["kept"] for layer in layers)
+    return [one for one in kept if one is not None and field in one]
+
+
+def _describe_states(table: Table, layers: list[dict[str, Any]]) -> None:
+    """Rows for layers that keep a state."""
+    if not (states := _kept_with(layers, "chunk")):
         return
     one = states[0]
     bits = "float32"
@@ -304,8 +306,8 @@ def _describe_kept(table: Table, layers: list[dict[str, Any]]) -> None:
 
 def _describe_windows(table: Table, layers: list[dict[str, Any]]) -> None:
     """A row for layers with a sliding window."""
-    kept = [layer["kept"] for layer in layers if layer["kept"] is not None]
-    if windows := [x["window"] for x in kept if set(x) == {"heads", "head_dim", "window"}]:
+    latents = _kept_with(layers, "rank")
+    if windows := [x["window"] for x in _kept_with(layers, "window") if x not in latents]:
         last = f"the last {_spread(windows)} tokens, as without a plan"
         table.add_row("sliding windows", f"{counted(len(windows), 'layer')}: {last}")
 
@@ -353,7 +355,9 @@ def _facts(result: dict[str, Any]) -> Table:
             _describe_heads(table, result)
         _describe_bits(table, result["layers"])
         _describe_sparse(table, result["layers"])
-        _describe_kept(table, result["layers"])
+        if latents := _kept_with(result["layers"], "rank"):
+            _describe_latents(table, latents)
+    _describe_states(table, result["layers"])
     _describe_windows(table, result["layers"])
     native = result["native_bytes_per_token"]
     per_token = f"{result['bytes_per_token']:,} bytes per further token (native {native:,})"

@@ -77,7 +77,7 @@ class Explained:
     """All codes of a plan.
 
     Attributes:
-        model_layers: Of the model, also those with a sliding window, which have no code.
+        model_layers: Of the model, also those with a window or a state, which have no code.
         nats: Whether spectra are in nats.
         measured_together: Nats that all codes together cost when they were calibrated.
     """

@@ -169,7 +169,9 @@ class _Walk:
         else:
             scaling, k = stages.layout.scaling, planes["keys"][0]
             q, new, _ = stages.project(hidden)
-            q, _ = stages.rotate(*stages.normalise(q, new), cos[:, None], sin[:, None])
+            q, new = stages.normalise(q, new)
+            q = stages.temper(q, self.steps[1].positions)
+            q, _ = stages.rotate(q, new, cos[:, None], sin[:, None])
             q = q[0].unflatten(0, (len(k), -1))
         scores = torch.matmul(q.float(), k.float()[:, None].mT)  # [H, Q/H, C, P + C]
         return _centred(scaling * scores.flatten(0, 1))

@@ -186,11 +186,11 @@ def _check_plan(
         )
         if planned != kind:
             raise PlanError(
-                f"layer {i} of {checkpoint.source} keeps {_KEPT[kind]}, and {_KEPT[planned]} are "
-                "planned"
+                f"layer {i} of {checkpoint.source} keeps {_KEPT[kind]}, and the plan is for "
+                f"{_KEPT[planned]}"
             )
         if isinstance(other, StatePlan) and layout.mixer and not other.fits(layout.mixer):
-            raise PlanError(f"layer {i} of {checkpoint.source} has a state of other sizes")
+            raise PlanError(f"layer {i} of {checkpoint.source} has a state of another kind or size")
         if isinstance(other, LatentPlan) and other.sink + other.ring > positions:
             raise PlanError(
                 f"layer {i} has exact room for {other.sink + other.ring} tokens, more than the "

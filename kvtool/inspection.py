@@ -138,6 +138,12 @@ class Inspection:
         """Cache of all layers per token in bf16, while no window is full."""
         return sum(r.layers * r.bytes_per_token for r in self.runs) if self.runs else None
 
+    @property
+    def bytes_behind_windows(self) -> int:
+        """The same of the layers without a window."""
+        whole = (run for run in self.runs if not run.layout.sliding_window)
+        return sum(run.layers * run.bytes_per_token for run in whole)
+
     def cache_bytes(self, tokens: int) -> int:
         """Cache of one sequence in bf16."""
         return sum(

@@ -64,7 +64,10 @@ def _facts(inspection: Inspection) -> Table:
         told = f"{inspection.cache_scales}; vLLM reads them, and kvtool with a plan of --bits fp8"
         table.add_row("cache scales", told)
     if inspection.bytes_per_token is not None:
-        table.add_row("cache, bf16", f"{inspection.bytes_per_token:,} bytes per token")
+        per_token = f"{inspection.bytes_per_token:,} bytes per token"
+        if (late := inspection.bytes_behind_windows) != inspection.bytes_per_token:
+            per_token += f", {late:,} behind full windows"
+        table.add_row("cache, bf16", per_token)
         for tokens in CONTEXTS:
             beyond = " (beyond its positions)" if positions and tokens > positions else ""
             table.add_row(

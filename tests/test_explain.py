@@ -69,6 +69,10 @@ def test_what_is_lost_is_the_spectrum_behind_the_cut(joint: bool) -> None:
     assert [code.layers for code in explained.codes] == [[0, 1], [2, 3], [4]]
     assert [code.name for code in explained.codes] == ["0–1", "2–3", "4"]
     assert sum(code.bytes_per_token for code in explained.codes) == plan.bytes_per_token(2)
+    few = replace(plan, codes=tuple(replace(code, bits=4) for code in plan.codes))
+    packed = explain(few, "p")
+    assert packed.bytes_per_token == few.bytes_per_token(2) < plan.bytes_per_token(2)
+    assert sum(code.bytes_per_token for code in packed.codes) == packed.bytes_per_token
     for code, planned in zip(explained.codes, plan.codes, strict=True):
         assert [part.part for part in code.parts] == list(planned.parts)
         assert tuple(part.width for part in code.parts) == planned.widths

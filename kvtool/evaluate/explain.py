@@ -47,7 +47,7 @@ class ExplainedCode:
 
     Attributes:
         layers: Those that share it.
-        bytes_per_token: As bfloat16.
+        bytes_per_token: Of a code without bits as bfloat16.
         lost_share: Of the spectrum, behind the cut.
         predicted: Loss at these widths, in the unit of the spectrum.
         measured: Nats that this code alone cost when it was calibrated, with `measured_width`
@@ -197,7 +197,7 @@ def explain(plan: Plan, name: str) -> Explained:
                 layers,
                 code.kind,
                 parts,
-                code.width * _BF16,
+                code.token_bytes(_BF16),
                 lost / total if total else 0.0,
                 lost,
                 measured[index],

@@ -22,8 +22,8 @@ from kvtool.layout import (
     decoder_layers,
     embedding_factor,
     finish_of,
-    mixer_in,
     mixer_of,
+    put_in,
     ropes_of,
 )
 from kvtool.mamba import Mixer, Past
@@ -231,7 +231,7 @@ class WholeModel:
             self.shapes.append(None)
             if (mixer := mixer_of(layer)) is not None:
                 self._readers.append(_State(mixer, self._now, rope))
-                setattr(layer, mixer_in(layer) or "", self._readers[-1])
+                put_in(layer, self._readers[-1])
                 continue
             module, name = layer.self_attn, f"model.layers.{index}.self_attn"
             latent = latent_stages(module, name, rope.inv_freq, factors_in, index)

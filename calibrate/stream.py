@@ -25,8 +25,8 @@ from kvtool.layout import (
     describe,
     embedding_factor,
     finish_of,
-    mixer_in,
     mixer_of,
+    put_in,
     ropes_of,
 )
 from kvtool.mamba import Mixer
@@ -77,7 +77,7 @@ class StreamedLayer:
             else self.mixer
         )
         self._slot = _Slot(alone=self.mixer is not None)
-        setattr(module, mixer_in(module) or "self_attn", self._slot)
+        put_in(module, self._slot)
         self._module = module
 
     @property

@@ -308,6 +308,11 @@ def mixer_in(layer: Any) -> str | None:
     return next(names, None)
 
 
+def put_in(layer: Any, module: nn.Module) -> None:
+    """Puts a module in the place of the attention, or of the mixer, of a decoder layer."""
+    setattr(layer, mixer_in(layer) or "self_attn", module)
+
+
 def mixer_of(layer: Any) -> Mixer | DeltaNet | None:
     """The stages of that mixer."""
     name = mixer_in(layer)

@@ -9,6 +9,7 @@ import torch
 from _code_tools import KINDS, coded
 from _family_cases import ALL as ALL_CASES
 from _family_cases import CASES
+from _family_tools import open_case, tokens
 from conftest import make_config
 from safetensors.torch import load_file, save_file
 
@@ -35,15 +36,6 @@ PHI_LONG = {
     "short_mscale": 1.2,
     "long_mscale": 1.3,
 }
-
-
-def open_case(tiny, name) -> Checkpoint:
-    family, more = CASES[name]
-    return Checkpoint.open(str(tiny(family, **more)))
-
-
-def tokens(count: int) -> torch.Tensor:
-    return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from _code_tools import coded
 from _family_cases import CASES
+from _family_tools import logits, open_case, streaming, tokens
 from conftest import make_config
 from safetensors.torch import load_file, save_file
 
@@ -39,34 +40,6 @@ from kvtool.states import StatePlan
 HEADS, SIZE = 2, 16
 HYBRIDS = ["qwen3_5_text", "qwen3_next", "granitemoehybrid, no positions"]
 OTHERS = [False, True, False, True]  # which layers have heads
-
-
-def open_case(tiny, name) -> Checkpoint:
-    family, more = CASES[name]
-    return Checkpoint.open(str(tiny(family, **more)))
-
-
-def tokens(count: int) -> torch.Tensor:
-    return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(0))
-
-
-def logits(engine: Engine, ids: torch.Tensor, *pieces: int) -> torch.Tensor:
-    """Of a text that comes in pieces, and then token by token."""
-    cache, start, found = engine.new_cache(1, 8), 0, []
-    for size in pieces:
-        found.append(engine.extend(cache, ids[start : start + size], all_logits=True))
-        start += size
-    found += [engine.decode(cache, token[None]) for token in ids[start:]]
-    return torch.cat(found)
-
-
-def streaming(checkpoint: Checkpoint, sink: int, window: int) -> Plan:
-    """All heads stream."""
-    layers = [
-        layer if layer.kept else LayerPlan((True,) * HEADS, sink, window)
-        for layer in whole_layers(checkpoint)
-    ]
-    return Plan(base_of(checkpoint), tuple(layers))
 
 
 @pytest.fixture

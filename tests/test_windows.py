@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _family_cases import CASES
+from _family_tools import logits, open_case, streaming, tokens
 
 from kvtool.calibrate import heads
 from kvtool.calibrate.budgets import METHODS as BUDGETS
@@ -14,7 +14,6 @@ from kvtool.calibrate.double_sparsity import calibrate_double_sparsity
 from kvtool.calibrate.heads import METHODS, HeadOptions, calibrate_heads
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
 from kvtool.calibrate.statistics import StatisticsOptions
-from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.cli.plan import score_picture
 from kvtool.cli.serve import native_bytes_per_token
@@ -37,35 +36,6 @@ MIXED = [
     "cohere2",
     "exaone4",
 ]  # every other layer has a window
-
-
-def open_case(tiny, name) -> Checkpoint:
-    family, more = CASES[name]
-    return Checkpoint.open(str(tiny(family, **more)))
-
-
-def tokens(count: int) -> torch.Tensor:
-    return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(0))
-
-
-def logits(engine: Engine, ids: torch.Tensor, *pieces: int) -> torch.Tensor:
-    """Of a text that comes in pieces, and then token by token."""
-    cache, start, found = engine.new_cache(1, 8), 0, []
-    for size in pieces:
-        piece = ids[start : start + size]
-        found.append(engine.extend(cache, piece, all_logits=True))
-        start += size
-    found += [engine.decode(cache, token[None]) for token in ids[start:]]
-    return torch.cat(found)
-
-
-def streaming(checkpoint: Checkpoint, sink: int, window: int) -> Plan:
-    """All heads that see the whole past stream."""
-    layers = [
-        layer if layer.kept else LayerPlan((True,) * HEADS, sink, window)
-        for layer in whole_layers(checkpoint)
-    ]
-    return Plan(base_of(checkpoint), tuple(layers))
 
 
 @pytest.mark.parametrize("name", ["starcoder2, window", *MIXED])

@@ -19,8 +19,8 @@ from kvtool.layout import (
     AttentionLayout,
     decoder_layers,
     describe,
-    mixer_in,
     mixer_of,
+    put_in,
     ropes_of,
 )
 from kvtool.plan import Plan
@@ -101,9 +101,8 @@ def swap_attention(
         kept = None if plan is None else plan.layers[i].kept
         if (mixer := mixer_of(layer)) is not None:
             state = kept if isinstance(kept, StatePlan) else None
-            runtime = RuntimeMixer(mixer, i, inv_freq, rope.scale, state)
-            setattr(layer, mixer_in(layer) or "", runtime)
-            swapped.append(runtime)
+            swapped.append(RuntimeMixer(mixer, i, inv_freq, rope.scale, state))
+            put_in(layer, swapped[-1])
             continue
         module, name = layer.self_attn, f"model.layers.{i}.self_attn"
         attention: RuntimeAttention
@@ -124,7 +123,7 @@ def swap_attention(
                 attention = SparseAttention(grouped, i, inv_freq, rope.scale, plan)
             else:
                 attention = SplitAttention(grouped, i, inv_freq, rope.scale, plan)
-        layer.self_attn = attention
+        put_in(layer, attention)
         swapped.append(attention)
     DecodeLinear.replace_in(model)
     return swapped

@@ -1,0 +1,38 @@
+"""A family as a small checkpoint, and what its runtime says of a text."""
+
+import torch
+from _family_cases import CASES
+
+from kvtool.checkpoint import Checkpoint
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of, whole_layers
+from kvtool.runtime import Engine
+
+
+def open_case(tiny, name) -> Checkpoint:
+    family, more = CASES[name]
+    return Checkpoint.open(str(tiny(family, **more)))
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(0))
+
+
+def logits(engine: Engine, ids: torch.Tensor, *pieces: int) -> torch.Tensor:
+    """Of a text that comes in pieces, and then token by token."""
+    cache, start, found = engine.new_cache(1, 8), 0, []
+    for size in pieces:
+        piece = ids[start : start + size]
+        found.append(engine.extend(cache, piece, all_logits=True))
+        start += size
+    found += [engine.decode(cache, token[None]) for token in ids[start:]]
+    return torch.cat(found)
+
+
+def streaming(checkpoint: Checkpoint, sink: int, window: int) -> Plan:
+    """All heads that see the whole past stream."""
+    layers = [
+        layer if layer.kept else LayerPlan((True,) * base_of(checkpoint).kv_heads, sink, window)
+        for layer in whole_layers(checkpoint)
+    ]
+    return Plan(base_of(checkpoint), tuple(layers))

@@ -17,15 +17,9 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.delta_net import DeltaNet
 from kvtool.errors import CalibrationError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
+from kvtool.factors import embedding_factor, finish_of
 from kvtool.latent import LatentAttention
-from kvtool.layout import (
-    decoder_layers,
-    embedding_factor,
-    finish_of,
-    mixer_of,
-    put_in,
-    ropes_of,
-)
+from kvtool.layout import decoder_layers, mixer_of, put_in, ropes_of
 from kvtool.mamba import Mixer, Past
 from kvtool.rope import Rope, rotate
 

@@ -19,16 +19,9 @@ from kvtool.calibrate.experts import stacked
 from kvtool.checkpoint import Checkpoint
 from kvtool.delta_net import DeltaNet
 from kvtool.errors import CalibrationError, CheckpointError, UnsupportedModelError
+from kvtool.factors import embedding_factor, finish_of
 from kvtool.fp8 import SCALES
-from kvtool.layout import (
-    decoder_layers,
-    describe,
-    embedding_factor,
-    finish_of,
-    mixer_of,
-    put_in,
-    ropes_of,
-)
+from kvtool.layout import decoder_layers, describe, mixer_of, put_in, ropes_of
 from kvtool.mamba import Mixer
 from kvtool.rope import Rope
 

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kvtool._tensors import first_line
 from kvtool.delta_net import DeltaNet
 from kvtool.errors import UnsupportedModelError
+from kvtool.factors import finish_of
 from kvtool.mamba import Mixer, MixerShape
 from kvtool.rope import Rope
 
@@ -60,11 +61,6 @@ _SHARED = {
     "hidden_size_per_layer_input": "inputs of their own for all layers",
 }
 """Fields that say so, of the small models of Gemma 4."""
-_MUP = ("granite", "granitemoe", "granitemoeshared", HYBRID, "hyperclovax")
-"""Those that multiply embeddings and logits by what their config says; others' may say it, too."""
-
-_CAPPED = ("gemma3_text", "gemma4_text", "gemma4_unified_text")
-"""Those that cap their logits, if their config says so."""
 GATES = {"afmoe": "gate_proj", "laguna": "g_proj"}
 """The projection to a gate on what heads give, of those that have one beside `q_proj`."""
 _OTHERS = {
@@ -385,38 +381,6 @@ def _layouts(model: nn.Module) -> list[AttentionLayout]:
         else recognise(layer.self_attn, f"model.layers.{i}.self_attn")
         for i, layer in enumerate(decoder_layers(model))
     ]
-
-
-def embedding_factor(config: Any) -> float:
-    """What a model multiplies its embeddings by, where the embedding does not do so itself."""
-    if config.model_type == "afmoe":
-        return float(config.hidden_size**0.5) if config.mup_enabled else 1.0
-    return float(config.embedding_multiplier) if config.model_type in _MUP else 1.0
-
-
-@dataclass(frozen=True)
-class Finish:
-    """What a model makes of the logits of its output head: `cap tanh(factor x / cap)`."""
-
-    factor: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Of any shape."""
-        if self.factor != 1:
-            logits = logits * self.factor
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-
-
-def finish_of(config: Any) -> Finish:
-    """That of a model."""
-    cap = config.final_logit_softcapping if config.model_type in _CAPPED else None
-    if config.model_type in ("cohere", "cohere2", "cohere2_moe"):
-        return Finish(float(config.logit_scale), cap)
-    if config.model_type not in _MUP:
-        return Finish(cap=cap)
-    factor = float(config.logits_scaling)
-    return Finish(factor if config.model_type == "hyperclovax" else 1 / factor, cap)
 
 
 def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:

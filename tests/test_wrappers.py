@@ -23,8 +23,9 @@ from kvtool.convert import planning
 from kvtool.convert.verify import verify
 from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
 from kvtool.evaluate.throughput import load_rival
+from kvtool.factors import finish_of
 from kvtool.inspection import inspect_checkpoint
-from kvtool.layout import FAMILIES, describe, finish_of
+from kvtool.layout import FAMILIES, describe
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.wrappers import SECTIONED, WRAPPERS, text_config

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UsageError
+from kvtool.factors import embedding_factor, finish_of
 from kvtool.kernels.dispatch import use_triton
 from kvtool.kernels.linear import LEAST_ROWS
 from kvtool.latent import FactoredAttention
-from kvtool.layout import decoder_layers, embedding_factor, finish_of
+from kvtool.layout import decoder_layers
 from kvtool.plan import Plan
 from kvtool.rope import Rope
 from kvtool.runtime.cache import KVCache

@@ -365,8 +365,8 @@ class _Pass:
 
     def _key(self) -> str:
         # The fingerprint samples large tensors; a file changed since must not slip through.
-        files = sorted({info.file for info in self.checkpoint.tensors.values()})
-        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        stats = [(file.name, file.stat()) for file in self.checkpoint.files]
+        stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return hashlib.sha256(json.dumps([self._metadata, stamps]).encode()).hexdigest()[:32]
 
     @cached_property

@@ -127,8 +127,8 @@ def convert(
     fingerprint = checkpoint.fingerprint()
     # The fingerprint samples large tensors; a file changed since the run was killed must not slip
     # through.
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [(file.name, file.stat()) for file in checkpoint.files]
+    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     versions = [__version__, torch.__version__, transformers.__version__]
     made_of = [*versions, fingerprint, stamps, corpus.id]
     if planned["healing"] is not None:

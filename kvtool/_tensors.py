@@ -27,6 +27,7 @@ _TORCH_NAMES = {
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64",
     "I32": "int32",
     "I16": "int16",
@@ -62,8 +63,17 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Size of the stored values."""
+        """Size of the values."""
         return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
+
+    @property
+    def stored(self) -> dict[str, TensorInfo]:
+        """What lies on disk of it, by role; without a name, if that is all."""
+        return {"": self}
+
+    def value(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The tensor itself, given what lies on disk of it."""
+        return stored[""]
 
 
 def first_line(error: BaseException) -> str:

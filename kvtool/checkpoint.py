@@ -43,6 +43,7 @@ from kvtool._tensors import (
 from kvtool._transformers import quiet_transformers
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.fp8 import SCALES, cache_scheme
+from kvtool.quantised_weights import as_numbers
 from kvtool.wrappers import text_config, text_tensors, wrapper_of
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class Checkpoint:
         revision: Branch, tag or commit of a hub id, as asked for.
         wrapper: Architecture of a model of several modalities whose decoder of text this is; then
             `config` and `tensors` are those of the decoder, see `kvtool.wrappers`.
+        quantised: How the weights are quantised on disk; then `config` and `tensors` are those of
+            the numbers that they stand for, see `kvtool.quantised_weights`.
     """
 
     source: str
@@ -118,6 +121,7 @@ class Checkpoint:
     trust_remote_code: bool = False
     revision: str | None = None
     wrapper: str | None = None
+    quantised: str | None = None
 
     @classmethod
     def open(
@@ -138,7 +142,8 @@ class Checkpoint:
 
         Raises:
             UsageError: There is nothing at this path or under this hub id.
-            UnsupportedModelError: It is not a decoder, is quantised, or has only pickled weights.
+            UnsupportedModelError: It is not a decoder, has only pickled weights, or is quantised in
+                a way that is not known here.
             CheckpointError: It is damaged, incomplete, or its index points outside its folder.
         """
         path = locate(source, revision, offline, trust_remote_code)
@@ -149,18 +154,24 @@ class Checkpoint:
         assert config is not None
         if wrapper := wrapper_of(config):
             config = text_config(path, config)
-        _check_unquantised(path, config)
         tensors = read_headers(path)
         if wrapper:
             tensors = text_tensors(path, tensors)
             # As in transformers, a head that is there is not replaced by the embedding.
             config["tie_word_embeddings"] &= "lm_head.weight" not in tensors
-        return cls(source, path, config, tensors, trust_remote_code, revision, wrapper)
+        config, tensors, quantised = as_numbers(path, config, tensors)
+        return cls(source, path, config, tensors, trust_remote_code, revision, wrapper, quantised)
 
     @property
     def total_bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Size of all tensors on disk."""
+        return sum(part.nbytes for info in self.tensors.values() for part in info.stored.values())
+
+    @property
+    def files(self) -> list[Path]:
+        """Where its tensors lie."""
+        infos = self.tensors.values()
+        return sorted({part.file for info in infos for part in info.stored.values()})
 
     @property
     def cache_scheme(self) -> dict[str, Any] | None:
@@ -177,16 +188,26 @@ class Checkpoint:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {}
+        stored: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
         for name in names:
             if name not in self.tensors:
                 raise CheckpointError(f"{self.path} has no tensor {name}.")
-        for file in sorted({self.tensors[name].file for name in names}):
+        parts = [(n, role, info) for n in names for role, info in self.tensors[n].stored.items()]
+        for file in sorted({info.file for _, _, info in parts}):
             with open_safetensors(file) as handle:
-                for name in names:
-                    if self.tensors[name].file == file:
-                        tensors[name] = handle.get_tensor(self.tensors[name].name)
-        return tensors
+                for name, role, info in parts:
+                    if info.file == file:
+                        stored[name][role] = handle.get_tensor(info.name)
+        # One after the other gives up its parts: codes and numbers are not held together of all.
+        return {name: self._value(name, stored.pop(name)) for name in names}
+
+    def _value(self, name: str, stored: dict[str, torch.Tensor]) -> torch.Tensor:
+        try:
+            return self.tensors[name].value(stored)
+        except (RuntimeError, IndexError) as error:  # parts of shapes that do not fit together
+            raise CheckpointError(
+                f"{self.path}: {name} cannot be made of its parts: {first_line(error)}"
+            ) from error
 
     def fingerprint(self) -> str:
         """A sha256 that identifies the model: config, headers, and samples of every tensor.
@@ -199,9 +220,15 @@ class Checkpoint:
         ignored = ("transformers_version", "_name_or_path")
         config = {key: value for key, value in self.config.items() if key not in ignored}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            tensor = self.read(name)  # one at a time: the model may be larger than memory
-            digest.update(f"{name} {self.tensors[name].dtype} {list(tensor.shape)}".encode())
+        stored = [
+            (f"{name}{role and ' '}{role}", info)
+            for name in sorted(self.tensors)
+            for role, info in sorted(self.tensors[name].stored.items())
+        ]
+        for name, info in stored:
+            with open_safetensors(info.file) as handle:
+                tensor = handle.get_tensor(info.name)  # one at a time: models exceed the memory
+            digest.update(f"{name} {info.dtype} {list(tensor.shape)}".encode())
             data = tensor.reshape(-1).view(torch.uint8)
             if data.numel() > 2**16:
                 starts = [i * (data.numel() - 4096) // 15 for i in range(16)]
@@ -259,7 +286,7 @@ class Checkpoint:
                 config = AutoConfig.from_pretrained(
                     self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
                 )
-        if self.cache_scheme is not None:
+        if hasattr(config, "quantization_config"):
             # With it, transformers would want the package that quantises, and quantise.
             del config.quantization_config
         return config
@@ -323,13 +350,17 @@ class Checkpoint:
         """The model and what transformers reports of its weights."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
 
-        if self.wrapper is None:
+        if self.wrapper is None and self.quantised is None:
             if self.cache_scheme is not None:
                 options["config"] = self.hf_config()
             return AutoModelForCausalLM.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, **options
             )
-        config, weights = self.hf_config(), self._read(list(self.tensors))  # mapped, not copied
+        config, weights = self.hf_config(), dict[str, Any]()
+        if self.quantised is None:
+            weights |= self._read(list(self.tensors))  # mapped, not copied
+        else:
+            weights |= {name: _Unread(self, name) for name in self.tensors}
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
         if (self.path / "generation_config.json").is_file():
@@ -346,6 +377,17 @@ class Checkpoint:
             raise CheckpointError(
                 f"transformers cannot load {what} from {self.path}: {first_line(error)}"
             ) from error
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A tensor as transformers takes it from a file: it is read when its values are asked for."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __getitem__(self, values: Any) -> torch.Tensor:
+        return self.checkpoint.read(self.name)[values]
 
 
 def _named(key: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
@@ -385,17 +427,4 @@ def _check_decoder(path: Path, config: dict[str, Any] | None) -> None:
         kind = "an encoder-decoder" if config.get("is_encoder_decoder") else "no ...ForCausalLM"
         raise UnsupportedModelError(
             f"{path} is not a decoder: its architecture is {kind} ({what})."
-        )
-
-
-def _check_unquantised(path: Path, config: dict[str, Any]) -> None:
-    if (quantization := config.get("quantization_config")) and cache_scheme(config) is None:
-        method = (
-            quantization.get("quant_method", "unknown")
-            if isinstance(quantization, dict)
-            else "unknown"
-        )
-        raise UnsupportedModelError(
-            f"{path} holds quantised weights ({method}), which cannot be calibrated or converted.",
-            hint="Use the checkpoint it was quantised from, or its GGUF file.",
         )

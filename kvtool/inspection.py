@@ -108,6 +108,8 @@ class Inspection:
         runs: Attention of all layers; empty where it is not known, see `unsupported`.
         text_of: The wrapper of several modalities whose text alone this is about, if any.
         rope: Type, theta and scaling of the rotary embedding.
+        quantised: How weights are quantised on disk, where they are; they are read as `dtypes`.
+        stored_bytes: Size of the weights on disk.
         dtypes: Bytes of weights by safetensors type name.
         cache_scales: In words, what it holds for the cache of other engines.
     """
@@ -117,6 +119,8 @@ class Inspection:
     family: str
     architecture: str
     text_of: str | None
+    quantised: str | None
+    stored_bytes: int
     unsupported: str | None
     runs: list[LayerRun]
     rope: dict[str, Any]
@@ -220,6 +224,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         family=family,
         architecture=str(checkpoint.config["architectures"][0]),
         text_of=checkpoint.wrapper,
+        quantised=checkpoint.quantised,
+        stored_bytes=checkpoint.total_bytes,
         unsupported=unsupported,
         runs=runs,
         rope=_rope(config),

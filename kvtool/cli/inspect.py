@@ -60,6 +60,8 @@ def _facts(inspection: Inspection) -> Table:
         f"{inspection.parameters:,} parameters, {decimal(inspection.weight_bytes)} "
         f"({', '.join(sorted(inspection.dtypes))})",
     )
+    if inspection.quantised:
+        table.add_row("  on disk", f"{decimal(inspection.stored_bytes)} ({inspection.quantised})")
     if inspection.cache_scales:
         told = f"{inspection.cache_scales}; vLLM reads them, and kvtool with a plan of --bits fp8"
         table.add_row("cache scales", told)

@@ -1,0 +1,424 @@
+"""Checkpoints with quantised weights, read as the numbers that their codes stand for.
+
+A quantised matrix W `[out, in]` lies on disk as several tensors: codes q, and what makes numbers of
+them. In all formats here that is a scale s for each block of W, and sometimes a zero point z:
+
+    W = s (q - z)
+
+| On disk | q | s |
+|---|---|---|
+| fp8 of DeepSeek, Qwen, MiniMax, Ministral | e4m3 | by blocks of 128 x 128, or one |
+| fbgemm_fp8; FP8 of ModelOpt | e4m3 | by row, or one |
+| compressed-tensors | e4m3, int8, packed integers, fp4 | by row, block or group; or one |
+| GPTQ, AWQ, AutoRound | packed integers, with z | by groups of inputs |
+| NVFP4 (of ModelOpt, too) | e2m1 | e4m3 by 16 inputs, times one more for all |
+| MXFP4 (gpt-oss) | e2m1 | 2^k by 32 inputs |
+
+Nothing is rounded but to the dtype of the model. Scales of activations are passed over: they are
+for engines that multiply codes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtool._tensors import TensorInfo
+from kvtool.errors import CheckpointError, UnsupportedModelError
+from kvtool.fp8 import SCALES, cache_scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METHODS = (
+    *("awq", "auto-round", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt"),
+    *("modelopt_fp4", "mxfp4"),
+)
+"""Values of `quant_method` whose codes are known here."""
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_SCALE = ("_scale", "_scale_inv")
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where in a word of AWQ the eight codes of 4 bits lie that come one behind the other."""
+_UNUSED = re.compile(
+    r".+\.(?:activation_scale|(?:input|output)_(?:scale|zero_point|global_scale)"
+    r"|(?:q|prob)_scale|weight_shape)"
+)
+"""Of activations, and what is known without."""
+_CACHE_SCALE = re.compile(r"(.+\.self_attn)\.[kv]_proj\.([kv]_scale)")
+"""As ModelOpt names them."""
+
+Parts = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class QuantisedTensor(TensorInfo):
+    """A tensor that is not stored as such: `numbers` makes it of stored parts.
+
+    Attributes:
+        shape, dtype: Of the numbers.
+        parts: What is stored, by its role.
+    """
+
+    parts: dict[str, TensorInfo]
+    numbers: Callable[[Parts], Tensor]
+
+    @property
+    def stored(self) -> dict[str, TensorInfo]:
+        return self.parts
+
+    def value(self, stored: Parts) -> Tensor:
+        return self.numbers(stored)
+
+
+def as_numbers(
+    path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]
+) -> tuple[dict[str, Any], dict[str, TensorInfo], str | None]:
+    """A checkpoint as it would be without quantised weights.
+
+    Args:
+        path: Where it is, for messages.
+        config: The content of `config.json`.
+        tensors: What its headers list.
+
+    Returns:
+        The config and the tensors, and how weights are quantised; None if they are not.
+
+    Raises:
+        UnsupportedModelError: Weights are quantised in another way than is known here.
+        CheckpointError: A part of a quantised matrix is missing or has the wrong shape.
+    """
+    said = config.get("quantization_config") or {}
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{path / 'config.json'}: quantization_config is not an object.")
+    if cache_scheme(config) is not None:
+        return config, tensors, None
+    if said and (reason := _unknown(said)):
+        raise UnsupportedModelError(
+            f"{path} holds quantised weights that kvtool cannot read: {reason}.",
+            hint="Use the checkpoint it was quantised from, or its GGUF file.",
+        )
+    found = _Reader(path, config, said, tensors).read()
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if said.get("kv_cache_scheme") and any(name.endswith(SCALES) for name in found):
+        plain["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "kv_cache_scheme": said["kv_cache_scheme"],
+        }
+    is_quantised = said or len(found) != len(tensors)
+    method = str(said.get("quant_method", "unnamed"))
+    return plain if said else config, found, method if is_quantised else None
+
+
+def _unknown(said: Mapping[str, Any]) -> str | None:
+    """Why a `quantization_config` is not one of those that are known here."""
+    method = said.get("quant_method")
+    if method not in METHODS:
+        return f"method {method}; known are {', '.join(METHODS)}"
+    transforms, sparsity = said.get("transform_config"), said.get("sparsity_config")
+    if transforms and transforms.get("config_groups"):
+        return "they are behind transforms (transform_config)"
+    if sparsity and sparsity.get("format") not in (None, "dense"):
+        return f"they are sparse ({sparsity.get('format')})"
+    layouts = {
+        "awq": ("version", "gemm"),
+        "gptq": ("checkpoint_format", "gptq", "gptq_v2"),
+        "auto-round": ("packing_format", "auto_round:auto_gptq", "auto_round:auto_awq"),
+    }
+    if method in layouts:
+        key, *known = layouts[method]
+        layout = str(said.get(key, known[0])).lower()
+        if layout not in known or said.get("backend", "autoawq") == "llm-awq":
+            return f"{method} with {key} {layout}; known: {', '.join(known)}"
+    return None
+
+
+class _Reader:
+    """Finds the parts of every quantised matrix."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        said: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+    ) -> None:
+        self.path, self.said, self.tensors = path, said, tensors
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        self.dtype = {"float16": "F16", "float32": "F32"}.get(str(dtype), "BF16")
+        self.used: set[str] = set()
+
+    def read(self) -> dict[str, TensorInfo]:
+        """All matrices, and what else there is that is not a part of one."""
+        found = (self._quantised(name, info) for name, info in self.tensors.items())
+        matrices = dict(one for one in found if one is not None)
+        rest = {
+            _CACHE_SCALE.sub(r"\1.\2", name): info
+            for name, info in self.tensors.items()
+            if name not in self.used and _UNUSED.fullmatch(name) is None
+        }
+        return {**rest, **matrices}
+
+    def _quantised(self, name: str, info: TensorInfo) -> tuple[str, QuantisedTensor] | None:
+        """Name and description of the matrix whose codes this is, if it is one's."""
+        stem, _, last = name.rpartition(".")
+        if last == "weight_packed" and info.dtype == "I32":
+            return f"{stem}.weight", self._packed_integers(stem, info)
+        if last == "weight_packed":
+            return f"{stem}.weight", self._fp4(stem, info, "weight_packed")
+        if last == "qweight":
+            return f"{stem}.weight", self._by_input(stem, info)
+        if last.endswith("_blocks") and info.dtype == "U8":
+            return name.removesuffix("_blocks"), self._mxfp4(name.removesuffix("_blocks"), info)
+        if info.dtype == "U8" and f"{name}_scale_2" in self.tensors:
+            return name, self._fp4(stem, info, last)
+        has_scale = last == "weight" or any(f"{name}{x}" in self.tensors for x in _SCALE)
+        if info.dtype in (*_FP8, "I8") and has_scale:
+            return name, self._scaled(name, info)
+        return None
+
+    def _tensor(
+        self,
+        shape: tuple[int, ...],
+        numbers: Callable[[Parts], Tensor],
+        **names: str | None,
+    ) -> QuantisedTensor:
+        """Made of parts that all exist."""
+        parts = {role: self.tensors[name] for role, name in names.items() if name is not None}
+        self.used.update(name for name in names.values() if name is not None)
+        codes = parts["codes"]
+
+        def rounded(read: Parts) -> Tensor:
+            from kvtool._tensors import torch_dtype
+
+            return numbers(read).to(torch_dtype(self.dtype))
+
+        return QuantisedTensor(codes.name, shape, self.dtype, codes.file, parts, rounded)
+
+    def _need(self, *names: str) -> str:
+        """The first of some names that is a tensor's."""
+        for name in names:
+            if name in self.tensors:
+                return name
+        raise CheckpointError(f"{self.path} has quantised weights without their {names[0]}.")
+
+    def _if_there(self, name: str) -> str | None:
+        return name if name in self.tensors else None
+
+    def _scaled(self, name: str, info: TensorInfo) -> QuantisedTensor:
+        """Codes of 8 bits, as many as there are numbers."""
+        scale = self._need(*(f"{name}{x}" for x in _SCALE))
+        zero, order = self._if_there(f"{name}_zero_point"), self._if_there(f"{name}_g_idx")
+        own = self.tensors[scale].shape
+        block = self._block(name, info.shape, own, self._block_said())
+
+        def numbers(read: Parts) -> Tensor:
+            spread = _spreader(info.shape, block, read.get("order"))
+            codes = read["codes"].float()
+            if "zero" in read:
+                codes = codes - spread(read["zero"].float())
+            return codes * spread(_scales(read["scale"]))
+
+        return self._tensor(info.shape, numbers, codes=name, scale=scale, zero=zero, order=order)
+
+    def _packed_integers(self, stem: str, info: TensorInfo) -> QuantisedTensor:
+        """Of compressed-tensors: `weight_packed [out, in / n]`, n codes to a word, + 2^(b-1)."""
+        bits = self._bits(stem)
+        name = f"{stem}.weight"
+        rows, words = info.shape
+        shape, middle = (rows, words * (32 // bits)), 2 ** (bits - 1)
+        scale = self._need(f"{name}_scale")
+        zero, order = self._if_there(f"{name}_zero_point"), self._if_there(f"{name}_g_idx")
+        block = self._block(name, shape, self.tensors[scale].shape, None)
+
+        def numbers(read: Parts) -> Tensor:
+            spread = _spreader(shape, block, read.get("order"))
+            codes = unpack(read["codes"], bits).float()
+            # Zero points are packed along the rows, with the same 2^(b-1) on top.
+            zero = unpack(read["zero"].T, bits).T[:rows].float() if "zero" in read else None
+            codes = codes - (middle if zero is None else spread(zero))
+            return codes * spread(_scales(read["scale"]))
+
+        return self._tensor(
+            shape, numbers, codes=f"{name}_packed", scale=scale, zero=zero, order=order
+        )
+
+    def _by_input(self, stem: str, info: TensorInfo) -> QuantisedTensor:
+        """Of GPTQ and AWQ, transposed: `scales [groups, out]`, and z as codes of the same kind."""
+        bits = self._bits(stem)
+        per_word = 32 // bits
+        awq = self._is_awq()
+        rows, columns = info.shape
+        inputs, outputs = (rows, columns * per_word) if awq else (rows * per_word, columns)
+        scale, zero = self._need(f"{stem}.scales"), self._need(f"{stem}.qzeros")
+        groups = self.tensors[scale].shape[0]
+        order = self._if_there(f"{stem}.g_idx")
+        block = self._block(f"{stem}.qweight", (outputs, inputs), (outputs, groups), None)
+        # The first GPTQ stored z - 1.
+        less = 0 if awq or self.said.get("checkpoint_format") == "gptq_v2" else 1
+
+        def numbers(read: Parts) -> Tensor:
+            codes, zero = read["codes"], unpack(read["zero"], bits)
+            if awq:
+                codes, zero = _in_awq_order(unpack(codes, bits)), _in_awq_order(zero)
+                codes = codes.T
+            else:
+                codes = unpack(codes.T, bits)
+            spread = _spreader((outputs, inputs), block, read.get("order"))
+            codes = codes.float() - spread(zero.T.float() + less)
+            return codes * spread(read["scale"].T.float())
+
+        return self._tensor(
+            (outputs, inputs), numbers, codes=f"{stem}.qweight", scale=scale, zero=zero, order=order
+        )
+
+    def _fp4(self, stem: str, info: TensorInfo, last: str) -> QuantisedTensor:
+        """NVFP4 and MXFP4 of compressed-tensors and ModelOpt: two codes to a byte."""
+        name = f"{stem}.{last.removesuffix('_packed')}"
+        shape = (*info.shape[:-1], 2 * info.shape[-1])
+        scale = self._need(f"{name}_scale")
+        divisor, factor = self._if_there(f"{name}_global_scale"), f"{name}_scale_2"
+        block = self._block(name, shape, self.tensors[scale].shape, None)
+
+        def numbers(read: Parts) -> Tensor:
+            scales = _scales(read["scale"])
+            if "divisor" in read:
+                scales = scales / read["divisor"].float()
+            if "factor" in read:
+                scales = scales * read["factor"].float()
+            return fp4(read["codes"]) * _spreader(shape, block)(scales)
+
+        return self._tensor(
+            shape,
+            numbers,
+            codes=f"{stem}.{last}",
+            scale=scale,
+            divisor=divisor,
+            factor=self._if_there(factor),
+        )
+
+    def _mxfp4(self, name: str, info: TensorInfo) -> QuantisedTensor:
+        """Experts of gpt-oss: codes `[E, out, in / 32, 16]` of what the module has transposed."""
+        experts, rows, blocks = info.shape[:3]
+        scale = self._need(f"{name}_scales")
+
+        def numbers(read: Parts) -> Tensor:
+            values = fp4(read["codes"]) * _scales(read["scale"])[..., None]
+            return values.flatten(2).transpose(1, 2).contiguous()
+
+        shape = (experts, 32 * blocks, rows)
+        return self._tensor(shape, numbers, codes=f"{name}_blocks", scale=scale)
+
+    def _bits(self, stem: str) -> int:
+        """Of a packed code."""
+        bits = self.said.get("bits", self.said.get("w_bit"))
+        groups = self.said.get("config_groups") or {}
+        named: list[tuple[bool, Any]] = []
+        for group in groups.values() if isinstance(groups, dict) else ():
+            for target in group.get("targets", ()):
+                pattern = target.removeprefix("re:")
+                is_name = bool(re.match(pattern, stem)) if pattern != target else target == stem
+                if is_name or target[:1].isupper():  # a class, such as Linear
+                    named.append((is_name, (group.get("weights") or {}).get("num_bits")))
+        if named:
+            bits = max(named, key=lambda one: one[0])[1]
+        if bits not in (2, 4, 8):
+            raise UnsupportedModelError(
+                f"{self.path} packs weights of {bits} bits, which kvtool cannot read.",
+                hint="2, 4 and 8 bits are known.",
+            )
+        return int(bits)
+
+    def _is_awq(self) -> bool:
+        return "awq" in (self.said.get("quant_method"), *self._packing())
+
+    def _packing(self) -> list[str]:
+        """What AutoRound names, such as `auto_round:auto_gptq`."""
+        return re.split("[:_]", str(self.said.get("packing_format", "")))
+
+    def _block_said(self) -> tuple[int, int] | None:
+        groups = self.said.get("config_groups") or {}
+        weights = [group.get("weights") or {} for group in groups.values()]
+        every = [self.said.get("weight_block_size"), *(w.get("block_structure") for w in weights)]
+        return next(((int(b[0]), int(b[1])) for b in every if b), None)
+
+    def _block(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        scales: tuple[int, ...],
+        said: tuple[int, int] | None,
+    ) -> tuple[int, int]:
+        """How many rows and columns share one of the scales."""
+        rows, columns = shape[-2:]
+        across, along = (*scales, 1, 1)[:2] if len(scales) < 2 else scales[-2:]
+        if said is not None and across == -(-rows // said[0]) and along == -(-columns // said[1]):
+            return said
+        if across and along and not rows % across and not columns % along:
+            return rows // across, columns // along
+        raise CheckpointError(
+            f"{self.path}: {name} is {list(shape)} and has scales {list(scales)}, which do not fit."
+        )
+
+
+def _spreader(
+    shape: tuple[int, ...], block: tuple[int, int], order: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """From one value per block to `[..., out, in]`, or what broadcasts to it.
+
+    Args:
+        order: `[in]`, the group that each input is in, if they do not lie in their order.
+    """
+    rows, columns = shape[-2:]
+
+    def spread(x: Tensor) -> Tensor:
+        if x.numel() == 1:
+            return x.reshape(())
+        x = x.view(-1, 1) if x.dim() == 1 else x
+        if x.shape[-2] not in (1, rows):
+            x = x.repeat_interleave(block[0], dim=-2)[..., :rows, :]
+        if order is not None and int(order.min()) >= 0:
+            return x[..., order.long()]
+        if x.shape[-1] not in (1, columns):
+            x = x.repeat_interleave(block[1], dim=-1)[..., :columns]
+        return x
+
+    return spread
+
+
+def _scales(x: Tensor) -> Tensor:
+    """As float32; bytes are exponents of two (e8m0)."""
+    import torch
+
+    return (x.float() - 127).exp2() if x.dtype == torch.uint8 else x.float()
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """int32 `[..., n]` to its codes, the lowest bits first: uint8 `[..., n * (32 // bits)]`."""
+    import torch
+
+    per_word = 32 // bits
+    codes = torch.empty((*words.shape, per_word), dtype=torch.uint8, device=words.device)
+    for i in range(per_word):
+        codes[..., i] = (words >> (bits * i)) & (2**bits - 1)
+    return codes.flatten(-2)
+
+
+def _in_awq_order(codes: Tensor) -> Tensor:
+    if codes.shape[-1] % 8:
+        raise CheckpointError("AWQ packs eight codes to a word.")
+    ordered: Tensor = codes.unflatten(-1, (-1, 8))[..., _AWQ_ORDER]
+    return ordered.flatten(-2)
+
+
+def fp4(codes: Tensor) -> Tensor:
+    """Bytes `[..., n]` of two e2m1 each, the lower half first, to float32 `[..., 2 n]`."""
+    import torch
+
+    table = torch.tensor([*_FP4, *(-x for x in _FP4)], device=codes.device)
+    both = torch.stack((codes & 15, codes >> 4), dim=-1)
+    values: Tensor = table[both.flatten(-2).int()]
+    return values

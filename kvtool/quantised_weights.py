@@ -108,8 +108,8 @@ def as_numbers(
             "quant_method": "compressed-tensors",
             "kv_cache_scheme": said["kv_cache_scheme"],
         }
-    is_quantised = said or len(found) != len(tensors)
-    method = str(said.get("quant_method", "unnamed"))
+    is_quantised = any(isinstance(info, QuantisedTensor) for info in found.values())
+    method = str(said.get("quant_method", "scales beside the weights"))
     return plain if said else config, found, method if is_quantised else None
 
 
@@ -232,7 +232,10 @@ class _Reader:
         shape, middle = (rows, words * (32 // bits)), 2 ** (bits - 1)
         scale = self._need(f"{name}_scale")
         zero, order = self._if_there(f"{name}_zero_point"), self._if_there(f"{name}_g_idx")
-        block = self._block(name, shape, self.tensors[scale].shape, None)
+        own = self.tensors[scale].shape
+        block = self._block(name, shape, own, None)
+        if zero is not None:
+            self._fits(zero, -(-rows // (32 // bits)), own[-1])
 
         def numbers(read: Parts) -> Tensor:
             spread = _spreader(shape, block, read.get("order"))
@@ -255,6 +258,8 @@ class _Reader:
         inputs, outputs = (rows, columns * per_word) if awq else (rows * per_word, columns)
         scale, zero = self._need(f"{stem}.scales"), self._need(f"{stem}.qzeros")
         groups = self.tensors[scale].shape[0]
+        self._fits(scale, groups, outputs)
+        self._fits(zero, groups, outputs // per_word)
         order = self._if_there(f"{stem}.g_idx")
         block = self._block(f"{stem}.qweight", (outputs, inputs), (outputs, groups), None)
         # The first GPTQ stored z - 1.
@@ -303,7 +308,7 @@ class _Reader:
     def _mxfp4(self, name: str, info: TensorInfo) -> QuantisedTensor:
         """Experts of gpt-oss: codes `[E, out, in / 32, 16]` of what the module has transposed."""
         experts, rows, blocks = info.shape[:3]
-        scale = self._need(f"{name}_scales")
+        scale = self._fits(self._need(f"{name}_scales"), experts, rows, blocks)
 
         def numbers(read: Parts) -> Tensor:
             values = fp4(read["codes"]) * _scales(read["scale"])[..., None]
@@ -355,13 +360,20 @@ class _Reader:
         """How many rows and columns share one of the scales."""
         rows, columns = shape[-2:]
         across, along = (*scales, 1, 1)[:2] if len(scales) < 2 else scales[-2:]
-        if said is not None and across == -(-rows // said[0]) and along == -(-columns // said[1]):
+        if said is not None and (across, along) == (-(-rows // said[0]), -(-columns // said[1])):
             return said
-        if across and along and not rows % across and not columns % along:
+        if across in (1, rows) and along and columns % along == 0:
             return rows // across, columns // along
         raise CheckpointError(
             f"{self.path}: {name} is {list(shape)} and has scales {list(scales)}, which do not fit."
         )
+
+    def _fits(self, name: str, *shape: int) -> str:
+        """The name itself, of a part that has the shape which the others ask for."""
+        if self.tensors[name].shape != shape:
+            found, wanted = list(self.tensors[name].shape), list(shape)
+            raise CheckpointError(f"{self.path}: {name} is {found} instead of {wanted}.")
+        return name
 
 
 def _spreader(

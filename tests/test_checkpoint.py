@@ -280,13 +280,6 @@ def test_what_is_no_decoder_is_refused(model: Path, changes: dict[str, object]) 
     assert "not a decoder" in str(error)
 
 
-def test_quantised_weights_are_refused(model: Path) -> None:
-    edit_json(model / "config.json", quantization_config={"quant_method": "gptq"})
-    error = opening(model)
-    assert isinstance(error, UnsupportedModelError)
-    assert "gptq" in str(error)
-
-
 @pytest.mark.parametrize("text", ["{", "[]", ""])
 def test_a_config_that_is_no_json_object_is_corrupt(model: Path, text: str) -> None:
     (model / "config.json").write_text(text)

@@ -273,8 +273,8 @@ def test_a_damaged_config_is_one_sentence(llava: Path) -> None:
 
 @pytest.mark.parametrize("where", ["config", "text_config"])
 def test_quantised_wrappers_are_refused(llava: Path, where: str) -> None:
-    edit(llava, lambda own: own.update(quantization_config={"quant_method": "gptq"}), where)
-    assert "gptq" in refused(llava)
+    edit(llava, lambda own: own.update(quantization_config={"quant_method": "hqq"}), where)
+    assert "hqq" in refused(llava)
 
 
 def test_tensors_that_are_of_nothing_known_are_refused(llava: Path) -> None:

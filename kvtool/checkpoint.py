@@ -71,11 +71,12 @@ __all__ = [
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 
 # What is in a folder but must not travel into a converted one: weights in any format, what
-# describes them, and what kvtool wrote about an earlier conversion.
+# describes them and how they are quantised, and what kvtool wrote about an earlier conversion.
 _NOT_CARRIED = (
     *(
         "config.json",
         "*.index.json",
+        "*quant*_config.json",
         "*.safetensors",
         "*.gguf",
         "*.h5",

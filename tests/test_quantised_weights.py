@@ -306,9 +306,11 @@ def test_a_conversion_writes_the_numbers(
     from _convert_tools import stock
 
     codes, _ = quantised("gptq")
+    (codes / "quantize_config.json").write_text("{}")  # as AutoGPTQ writes it
     arguments = ["convert", str(codes), "--to", "gqa", "--kv-heads", "1", "--tokens", "512"]
     assert run_command([*arguments, "-o", str(tmp_path / "out")]) == 0, capsys.readouterr().err
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
     stock(tmp_path / "out")
     assert run_command(["verify", str(tmp_path / "out"), "--against", str(codes)]) == 0
 

@@ -277,6 +277,26 @@ def test_quantised_wrappers_are_refused(llava: Path, where: str) -> None:
     assert "hqq" in refused(llava)
 
 
+def test_the_text_of_a_quantised_wrapper_is_read_as_numbers(llava: Path) -> None:
+    before = Checkpoint.open(str(llava))
+    ending = "layers.1.mlp.up_proj.weight"
+    x = before.read(f"model.{ending}").clone()  # the file is written anew
+
+    def quantise(weights: dict[str, Any]) -> None:
+        (name,) = (name for name in weights if name.endswith(ending) and "vision" not in name)
+        weights[name] = (weights[name] / 0.01).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = torch.tensor(0.01)
+
+    edit(llava, quantise, "weights")
+    edit(llava, lambda own: own.update(quantization_config={"quant_method": "fp8"}))
+    after = Checkpoint.open(str(llava))
+    assert after.quantised == "fp8"
+    assert after.tensors.keys() == before.tensors.keys()
+    assert after.config == before.config
+    assert 0 < float((x - after.read(f"model.{ending}")).abs().max()) < 0.1 * float(x.abs().max())
+    after.load_transformers(torch.float32)
+
+
 def test_tensors_that_are_of_nothing_known_are_refused(llava: Path) -> None:
     one = {"speech.weight": torch.zeros(2)}
     edit(llava, lambda w: w.update(one), "weights")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvtool.convert import granite
 from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
-from kvtool.layout import PLAIN, AttentionLayout, describe, rope_of
+from kvtool.layout import LATENT, PLAIN, AttentionLayout, describe, rope_of
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -57,7 +57,7 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
         to: One of `KINDS`.
     """
     if config.model_type not in PLAIN:
-        if config.model_type in ("deepseek_v2", "deepseek_v3", "kvtool_mla"):
+        if config.model_type in (*LATENT, "kvtool_mla"):
             return ["the model already caches a latent (MLA)"]
         known = ", ".join(PLAIN)
         return [f"model type '{config.model_type}' is not one of {known}"]

@@ -24,7 +24,7 @@ from kvtool.latent import (
     MultiheadLatentAttention,
     used_rank,
 )
-from kvtool.layout import apply_latent_eps, recognise
+from kvtool.layout import LATENT, apply_latent_eps, recognise
 
 MODEL_TYPE = "kvtool_mla"
 _PREFIX = "model.layers.{}.self_attn.latent."
@@ -106,7 +106,7 @@ def latent_sizes(checkpoint: Checkpoint) -> list[tuple[int, int]]:
 
 def is_latent(checkpoint: Checkpoint) -> bool:
     """Whether its layers keep latents."""
-    return checkpoint.config.get("model_type") in (MODEL_TYPE, "deepseek_v3")
+    return checkpoint.config.get("model_type") in (MODEL_TYPE, *LATENT)
 
 
 def factor_tensors(layer: int, factors: LatentFactors, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def finish_of(config: Any) -> Finish:
     cap = config.final_logit_softcapping if config.model_type in _CAPPED else None
     if config.model_type in ("cohere", "cohere2", "cohere2_moe"):
         return Finish(float(config.logit_scale), cap)
-    if config.model_type not in _MUP:
+    if config.model_type not in (*_MUP, "minicpm3"):
         return Finish(cap=cap)
     factor = float(config.logits_scaling)
     return Finish(factor if config.model_type == "hyperclovax" else 1 / factor, cap)

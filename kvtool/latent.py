@@ -2,7 +2,7 @@
 
 :class:`LatentFactors` is what a conversion *means*, before it is written for an engine;
 :class:`FactoredAttention` is a GQA module with them, :class:`MultiheadLatentAttention` a stock
-`deepseek_v3` module. Both have the same stages: *query, compress, rotate, output* and two
+MLA module. Both have the same stages: *query, compress, rotate, output* and two
 up-projections.
 """
 
@@ -196,7 +196,7 @@ class FactoredAttention(LatentAttention):
 
 
 class MultiheadLatentAttention(LatentAttention):
-    """The stages of a stock `deepseek_v3` attention module.
+    """The stages of a stock MLA module, such as that of `deepseek_v3`.
 
     Read once at load, none of which changes a result: interleaved RoPE rows are put in half-split
     order; heads of a group whose up-projections are equal (GQA-born) share one copy; where the
@@ -211,7 +211,7 @@ class MultiheadLatentAttention(LatentAttention):
         self.rope_dim, self.inv_freq = layout.rope_dim, inv_freq
         nope, rope, rank = layout.nope_dim, layout.rope_dim, layout.rank
         pairs = torch.arange(rope)
-        if module.config.rope_interleave:
+        if layout.interleaved:
             pairs = pairs.view(-1, 2).t().flatten()
 
         kv_a = module.kv_a_proj_with_mqa
@@ -230,7 +230,7 @@ class MultiheadLatentAttention(LatentAttention):
         self.value_up = distinct[:, nope:].contiguous()
         self.o_proj = module.o_proj
 
-        low_rank = module.q_proj is None
+        low_rank = getattr(module, "q_proj", None) is None
         last = module.q_b_proj if low_rank else module.q_proj
         wide = last.weight.view(layout.heads, nope + rope, -1)
         wide = wide[:, torch.cat((torch.arange(nope), nope + pairs))]

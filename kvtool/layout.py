@@ -5,7 +5,7 @@ Two layouts are recognised, by structure:
 * **GQA** (`FAMILIES`): `q_proj k_proj v_proj o_proj`, or the first three as one `qkv_proj`,
   optional biases, optional `q_norm k_norm`, per head or over all heads.
   Its stages are those of `kvtool.attention`.
-* **MLA** (`deepseek_v3`): `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, and `q_proj` or
+* **MLA** (`LATENT`): `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, and `q_proj` or
   `q_a_proj q_a_layernorm q_b_proj`. Its stages are those of `kvtool.latent`.
 
 Hybrid models have GQA in some layers, and in the others a state of fixed size: of Mamba-2
@@ -45,6 +45,8 @@ FAMILIES = (
     *("smollm3", "solar_open", "stablelm", "starcoder2"),
 )
 """Model types whose attention is the GQA layout; each is checked by a test."""
+LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+"""Those whose attention is the MLA layout."""
 INTERLEAVED = (
     *("cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium"),
 )
@@ -92,6 +94,7 @@ class AttentionLayout:
         sliding_window: Window in tokens, `None` if the layer sees everything.
         temper: β and L, if a query at position p is multiplied by 1 + β ln(1 + ⌊p / L⌋) (Llama 4).
         rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
+        interleaved: RoPE turns neighbouring channels together, of an `mla` layer.
         mixer: Sizes of a `state` layer.
     """
 
@@ -114,6 +117,7 @@ class AttentionLayout:
     rope_dim: int = 0
     nope_dim: int = 0
     value_dim: int = 0
+    interleaved: bool = False
     mixer: MixerShape | None = None
 
     @property
@@ -262,7 +266,7 @@ def _temper(config: Any) -> tuple[float, int] | None:
 
 
 def _mla_layout(module: Any) -> AttentionLayout:
-    query = module.q_proj if module.q_proj is not None else module.q_b_proj
+    query, config = getattr(module, "q_proj", None) or module.q_b_proj, module.config
     head_dim = int(module.qk_nope_head_dim + module.qk_rope_head_dim)
     return AttentionLayout(
         kind="mla",
@@ -277,6 +281,7 @@ def _mla_layout(module: Any) -> AttentionLayout:
         rope_dim=int(module.qk_rope_head_dim),
         nope_dim=int(module.qk_nope_head_dim),
         value_dim=int(module.v_head_dim),
+        interleaved=getattr(config, "rope_interleave", config.model_type == "deepseek_v2"),
     )
 
 
@@ -342,19 +347,15 @@ def describe(config: Any) -> list[AttentionLayout]:
     """
     from transformers import AutoModelForCausalLM
 
-    if config.model_type not in (*FAMILIES, "deepseek_v3"):
+    if config.model_type not in (*FAMILIES, *LATENT):
         raise UnsupportedModelError(
             f"model type '{config.model_type}' is not supported"
             + (f": {_OTHERS[config.model_type]}" if config.model_type in _OTHERS else ""),
-            hint=f"supported: {', '.join(FAMILIES)}, and deepseek_v3 without experts",
+            hint=f"supported: {', '.join((*FAMILIES, *LATENT))}",
         )
     for field, what in _SHARED.items():
         if getattr(config, field, 0):
             raise UnsupportedModelError(f"{config.model_type} with {what} is not supported")
-    if config.model_type == "deepseek_v3" and config.first_k_dense_replace < (
-        config.num_hidden_layers
-    ):
-        raise UnsupportedModelError("deepseek_v3 with mixture-of-experts layers is not supported")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

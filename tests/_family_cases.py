@@ -237,3 +237,41 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
 }
 CASES = {name: case for name, case in ALL.items() if case[0] in CONFIG_MAPPING}
 """Those that the installed transformers knows."""
+
+MLA = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+GROUPED = {**EXPERTS, "n_shared_experts": 1, "n_group": 2, "routed_scaling_factor": 1.5}
+YARN_IN_SCORES = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.0,
+    }
+}  # fmt: skip
+ALL_LATENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "axk1": ("axk1", {**MLA, **GROUPED}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**MLA, **GROUPED, **YARN_IN_SCORES, "topk_method": "group_limited_greedy"},
+    ),
+    "deepseek_v2, lite": (
+        "deepseek_v2",
+        {**MLA, **EXPERTS, "n_shared_experts": 1, "q_lora_rank": None, "topk_method": "greedy"},
+    ),
+    "deepseek_v3": ("deepseek_v3", {**MLA, **GROUPED, **YARN_IN_SCORES, "attention_bias": True}),
+    "deepseek_v3, no experts": (
+        "deepseek_v3",
+        {**MLA, "first_k_dense_replace": 3, "q_lora_rank": None, "rope_interleave": False},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", {**MLA, **GROUPED}),
+    "minicpm3": ("minicpm3", {**MLA, "scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 32}),
+    "youtu": ("youtu", MLA),
+}
+"""Those with MLA."""
+LATENTS = {name: case for name, case in ALL_LATENTS.items() if case[0] in CONFIG_MAPPING}

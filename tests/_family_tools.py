@@ -1,7 +1,7 @@
 """A family as a small checkpoint, and what its runtime says of a text."""
 
 import torch
-from _family_cases import CASES
+from _family_cases import CASES, LATENTS
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.layer_plan import LayerPlan
@@ -10,7 +10,7 @@ from kvtool.runtime import Engine
 
 
 def open_case(tiny, name) -> Checkpoint:
-    family, more = CASES[name]
+    family, more = (CASES | LATENTS)[name]
     return Checkpoint.open(str(tiny(family, **more)))
 
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from _code_tools import KINDS, coded
 from _family_cases import ALL as ALL_CASES
-from _family_cases import CASES
+from _family_cases import ALL_LATENTS, CASES, LATENTS
 from _family_tools import open_case, tokens
 from conftest import make_config
 from safetensors.torch import load_file, save_file
 
+from kvtool.calibrate.bit_options import QuantizationOptions
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.layer_sums import Seen, watched
+from kvtool.calibrate.quantization import calibrate_quantization, everything
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
@@ -22,7 +24,7 @@ from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factors import finish_of
 from kvtool.layer_plan import LayerPlan
 from kvtool.layout import FAMILIES as ALL
-from kvtool.layout import ropes_of
+from kvtool.layout import LATENT, ropes_of
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.wrappers import WRAPPERS
@@ -61,14 +63,15 @@ def extended(engine: Engine, ids: torch.Tensor, prompt: int) -> torch.Tensor:
 
 def test_every_family_has_a_case():
     assert {family for family, _ in ALL_CASES.values()} == set(ALL)
+    assert {family for family, _ in ALL_LATENTS.values()} == set(LATENT)
 
 
 def test_the_documents_name_every_family():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
-    assert not {*ALL, *WRAPPERS} - set(re.findall(r"`(\w+)`", text))
+    assert not {*ALL, *LATENT, *WRAPPERS} - set(re.findall(r"`(\w+)`", text))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *LATENTS])
 def test_the_runtime_computes_what_transformers_computes(tiny, name):
     checkpoint, ids = open_case(tiny, name), tokens(60)
     same(extended(Engine.load(checkpoint), ids, 40), expected(checkpoint, ids))
@@ -86,7 +89,7 @@ def test_streamed_layers_compute_what_transformers_computes(tiny, name):
     same(stream.logits(hidden)[0], expected(checkpoint, ids))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *LATENTS])
 @torch.inference_mode()
 def test_whole_models_compute_what_transformers_computes(tiny, name):
     checkpoint, ids = open_case(tiny, name), tokens(20)  # within every window
@@ -96,6 +99,8 @@ def test_whole_models_compute_what_transformers_computes(tiny, name):
     hidden = model._hidden(ids, 0)
     logits = model.model.lm_head(model.model.model.norm(hidden))[0]
     same(finish_of(model.config)(logits), wanted)
+    if name in LATENTS:
+        return  # layer by layer they are not looked at
     tail = TailModel(LayerStream(checkpoint))
     hidden = tail.embed(ids)
     for index in range(len(tail.layers)):
@@ -112,6 +117,20 @@ def test_heads_in_another_order_compute_the_same(tiny, name):
     plan = Plan(base, tuple(layers))
     got = extended(Engine.load(checkpoint, plan=plan), ids, 40)
     same(got, expected(checkpoint, ids))
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_latents_of_few_bits_are_planned_for(tiny, name):
+    checkpoint, ids = open_case(tiny, name), tokens(200)
+    options = QuantizationOptions(bits=(4, 4), group=32, window=8, tokens=1024)
+    start = everything(checkpoint, base_of(checkpoint), options)
+    plan = calibrate_quantization(checkpoint, options, start, None, 2)
+    engine, plain = Engine.load(checkpoint, plan=plan), Engine.load(checkpoint)
+    wanted = expected(checkpoint, ids)[180:]
+    error = float((extended(engine, ids, 180)[180:] - wanted).abs().mean() / wanted.std())
+    assert 1e-4 < error < 0.2
+    stored = [x.new_cache(1, len(ids)).allocated_bytes for x in (engine, plain)]
+    assert stored[0] < stored[1] / 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

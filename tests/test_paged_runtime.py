@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from _code_tools import WINDOWED, coded
-from _family_cases import CASES
+from _family_cases import CASES, LATENTS
 from _hybrid_tools import write_hybrid
 from _kernel_tools import DEVICE
 
@@ -36,7 +36,7 @@ KINDS = [
     "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
     "qwen3_5_text", "qwen3_5_text, budgets", "qwen3_5_text, packed", "gemma4_text, keys are values",
     "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
-    "smollm3", "glm4", "ministral3",
+    "smollm3", "glm4", "ministral3", "deepseek_v2", "minicpm3",
 ]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def engines(tiny, tmp_path_factory):
 
     def get(kind: str) -> tuple[Engine, Engine]:
         if kind not in made:
-            family, more = CASES.get(kind, ("llama", {}))
+            family, more = (CASES | LATENTS).get(kind, ("llama", {}))
             checkpoint, plan = Checkpoint.open(str(tiny(family, **more))), None
             if kind.startswith("streaming"):
                 layers = [(True, False), (True, True), (False, False)]

@@ -16,7 +16,7 @@ from kvtool.kernels.rms_norm import add_rms_norm, rms_norm
 from kvtool.kernels.swiglu import swiglu
 from kvtool.layout import PLAIN, decoder_layers
 
-_PLAIN = (*PLAIN, "deepseek_v3")
+_PLAIN = (*PLAIN, "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")
 """Model types whose layers add what attention and the MLP make of a norm, and do no more."""
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 

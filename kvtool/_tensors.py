@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,27 @@ class TensorInfo:
     def value(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """The tensor itself, given what lies on disk of it."""
         return stored[""]
+
+
+@dataclass(frozen=True)
+class DerivedTensor(TensorInfo):
+    """A tensor that is not stored as such: it is made of stored parts.
+
+    Attributes:
+        shape, dtype: Of what is made.
+        parts: What is stored, by role.
+        make: Makes it.
+    """
+
+    parts: dict[str, TensorInfo]
+    make: Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+    @property
+    def stored(self) -> dict[str, TensorInfo]:
+        return self.parts
+
+    def value(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.make(stored)
 
 
 def first_line(error: BaseException) -> str:

@@ -44,7 +44,7 @@ from kvtool._transformers import quiet_transformers
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.fp8 import SCALES, cache_scheme
 from kvtool.quantised_weights import as_numbers
-from kvtool.wrappers import text_config, text_tensors, wrapper_of
+from kvtool.wrappers import text_config, text_tensors, upright, wrapper_of
 
 if TYPE_CHECKING:
     import torch
@@ -161,6 +161,8 @@ class Checkpoint:
             # As in transformers, a head that is there is not replaced by the embedding.
             config["tie_word_embeddings"] &= "lm_head.weight" not in tensors
         config, tensors, quantised = as_numbers(path, config, tensors)
+        if wrapper:
+            tensors = upright(wrapper, config, tensors)
         return cls(source, path, config, tensors, trust_remote_code, revision, wrapper, quantised)
 
     @property

@@ -22,11 +22,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool._tensors import TensorInfo
+from kvtool._tensors import DerivedTensor, TensorInfo
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.fp8 import SCALES, cache_scheme
 
@@ -51,27 +50,7 @@ _UNUSED = re.compile(
 _CACHE_SCALE = re.compile(r"(.+\.self_attn)\.[kv]_proj\.([kv]_scale)")
 """As ModelOpt names them."""
 
-Parts = Mapping[str, "Tensor"]
-
-
-@dataclass(frozen=True)
-class QuantisedTensor(TensorInfo):
-    """A tensor that is not stored as such: `numbers` makes it of stored parts.
-
-    Attributes:
-        shape, dtype: Of the numbers.
-        parts: What is stored, by its role.
-    """
-
-    parts: dict[str, TensorInfo]
-    numbers: Callable[[Parts], Tensor]
-
-    @property
-    def stored(self) -> dict[str, TensorInfo]:
-        return self.parts
-
-    def value(self, stored: Parts) -> Tensor:
-        return self.numbers(stored)
+Parts = dict[str, "Tensor"]
 
 
 def as_numbers(
@@ -108,7 +87,7 @@ def as_numbers(
             "quant_method": "compressed-tensors",
             "kv_cache_scheme": said["kv_cache_scheme"],
         }
-    is_quantised = any(isinstance(info, QuantisedTensor) for info in found.values())
+    is_quantised = any(isinstance(info, DerivedTensor) for info in found.values())
     method = str(said.get("quant_method", "scales beside the weights"))
     return plain if said else config, found, method if is_quantised else None
 
@@ -162,7 +141,7 @@ class _Reader:
         }
         return {**rest, **matrices}
 
-    def _quantised(self, name: str, info: TensorInfo) -> tuple[str, QuantisedTensor] | None:
+    def _quantised(self, name: str, info: TensorInfo) -> tuple[str, DerivedTensor] | None:
         """Name and description of the matrix whose codes this is, if it is one's."""
         stem, _, last = name.rpartition(".")
         if last == "weight_packed" and info.dtype == "I32":
@@ -185,7 +164,7 @@ class _Reader:
         shape: tuple[int, ...],
         numbers: Callable[[Parts], Tensor],
         **names: str | None,
-    ) -> QuantisedTensor:
+    ) -> DerivedTensor:
         """Made of parts that all exist."""
         parts = {role: self.tensors[name] for role, name in names.items() if name is not None}
         self.used.update(name for name in names.values() if name is not None)
@@ -196,7 +175,7 @@ class _Reader:
 
             return numbers(read).to(torch_dtype(self.dtype))
 
-        return QuantisedTensor(codes.name, shape, self.dtype, codes.file, parts, rounded)
+        return DerivedTensor(codes.name, shape, self.dtype, codes.file, parts, rounded)
 
     def _need(self, *names: str) -> str:
         """The first of some names that is a tensor's."""
@@ -208,7 +187,7 @@ class _Reader:
     def _if_there(self, name: str) -> str | None:
         return name if name in self.tensors else None
 
-    def _scaled(self, name: str, info: TensorInfo) -> QuantisedTensor:
+    def _scaled(self, name: str, info: TensorInfo) -> DerivedTensor:
         """Codes of 8 bits, as many as there are numbers."""
         scale = self._need(*(f"{name}{x}" for x in _SCALE))
         zero, order = self._if_there(f"{name}_zero_point"), self._if_there(f"{name}_g_idx")
@@ -224,7 +203,7 @@ class _Reader:
 
         return self._tensor(info.shape, numbers, codes=name, scale=scale, zero=zero, order=order)
 
-    def _packed_integers(self, stem: str, info: TensorInfo) -> QuantisedTensor:
+    def _packed_integers(self, stem: str, info: TensorInfo) -> DerivedTensor:
         """Of compressed-tensors: `weight_packed [out, in / n]`, n codes to a word, + 2^(b-1)."""
         bits = self._bits(stem)
         name = f"{stem}.weight"
@@ -249,7 +228,7 @@ class _Reader:
             shape, numbers, codes=f"{name}_packed", scale=scale, zero=zero, order=order
         )
 
-    def _by_input(self, stem: str, info: TensorInfo) -> QuantisedTensor:
+    def _by_input(self, stem: str, info: TensorInfo) -> DerivedTensor:
         """Of GPTQ and AWQ, transposed: `scales [groups, out]`, and z as codes of the same kind."""
         bits = self._bits(stem)
         per_word = 32 // bits
@@ -280,7 +259,7 @@ class _Reader:
             (outputs, inputs), numbers, codes=f"{stem}.qweight", scale=scale, zero=zero, order=order
         )
 
-    def _fp4(self, stem: str, info: TensorInfo, last: str) -> QuantisedTensor:
+    def _fp4(self, stem: str, info: TensorInfo, last: str) -> DerivedTensor:
         """NVFP4 and MXFP4 of compressed-tensors and ModelOpt: two codes to a byte."""
         name = f"{stem}.{last.removesuffix('_packed')}"
         shape = (*info.shape[:-1], 2 * info.shape[-1])
@@ -305,7 +284,7 @@ class _Reader:
             factor=self._if_there(factor),
         )
 
-    def _mxfp4(self, name: str, info: TensorInfo) -> QuantisedTensor:
+    def _mxfp4(self, name: str, info: TensorInfo) -> DerivedTensor:
         """Experts of gpt-oss: codes `[E, out, in / 32, 16]` of what the module has transposed."""
         experts, rows, blocks = info.shape[:3]
         scale = self._fits(self._need(f"{name}_scales"), experts, rows, blocks)

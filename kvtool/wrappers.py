@@ -13,15 +13,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kvtool._tensors import TensorInfo, first_line
+from kvtool._tensors import DerivedTensor, TensorInfo, first_line
 from kvtool._transformers import quiet_transformers
 from kvtool.errors import CheckpointError, UnsupportedModelError
 
 WRAPPERS = (
-    *("aya_vision", "cohere2_vision", "gemma3", "gemma4", "gemma4_unified", "idefics2", "idefics3"),
-    *("internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl"),
-    *("qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "smolvlm", "vipllava"),
-    "voxtral",
+    *("aya_vision", "cohere2_vision", "gemma3", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe"),
+    *("idefics2", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3"),
+    *("qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"),
+    *("qwen3_vl_moe", "smolvlm", "vipllava", "voxtral"),
 )
 """Model types of wrappers; each is checked by a test. The decoder inside has a type of its own."""
 _OTHERS = {
@@ -29,9 +29,17 @@ _OTHERS = {
     "paligemma": "it reads a prompt in both directions",
 }
 """Why text is not all that the decoder of some others needs."""
-SECTIONED = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+SECTIONED: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4v_moe_text": ("glm4_moe", {}),
+    "glm4v_text": ("glm4", {"attention_bias": True}),
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_vl_text": ("qwen3", {}),
+}
 """Decoders that differ from others by RoPE in sections, for time, height and width: of text, all
-three are the position of the token, which makes it ordinary RoPE."""
+three are the position of the token, which makes it ordinary RoPE. Beside the type of the other one,
+what its config does not say by itself."""
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 _INHERITED = ("bos_token_id", "eos_token_id", "quantization_config")
 """Fields of the wrapper that count for the decoder, too, before its own."""
@@ -97,8 +105,9 @@ def text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             own = whole.get_text_config(decoder=True).to_dict()
             # Those of Qwen2-VL have the decoder's fields among their own.
             said = config.get("text_config") or {key: config[key] for key in own if key in config}
+            more: dict[str, Any] = {}
             if (decoder := own["model_type"]) in SECTIONED:
-                decoder = SECTIONED[decoder]
+                decoder, more = SECTIONED[decoder]
                 said = {key: value for key, value in said.items() if key not in _ROPE}
                 own["rope_parameters"] = _without_sections(own["rope_parameters"])
             said = {key: value for key, value in said.items() if key != "model_type"}
@@ -115,6 +124,7 @@ def text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         **{key: config[key] for key in _DTYPE if key in config},
         **said,
         **{key: own[key] for key, value in plain.items() if own.get(key, value) != value},
+        **more,
         **{key: config[key] for key in _INHERITED if config.get(key) is not None},
         "model_type": decoder,
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[decoder]],
@@ -146,6 +156,33 @@ def text_tensors(path: Path, tensors: dict[str, TensorInfo]) -> dict[str, Tensor
             raise CheckpointError(f"{path} has both {found[own].name} and {name}, the same tensor.")
         found[own] = info
     return found
+
+
+def upright(
+    wrapper: str, config: dict[str, Any], tensors: dict[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """Tensors as the modules of the decoder have them: Qwen3-VL-MoE stores experts transposed.
+
+    As in transformers, those that have the shape of the module already are left as they are.
+    """
+    if wrapper != "Qwen3VLMoeForConditionalGeneration":
+        return tensors
+    place = {"gate_up_proj": -1, "down_proj": -2}  # of the hidden size, in a module
+    return {
+        name: _transposed(info)
+        if (at := place.get(name.rpartition(".experts.")[2]))
+        and info.shape[at] != config["hidden_size"]
+        else info
+        for name, info in tensors.items()
+    }
+
+
+def _transposed(info: TensorInfo) -> DerivedTensor:
+    *front, rows, columns = info.shape
+    return DerivedTensor(
+        *(info.name, (*front, columns, rows), info.dtype, info.file, info.stored),
+        lambda stored: info.value(stored).mT.contiguous(),
+    )
 
 
 def _without_sections(rope: dict[str, Any]) -> dict[str, Any]:

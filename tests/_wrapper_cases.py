@@ -37,6 +37,12 @@ _TEMPERED = {
         "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1,
     }
 }  # fmt: skip
+_GLM = {
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    }
+}  # fmt: skip
 _COHERE = {"logit_scale": 0.25, **MIXED}
 _DELTA = {
     "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -62,6 +68,8 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
         {**MIXED, **GEMMA4},
         {},
     ),
+    "glm4v": ("glm4v", "Glm4v", "glm4v_text", _GLM, {}),
+    "glm4v_moe": ("glm4v_moe", "Glm4vMoe", "glm4v_moe_text", {**_GLM, **EXPERTS}, {}),
     "idefics2": ("idefics2", "Idefics2", "mistral", {}, {"perceiver_config": _PERCEIVER}),
     "idefics3": ("idefics3", "Idefics3", "llama", {}, {}),
     "internvl, qwen2": ("internvl", "InternVL", "qwen2", {}, UNTIED),
@@ -78,11 +86,19 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5", "Qwen3_5", "qwen3_5_text", _DELTA, {}),
     "qwen3_5_moe": ("qwen3_5_moe", "Qwen3_5Moe", "qwen3_5_moe_text", {**_DELTA, **EXPERTS}, {}),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL", "qwen3_vl_text", _SECTIONS, TIED),
+    "qwen3_vl_moe": (
+        *("qwen3_vl_moe", "Qwen3VLMoe", "qwen3_vl_moe_text"),
+        {**_SECTIONS, **EXPERTS, "moe_intermediate_size": 24},
+        {},
+    ),
     "smolvlm": ("smolvlm", "SmolVLM", "llama", {}, {}),
     "vipllava": ("vipllava", "VipLlava", "llama", {}, {}),
     "voxtral": ("voxtral", "Voxtral", "llama", {}, {}),
 }
-_QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl")
+_QWENS = (
+    *("glm4v", "glm4v_moe", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"),
+    "qwen3_vl_moe",
+)
 _TOWERS = {
     "qwen2_audio": _SOUND,
     "voxtral": _SOUND,

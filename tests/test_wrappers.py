@@ -440,3 +440,23 @@ def test_tables_of_positions_in_old_files_are_passed_over(made, llava: Path) -> 
     checkpoint, ids = Checkpoint.open(str(llava)), tokens(50)
     same(decoded(Engine.load(checkpoint), ids), expected(made("llava")[0], ids))
     LayerStream(checkpoint)
+
+
+def test_experts_that_lie_transposed_are_turned(made, tmp_path: Path) -> None:
+    """As in the published checkpoints of Qwen3-VL-MoE."""
+    source = made("qwen3_vl_moe")[1]["named"]
+    turned = Path(shutil.copytree(source, tmp_path / "turned"))
+
+    def turn(weights: dict[str, Any]) -> None:
+        for name, x in weights.items():
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                weights[name] = x.mT.contiguous()
+
+    edit(turned, turn, "weights")
+    upright, found = (Checkpoint.open(str(x)) for x in (source, turned))
+    assert {name: x.shape for name, x in upright.tensors.items()} == {
+        name: x.shape for name, x in found.tensors.items()
+    }
+    assert any(x.stored[""].shape != x.shape for x in found.tensors.values())
+    states = [x.load_transformers(torch.float32).state_dict() for x in (upright, found)]
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())

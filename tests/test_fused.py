@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from _code_tools import coded
+from _family_cases import LATENTS
 from _hybrid_tools import write_hybrid
 from _kernel_tools import DEVICE
 from conftest import FAMILIES
@@ -66,6 +67,18 @@ def test_a_fused_model_is_the_model(tiny, family):
     before = list(model.state_dict())
     fuse(model)  # of what is fused nothing is left to fuse
     assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_a_fused_model_with_latents_is_the_model(tiny, name):
+    family, more = LATENTS[name]
+    model = Checkpoint.open(str(tiny(family, **more))).load_transformers(torch.float32).to(DEVICE)
+    with torch.inference_mode():
+        expected = model(tokens(9)).logits
+        fuse(model)
+        torch.testing.assert_close(model(tokens(9)).logits, expected, atol=1e-4, rtol=1e-4)
+    plain = family not in ("axk1", "minicpm3")  # which do more around attention and MLP
+    assert isinstance(decoder_layers(model)[0], FusedLayer) == plain
 
 
 def test_transformers_generates_with_fused_layers(tiny):

@@ -21,7 +21,7 @@ from kvtool.recipe import dump_recipe
 
 if TYPE_CHECKING:
     from kvtool.convert.conversion import ConversionResult
-    from kvtool.convert.mamba import MambaOptions
+    from kvtool.convert.mamba_planning import MambaOptions
     from kvtool.convert.planning import ConvertOptions
 
 MANIFEST = "kvtool_manifest.json"

@@ -13,13 +13,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -30,82 +29,30 @@ from kvtool import __version__, distill
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
-from kvtool.calibrate.stream import LayerStream, Report
+from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import (
     Checkpoint,
     Staging,
-    check_disk,
-    check_output,
     scratch_folder,
     torch_dtype,
     write_shards,
 )
-from kvtool.convert import artifact, granite, targets
+from kvtool.convert import artifact, granite
 from kvtool.convert.conversion import ConversionResult, peak_memory
 from kvtool.convert.fitting import save
-from kvtool.convert.heal import check_teacher
+from kvtool.convert.mamba_planning import WINDOW, MambaOptions, plan, save_dtype
 from kvtool.convert.planning import PROBE, shard_bytes
 from kvtool.convert.teaching import ARMS, Lessons, Steps, Teacher, beats
 from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
-from kvtool.distill import Amount
-from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.hybrid import Arm, Judged
-from kvtool.layout import AttentionLayout, describe
+from kvtool.layout import describe
 from kvtool.mamba import Mixer
 from kvtool.replacements import mixer_shape
 
-AUTO = 512 * 1024
-"""Tokens of `--heal auto`, and of no `--heal`."""
-WINDOW = 1024
-"""Tokens of a text on the CPU: many small steps teach more than few large ones."""
-WINDOW_CUDA, BATCH_CUDA = 2048, 8
-"""On a GPU, and texts of a step there."""
 SOLVE = 16
 """Texts that read-outs are solved on."""
 JUDGE = 8
 """Texts of `WINDOW` tokens that arms are judged by."""
-_BASE_MEMORY = 500_000_000
-
-
-@dataclass(frozen=True)
-class MambaOptions:
-    """Everything that determines the output besides the model.
-
-    Attributes:
-        layers: Whose attention is replaced.
-        heal: How long each arm is taught, see :meth:`kvtool.distill.Amount.parse`; `0` stops behind
-            the closed form.
-        teacher: Another model that teaches instead, with the same tokenizer.
-        loss: Of the last stage, the original's predictions first.
-        data: Text to learn from; `None` is Python's own documentation, and docstrings.
-        tokens: Calibration tokens, for the reach of the heads.
-        dtype: Of the mixers' tensors; `auto` keeps the source's.
-    """
-
-    layers: tuple[int, ...]
-    heal: str = "auto"
-    teacher: str | None = None
-    loss: Literal["forward-kl", "reverse-kl"] = "forward-kl"
-    data: str | None = None
-    tokens: int = 16384
-    seed: int = 0
-    dtype: str = "auto"
-    shard_size: str = "2GB"
-
-    to = "mamba"
-    method = "distilled"
-    target = "transformers"
-
-    @property
-    def amount(self) -> Amount | None:
-        """None behind the closed form."""
-        return None if self.heal == "0" else Amount.parse(self.heal, "--heal", AUTO)
-
-    def sizes(self, checkpoint: Checkpoint, device: str) -> tuple[int, int]:
-        """Texts of a step, and their tokens."""
-        cuda = torch.device(device).type == "cuda"
-        batch, window = (BATCH_CUDA, WINDOW_CUDA) if cuda else (1, WINDOW)
-        return batch, min(window, int(checkpoint.hf_config().max_position_embeddings))
 
 
 @dataclass(frozen=True)
@@ -120,139 +67,6 @@ class MambaResult(ConversionResult):
 
     arms: dict[str, Any] = dataclasses.field(default_factory=dict)
     beaten: dict[str, bool] = dataclasses.field(default_factory=dict)
-
-
-def require(checkpoint: Checkpoint) -> None:
-    """Raises UnsupportedModelError with the first reason of :func:`targets.check`."""
-    targets.refuse_fp8(checkpoint)
-    if reasons := targets.check(checkpoint.hf_config(), "distilled", "transformers", "mamba"):
-        raise UnsupportedModelError(f"cannot convert to a hybrid: {reasons[0]}")
-
-
-def plan(
-    checkpoint: Checkpoint,
-    options: MambaOptions,
-    output: Path | None = None,
-    *,
-    device: str = "cpu",
-    overwrite: bool = False,
-    teacher: Checkpoint | None = None,
-) -> dict[str, Any]:
-    """Checks everything that can be checked before work starts, and says what it will cost.
-
-    Raises:
-        UnsupportedModelError: The class cannot express the model.
-        UsageError: A layer is not there, or none would keep its attention; the output is in the
-            way; the teacher has another tokenizer.
-        ResourceError: The disk is too small.
-    """
-    require(checkpoint)
-    config = checkpoint.hf_config()
-    stream = LayerStream(checkpoint)
-    layout, count = stream.layouts[0], len(stream)
-    _check_layers(options.layers, count)
-    dtype = save_dtype(checkpoint, options)
-    if teacher is not None:
-        if options.amount is None:
-            raise UsageError("--teacher teaches: with --heal 0 nobody does")
-        check_teacher(teacher, checkpoint)
-    shape = mixer_shape(layout)
-    mixer = _mixer_values(layout)
-    weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-    taken = granite.other_tensors(checkpoint.tensors, options.layers)
-    kept = sum(checkpoint.tensors[name].nbytes for parts in taken.values() for name in parts)
-    output_bytes = kept + len(options.layers) * mixer * dtype.itemsize
-    trained = len(options.layers) * mixer
-    state = 0 if options.amount is None else 9 * 2 * 4 * trained  # three stages of three arms
-    disk_bytes = 2 * output_bytes + state + 4 * 3 * trained
-    if output is not None:
-        check_output(output, overwrite=overwrite, source=checkpoint.path)
-        check_disk(output, disk_bytes)
-    batch, window = options.sizes(checkpoint, device)
-    healing = None
-    memory = _BASE_MEMORY + 4 * weights + 4 * trained
-    if (amount := options.amount) is not None:
-        steps = amount and amount.tokens and amount.steps(batch * window * distill.processes()[1])
-        logits = 4 * 4 * 512 * int(config.vocab_size)
-        sizes = 8 * layout.hidden_size + 4 * int(config.intermediate_size)
-        activations = (
-            batch
-            * window
-            * 4
-            * (count * sizes + len(options.layers) * (4 * shape.projected + 8 * shape.inner))
-        )
-        memory += 12 * trained + activations + logits
-        if teacher is not None:
-            memory += sum(4 * math.prod(t.shape) for t in teacher.tensors.values())
-        healing = {
-            **dataclasses.asdict(amount),
-            "window": window,
-            "batch": batch,
-            "steps": steps,
-            "text": training_text(options.data).id,
-            "memory_bytes": memory,
-        }
-    before = 2 * count * layout.cached_values
-    after = 2 * (count - len(options.layers)) * layout.cached_values
-    constant = len(options.layers) * shape.constant_bytes(2)
-    return {
-        "to": "mamba",
-        "method": options.method,
-        "target": options.target,
-        "text_of": checkpoint.wrapper,
-        "layers": count,
-        "replaced_layers": list(options.layers),
-        "bytes_per_token_before": before,
-        "bytes_per_token_after": after,
-        "constant_bytes": constant,
-        "share": after / before,
-        "output_bytes": output_bytes,
-        "disk_bytes": disk_bytes,
-        "memory_bytes": max(memory, _BASE_MEMORY + statistics.memory_bytes(stream, options.tokens)),
-        "verify_memory_bytes": _BASE_MEMORY + 4 * (weights + trained),
-        "attention_dtype": str(dtype).removeprefix("torch."),
-        "healing": healing,
-        "norm": "neutral: transformers may take its mean over all channels or by group",
-        "vllm": "mamba_ssm_cache_dtype float32; on a CPU, no prefix caching (seen with 0.32)",
-    }
-
-
-def _check_layers(layers: tuple[int, ...], count: int) -> None:
-    if not layers:
-        raise UsageError("--layers names no layer to replace")
-    if wrong := [i for i in layers if not 0 <= i < count]:
-        raise UsageError(f"--layers: {wrong[0]} is none of the {count} layers")
-    if len(set(layers)) < len(layers):
-        raise UsageError("--layers names a layer twice")
-    if len(layers) == count:
-        raise UsageError(
-            f"--layers replaces all {count} layers, but transformers needs one with attention to "
-            "know how long a text is"
-        )
-
-
-def save_dtype(checkpoint: Checkpoint, options: MambaOptions) -> torch.dtype:
-    """Dtype of the mixers' matrices."""
-    own = torch_dtype(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].dtype)
-    dtype: torch.dtype = own if options.dtype == "auto" else getattr(torch, options.dtype)
-    if dtype == torch.float16:
-        raise UnsupportedModelError(
-            "the scaling that makes the mixer's norm linear underflows in float16",
-            hint="use --dtype bfloat16 or float32",
-        )
-    return dtype
-
-
-def _mixer_values(layout: AttentionLayout) -> int:
-    """Numbers in the tensors of one mixer."""
-    shape = mixer_shape(layout)
-    return (
-        shape.projected * (shape.hidden_size + 1)
-        + shape.convolved * (shape.taps + 1)
-        + 3 * shape.heads
-        + shape.inner * (shape.hidden_size + 1)
-        + shape.hidden_size
-    )
 
 
 def convert(

@@ -15,8 +15,9 @@ from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
-from kvtool.convert import mamba, teaching
-from kvtool.convert.mamba import MambaOptions, convert
+from kvtool.convert import mamba, mamba_planning, teaching
+from kvtool.convert.mamba import convert
+from kvtool.convert.mamba_planning import MambaOptions
 from kvtool.convert.verify import verify
 from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.errors import UnsupportedModelError, UsageError
@@ -30,7 +31,8 @@ GOT_WORSE = teaching.got_worse
 def short():
     """Texts of 128 tokens, and what is taught is kept, however little it was."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mamba, "WINDOW", 128)
+        for module in (mamba, mamba_planning):
+            patch.setattr(module, "WINDOW", 128)
         patch.setattr(teaching, "got_worse", lambda closed, taught: False)
         yield
 
@@ -160,7 +162,7 @@ def test_another_teacher_and_loss_and_a_time_are_taken(tiny, tmp_path):
         (1,), heal="0.02min", teacher=str(tmp_path / "teacher"), loss="reverse-kl", **SMALL
     )
     with pytest.raises(UsageError, match="neither a number of tokens"):  # below a second
-        mamba.plan(Checkpoint.open(str(source)), MambaOptions((1,), heal="0.001min"))
+        mamba_planning.plan(Checkpoint.open(str(source)), MambaOptions((1,), heal="0.001min"))
     result = convert(Checkpoint.open(str(source)), output, options)
     assert result.plan["healing"]["seconds"] == pytest.approx(1.2)
 
@@ -259,7 +261,7 @@ def test_two_processes_teach_one_model(tiny, tmp_path):
 )
 def test_what_the_class_cannot_express_is_refused(tiny, family, overrides, words):
     with pytest.raises(UnsupportedModelError, match=words):
-        mamba.require(Checkpoint.open(str(tiny(family, **overrides))))
+        mamba_planning.require(Checkpoint.open(str(tiny(family, **overrides))))
 
 
 def test_a_dry_run_says_what_it_costs(tiny, tmp_path, capsys):
@@ -270,7 +272,7 @@ def test_a_dry_run_says_what_it_costs(tiny, tmp_path, capsys):
     assert plan["replaced_layers"] == "1, to be ranked"
     assert (plan["bytes_per_token_before"], plan["bytes_per_token_after"]) == (384, 256)
     assert plan["constant_bytes"] == 4 * 4 * 16 * 16 + 2 * 3 * 192
-    assert plan["healing"]["tokens"] == mamba.AUTO
+    assert plan["healing"]["tokens"] == mamba_planning.AUTO
     assert not (tmp_path / "out").exists()
 
 

@@ -44,7 +44,7 @@ def convert_mamba(
     from kvtool.calibrate.layer_importance import ImportanceOptions, rank_layers, reaches
     from kvtool.checkpoint import Checkpoint
     from kvtool.cli.convert import add_plan, check_memory, finish, new_table
-    from kvtool.convert import mamba
+    from kvtool.convert import mamba, mamba_planning
     from kvtool.distill import processes
 
     if misplaced:
@@ -52,7 +52,7 @@ def convert_mamba(
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
-    mamba.require(checkpoint)
+    mamba_planning.require(checkpoint)
     device = _options.resolve_device(device)
     opened = None
     if teacher is not None:
@@ -62,13 +62,13 @@ def convert_mamba(
     first = wanted.named or tuple(range(wanted.count))
 
     def options(replaced: tuple[int, ...]) -> Any:
-        return mamba.MambaOptions(
+        return mamba_planning.MambaOptions(
             layers=replaced, heal=heal or "auto", teacher=teacher, loss=loss, data=data,
             tokens=tokens, seed=seed, dtype=dtype, shard_size=shard_size,
         )  # fmt: skip
 
     main = processes()[0] == 0
-    planned = mamba.plan(
+    planned = mamba_planning.plan(
         checkpoint, options(first), output if main else None,
         device=device, overwrite=overwrite, teacher=opened,
     )  # fmt: skip

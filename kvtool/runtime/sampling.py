@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtool.runtime.grammar import Grammar
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -89,6 +91,7 @@ class Sampler:
     Args:
         prompt: Tokens of the text that are not of the answer.
         least: Tokens of the answer before one of `stops` may be drawn.
+        grammar: What the answer obeys.
     """
 
     def __init__(
@@ -100,12 +103,14 @@ class Sampler:
         prompt: int = 0,
         least: int = 0,
         stops: Sequence[int] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         self.processors = sampling.processors(prompt)
         # The others look at the logits alone.
         penalties = sampling.presence_penalty, sampling.frequency_penalty
         self._reads_text = sampling.repetition_penalty != 1.0 or any(penalties)
         self.prompt, self.least, self.stops = prompt, least, list(stops)
+        self.grammar = grammar
         self.generator: torch.Generator | None = None
         if sampling.temperature > 0.0:
             self.generator = torch.Generator(device)
@@ -116,7 +121,8 @@ class Sampler:
 
     def is_greedy(self, *text: Sequence[int]) -> bool:
         """Whether the token after a text, in parts, is the likeliest, whatever that is."""
-        return self.generator is None and not self.processors and not self._must_go_on(text)
+        masked = self.grammar is not None or self._must_go_on(text)
+        return self.generator is None and not self.processors and not masked
 
     def __call__(self, logits: Tensor, *text: Sequence[int]) -> int:
         """The token after a text, in parts, whose logits are `[V]`."""
@@ -124,7 +130,10 @@ class Sampler:
         if self._must_go_on(text):
             scores = scores.clone()
             scores[:, self.stops] = -torch.inf
-        seen = [token for part in text for token in part] if self._reads_text else []
+        reads = self._reads_text or self.grammar is not None
+        seen = [token for part in text for token in part] if reads else []
+        if self.grammar is not None:
+            scores = self.grammar.mask(scores, seen[self.prompt :])
         ids = torch.tensor([seen], dtype=torch.long, device=logits.device)
         for process in self.processors:
             scores = process(ids, scores)

@@ -28,6 +28,7 @@ from torch import Tensor
 from kvtool.errors import ResourceError, UsageError
 from kvtool.runtime.cache import KVCache, Snapshot
 from kvtool.runtime.engine import Engine
+from kvtool.runtime.grammar import Grammar
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.prefixes import Prefix, Prefixes, Reader, Start, size
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
@@ -56,6 +57,7 @@ class Request:
         ignore_eos: Go on after one of the model's own.
         logprobs: Likeliest tokens to report for each drawn one; None for no report.
         prompt_logprobs: The same for the prompt's tokens, the first of which has none.
+        grammar: What the answer obeys.
         tokens: Drawn so far.
         scored: Of the prompt, where asked for.
         sampler: What draws them, made when the request is added.
@@ -73,6 +75,7 @@ class Request:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     tokens: list[int] = field(default_factory=list, init=False)
     scored: list[Scored] = field(default_factory=list, init=False)
@@ -276,6 +279,7 @@ class Scheduler:
         request.sampler = Sampler(
             request.sampling, request.seed, self.engine.device, prompt=len(request.prompt),
             least=request.min_new_tokens, stops=sorted(request.stop_ids | own),
+            grammar=request.grammar,
         )  # fmt: skip
         self.waiting.append(request)
 

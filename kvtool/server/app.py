@@ -15,7 +15,9 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kvtool import __version__
+from kvtool.errors import UsageError
 from kvtool.runtime import scheduler
+from kvtool.runtime.grammar import Grammar, Grammars
 from kvtool.server import chat, errors, schema, wire
 from kvtool.server.errors import ApiError, error_body
 from kvtool.server.limits import Gate
@@ -54,6 +56,8 @@ class Service:
         self.engine = worker.engine
         self.tokenizer = self.engine.tokenizer
         self.names = wire.Names(self.tokenizer)
+        engine = self.engine
+        self.grammars = Grammars(self.tokenizer, engine.vocab_size, sorted(engine.eos_ids))
         self.created = int(time.time())
         identity = (
             self.engine.checkpoint.fingerprint(), __version__, self.engine.dtype, self.engine.device
@@ -92,6 +96,7 @@ class Service:
     def answers(
         self, body: schema.Generation, prompts: Sequence[list[int]], asked: int | None,
         default: int | None, logprobs: int | None, prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> tuple[list[Answer], Deltas]:  # fmt: skip
         """Submits every choice of every prompt, choices of a prompt together."""
         self.check_tokens(list(body.logit_bias or ()), "logit_bias")
@@ -111,10 +116,24 @@ class Service:
                     ignore_eos=bool(body.ignore_eos),
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
+                    grammar=None if grammar is None else grammar.fresh(),
                 )
                 made.append(Answer(request, body.stops, self.tokenizer, deltas, len(made)))
         self.worker.submit(made)
         return made, deltas
+
+    async def grammar(self, body: schema.Generation) -> Grammar | None:
+        """What the answers to a request obey.
+
+        Raises:
+            ApiError: It says none that can be obeyed.
+        """
+        if body.obeyed is None:
+            return None
+        try:
+            return await asyncio.to_thread(self.grammars.make, *body.obeyed)
+        except UsageError as error:
+            raise ApiError(400, str(error), "response_format") from error
 
     async def collect(
         self, http: Request, answers: Sequence[Answer], deltas: Deltas
@@ -170,7 +189,10 @@ class Service:
             options=body.chat_template_kwargs,
         )
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        answers, deltas = self.answers(body, [ids], body.new_tokens, None, logprobs)
+        grammar = await self.grammar(body)
+        answers, deltas = self.answers(
+            body, [ids], body.new_tokens, None, logprobs, grammar=grammar
+        )
         if body.stream:
             return self.stream(answers, deltas, self._chat_chunks(body, answers, deltas))
         envelope = wire.Envelope("chat.completion", self.name, self.fingerprint)
@@ -260,7 +282,10 @@ class Service:
             prompts.append(ids)
         echoed = body.logprobs if body.echo else None
         asked, default = body.max_tokens, 16  # OpenAI's
-        answers, deltas = self.answers(body, prompts, asked, default, body.logprobs, echoed)
+        grammar = await self.grammar(body)
+        answers, deltas = self.answers(
+            body, prompts, asked, default, body.logprobs, echoed, grammar=grammar
+        )
         if body.stream:
             return self.stream(answers, deltas, self._text_chunks(body, answers, deltas))
         envelope = wire.Envelope("text_completion", self.name, self.fingerprint)

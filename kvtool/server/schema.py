@@ -7,11 +7,12 @@ refused where ignoring it would change the meaning.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kvtool.runtime import Sampling
+from kvtool.runtime.grammar import Kind
 from kvtool.sizes import MAX_SEED
 
 MAX_TOP_LOGPROBS = 20
@@ -20,12 +21,66 @@ _LEAST_TEMPERATURE = 1e-3  # logits are divided by it: far below, they overflow
 
 _IN_CONFIG = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
+Obeyed = tuple[Kind, Any]
+
 Stop = str | Annotated[list[str], Field(max_length=4)] | None
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class StreamOptions(BaseModel):
     include_usage: bool | None = None
+
+
+class JsonSchema(BaseModel):
+    rules: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """What an answer is: text, any JSON object, or JSON after a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_is_there(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type 'json_schema'")
+        return self
+
+    @property
+    def obeyed(self) -> Obeyed | None:
+        if self.type == "text":
+            return None
+        return "json", self.json_schema.rules if self.json_schema else {"type": "object"}
+
+
+class StructuredOutputs(BaseModel):
+    """The same and more, as vLLM's clients say it: one of these."""
+
+    rules: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+
+    @property
+    def obeyed(self) -> Obeyed | None:
+        said = {
+            "json": {"type": "object"} if self.json_object else self.rules,
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+        }
+        found: list[Any] = [(kind, value) for kind, value in said.items() if value is not None]
+        if len(found) != 1 or (self.json_object and self.rules is not None):
+            raise ValueError("one of json, regex, choice, grammar and json_object")
+        obeyed: Obeyed = found[0]
+        return obeyed
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        _ = self.obeyed
+        return self
 
 
 class Generation(BaseModel):
@@ -51,6 +106,8 @@ class Generation(BaseModel):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -75,6 +132,21 @@ class Generation(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for streams only")
         return self
+
+    @model_validator(mode="after")
+    def _ends_where_it_is_complete(self) -> Generation:
+        if self.obeyed is not None and (self.min_tokens or self.ignore_eos):
+            raise ValueError("what obeys a grammar ends with it: no min_tokens and no ignore_eos")
+        return self
+
+    @property
+    def obeyed(self) -> Obeyed | None:
+        """The kind of grammar that the answer obeys, and what it says."""
+        said = [x for x in (self.response_format, self.structured_outputs) if x is not None]
+        found = [one.obeyed for one in said if one.obeyed is not None]
+        if len(found) > 1:
+            raise ValueError("an answer can obey one grammar")
+        return found[0] if found else None
 
     @property
     def stops(self) -> list[str]:
@@ -134,10 +206,6 @@ class Message(BaseModel):
         return said
 
 
-class ResponseFormat(BaseModel):
-    type: str
-
-
 class ChatCompletion(Generation):
     """The body of `/v1/chat/completions`."""
 
@@ -147,22 +215,15 @@ class ChatCompletion(Generation):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    @field_validator("response_format")
-    @classmethod
-    def _text_only(cls, value: ResponseFormat | None) -> ResponseFormat | None:
-        if value is not None and value.type != "text":
-            raise ValueError(f"only text can be promised, not '{value.type}'")
-        return value
-
-    @field_validator("tool_choice")
-    @classmethod
-    def _free_choice(cls, value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-        if value not in (None, "auto", "none"):
-            raise ValueError("a call cannot be forced: only 'auto' and 'none' are supported")
-        return value
+    @property
+    def obeyed(self) -> Obeyed | None:
+        if self.tool_choice in (None, "auto", "none"):
+            return super().obeyed
+        if super().obeyed is not None:
+            raise ValueError("tool_choice: an answer can obey one grammar")
+        return "json", forced_call(self.tools or [], self.tool_choice)
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> ChatCompletion:
@@ -178,6 +239,31 @@ class ChatCompletion(Generation):
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
         return [] if self.tool_choice == "none" else self.tools or []
+
+
+def forced_call(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
+    """The schema of a call of one of the tools, or of the one that is chosen."""
+    own = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
+    if choice != "required":
+        chosen = choice.get("function") if isinstance(choice, dict) else None
+        name = chosen.get("name") if isinstance(chosen, dict) else None
+        own = [function for function in own if function.get("name") == name]
+    if not own:
+        raise ValueError("tool_choice names no tool that is offered")
+    calls, shared = [], dict[str, Any]()
+    for function in own:
+        arguments = dict(function.get("parameters") or {"type": "object"})
+        shared |= arguments.pop("$defs", {})  # which are referred to from the root
+        fields = {"name": {"const": function.get("name")}, "arguments": arguments}
+        calls.append(
+            {
+                "type": "object",
+                "properties": fields,
+                "required": list(fields),
+                "additionalProperties": False,
+            }
+        )
+    return {"anyOf": calls, "$defs": shared}
 
 
 class Completion(Generation):

@@ -262,7 +262,10 @@ ALL_LATENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v2, lite": (
         "deepseek_v2",
-        {**MLA, **EXPERTS, "n_shared_experts": 1, "q_lora_rank": None, "topk_method": "greedy"},
+        {
+            **{**MLA, **EXPERTS, "n_shared_experts": 1, "q_lora_rank": None},
+            **{"topk_method": "greedy", "rope_interleave": False},  # which it does not read
+        },
     ),
     "deepseek_v3": ("deepseek_v3", {**MLA, **GROUPED, **YARN_IN_SCORES, "attention_bias": True}),
     "deepseek_v3, no experts": (
@@ -270,7 +273,13 @@ ALL_LATENTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**MLA, "first_k_dense_replace": 3, "q_lora_rank": None, "rope_interleave": False},
     ),
     "glm4_moe_lite": ("glm4_moe_lite", {**MLA, **GROUPED}),
-    "minicpm3": ("minicpm3", {**MLA, "scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 32}),
+    "minicpm3": (
+        "minicpm3",
+        {
+            **{**MLA, "scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 32},
+            "rope_interleave": True,  # which it does not read
+        },
+    ),
     "youtu": ("youtu", MLA),
 }
 """Those with MLA."""

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool._tensors import DerivedTensor, OpenFiles, TensorInfo, first_line
+from kvtool._tensors import DerivedTensor, OpenFiles, TensorInfo, first_line, torch_dtype
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.fp8 import SCALES, cache_scheme
 
@@ -188,15 +188,23 @@ class _Reader:
         numbers: Callable[[Parts], Tensor],
         **names: str | None,
     ) -> DerivedTensor:
-        """Made of parts that all exist."""
+        """Made of parts that all exist; `numbers` makes one matrix of its own parts."""
         parts = {role: self.tensors[name] for role, name in names.items() if name is not None}
         self.used.update(name for name in names.values() if name is not None)
         codes = parts["codes"]
 
         def rounded(read: Parts) -> Tensor:
-            from kvtool._tensors import torch_dtype
+            import torch
 
-            return numbers(read).to(torch_dtype(self.dtype))
+            dtype = torch_dtype(self.dtype)
+            if len(shape) == 2:
+                return numbers(read).to(dtype)
+            # Experts one by one: in between, numbers take many times the memory of their codes.
+            found = torch.empty(shape, dtype=dtype)
+            for i in range(len(found)):
+                own = {k: x[i] if x.dim() > 2 and len(x) > 1 else x for k, x in read.items()}
+                found[i] = numbers(own)
+            return found
 
         return DerivedTensor(codes.name, shape, self.dtype, codes.file, parts, rounded)
 
@@ -224,7 +232,7 @@ class _Reader:
             codes = read["codes"].float()
             if "zero" in read:
                 codes = codes - spread(read["zero"].float())
-            return codes * spread(_scales(read["scale"]).view(own))
+            return codes * spread(_scales(read["scale"]).view(own[-2:]))
 
         return self._tensor(info.shape, numbers, codes=name, scale=scale, zero=zero, order=order)
 
@@ -327,7 +335,7 @@ class _Reader:
 
         def numbers(read: Parts) -> Tensor:
             values = fp4(read["codes"]) * _scales(read["scale"])[..., None]
-            return values.flatten(2).transpose(1, 2).contiguous()
+            return values.flatten(1).T
 
         shape = (experts, 32 * blocks, rows)
         return self._tensor(shape, numbers, codes=f"{name}_blocks", scale=scale)

@@ -387,6 +387,23 @@ def test_blocks_of_modelopt_have_scales_of_four_dimensions() -> None:
     assert torch.equal(value, wanted.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("kind", ["block", "row", "expert", "one"])
+def test_experts_that_are_one_tensor_have_scales_of_their_own(kind: str) -> None:
+    w = torch.randn(3, 6, 8).to(torch.float8_e4m3fn)
+    shapes = {"block": (3, 2, 2), "row": (3, 6, 1), "expert": (3, 1, 1), "one": (1, 1, 1)}
+    scale = torch.rand(shapes[kind])
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}
+    parts = parts_of(experts__up_proj=w, experts__up_proj_scale_inv=scale)
+    _, found, _ = as_numbers(Path("x"), config, parts)
+    value = found["experts.up_proj"].value({"codes": w, "scale": scale})
+    for expert in range(3):
+        own = scale[min(expert, len(scale) - 1)]
+        block = (-(-6 // own.shape[0]), 8 // own.shape[1])
+        block = (4, 4) if kind == "block" else block
+        wanted = w[expert].float() * by_block(own, w[expert], block)
+        assert torch.equal(value[expert], wanted.to(torch.bfloat16))
+
+
 def test_blocks_may_be_said_as_text(quantised: Any, tmp_path: Path) -> None:
     codes, numbers = quantised("fp8 by exponents")
     source = Path(shutil.copytree(codes, tmp_path / "text"))

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,6 +216,10 @@ class Checkpoint:
         It does not depend on how the tensors are spread over files. Tensors up to 64 KiB count
         whole, larger ones by 16 blocks of 4 KiB, which any training or conversion changes.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         import torch
 
         ignored = ("transformers_version", "_name_or_path")

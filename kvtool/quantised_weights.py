@@ -21,7 +21,7 @@ for engines that multiply codes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,10 +119,15 @@ def _unknown(said: Mapping[str, Any]) -> str | None:
     }
     if method in layouts:
         key, *known = layouts[method]
-        layout = str(said.get(key) or said.get("format") or known[0]).lower()
+        layout = _layout(said, key) or known[0]
         if layout not in known or said.get("backend", "autoawq") == "llm-awq":
             return f"{method} with {key} {layout}; known: {', '.join(known)}"
     return None
+
+
+def _layout(said: Mapping[str, Any], key: str) -> str:
+    """How codes lie; newer packers say it as `format`, too."""
+    return str(said.get(key) or said.get("format") or "").lower()
 
 
 class _Reader:
@@ -198,7 +203,7 @@ class _Reader:
 
             dtype = torch_dtype(self.dtype)
             if len(shape) == 2:
-                return numbers(read).to(dtype)
+                return numbers(read).to(dtype).contiguous()
             # Experts one by one: in between, numbers take many times the memory of their codes.
             found = torch.empty(shape, dtype=dtype)
             for i in range(len(found)):
@@ -280,20 +285,19 @@ class _Reader:
         self._fits(scale, groups, outputs)
         self._fits(zero, groups, outputs // per_word)
         order = self._if_there(f"{stem}.g_idx")
-        block = self._block(f"{stem}.qweight", (outputs, inputs), (outputs, groups), None)
+        self._block(f"{stem}.qweight", (outputs, inputs), (outputs, groups), None)
+        places = _AWQ_ORDER if awq else None
         # The first GPTQ stored z - 1.
-        less = 0 if awq or self.said.get("checkpoint_format") == "gptq_v2" else 1
+        less = 0 if awq or _layout(self.said, "checkpoint_format") == "gptq_v2" else 1
 
         def numbers(read: Parts) -> Tensor:
-            codes, zero = read["codes"], unpack(read["zero"], bits)
-            if awq:
-                codes, zero = _in_awq_order(unpack(codes, bits)), _in_awq_order(zero)
-                codes = codes.T
-            else:
-                codes = unpack(codes.T, bits)
-            spread = _spreader((outputs, inputs), block, read.get("order"))
-            codes = codes.float() - spread(zero.T.float() + less)
-            return codes * spread(read["scale"].T.float())
+            codes = unpack(read["codes"], bits, places, dim=-1 if awq else 0)  # [in, out]
+            zero = unpack(read["zero"], bits, places).float() + less  # [groups, out]
+            scale = read["scale"].float()
+            if "order" in read and int(read["order"].min()) >= 0:  # one for each input
+                zero, scale = zero[read["order"].long()], scale[read["order"].long()]
+            values: Tensor = codes.unflatten(0, (len(scale), -1)).float()
+            return values.sub_(zero[:, None]).mul_(scale[:, None]).flatten(0, 1).T
 
         return self._tensor(
             (outputs, inputs), numbers, codes=f"{stem}.qweight", scale=scale, zero=zero, order=order
@@ -453,22 +457,22 @@ def _scales(x: Tensor) -> Tensor:
     return (x.float() - 127).exp2() if x.dtype == torch.uint8 else x.float()
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """int32 `[..., n]` to its codes, the lowest bits first: uint8 `[..., n * (32 // bits)]`."""
+def unpack(words: Tensor, bits: int, places: Sequence[int] | None = None, dim: int = -1) -> Tensor:
+    """int32 `[..., n]` to its codes, uint8 `[..., n * (32 // bits)]`.
+
+    Args:
+        places: Where in a word the codes lie that come one behind the other; from the lowest bits
+            on if not given.
+        dim: Along which they do; the last, or the first of a matrix.
+    """
     import torch
 
-    per_word = 32 // bits
-    codes = torch.empty((*words.shape, per_word), dtype=torch.uint8, device=words.device)
-    for i in range(per_word):
-        codes[..., i] = (words >> (bits * i)) & (2**bits - 1)
-    return codes.flatten(-2)
-
-
-def _in_awq_order(codes: Tensor) -> Tensor:
-    if codes.shape[-1] % 8:
-        raise CheckpointError("AWQ packs eight codes to a word.")
-    ordered: Tensor = codes.unflatten(-1, (-1, 8))[..., _AWQ_ORDER]
-    return ordered.flatten(-2)
+    per_word, axis = 32 // bits, dim % words.dim()
+    shape = (*words.shape[: axis + 1], per_word, *words.shape[axis + 1 :])
+    codes = torch.empty(shape, dtype=torch.uint8, device=words.device)
+    for i, place in enumerate(places or range(per_word)):
+        codes.select(axis + 1, i).copy_((words >> (bits * place)) & (2**bits - 1))
+    return codes.flatten(axis, axis + 1)
 
 
 def fp4(codes: Tensor) -> Tensor:

@@ -204,6 +204,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Stored]]] = {
     "gptq": (GPTQ, gptq(1)),
     "gptq of 8 bits, in spite of its config": (GPTQ, gptq(1, 8)),
     "gptq 2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, gptq(0)),
+    "gptq 2, in a newer field": ({**GPTQ, "format": "GPTQ_v2"}, gptq(0)),
     "autoround": (
         {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"},
         gptq(1),

@@ -358,12 +358,8 @@ class Checkpoint:
             return AutoModelForCausalLM.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, **options
             )
-        config, weights = self.hf_config(), dict[str, Any]()
-        if self.quantised is None:
-            weights |= self._read(list(self.tensors), OpenFiles())  # mapped, not copied
-        else:
-            files = OpenFiles()
-            weights |= {name: _Unread(self, name, files) for name in self.tensors}
+        config, files = self.hf_config(), OpenFiles()
+        weights: dict[str, Any] = {name: _Unread(self, name, files) for name in self.tensors}
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
         if (self.path / "generation_config.json").is_file():

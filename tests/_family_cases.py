@@ -168,7 +168,13 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "flex_olmo": ("flex_olmo", {**EXPERTS, "attention_bias": True}),
     "gemma": ("gemma", {}),
     "gemma3_text": ("gemma3_text", {**MIXED, "rope_parameters": TWO_ROPES}),
-    "gemma4_text": ("gemma4_text", {**MIXED, **GEMMA4, **EXPERTS, "enable_moe_block": True}),
+    "gemma4_text": (
+        "gemma4_text",
+        {
+            **{**MIXED, **GEMMA4, **EXPERTS, "enable_moe_block": True},
+            "num_experts_per_tok": None,  # it goes by `top_k_experts`
+        },
+    ),
     "gemma4_text, keys are values": (
         "gemma4_text",
         {**MIXED, **GEMMA4, "attention_k_eq_v": True, "num_key_value_heads": 4},

@@ -47,11 +47,13 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word of AWQ the eight codes of 4 bits lie that come one behind the other."""
 _UNUSED = re.compile(
     r".+\.(?:activation_scale|(?:input|output)_(?:scale|zero_point|global_scale)"
-    r"|(?:q|prob)_scale|weight_shape)"
+    r"|(?:q|kv|prob|prob_output)_scale|self_attn\.q\.scale|weight_shape)"
 )
 """Of activations, and what is known without."""
-_CACHE_SCALE = re.compile(r"(.+\.self_attn)\.[kv]_proj\.([kv]_scale)")
-"""As ModelOpt names them."""
+_CACHE_SCALE = re.compile(
+    r"(.+\.self_attn\.)(?:(?:[kv]|qkv|qkqkv)_proj\.([kv])_scale|([kv])_cache\.scale)"
+)
+"""As ModelOpt and others name them."""
 
 Parts = dict[str, "Tensor"]
 
@@ -150,7 +152,7 @@ class _Reader:
         found = (self._quantised(name, info) for name, info in self.tensors.items())
         matrices = dict(one for one in found if one is not None)
         rest = {
-            _CACHE_SCALE.sub(r"\1.\2", name): info
+            _CACHE_SCALE.sub(r"\1\2\3_scale", name): info
             for name, info in self.tensors.items()
             if name not in self.used and _UNUSED.fullmatch(name) is None
         }

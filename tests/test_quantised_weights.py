@@ -448,6 +448,26 @@ def test_zeros_that_gptq_writes_as_biases_are_none(quantised: Any, tmp_path: Pat
         Checkpoint.open(str(source)).load_transformers(torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("k_proj.k_scale", "k_scale"),
+        ("qkv_proj.v_scale", "v_scale"),
+        ("k_cache.scale", "k_scale"),
+        ("v_scale", "v_scale"),
+        ("q.scale", None),
+        ("kv_scale", None),
+        ("prob_output_scale", None),
+    ],
+)
+def test_scales_of_a_cache_have_many_names(name: str, own: str | None) -> None:
+    stem = "model.layers.0.self_attn."
+    info = TensorInfo(stem + name, (1,), "F32", Path("x"))
+    config = {"quantization_config": {"quant_method": "modelopt"}}
+    _, found, _ = as_numbers(Path("x"), config, {stem + name: info})
+    assert list(found) == ([] if own is None else [stem + own])
+
+
 def test_scales_of_a_cache_that_no_config_mentions_are_passed_over(
     quantised: Any, tmp_path: Path
 ) -> None:

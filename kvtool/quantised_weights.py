@@ -480,8 +480,8 @@ def unpack(words: Tensor, bits: int, places: Sequence[int] | None = None, dim: i
 def fp4(codes: Tensor) -> Tensor:
     """Bytes `[..., n]` of two e2m1 each, the lower half first, to float32 `[..., 2 n]`."""
     import torch
+    import torch.nn.functional as F
 
     table = torch.tensor([*_FP4, *(-x for x in _FP4)], device=codes.device)
-    both = torch.stack((codes & 15, codes >> 4), dim=-1)
-    values: Tensor = table[both.flatten(-2).int()]
-    return values
+    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=-1)  # of all bytes
+    return F.embedding(codes.int(), pairs).flatten(-2)

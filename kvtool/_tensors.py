@@ -177,12 +177,38 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError, ValueError) as error:
-        size = file.stat().st_size if file.is_file() else 0
-        reason = "it is empty" if size == 0 else first_line(error)
-        raise CheckpointError(
-            f"{file} is corrupt or truncated ({size} bytes): {reason}.",
-            hint="Copy or download the checkpoint again.",
-        ) from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    size = file.stat().st_size if file.is_file() else 0
+    reason = "it is empty" if size == 0 else first_line(error)
+    return CheckpointError(
+        f"{file} is corrupt or truncated ({size} bytes): {reason}.",
+        hint="Copy or download the checkpoint again.",
+    )
+
+
+class OpenFiles:
+    """Safetensors files that stay open from the first tensor read of them on.
+
+    Opening one parses its whole header, which costs more than reading a small tensor.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, Any] = {}
+
+    def read(self, info: TensorInfo) -> torch.Tensor:
+        """A stored tensor: mapped, not copied."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            if info.file not in self._handles:
+                self._handles[info.file] = safe_open(info.file, framework="pt")
+            tensor: torch.Tensor = self._handles[info.file].get_tensor(info.name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(info.file, error) from error
+        return tensor
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,17 +32,17 @@ from kvtool._staging import (
 )
 from kvtool._tensors import (
     PICKLES,
+    OpenFiles,
     TensorInfo,
     dtype_name,
     first_line,
-    open_safetensors,
     read_header,
     read_headers,
     read_json,
     torch_dtype,
 )
 from kvtool._transformers import quiet_transformers
-from kvtool.errors import CheckpointError, UnsupportedModelError
+from kvtool.errors import CheckpointError, KvtoolError, UnsupportedModelError
 from kvtool.fp8 import SCALES, cache_scheme
 from kvtool.quantised_weights import as_numbers
 from kvtool.wrappers import text_config, text_tensors, upright, wrapper_of
@@ -158,11 +159,11 @@ class Checkpoint:
         tensors = read_headers(path)
         if wrapper:
             tensors = text_tensors(path, tensors)
-            # As in transformers, a head that is there is not replaced by the embedding.
-            config["tie_word_embeddings"] &= "lm_head.weight" not in tensors
         config, tensors, quantised = as_numbers(path, config, tensors)
         if wrapper:
             tensors = upright(wrapper, config, tensors)
+            # As in transformers, a head that is there is not replaced by the embedding.
+            config["tie_word_embeddings"] &= "lm_head.weight" not in tensors
         return cls(source, path, config, tensors, trust_remote_code, revision, wrapper, quantised)
 
     @property
@@ -183,24 +184,21 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""
-        return self._read([name])[name]
+        return self._read([name], OpenFiles())[name]
 
     def read_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
         """Reads every tensor whose name starts with `prefix`, under its name without it."""
-        tensors = self._read([name for name in self.tensors if name.startswith(prefix)])
+        names = [name for name in self.tensors if name.startswith(prefix)]
+        tensors = self._read(names, OpenFiles())
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
-    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        stored: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
+    def _read(self, names: list[str], files: OpenFiles) -> dict[str, torch.Tensor]:
+        stored: dict[str, dict[str, torch.Tensor]] = {}
         for name in names:
             if name not in self.tensors:
                 raise CheckpointError(f"{self.path} has no tensor {name}.")
-        parts = [(n, role, info) for n in names for role, info in self.tensors[n].stored.items()]
-        for file in sorted({info.file for _, _, info in parts}):
-            with open_safetensors(file) as handle:
-                for name, role, info in parts:
-                    if info.file == file:
-                        stored[name][role] = handle.get_tensor(info.name)
+            parts = self.tensors[name].stored.items()
+            stored[name] = {role: files.read(info) for role, info in parts}
         # One after the other gives up its parts: codes and numbers are not held together of all.
         return {name: self._value(name, stored.pop(name)) for name in names}
 
@@ -218,6 +216,10 @@ class Checkpoint:
         It does not depend on how the tensors are spread over files. Tensors up to 64 KiB count
         whole, larger ones by 16 blocks of 4 KiB, which any training or conversion changes.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         import torch
 
         ignored = ("transformers_version", "_name_or_path")
@@ -228,9 +230,9 @@ class Checkpoint:
             for name in sorted(self.tensors)
             for role, info in sorted(self.tensors[name].stored.items())
         ]
+        files = OpenFiles()
         for name, info in stored:
-            with open_safetensors(info.file) as handle:
-                tensor = handle.get_tensor(info.name)  # one at a time: models exceed the memory
+            tensor = files.read(info)  # one at a time: models exceed the memory
             digest.update(f"{name} {info.dtype} {list(tensor.shape)}".encode())
             data = tensor.reshape(-1).view(torch.uint8)
             if data.numel() > 2**16:
@@ -323,7 +325,6 @@ class Checkpoint:
         Raises:
             CheckpointError: Transformers finds a weight missing, superfluous or of the wrong shape.
         """
-        scheme = self.cache_scheme
         with self._transformers("the model"):
             model, info = self._load(
                 dtype=dtype,
@@ -332,10 +333,9 @@ class Checkpoint:
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
             )
-        if scheme is not None:
-            info["unexpected_keys"] = [
-                name for name in info["unexpected_keys"] if name.split(".")[-1] not in SCALES
-            ]
+        info["unexpected_keys"] = [
+            name for name in info["unexpected_keys"] if name.split(".")[-1] not in SCALES
+        ]
         wrong = {
             kind.removesuffix("_keys"): sorted(map(_named, info[kind]))
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -354,16 +354,12 @@ class Checkpoint:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
 
         if self.wrapper is None and self.quantised is None:
-            if self.cache_scheme is not None:
-                options["config"] = self.hf_config()
+            options["config"] = self.hf_config()  # without what it may say of quantisation
             return AutoModelForCausalLM.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, **options
             )
-        config, weights = self.hf_config(), dict[str, Any]()
-        if self.quantised is None:
-            weights |= self._read(list(self.tensors))  # mapped, not copied
-        else:
-            weights |= {name: _Unread(self, name) for name in self.tensors}
+        config, files = self.hf_config(), OpenFiles()
+        weights: dict[str, Any] = {name: _Unread(self, name, files) for name in self.tensors}
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
         if (self.path / "generation_config.json").is_file():
@@ -376,6 +372,8 @@ class Checkpoint:
         try:
             with quiet_transformers():
                 yield
+        except KvtoolError:  # of a tensor that it asks for
+            raise
         except Exception as error:  # whatever a damaged file makes transformers raise
             raise CheckpointError(
                 f"transformers cannot load {what} from {self.path}: {first_line(error)}"
@@ -388,9 +386,10 @@ class _Unread:
 
     checkpoint: Checkpoint
     name: str
+    files: OpenFiles
 
     def __getitem__(self, values: Any) -> torch.Tensor:
-        return self.checkpoint.read(self.name)[values]
+        return self.checkpoint._read([self.name], self.files)[self.name][values]
 
 
 def _named(key: str | tuple[str, Sequence[int], Sequence[int]]) -> str:

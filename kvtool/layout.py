@@ -51,6 +51,8 @@ INTERLEAVED = (
     *("cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium"),
 )
 """Those that turn neighbouring channels of a head together."""
+_INTERLEAVES = {"deepseek_v2": True, "minicpm3": False}
+"""Whether MLA turns neighbouring channels together, where no field of a config is asked."""
 _WINDOW_IN_CONFIG = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2")
 """Those whose attention reads its sliding window from the config; the config of others may have
 one that nothing reads."""
@@ -281,7 +283,7 @@ def _mla_layout(module: Any) -> AttentionLayout:
         rope_dim=int(module.qk_rope_head_dim),
         nope_dim=int(module.qk_nope_head_dim),
         value_dim=int(module.v_head_dim),
-        interleaved=getattr(config, "rope_interleave", config.model_type == "deepseek_v2"),
+        interleaved=_INTERLEAVES.get(config.model_type, getattr(config, "rope_interleave", False)),
     )
 
 

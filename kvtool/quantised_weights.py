@@ -21,11 +21,11 @@ for engines that multiply codes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool._tensors import DerivedTensor, TensorInfo
+from kvtool._tensors import DerivedTensor, OpenFiles, TensorInfo, first_line, torch_dtype
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.fp8 import SCALES, cache_scheme
 
@@ -37,18 +37,23 @@ METHODS = (
     *("modelopt_fp4", "mxfp4"),
 )
 """Values of `quant_method` whose codes are known here."""
+_KEYS = ("quantization_config", "compression_config")
+"""Where a config says it; the second is how the first compressed-tensors did."""
 _FP8 = ("F8_E4M3", "F8_E5M2")
+_INTEGERS = ("I8", "U8", "I16", "I32", "I64")
 _SCALE = ("_scale", "_scale_inv")
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word of AWQ the eight codes of 4 bits lie that come one behind the other."""
 _UNUSED = re.compile(
     r".+\.(?:activation_scale|(?:input|output)_(?:scale|zero_point|global_scale)"
-    r"|(?:q|prob)_scale|weight_shape)"
+    r"|(?:q|kv|prob|prob_output)_scale|self_attn\.q\.scale|weight_shape)"
 )
 """Of activations, and what is known without."""
-_CACHE_SCALE = re.compile(r"(.+\.self_attn)\.[kv]_proj\.([kv]_scale)")
-"""As ModelOpt names them."""
+_CACHE_SCALE = re.compile(
+    r"(.+\.self_attn\.)(?:(?:[kv]|qkv|qkqkv)_proj\.([kv])_scale|([kv])_cache\.scale)"
+)
+"""As ModelOpt and others name them."""
 
 Parts = dict[str, "Tensor"]
 
@@ -70,19 +75,26 @@ def as_numbers(
         UnsupportedModelError: Weights are quantised in another way than is known here.
         CheckpointError: A part of a quantised matrix is missing or has the wrong shape.
     """
-    said = config.get("quantization_config") or {}
+    said = config.get("quantization_config") or config.get("compression_config") or {}
     if not isinstance(said, dict):
         raise CheckpointError(f"{path / 'config.json'}: quantization_config is not an object.")
     if cache_scheme(config) is not None:
         return config, tensors, None
-    if said and (reason := _unknown(said)):
+    try:
+        reason = _unknown(said) if said else None
+        found = {} if reason else _Reader(path, config, said, tensors).read()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / 'config.json'}: quantization_config is not as its quant_method has it: "
+            f"{first_line(error)}."
+        ) from error
+    if reason:
         raise UnsupportedModelError(
             f"{path} holds quantised weights that kvtool cannot read: {reason}.",
             hint="Use the checkpoint it was quantised from, or its GGUF file.",
         )
-    found = _Reader(path, config, said, tensors).read()
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    if said.get("kv_cache_scheme") and any(name.endswith(SCALES) for name in found):
+    plain = {key: value for key, value in config.items() if key not in _KEYS}
+    if isinstance(said.get("kv_cache_scheme"), dict) and any(x.endswith(SCALES) for x in found):
         plain["quantization_config"] = {
             "quant_method": "compressed-tensors",
             "kv_cache_scheme": said["kv_cache_scheme"],
@@ -109,10 +121,15 @@ def _unknown(said: Mapping[str, Any]) -> str | None:
     }
     if method in layouts:
         key, *known = layouts[method]
-        layout = str(said.get(key, known[0])).lower()
+        layout = _layout(said, key) or known[0]
         if layout not in known or said.get("backend", "autoawq") == "llm-awq":
             return f"{method} with {key} {layout}; known: {', '.join(known)}"
     return None
+
+
+def _layout(said: Mapping[str, Any], key: str) -> str:
+    """How codes lie; newer packers say it as `format`, too."""
+    return str(said.get(key) or said.get("format") or "").lower()
 
 
 class _Reader:
@@ -135,11 +152,24 @@ class _Reader:
         found = (self._quantised(name, info) for name, info in self.tensors.items())
         matrices = dict(one for one in found if one is not None)
         rest = {
-            _CACHE_SCALE.sub(r"\1.\2", name): info
+            _CACHE_SCALE.sub(r"\1\2\3_scale", name): info
             for name, info in self.tensors.items()
             if name not in self.used and _UNUSED.fullmatch(name) is None
         }
-        return {**rest, **matrices}
+        for name, info in rest.items():
+            if name.endswith(("weight", "_proj")) and info.dtype in _INTEGERS:
+                raise CheckpointError(
+                    f"{self.path}: {info.name} is {info.dtype} without what makes numbers of it."
+                )
+        return {**self._without_idle(rest), **matrices}
+
+    def _without_idle(self, rest: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Without the zeros that packers of GPTQ write as biases of matrices that have none."""
+        stems = [name.removesuffix(".qweight") for name in self.used if name.endswith(".qweight")]
+        biases = [name for stem in stems if (name := f"{stem}.bias") in rest]
+        files = OpenFiles()
+        idle = {name for name in biases if not bool(files.read(rest[name]).any())}
+        return {name: info for name, info in rest.items() if name not in idle}
 
     def _quantised(self, name: str, info: TensorInfo) -> tuple[str, DerivedTensor] | None:
         """Name and description of the matrix whose codes this is, if it is one's."""
@@ -165,15 +195,23 @@ class _Reader:
         numbers: Callable[[Parts], Tensor],
         **names: str | None,
     ) -> DerivedTensor:
-        """Made of parts that all exist."""
+        """Made of parts that all exist; `numbers` makes one matrix of its own parts."""
         parts = {role: self.tensors[name] for role, name in names.items() if name is not None}
         self.used.update(name for name in names.values() if name is not None)
         codes = parts["codes"]
 
         def rounded(read: Parts) -> Tensor:
-            from kvtool._tensors import torch_dtype
+            import torch
 
-            return numbers(read).to(torch_dtype(self.dtype))
+            dtype = torch_dtype(self.dtype)
+            if len(shape) == 2:
+                return numbers(read).to(dtype).contiguous()
+            # Experts one by one: in between, numbers take many times the memory of their codes.
+            found = torch.empty(shape, dtype=dtype)
+            for i in range(len(found)):
+                own = {k: x[i] if x.dim() > 2 and len(x) > 1 else x for k, x in read.items()}
+                found[i] = numbers(own)
+            return found
 
         return DerivedTensor(codes.name, shape, self.dtype, codes.file, parts, rounded)
 
@@ -191,38 +229,45 @@ class _Reader:
         """Codes of 8 bits, as many as there are numbers."""
         scale = self._need(*(f"{name}{x}" for x in _SCALE))
         zero, order = self._if_there(f"{name}_zero_point"), self._if_there(f"{name}_g_idx")
-        own = self.tensors[scale].shape
-        block = self._block(name, info.shape, own, self._block_said())
+        own, said = self.tensors[scale].shape, self._block_said()
+        if len(own) == 4 and own[1::2] == (1, 1):  # by blocks of 128, of ModelOpt
+            own, said = own[::2], (128, 128)
+        block = self._block(name, info.shape, own, said)
 
         def numbers(read: Parts) -> Tensor:
             spread = _spreader(info.shape, block, read.get("order"))
             codes = read["codes"].float()
             if "zero" in read:
                 codes = codes - spread(read["zero"].float())
-            return codes * spread(_scales(read["scale"]))
+            return codes * spread(_scales(read["scale"]).view(own[-2:]))
 
         return self._tensor(info.shape, numbers, codes=name, scale=scale, zero=zero, order=order)
 
     def _packed_integers(self, stem: str, info: TensorInfo) -> DerivedTensor:
         """Of compressed-tensors: `weight_packed [out, in / n]`, n codes to a word, + 2^(b-1)."""
-        bits = self._bits(stem)
+        bits = self._known(self._bits_said(stem, info))
         name = f"{stem}.weight"
-        rows, words = info.shape
+        rows, words = self._matrix(info)
         shape, middle = (rows, words * (32 // bits)), 2 ** (bits - 1)
         scale = self._need(f"{name}_scale")
         zero, order = self._if_there(f"{name}_zero_point"), self._if_there(f"{name}_g_idx")
         own = self.tensors[scale].shape
         block = self._block(name, shape, own, None)
-        if zero is not None:
+        is_packed = zero is not None and self.tensors[zero].dtype == "I32"
+        if zero is not None and is_packed:
             self._fits(zero, -(-rows // (32 // bits)), own[-1])
+        elif zero is not None:
+            self._fits(zero, *own)
 
         def numbers(read: Parts) -> Tensor:
             spread = _spreader(shape, block, read.get("order"))
-            codes = unpack(read["codes"], bits).float()
-            # Zero points are packed along the rows, with the same 2^(b-1) on top.
-            zero = unpack(read["zero"].T, bits).T[:rows].float() if "zero" in read else None
-            codes = codes - (middle if zero is None else spread(zero))
-            return codes * spread(_scales(read["scale"]))
+            codes = unpack(read["codes"], bits).float() - middle
+            if is_packed:  # along the rows, with the same 2^(b-1) on top
+                codes = codes - spread(unpack(read["zero"].T, bits).T[:rows].float() - middle)
+            elif "zero" in read:
+                codes = codes - spread(read["zero"].float())
+            numbers: Tensor = codes * spread(_scales(read["scale"]))
+            return numbers
 
         return self._tensor(
             shape, numbers, codes=f"{name}_packed", scale=scale, zero=zero, order=order
@@ -230,30 +275,31 @@ class _Reader:
 
     def _by_input(self, stem: str, info: TensorInfo) -> DerivedTensor:
         """Of GPTQ and AWQ, transposed: `scales [groups, out]`, and z as codes of the same kind."""
-        bits = self._bits(stem)
-        per_word = 32 // bits
         awq = self._is_awq()
-        rows, columns = info.shape
-        inputs, outputs = (rows, columns * per_word) if awq else (rows * per_word, columns)
+        rows, columns = self._matrix(info)
         scale, zero = self._need(f"{stem}.scales"), self._need(f"{stem}.qzeros")
-        groups = self.tensors[scale].shape[0]
+        groups, outputs = self._matrix(self.tensors[scale])
+        # Some matrices have more bits than the config says of all.
+        words = columns if awq else self._matrix(self.tensors[zero])[1]
+        bits = self._known(32 * words / max(outputs, 1), *((4,) if awq else ()))
+        per_word = 32 // bits
+        inputs, outputs = (rows, columns * per_word) if awq else (rows * per_word, columns)
         self._fits(scale, groups, outputs)
         self._fits(zero, groups, outputs // per_word)
         order = self._if_there(f"{stem}.g_idx")
-        block = self._block(f"{stem}.qweight", (outputs, inputs), (outputs, groups), None)
+        self._block(f"{stem}.qweight", (outputs, inputs), (outputs, groups), None)
+        places = _AWQ_ORDER if awq else None
         # The first GPTQ stored z - 1.
-        less = 0 if awq or self.said.get("checkpoint_format") == "gptq_v2" else 1
+        less = 0 if awq or _layout(self.said, "checkpoint_format") == "gptq_v2" else 1
 
         def numbers(read: Parts) -> Tensor:
-            codes, zero = read["codes"], unpack(read["zero"], bits)
-            if awq:
-                codes, zero = _in_awq_order(unpack(codes, bits)), _in_awq_order(zero)
-                codes = codes.T
-            else:
-                codes = unpack(codes.T, bits)
-            spread = _spreader((outputs, inputs), block, read.get("order"))
-            codes = codes.float() - spread(zero.T.float() + less)
-            return codes * spread(read["scale"].T.float())
+            codes = unpack(read["codes"], bits, places, dim=-1 if awq else 0)  # [in, out]
+            zero = unpack(read["zero"], bits, places).float() + less  # [groups, out]
+            scale = read["scale"].float()
+            if "order" in read and int(read["order"].min()) >= 0:  # one for each input
+                zero, scale = zero[read["order"].long()], scale[read["order"].long()]
+            values: Tensor = codes.unflatten(0, (len(scale), -1)).float()
+            return values.sub_(zero[:, None]).mul_(scale[:, None]).flatten(0, 1).T
 
         return self._tensor(
             (outputs, inputs), numbers, codes=f"{stem}.qweight", scale=scale, zero=zero, order=order
@@ -286,35 +332,56 @@ class _Reader:
 
     def _mxfp4(self, name: str, info: TensorInfo) -> DerivedTensor:
         """Experts of gpt-oss: codes `[E, out, in / 32, 16]` of what the module has transposed."""
-        experts, rows, blocks = info.shape[:3]
+        if len(info.shape) != 4 or info.shape[3] != 16:
+            raise CheckpointError(
+                f"{self.path}: {info.name} is {list(info.shape)}, not blocks of 16 bytes."
+            )
+        experts, rows, blocks, _ = info.shape
         scale = self._fits(self._need(f"{name}_scales"), experts, rows, blocks)
 
         def numbers(read: Parts) -> Tensor:
             values = fp4(read["codes"]) * _scales(read["scale"])[..., None]
-            return values.flatten(2).transpose(1, 2).contiguous()
+            return values.flatten(1).T
 
         shape = (experts, 32 * blocks, rows)
         return self._tensor(shape, numbers, codes=f"{name}_blocks", scale=scale)
 
-    def _bits(self, stem: str) -> int:
-        """Of a packed code."""
-        bits = self.said.get("bits", self.said.get("w_bit"))
-        groups = self.said.get("config_groups") or {}
+    def _bits_said(self, stem: str, info: TensorInfo) -> Any:
+        """What compressed-tensors says of a matrix: by its name, or else by its class."""
+        # The part of a model of several modalities has another name on disk.
+        names = (stem, info.name.rpartition(".")[0])
         named: list[tuple[bool, Any]] = []
-        for group in groups.values() if isinstance(groups, dict) else ():
+        for group in (self.said.get("config_groups") or {}).values():
             for target in group.get("targets", ()):
                 pattern = target.removeprefix("re:")
-                is_name = bool(re.match(pattern, stem)) if pattern != target else target == stem
+                is_name = (
+                    any(re.match(pattern, name) for name in names)
+                    if pattern != target
+                    else target in names
+                )
                 if is_name or target[:1].isupper():  # a class, such as Linear
                     named.append((is_name, (group.get("weights") or {}).get("num_bits")))
-        if named:
-            bits = max(named, key=lambda one: one[0])[1]
-        if bits not in (2, 4, 8):
+        return max(named, key=lambda one: one[0])[1] if named else None
+
+    def _known(self, bits: Any, *known: int) -> int:
+        known = known or (2, 4, 8)
+        if bits not in known:
             raise UnsupportedModelError(
-                f"{self.path} packs weights of {bits} bits, which kvtool cannot read.",
-                hint="2, 4 and 8 bits are known.",
+                f"{self.path} packs weights of {bits:g} bits, which kvtool cannot read."
+                if isinstance(bits, int | float)
+                else f"{self.path} does not say with how many bits its weights are packed.",
+                hint=f"Known: {', '.join(map(str, known))} bits.",
             )
         return int(bits)
+
+    def _matrix(self, info: TensorInfo) -> tuple[int, int]:
+        """Rows and columns of what is to have no more, in words where it is packed."""
+        if len(info.shape) != 2 or (info.name.endswith("qweight") and info.dtype != "I32"):
+            raise UnsupportedModelError(
+                f"{self.path}: {info.name} is {info.dtype} {list(info.shape)}, not a matrix of "
+                "words of 32 bits, which kvtool cannot read."
+            )
+        return info.shape[0], info.shape[1]
 
     def _is_awq(self) -> bool:
         return "awq" in (self.said.get("quant_method"), *self._packing())
@@ -327,7 +394,10 @@ class _Reader:
         groups = self.said.get("config_groups") or {}
         weights = [group.get("weights") or {} for group in groups.values()]
         every = [self.said.get("weight_block_size"), *(w.get("block_structure") for w in weights)]
-        return next(((int(b[0]), int(b[1])) for b in every if b), None)
+        for said in filter(None, every):  # `128x128` is how it was said once
+            rows, columns = said.split("x") if isinstance(said, str) else said
+            return int(rows), int(columns)
+        return None
 
     def _block(
         self,
@@ -337,12 +407,14 @@ class _Reader:
         said: tuple[int, int] | None,
     ) -> tuple[int, int]:
         """How many rows and columns share one of the scales."""
-        rows, columns = shape[-2:]
-        across, along = (*scales, 1, 1)[:2] if len(scales) < 2 else scales[-2:]
-        if said is not None and (across, along) == (-(-rows // said[0]), -(-columns // said[1])):
-            return said
-        if across in (1, rows) and along and columns % along == 0:
-            return rows // across, columns // along
+        filled = (*scales, 1, 1)[:2] if len(scales) < 2 else scales
+        one = all(size == 1 for size in scales)
+        if len(shape) > 1 and (one or (len(filled), *filled[:-2]) == (len(shape), *shape[:-2])):
+            (rows, columns), (across, along) = shape[-2:], filled[-2:]
+            if said and (across, along) == (-(-rows // said[0]), -(-columns // said[1])):
+                return said
+            if across in (1, rows) and along and columns % along == 0:
+                return rows // across, columns // along
         raise CheckpointError(
             f"{self.path}: {name} is {list(shape)} and has scales {list(scales)}, which do not fit."
         )
@@ -387,29 +459,29 @@ def _scales(x: Tensor) -> Tensor:
     return (x.float() - 127).exp2() if x.dtype == torch.uint8 else x.float()
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """int32 `[..., n]` to its codes, the lowest bits first: uint8 `[..., n * (32 // bits)]`."""
+def unpack(words: Tensor, bits: int, places: Sequence[int] | None = None, dim: int = -1) -> Tensor:
+    """int32 `[..., n]` to its codes, uint8 `[..., n * (32 // bits)]`.
+
+    Args:
+        places: Where in a word the codes lie that come one behind the other; from the lowest bits
+            on if not given.
+        dim: Along which they do; the last, or the first of a matrix.
+    """
     import torch
 
-    per_word = 32 // bits
-    codes = torch.empty((*words.shape, per_word), dtype=torch.uint8, device=words.device)
-    for i in range(per_word):
-        codes[..., i] = (words >> (bits * i)) & (2**bits - 1)
-    return codes.flatten(-2)
-
-
-def _in_awq_order(codes: Tensor) -> Tensor:
-    if codes.shape[-1] % 8:
-        raise CheckpointError("AWQ packs eight codes to a word.")
-    ordered: Tensor = codes.unflatten(-1, (-1, 8))[..., _AWQ_ORDER]
-    return ordered.flatten(-2)
+    per_word, axis = 32 // bits, dim % words.dim()
+    shape = (*words.shape[: axis + 1], per_word, *words.shape[axis + 1 :])
+    codes = torch.empty(shape, dtype=torch.uint8, device=words.device)
+    for i, place in enumerate(places or range(per_word)):
+        codes.select(axis + 1, i).copy_((words >> (bits * place)) & (2**bits - 1))
+    return codes.flatten(axis, axis + 1)
 
 
 def fp4(codes: Tensor) -> Tensor:
     """Bytes `[..., n]` of two e2m1 each, the lower half first, to float32 `[..., 2 n]`."""
     import torch
+    import torch.nn.functional as F
 
     table = torch.tensor([*_FP4, *(-x for x in _FP4)], device=codes.device)
-    both = torch.stack((codes & 15, codes >> 4), dim=-1)
-    values: Tensor = table[both.flatten(-2).int()]
-    return values
+    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=-1)  # of all bytes
+    return F.embedding(codes.int(), pairs).flatten(-2)

@@ -168,7 +168,13 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "flex_olmo": ("flex_olmo", {**EXPERTS, "attention_bias": True}),
     "gemma": ("gemma", {}),
     "gemma3_text": ("gemma3_text", {**MIXED, "rope_parameters": TWO_ROPES}),
-    "gemma4_text": ("gemma4_text", {**MIXED, **GEMMA4, **EXPERTS, "enable_moe_block": True}),
+    "gemma4_text": (
+        "gemma4_text",
+        {
+            **{**MIXED, **GEMMA4, **EXPERTS, "enable_moe_block": True},
+            "num_experts_per_tok": None,  # it goes by `top_k_experts`
+        },
+    ),
     "gemma4_text, keys are values": (
         "gemma4_text",
         {**MIXED, **GEMMA4, "attention_k_eq_v": True, "num_key_value_heads": 4},
@@ -262,7 +268,10 @@ ALL_LATENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v2, lite": (
         "deepseek_v2",
-        {**MLA, **EXPERTS, "n_shared_experts": 1, "q_lora_rank": None, "topk_method": "greedy"},
+        {
+            **{**MLA, **EXPERTS, "n_shared_experts": 1, "q_lora_rank": None},
+            **{"topk_method": "greedy", "rope_interleave": False},  # which it does not read
+        },
     ),
     "deepseek_v3": ("deepseek_v3", {**MLA, **GROUPED, **YARN_IN_SCORES, "attention_bias": True}),
     "deepseek_v3, no experts": (
@@ -270,7 +279,13 @@ ALL_LATENTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**MLA, "first_k_dense_replace": 3, "q_lora_rank": None, "rope_interleave": False},
     ),
     "glm4_moe_lite": ("glm4_moe_lite", {**MLA, **GROUPED}),
-    "minicpm3": ("minicpm3", {**MLA, "scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 32}),
+    "minicpm3": (
+        "minicpm3",
+        {
+            **{**MLA, "scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 32},
+            "rope_interleave": True,  # which it does not read
+        },
+    ),
     "youtu": ("youtu", MLA),
 }
 """Those with MLA."""

@@ -20,6 +20,7 @@ from kvtool.calibrate.quantization import calibrate_quantization, everything
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli.serve import caches
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factors import finish_of
 from kvtool.layer_plan import LayerPlan
@@ -59,6 +60,17 @@ def extended(engine: Engine, ids: torch.Tensor, prompt: int) -> torch.Tensor:
     found = [engine.extend(cache, ids[:prompt], all_logits=True)]
     found += [engine.decode(cache, token[None]) for token in ids[prompt:]]
     return torch.cat(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("llama", "all keys and values"), ("deepseek_v3", "latents (MLA)")]
+)
+def test_a_server_says_what_it_keeps(tiny, name, said):
+    engine = Engine.load(
+        Checkpoint.open(str(tiny(name, **(CASES | LATENTS).get(name, ("", {}))[1])))
+    )
+    assert caches(engine, None) == said
+    assert caches(engine, Path("a.plan")) == "plan a.plan"
 
 
 def test_every_family_has_a_case():

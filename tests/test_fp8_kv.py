@@ -372,10 +372,15 @@ def test_it_is_converted_once(written: Written) -> None:
             plan(written("llama")[1], **options)
 
 
-def test_quantised_weights_are_still_refused(written: Written, tmp_path: Path) -> None:
+def test_weights_quantised_in_an_unknown_way_are_still_refused(
+    written: Written, tmp_path: Path
+) -> None:
     output = edited_copy(written("llama")[1], tmp_path / "bad", lambda tensors: None)
     config = json.loads((output / "config.json").read_text())
-    config["quantization_config"]["config_groups"] = {"group_0": {"targets": ["Linear"]}}
+    config["quantization_config"] |= {
+        "config_groups": {"group_0": {"targets": ["Linear"]}},
+        "sparsity_config": {"format": "sparse-24-bitmask"},
+    }
     (output / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="quantised weights"):
         Checkpoint.open(str(output))

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvtool.calibrate.stream import LayerStream
-from kvtool.checkpoint import Checkpoint
+from kvtool.checkpoint import Checkpoint, TensorInfo, dtype_name
 from kvtool.cli import run_command
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.fp8 import is_static
 from kvtool.inspection import inspect_checkpoint
-from kvtool.quantised_weights import fp4, unpack
+from kvtool.quantised_weights import as_numbers, fp4, unpack
 from kvtool.runtime import Engine
 
 GROUP = 16
@@ -114,6 +114,13 @@ def packed(bits: int) -> Any:
     return rounded
 
 
+def unpacked_zeros(w: Tensor) -> Stored:
+    """Of the first compressed-tensors, whose zero points lie one to a byte."""
+    parts, numbers = packed(4)(w)
+    zeros = groups(w, 4, 4)[2]
+    return {**parts, ".weight_zero_point": (zeros - 8).to(torch.int8)}, numbers
+
+
 def symmetric(w: Tensor) -> Stored:
     """Of compressed-tensors, where inputs do not lie in the order of their groups."""
     order = torch.arange(w.shape[1]).flip(0) // GROUP
@@ -123,12 +130,12 @@ def symmetric(w: Tensor) -> Stored:
     return {**parts, ".weight_g_idx": order.int()}, codes * scales[:, order]
 
 
-def gptq(less: int) -> Any:
+def gptq(less: int, bits: int = 4) -> Any:
     def rounded(w: Tensor) -> Stored:
-        codes, scales, zeros = groups(w, 4, 4)
+        codes, scales, zeros = groups(w, bits, 2**6 / 2**bits)
         parts = {
-            ".qweight": words(codes, 4).T.contiguous(),
-            ".qzeros": words(zeros.T - less, 4),
+            ".qweight": words(codes, bits).T.contiguous(),
+            ".qzeros": words(zeros.T - less, bits),
             ".scales": scales.T.half().contiguous(),
             ".g_idx": (torch.arange(w.shape[1]) // GROUP).int(),
         }
@@ -189,9 +196,15 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Stored]]] = {
     "int8": (weights(num_bits=8, type="int", symmetric=False), int8),
     "4 bits": (weights(num_bits=4, type="int"), symmetric),
     "4 bits with zeros": (weights(num_bits=4, type="int", symmetric=False), packed(4)),
+    "4 bits with zeros in bytes": (
+        weights(num_bits=4, type="int", symmetric=False),
+        unpacked_zeros,
+    ),
     "8 bits with zeros": (weights(num_bits=8, type="int", symmetric=False), packed(8)),
     "gptq": (GPTQ, gptq(1)),
+    "gptq of 8 bits, in spite of its config": (GPTQ, gptq(1, 8)),
     "gptq 2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, gptq(0)),
+    "gptq 2, in a newer field": ({**GPTQ, "format": "GPTQ_v2"}, gptq(0)),
     "autoround": (
         {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"},
         gptq(1),
@@ -359,6 +372,115 @@ def test_the_parts_of_a_matrix_may_lie_in_different_files(quantised: Any, tmp_pa
     assert checkpoint.fingerprint() == Checkpoint.open(str(codes)).fingerprint()
 
 
+def parts_of(**tensors: Tensor) -> dict[str, TensorInfo]:
+    """As headers list them."""
+    return {
+        name.replace("__", "."): TensorInfo(name, tuple(x.shape), dtype_name(x.dtype), Path("x"))
+        for name, x in tensors.items()
+    }
+
+
+def test_blocks_of_modelopt_have_scales_of_four_dimensions() -> None:
+    w, scale = torch.randn(300, 256).to(torch.float8_e4m3fn), torch.rand(3, 1, 2, 1)
+    _, found, _ = as_numbers(Path("x"), {}, parts_of(a__weight=w, a__weight_scale=scale))
+    value = found["a.weight"].value({"codes": w, "scale": scale})
+    wanted = w.float() * by_block(scale[:, 0, :, 0], w, (128, 128))
+    assert torch.equal(value, wanted.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["block", "row", "expert", "one"])
+def test_experts_that_are_one_tensor_have_scales_of_their_own(kind: str) -> None:
+    w = torch.randn(3, 6, 8).to(torch.float8_e4m3fn)
+    shapes = {"block": (3, 2, 2), "row": (3, 6, 1), "expert": (3, 1, 1), "one": (1, 1, 1)}
+    scale = torch.rand(shapes[kind])
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}
+    parts = parts_of(experts__up_proj=w, experts__up_proj_scale_inv=scale)
+    _, found, _ = as_numbers(Path("x"), config, parts)
+    value = found["experts.up_proj"].value({"codes": w, "scale": scale})
+    for expert in range(3):
+        own = scale[min(expert, len(scale) - 1)]
+        block = (-(-6 // own.shape[0]), 8 // own.shape[1])
+        block = (4, 4) if kind == "block" else block
+        wanted = w[expert].float() * by_block(own, w[expert], block)
+        assert torch.equal(value[expert], wanted.to(torch.bfloat16))
+
+
+def test_blocks_may_be_said_as_text(quantised: Any, tmp_path: Path) -> None:
+    codes, numbers = quantised("fp8 by exponents")
+    source = Path(shutil.copytree(codes, tmp_path / "text"))
+    edit(source, quantization_config=weights(num_bits=8, block_structure="32x32"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(*(Checkpoint.open(str(x)).read(name) for x in (source, numbers)))
+
+
+def test_bits_may_be_said_of_some_matrices_alone() -> None:
+    config = weights(num_bits=8)
+    only = {"targets": ["re:.*language_model.*up_proj"], "weights": {"num_bits": 4}}
+    config["config_groups"]["group_1"] = only
+    tensors = {}
+    for layer in ("up", "down"):
+        stem = f"layers.{layer}_proj.weight"
+        on_disk = f"language_model.{stem}_packed"
+        tensors[f"{stem}_packed"] = TensorInfo(on_disk, (4, 8), "I32", Path("x"))
+        tensors[f"{stem}_scale"] = TensorInfo(f"{stem}_scale", (4, 1), "F32", Path("x"))
+    _, found, _ = as_numbers(Path("x"), {"compression_config": config}, tensors)
+    assert found["layers.up_proj.weight"].shape == (4, 64)
+    assert found["layers.down_proj.weight"].shape == (4, 32)
+
+
+def test_zeros_that_gptq_writes_as_biases_are_none(quantised: Any, tmp_path: Path) -> None:
+    codes, _ = quantised("gptq")
+    source = Path(shutil.copytree(codes, tmp_path / "biases"))
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    biases = {
+        name.replace("scales", "bias"): torch.zeros_like(x[0])
+        for name, x in tensors.items()
+        if name.endswith("scales")
+    }
+    save_file(tensors | biases, file, {"format": "pt"})
+    checkpoint = Checkpoint.open(str(source))
+    checkpoint.load_transformers(torch.float32)
+    LayerStream(checkpoint).layer(0)
+    name = "model.layers.0.mlp.up_proj.bias"
+    save_file(tensors | biases | {name: biases[name] + 1}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 unexpected: .*up_proj\.bias"):
+        Checkpoint.open(str(source)).load_transformers(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("k_proj.k_scale", "k_scale"),
+        ("qkv_proj.v_scale", "v_scale"),
+        ("k_cache.scale", "k_scale"),
+        ("v_scale", "v_scale"),
+        ("q.scale", None),
+        ("kv_scale", None),
+        ("prob_output_scale", None),
+    ],
+)
+def test_scales_of_a_cache_have_many_names(name: str, own: str | None) -> None:
+    stem = "model.layers.0.self_attn."
+    info = TensorInfo(stem + name, (1,), "F32", Path("x"))
+    config = {"quantization_config": {"quant_method": "modelopt"}}
+    _, found, _ = as_numbers(Path("x"), config, {stem + name: info})
+    assert list(found) == ([] if own is None else [stem + own])
+
+
+def test_scales_of_a_cache_that_no_config_mentions_are_passed_over(
+    quantised: Any, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(quantised("fp8, one scale")[0], tmp_path / "scaled"))
+    edit(source, quantization_config={"quant_method": "fp8", "kv_cache_scheme": "static"})
+    file = source / "model.safetensors"
+    scales = {"model.layers.0.self_attn.k_scale": torch.ones(1)}
+    save_file(load_file(file) | scales, file, {"format": "pt"})
+    checkpoint = Checkpoint.open(str(source))
+    assert checkpoint.cache_scheme is None
+    checkpoint.load_transformers(torch.float32)
+
+
 def test_another_scale_is_another_model(quantised: Any, tmp_path: Path) -> None:
     source = Path(shutil.copytree(quantised("fp8 by blocks")[0], tmp_path / "other"))
     before = Checkpoint.open(str(source)).fingerprint()
@@ -379,9 +501,6 @@ def test_words_and_bytes_hold_codes_from_the_low_end() -> None:
 
 def test_experts_of_gpt_oss() -> None:
     """2^(e - 127) times e2m1, 32 inputs to a scale, and transposed."""
-    from kvtool._tensors import TensorInfo
-    from kvtool.quantised_weights import as_numbers
-
     name = "model.layers.0.mlp.experts.down_proj"
     codes = torch.randint(0, 256, (2, 3, 4, 16), dtype=torch.uint8)
     scales = torch.randint(120, 130, (2, 3, 4), dtype=torch.uint8)
@@ -415,7 +534,7 @@ REFUSED = {
     ),
     "another awq": ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemv"),
     "another gptq": ({**GPTQ, "checkpoint_format": "marlin"}, "marlin"),
-    "three bits": ({**GPTQ, "bits": 3}, "3 bits"),
+    "another gptq, in a newer field": ({"quant_method": "gptq", "format": "marlin"}, "marlin"),
 }
 
 
@@ -451,6 +570,57 @@ def test_a_config_that_says_more_than_there_is(tiny: Callable[..., Path], tmp_pa
     source = Path(shutil.copytree(tiny("llama"), tmp_path / "plain"))
     edit(source, quantization_config=GPTQ)
     assert Checkpoint.open(str(source)).quantised is None
+    Checkpoint.open(str(source)).load_transformers(torch.float32)
     edit(source, quantization_config="fp8")
     with pytest.raises(CheckpointError, match="not an object"):
         Checkpoint.open(str(source))
+
+
+def test_bits_that_are_not_known_are_told(quantised: Any, tmp_path: Path) -> None:
+    for kind, part in (("gptq", "qzeros"), ("awq", "qweight")):
+        source = Path(shutil.copytree(quantised(kind)[0], tmp_path / kind))
+        file = source / "model.safetensors"
+        tensors, name = load_file(file), f"model.layers.1.mlp.down_proj.{part}"
+        other = tensors[name].repeat(1, 2) if kind == "awq" else tensors[name][:, :6]
+        save_file(tensors | {name: other.contiguous()}, file, {"format": "pt"})
+        with pytest.raises(UnsupportedModelError, match=r"packs weights of [38] bits"):
+            Checkpoint.open(str(source))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "fp8", "weight_block_size": [128]},
+        {"quant_method": "fp8", "weight_block_size": 128},
+        {"quant_method": "compressed-tensors", "config_groups": ["group_0"]},
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": None}},
+        {"quant_method": "compressed-tensors", "transform_config": [1]},
+    ],
+)
+def test_a_config_that_makes_no_sense_is_one_sentence(
+    quantised: Any, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    source = Path(shutil.copytree(quantised("fp8, one scale")[0], tmp_path / "senseless"))
+    edit(source, quantization_config=config)
+    with pytest.raises(CheckpointError, match=r"quantization_config is not as"):
+        Checkpoint.open(str(source))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error"),
+    [
+        ({"a__weight": torch.zeros(4, dtype=torch.int8), "a__weight_scale": torch.ones(4)}, "fit"),
+        ({"a__weight": torch.zeros(4, 4, dtype=torch.uint8)}, "without what makes numbers"),
+        (
+            {
+                "a__proj": torch.zeros(4, 4, 4, dtype=torch.float8_e4m3fn),
+                "a__proj_scale": torch.ones(4),
+            },
+            "do not fit",
+        ),
+        ({"a__b_blocks": torch.zeros(4, 4, 16, dtype=torch.uint8)}, "not blocks of 16"),
+    ],
+)
+def test_codes_in_another_form_are_not_read(tensors: dict[str, Tensor], error: str) -> None:
+    with pytest.raises(CheckpointError, match=error):
+        as_numbers(Path("x"), {}, parts_of(**tensors))

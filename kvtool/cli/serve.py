@@ -18,6 +18,7 @@ from kvtool.errors import KvtoolError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
+    from kvtool.runtime import Engine
     from kvtool.runtime.scheduler import Scheduler
 
 _SERVER, _MEMORY = "Server", "Memory"
@@ -107,7 +108,6 @@ def serve_local(
     from kvtool.checkpoint import Checkpoint
     from kvtool.evaluate.throughput import weight_bytes
     from kvtool.runtime import Engine
-    from kvtool.runtime.layers import LatentRuntimeAttention
     from kvtool.runtime.scheduler import Scheduler
     from kvtool.server.app import Service, create_app
     from kvtool.server.worker import Worker
@@ -144,9 +144,7 @@ def serve_local(
         weight_bytes=weights,
         metric_prefixes=("kvtool",) if metrics_compat == "none" else ("kvtool", "vllm"),
     )
-    kind = "all keys and values" if kept is None else f"plan {plan}"
-    if isinstance(engine.attentions[0], LatentRuntimeAttention):
-        kind = "latents (MLA)"
+    kind = caches(engine, plan)
     precise = str(precision).removeprefix("torch.")
     service = Service(worker, served_model_name or model, f"{kind}, {precise} on {device}")
     if not quiet:
@@ -157,6 +155,16 @@ def serve_local(
         if api_key is None and not _is_local(address):
             err.print("warning: other machines can reach it, and no --api-key is asked for")
     _run(create_app(service, api_key=api_key, max_body=body), listener, drain)
+
+
+def caches(engine: Engine, plan: Path | None) -> str:
+    """What is kept of the past, in words."""
+    from kvtool.runtime.layers import LatentRuntimeAttention
+
+    if plan is not None:
+        return f"plan {plan}"
+    latent = isinstance(engine.attentions[0], LatentRuntimeAttention)
+    return "latents (MLA)" if latent else "all keys and values"
 
 
 def room(scheduler: Scheduler) -> str:

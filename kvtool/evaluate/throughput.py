@@ -131,7 +131,8 @@ def weight_bytes(engine: Engine) -> int:
     read = sum(weight.nbytes for weight in model.parameters())  # a tied table is listed once
     if model.lm_head.weight is not embedding:
         read -= embedding.nbytes
-    taken = getattr(engine.config, "num_experts_per_tok", 0)
+    names = ("num_experts_per_tok", "top_k_experts")  # the second is Gemma 4's
+    taken = next((n for name in names if (n := getattr(engine.config, name, None))), 0)
     for module in model.modules():
         if type(module).__name__.endswith("Experts"):
             whole = sum(weight.nbytes for weight in module.parameters())

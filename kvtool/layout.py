@@ -299,6 +299,11 @@ def decoder_layers(model: nn.Module) -> list[Any]:
     return list(layers)
 
 
+def experts_of(model: nn.Module) -> list[Any]:
+    """The modules of a transformers model that hold the experts of a layer, all in one tensor."""
+    return [x for x in model.modules() if type(x).__name__.endswith("Experts")]
+
+
 def with_heads(layouts: Sequence[AttentionLayout]) -> AttentionLayout:
     """The first layer that sees the whole past, or else that has keys and values."""
     first = [layout for layout in layouts if layout.sees_all]

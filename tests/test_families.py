@@ -12,6 +12,7 @@ from _family_cases import ALL_LATENTS, CASES, LATENTS
 from _family_tools import open_case, tokens
 from conftest import make_config
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from kvtool.calibrate.bit_options import QuantizationOptions
 from kvtool.calibrate.far_reads import WholeModel
@@ -25,7 +26,7 @@ from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factors import finish_of
 from kvtool.layer_plan import LayerPlan
 from kvtool.layout import FAMILIES as ALL
-from kvtool.layout import LATENT, ropes_of
+from kvtool.layout import LATENT, experts_of, ropes_of
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.wrappers import WRAPPERS
@@ -129,6 +130,16 @@ def test_heads_in_another_order_compute_the_same(tiny, name):
     plan = Plan(base, tuple(layers))
     got = extended(Engine.load(checkpoint, plan=plan), ids, 40)
     same(got, expected(checkpoint, ids))
+
+
+@pytest.mark.parametrize("name", [*CASES, *LATENTS])
+def test_experts_are_found(name):
+    family, more = (CASES | LATENTS)[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(make_config(family, **more))
+    layers = experts_of(model)
+    assert bool(layers) == ("moe_intermediate_size" in more)
+    assert all(x.num_experts == 4 for x in layers)
 
 
 @pytest.mark.parametrize("name", LATENTS)

@@ -27,6 +27,7 @@ from kvtool._transformers import quiet_transformers
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
 from kvtool.evaluate.protocol import CacheSize, cache_size
+from kvtool.layout import experts_of
 from kvtool.runtime.layers import LatentRuntimeAttention
 
 if TYPE_CHECKING:
@@ -133,10 +134,9 @@ def weight_bytes(engine: Engine) -> int:
         read -= embedding.nbytes
     names = ("num_experts_per_tok", "top_k_experts")  # the second is Gemma 4's
     taken = next((n for name in names if (n := getattr(engine.config, name, None))), 0)
-    for module in model.modules():
-        if type(module).__name__.endswith("Experts"):
-            whole = sum(weight.nbytes for weight in module.parameters())
-            read -= whole - whole * taken // module.num_experts
+    for experts in experts_of(model):
+        whole = sum(weight.nbytes for weight in experts.parameters())
+        read -= whole - whole * taken // experts.num_experts
     for attention in engine.attentions:
         if isinstance(attention, LatentRuntimeAttention):
             read += attention.absorb_query.nbytes + attention.absorb_value.nbytes

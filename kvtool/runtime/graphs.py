@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvtool.layout import experts_of
 from kvtool.runtime.cache import KVCache
 from kvtool.runtime.layers import Step
 from kvtool.runtime.pages import Paged, PagedStore
@@ -26,7 +27,7 @@ def waits_for_experts(model: Any) -> bool:
 
     The grouped product of torch does, but for bfloat16 on Hopper and Blackwell.
     """
-    if not any(type(module).__name__.endswith("Experts") for module in model.modules()):
+    if not experts_of(model):
         return False
     fast = torch.cuda.get_device_capability(model.device)[0] in (9, 10)
     return not fast or model.dtype != torch.bfloat16

@@ -177,10 +177,11 @@ def plan_ahead(
         raise UsageError(f"{options.named} is for keys and values of heads, and not for latents")
     same = options.bits is None or first.keys == first.values
     if latents.latents_of(plan):
-        if options.method != "aware" or options.read != "absorbed":
+        if options.method not in ("aware", "kivi") or options.read != "absorbed":
             raise UsageError(
-                "latents get their bits by what predictions feel, and are read as stored",
-                hint="--method aware, and no --read rebuilt",
+                "latents get their bits by what predictions feel, or the same for all, and are "
+                "read as stored",
+                hint="--method aware or kivi, and no --read rebuilt",
             )
         if not same:
             raise UsageError("latents are keys and values at once, which have the same bits")

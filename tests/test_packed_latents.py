@@ -270,6 +270,16 @@ def test_the_command_writes_a_plan_that_runs(latent, kind, tmp_path, capsys):
     assert run_command([*generate, "--max-new-tokens", "4", "--json", "-q"]) == 0
 
 
+def test_the_same_bits_for_all_numbers_need_no_text(latent, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "load_transformers", None)  # nor the model in memory
+    checkpoint, path = latent("transformers"), tmp_path / "p"
+    assert command(checkpoint, path, "--method", "kivi", "--bits", "3", "--json") == 0
+    said, plan = json.loads(capsys.readouterr().out), Plan.read(path)
+    assert all(set(layer.kept.bits) == {3} for layer in plan.layers)
+    assert said["bytes"] == plan.cache_bytes(256, 2) < said["native_bytes"] / 2
+    assert plan.provenance[0]["method"] == "kivi"
+
+
 def test_bits_go_to_numbers_that_predictions_feel(latent):
     """A budget is kept, a larger one never takes bits away, and harm falls."""
     checkpoint = latent("transformers")
@@ -293,7 +303,7 @@ def test_bits_go_to_numbers_that_predictions_feel(latent):
     [
         (["--bits", "K4V2"], "keys and values at once"),
         (["--bits", "S8"], "no layer of"),
-        (["--method", "kivi"], "by what predictions feel"),
+        (["--method", "gear"], "by what predictions feel"),
         (["--bits", "fp8"], "--bits fp8 is for keys and values of heads, and not for latents"),
         (["--read", "rebuilt"], "read as stored"),
         (["--bits", "auto", "--kv-budget", "1%"], "with 2 bits everywhere, the cache takes"),

@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +156,13 @@ class Checkpoint:
             # As in transformers, a head that is there is not replaced by the embedding.
             config["tie_word_embeddings"] &= "lm_head.weight" not in tensors
         return cls(source, path, config, tensors, trust_remote_code, revision, wrapper)
+
+    def whole(self) -> Checkpoint:
+        """All that lies in the folder, as it says: of a wrapper, also what is beside its text."""
+        if self.wrapper is None:
+            return self
+        config, tensors = read_json(self.path / "config.json"), read_headers(self.path)
+        return replace(self, config=config, tensors=tensors, wrapper=None)
 
     @property
     def total_bytes(self) -> int:

@@ -182,6 +182,8 @@ def convert(
         _copy_log(staging.scratch / distill.LOG, staging.path / artifact.HEALING)
     source = checkpoint.whole() if options.to == "fp8-kv" else checkpoint
     source.copy_side_files(staging.path)
+    if isinstance(work.to, ToFp8Kv):
+        work.to.write_beside(staging.path)
     last = ConvertedLayer.load(work.converted_file(len(stream) - 1))
     config = work.to.config(last)
     artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, replaced, result)

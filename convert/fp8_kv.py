@@ -32,7 +32,9 @@ harms where a Hadamard transform is in front (vLLM's `int4_per_token_head`).
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +45,7 @@ from kvtool.calibrate.stream import BATCH, LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint, torch_dtype
 from kvtool.convert.fitting import ConvertedLayer, Fit
 from kvtool.errors import CalibrationError, UnsupportedModelError
-from kvtool.fp8 import SCALES, scale
+from kvtool.fp8 import BESIDE, SCALES, scale
 from kvtool.kernels.hadamard import hadamard
 from kvtool.layout import GATES, INTERLEAVED, AttentionLayout
 from kvtool.rope import channel_order, rotate
@@ -310,26 +312,41 @@ class ToFp8Kv:
         return found
 
     def config(self, last: ConvertedLayer) -> dict[str, Any]:
-        """`config.json` of the output: the model's own, with what compressed-tensors calls it."""
+        """`config.json` of the output: the model's own, with what compressed-tensors calls it,
+        unless that lies in a file of its own.
+        """
+        own, asked = self.stream.checkpoint.whole().config, self._quantization()
+        return own if self.beside else {**own, "quantization_config": asked}
+
+    def write_beside(self, folder: Path) -> None:
+        """Writes the file that says how the cache is quantised, where `config.json` does not."""
+        if self.beside:
+            text = json.dumps(self._quantization(), indent=2) + "\n"
+            (folder / BESIDE).write_text(text, encoding="utf-8")
+
+    @property
+    def beside(self) -> bool:
+        """Whether transformers must not see it: for experts, layers of several shapes, or several
+        modalities it takes a quantised cache for an error (5.23, compressed-tensors 0.17).
+        """
+        checkpoint, layouts = self.stream.checkpoint, self.stream.layouts
+        shapes = {(x.kv_heads, x.head_dim) for x in layouts if x.kind == "gqa"}
+        experts = any(".experts." in name for name in checkpoint.tensors)
+        return experts or len(shapes) > 1 or checkpoint.wrapper is not None
+
+    def _quantization(self) -> dict[str, Any]:
+        """For an engine that reads compressed-tensors: the cache alone is quantised."""
         return {
-            **self.stream.checkpoint.whole().config,
-            "quantization_config": quantization_config(self.options.scales),
+            "quant_method": "compressed-tensors",
+            "format": "dense",
+            "quantization_status": "compressed",
+            "config_groups": {},
+            "ignore": [],
+            "kv_cache_scheme": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "attn_head" if self.options.scales == "head" else "tensor",
+                "dynamic": False,
+                "symmetric": True,
+            },
         }
-
-
-def quantization_config(scales: str) -> Mapping[str, Any]:
-    """For an engine that reads compressed-tensors: the cache alone is quantised."""
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "dense",
-        "quantization_status": "compressed",
-        "config_groups": {},
-        "ignore": [],
-        "kv_cache_scheme": {
-            "num_bits": 8,
-            "type": "float",
-            "strategy": "attn_head" if scales == "head" else "tensor",
-            "dynamic": False,
-            "symmetric": True,
-        },
-    }

@@ -42,7 +42,7 @@ from kvtool._tensors import (
 )
 from kvtool._transformers import quiet_transformers
 from kvtool.errors import CheckpointError, UnsupportedModelError
-from kvtool.fp8 import SCALES, cache_scheme
+from kvtool.fp8 import BESIDE, SCALES, cache_scheme
 from kvtool.wrappers import text_config, text_tensors, wrapper_of
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoke
 _NOT_CARRIED = (
     *(
         "config.json",
+        BESIDE,
         "*.index.json",
         "*.safetensors",
         "*.gguf",
@@ -147,6 +148,8 @@ class Checkpoint:
             _check_names(path, config)
         _check_decoder(path, config)
         assert config is not None
+        if "quantization_config" not in config and (path / BESIDE).is_file():
+            config["quantization_config"] = read_json(path / BESIDE)
         if wrapper := wrapper_of(config):
             config = text_config(path, config)
         _check_unquantised(path, config)
@@ -266,7 +269,7 @@ class Checkpoint:
                 config = AutoConfig.from_pretrained(
                     self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
                 )
-        if self.cache_scheme is not None:
+        if self.cache_scheme is not None and hasattr(config, "quantization_config"):
             # With it, transformers would want the package that quantises, and quantise.
             del config.quantization_config
         return config

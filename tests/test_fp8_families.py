@@ -1,20 +1,22 @@
 """Scales for the fp8 cache of every family, and of models of several modalities."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _convert_tools import convert, one_thread, weights
+from _convert_tools import MANIFEST, convert, one_thread, weights
 from _family_cases import CASES
 from _family_tools import open_case, tokens
 from torch import Tensor
-from transformers import CONFIG_MAPPING, DynamicCache
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import planning, targets
 from kvtool.convert.verify import verify
 from kvtool.errors import UnsupportedModelError
+from kvtool.fp8 import BESIDE
 from kvtool.inspection import inspect_checkpoint
 from kvtool.layout import apply_long_factors
 
@@ -58,6 +60,14 @@ def stock(checkpoint: Checkpoint) -> Any:
     return model
 
 
+def without_kvtool(checkpoint: Checkpoint) -> Any:
+    """As a user has it who does not know of scales, and of no package that quantises."""
+    model, info = AutoModelForCausalLM.from_pretrained(checkpoint.path, output_loading_info=True)
+    assert all(x.endswith(("k_scale", "v_scale")) for x in info.pop("unexpected_keys"))
+    assert not any(info.values())
+    return model.eval()
+
+
 @torch.inference_mode()
 def logits(model: Any, ids: Tensor) -> Tensor:
     return model(ids[None], use_cache=False).logits[0]
@@ -95,7 +105,13 @@ def test_scales_are_the_largest_number_that_the_cache_of_transformers_holds(
     output = Checkpoint.open(str(tmp_path / "out"))
     model = stock(source)
     holds(source, output.path, model)
-    assert torch.equal(logits(stock(output), ids), logits(model, ids))
+    beside = (output.path / BESIDE).exists()
+    assert beside != (
+        "quantization_config" in json.loads((output.path / "config.json").read_text())
+    )
+    assert torch.equal(
+        logits((without_kvtool if beside else stock)(output), ids), logits(model, ids)
+    )
     assert not any(differs(x, source, n) for n, x in weights(output.path).items())
 
 
@@ -129,8 +145,11 @@ def test_a_scale_per_head_is_refused_where_layers_have_several_numbers_of_them(t
         planning.plan(checkpoint, options)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text", "phi3, longrope", "mixtral"])
-def test_an_output_passes_every_check(tiny, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [("gemma3_text", False), ("mixtral", True), ("phi3, longrope", False), ("qwen3_next", True)],
+)
+def test_an_output_passes_every_check(tiny, tmp_path: Path, name: str, beside: bool) -> None:
     source, output = open_case(tiny, name), tmp_path / "out"
     result = convert(source.path, output, to="fp8-kv", smooth=True)
     report = verify(output, source)
@@ -139,6 +158,10 @@ def test_an_output_passes_every_check(tiny, tmp_path: Path, name: str) -> None:
     assert report.measured["fp8_bytes_per_token"] == planned
     assert planned == inspect_checkpoint(source).bytes_per_token / 2
     assert result.plan["output_bytes"] == Checkpoint.open(str(output)).total_bytes
+    assert (BESIDE in (output / "README.md").read_text()) == beside
+    assert (BESIDE in json.loads((output / MANIFEST).read_text())["sha256"]) == beside
+    with pytest.raises(UnsupportedModelError, match="already holds scales"):
+        planning.plan(Checkpoint.open(str(output)), planning.ConvertOptions(to="fp8-kv"))
 
 
 def test_one_that_no_engine_reads_is_refused(tiny) -> None:

@@ -1,6 +1,7 @@
 """Scales for the fp8 cache of every family, and of models of several modalities."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,10 @@ def test_one_that_no_engine_reads_is_refused(tiny) -> None:
                 planning.plan(checkpoint, planning.ConvertOptions(to="fp8-kv"))
             (told,) = (x for x in inspect_checkpoint(checkpoint).applications if "fp8" in x.command)
             assert told.reasons == [reason]
+
+
+def test_the_documents_name_what_is_refused() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    section = text.split("## Scales for an fp8 cache")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", section, re.MULTILINE)
+    assert dict(rows) == targets.UNREAD

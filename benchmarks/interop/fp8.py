@@ -78,7 +78,9 @@ def with_vllm(folder: str, ids: list[int]) -> dict[str, Any]:
 
 
 def scales_in_vllm(model: Any) -> list[list[list[float]]]:
-    attention = [x.self_attn.attn for x in model.model.layers]
+    from vllm.model_executor.layers.attention import Attention
+
+    attention = [x for x in model.modules() if isinstance(x, Attention)]
     assert {x.kv_cache_dtype for x in attention} == {"fp8"}
     assert {x.kv_cache.element_size() for x in attention} == {1}
     return [[s.flatten().tolist() for s in (x._k_scale, x._v_scale)] for x in attention]

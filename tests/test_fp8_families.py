@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from _convert_tools import MANIFEST, convert, one_thread, weights
-from _family_cases import CASES
+from _family_cases import CASES, long_rope
 from _family_tools import open_case, tokens
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
@@ -163,6 +163,14 @@ def test_an_output_passes_every_check(tiny, tmp_path: Path, name: str, beside: b
     assert (BESIDE in json.loads((output / MANIFEST).read_text())["sha256"]) == beside
     with pytest.raises(UnsupportedModelError, match="already holds scales"):
         planning.plan(Checkpoint.open(str(output)), planning.ConvertOptions(to="fp8-kv"))
+
+
+def test_short_texts_are_verified_with_the_long_factors_of_vllm(tiny, tmp_path: Path) -> None:
+    fields = {"sliding_window": None, "max_position_embeddings": 1024, **long_rope(600, 1.0)}
+    source = tiny("phi3", **fields)
+    convert(source, tmp_path / "out", to="fp8-kv")
+    report = verify(tmp_path / "out", Checkpoint.open(str(source)), long_prompt=False)
+    assert report.passed, report.to_dict()
 
 
 def test_one_that_no_engine_reads_is_refused(tiny) -> None:

@@ -26,6 +26,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
 }
 """Fields of published configs that vLLM reads and transformers does not write."""
+PROCESSORS = {
+    "aya_vision": ("AyaVisionProcessor", "GotOcr2ImageProcessor"),
+    "idefics2": ("Idefics2Processor", "Idefics2ImageProcessor"),
+    "vipllava": ("LlavaProcessor", "CLIPImageProcessor"),
+}
+"""Of those without a class in vLLM, which makes one of them before it loads weights."""
 TOWERS = (
     *("vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector"),
     *("embed_vision", "image_newline", "model.vision", "model.audio", "model.connector"),
@@ -61,6 +67,14 @@ def make(folder: Path, wanted: list[str]) -> None:
         if config["model_type"] in ("flex_olmo", "phimoe"):  # their experts are as wide as the rest
             config.pop("moe_intermediate_size", None)
         (source / "config.json").write_text(json.dumps(config))
+        if config["model_type"] in PROCESSORS:
+            kinds = zip(
+                ("processor_class", "image_processor_type"),
+                PROCESSORS[config["model_type"]],
+                strict=True,
+            )
+            own = {**dict(kinds), "size": {"height": 28, "width": 28}}
+            (source / "preprocessor_config.json").write_text(json.dumps(own))
         try:
             convert(source, folder / name, to="fp8-kv")
             print(f"made {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,8 @@ def plan(
         sum(t.nbytes for n, t in checkpoint.tensors.items() if n.startswith(f"model.layers.{i}."))
         for i in range(layers)
     )
+    # As stored, and in fp32; experts twice and more while they are put together, 6.3 in all.
+    copies = 7 if any(re.search(r"\.experts\.\d", name) for name in checkpoint.tensors) else 3
     shard = min(output_bytes, shard_bytes(options.shard_size))
     # Layer files lie beside the shards until the end, the states of the probe until the shards
     # are written, and twice while they are replaced. Statistics have a place of their own.
@@ -169,9 +172,9 @@ def plan(
         "memory_bytes": _BASE_MEMORY
         + max(
             measuring,
-            3 * layer_bytes + fitting,
+            copies * layer_bytes + fitting,
             # The logits of the probe take the output head as it is and in fp32.
-            2 * probe + max(shard, 3 * layer_bytes, head.nbytes + 4 * math.prod(head.shape)),
+            2 * probe + max(shard, copies * layer_bytes, head.nbytes + 4 * math.prod(head.shape)),
         ),
         "verify_memory_bytes": _BASE_MEMORY
         + 4 * sum(math.prod(t.shape) for t in checkpoint.tensors.values()),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,13 @@ def test_one_that_no_engine_reads_is_refused(tiny) -> None:
                 planning.plan(checkpoint, planning.ConvertOptions(to="fp8-kv"))
             (told,) = (x for x in inspect_checkpoint(checkpoint).applications if "fp8" in x.command)
             assert told.reasons == [reason]
+
+
+def test_weights_that_are_quantised_by_that_file_are_refused(tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    (folder / BESIDE).write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    with pytest.raises(UnsupportedModelError, match="quantised weights"):
+        Checkpoint.open(str(folder))
 
 
 def test_the_documents_name_what_is_refused() -> None:

@@ -149,7 +149,7 @@ def fold(
         outputs = changed["o_proj.weight"].unflatten(-1, (-1, layout.head_dim))
         changed["o_proj.weight"] = turned(outputs).flatten(-2)
         names.add("o_proj.weight")
-    return {name: changed[name] for name in names}
+    return {name: x for name, x in changed.items() if name in names}
 
 
 def _rows(weights: Mapping[str, Tensor], layout: AttentionLayout) -> dict[str, dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -189,13 +189,17 @@ class LayerStream:
             )
         return table[ids].float() * self.embedding_factor
 
-    def layer(self, index: int) -> StreamedLayer:
-        """Reads one layer; drop the result before asking for the next."""
+    def layer(self, index: int, changed: Mapping[str, Tensor] | None = None) -> StreamedLayer:
+        """Reads one layer; drop the result before asking for the next.
+
+        Args:
+            changed: Weights to take instead of its own, by name within the layer.
+        """
         module = decoder_layers(self._model)[index]
         # A fresh module each time, so that nothing of the layer outlives its use.
         with torch.device("meta"):
             fresh = type(module)(self.config, index).eval().requires_grad_(False)
-        weights = self.checkpoint.read_prefix(f"model.layers.{index}.")
+        weights = {**self.checkpoint.read_prefix(f"model.layers.{index}."), **(changed or {})}
         used = {k: w.float() for k, w in weights.items() if not k.endswith(IGNORED)}
         fresh.load_state_dict(stacked(used, fresh.state_dict()), assign=True)
         return StreamedLayer(index, fresh)

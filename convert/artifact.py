@@ -233,6 +233,13 @@ _ARMS = {
 }
 
 
+def _to_load(folder: Path) -> str:
+    """What transformers needs for a folder with scales."""
+    if (folder / fp8.BESIDE).exists():
+        return f"`{fp8.BESIDE}` says so; transformers passes over it and the scales"
+    return "transformers needs the package compressed-tensors to load it"
+
+
 def _skipping(measured: dict[str, Any]) -> str:
     """The flag of vLLM for layers that fp8 hurts."""
     if not (layers := measured.get("skip_layers")):
@@ -252,8 +259,7 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
         if to == "gqa"
         else f"It is `{base}` with `k_scale` and `v_scale` beside its weights, as "
         "compressed-tensors names them: vLLM stores the cache in fp8 (e4m3) by them, without a "
-        "flag. transformers needs the package compressed-tensors to load it; kvtool leaves the "
-        "scales aside." + _skipping(measured)
+        "flag. " + _to_load(folder) + "; kvtool leaves the scales aside." + _skipping(measured)
         if to == "fp8-kv"
         else "It is a stock `granitemoehybrid` checkpoint: transformers loads it without custom "
         "code; vLLM should be given `--mamba-ssm-cache-dtype float32`."

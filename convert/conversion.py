@@ -63,6 +63,7 @@ from kvtool.convert.planning import (
 )
 from kvtool.corpus import calibration_text
 from kvtool.errors import CalibrationError
+from kvtool.layout import with_heads
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def convert(
         _heal(checkpoint, options, teacher, staging.scratch, device, noted)
     work.emit()
     layers = [work.layer_file(i) for i in range(len(stream))]
-    replaced = replaced_parts(options, stream.layouts[0])
+    replaced = replaced_parts(options, with_heads(stream.layouts), checkpoint)
     tensors, infos = _all_tensors(checkpoint, options, replaced, layers)
     report("writing", 0, 1)
     write_shards(
@@ -179,7 +180,10 @@ def convert(
     work.write_probe(staging.path)
     if options.heal is not None:
         _copy_log(staging.scratch / distill.LOG, staging.path / artifact.HEALING)
-    checkpoint.copy_side_files(staging.path)
+    source = checkpoint.whole() if options.to == "fp8-kv" else checkpoint
+    source.copy_side_files(staging.path)
+    if isinstance(work.to, ToFp8Kv):
+        work.to.write_beside(staging.path)
     last = ConvertedLayer.load(work.converted_file(len(stream) - 1))
     config = work.to.config(last)
     artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, replaced, result)
@@ -276,16 +280,22 @@ class _Work:
         total = len(self.stream)
         self.report("converting", first, total)
         for index in range(first, total):
-            layer = self.stream.layer(index)
             converted = ConvertedLayer.load(self.converted_file(index))
-            layer.run(probe, converted_attention(layer, converted, self.stream.rope))
+            self._run(index, converted, probe)
             factors = converted.factors
             rank = {} if factors is None else {"rank": str(factors.rank)}
             save(self.to.tensors(index, converted), self.layer_file(index), rank)
             save({"probe": probe}, state_file, {"next_layer": str(index + 1)})
-            del layer
             self.report("converting", index + 1, total)
         self.probe = probe[0]
+
+    def _run(self, index: int, converted: ConvertedLayer, probe: Tensor) -> None:
+        """Takes hidden states `[N, T, hidden]` through a layer as it is converted, in place."""
+        if isinstance(self.to, ToFp8Kv):
+            self.to.run(index, converted, probe)
+            return
+        layer = self.stream.layer(index)
+        layer.run(probe, converted_attention(layer, converted, self.stream.rope))
 
     def converted_file(self, index: int) -> Path:
         """The layer as it is to be written: healed, or as fitted."""
@@ -354,6 +364,8 @@ def _all_tensors(
     def from_source(name: str) -> Callable[[], Tensor]:
         return lambda: checkpoint.read(name)
 
+    if options.to == "fp8-kv":  # what is folded has the names that it had
+        checkpoint, replaced = checkpoint.whole(), []
     for name, info in checkpoint.tensors.items():
         if not is_replaced(name, replaced):
             tensors[name], infos[name] = from_source(name), info

@@ -64,7 +64,8 @@ Fit = Callable[[StreamedLayer, Tensor], ConvertedLayer]
 def save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
     """Writes a safetensors file that is either whole or not there."""
     unfinished = file.with_suffix(".unfinished")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, metadata)
+    named = {name: t.contiguous() for name, t in tensors.items()}
+    save_file(named, unfinished, metadata or None)  # it cannot read a file of neither
     unfinished.replace(file)
 
 
@@ -107,7 +108,8 @@ def fit_layers(
 
     Args:
         text: `[N, T]`, for the layers' hidden states; None leaves them empty.
-        refit: Solve the output projections anew on the text.
+        refit: Solve the output projections anew on the text; without it, `fit` itself takes the
+            hidden states through the layer.
     """
     total, states = len(stream), folder / "streams.safetensors"
     first = sum(fitted_file(folder, i).is_file() for i in range(total))
@@ -130,8 +132,6 @@ def fit_layers(
             if (bias := layer.attention.o_proj.bias) is not None:
                 weights["o_proj.bias"] = bias.detach()
             fitted = replace(fitted, weights={**fitted.weights, **weights})
-        elif text is not None:
-            layer.run(original, stream.exact_attention(layer))
         fitted.save(fitted_file(folder, index))
         if text is not None:
             position = {"next_layer": str(index + 1)}

@@ -14,12 +14,15 @@ Two foldings change what is stored and nothing that is computed:
 
     λ_i = λ_{i+D/2} = max(max |K_i|, max |K_{i+D/2}|)^α,
 
-equal within a RoPE pair, so that it commutes with RoPE, and for all queries that read a head. It
-goes into `q_proj` and `k_proj`, or into the weights of `q_norm` and `k_norm` where those are
-(Qwen3), which all heads share.
+equal for channels that RoPE turns together (here i and i + D/2, see `kvtool.rope`), so that it
+commutes with RoPE, and for all queries that read a head. It goes into the rows of queries and keys,
+or into the weights of `q_norm` and `k_norm` where those are: then all heads share it, unless the
+norm is over all of them (OLMo 2). What scales a whole query or key commutes with it.
 
-*Turned values.* v' = H v with the normalised Hadamard matrix, a head at a time, goes into `v_proj`;
-H again into the columns of `o_proj`, for Σ_j a_j H v_j = H Σ_j a_j v_j.
+*Turned values.* v' = H v with the normalised Hadamard matrix, a head at a time, goes into the rows
+of values; H again into the columns of `o_proj`, for Σ_j a_j H v_j = H Σ_j a_j v_j. H keeps lengths,
+so a norm of values without weights (Gemma 4) commutes with it, and so does a gate per head; one
+per channel does not, and keys that are the values, too, would be turned with them.
 
 e4m3 is a float: an element's error is a share of itself, whatever multiplies its channel. So the
 foldings do nothing for fp8. Smoothing helps caches of 4 bits that round keys as they come, and
@@ -28,48 +31,56 @@ harms where a Hadamard transform is in front (vLLM's `int4_per_token_head`).
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kvtool._tensors import read_json
 from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate.stream import BATCH, LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint, torch_dtype
 from kvtool.convert.fitting import ConvertedLayer, Fit
-from kvtool.errors import CalibrationError
-from kvtool.fp8 import SCALES, scale
+from kvtool.errors import CalibrationError, UnsupportedModelError
+from kvtool.fp8 import BESIDE, SCALES, scale
 from kvtool.kernels.hadamard import hadamard
-from kvtool.layout import AttentionLayout
+from kvtool.layout import GATES, INTERLEAVED, AttentionLayout
+from kvtool.rope import channel_order, rotate
 
 if TYPE_CHECKING:
     from kvtool.convert.planning import ConvertOptions
 
 ALPHA = 0.5
+FUSED = "qkv_proj"
+"""One projection to queries, keys and values (Phi-3)."""
 LARGE_BIAS = 10
 """A `k_proj.bias` so many times as long as the median layer's breaks 8 bits (seen in Qwen2.5)."""
 
 
 @torch.inference_mode()
 def peaks(
-    stream: LayerStream, layer: StreamedLayer, original: Tensor, *, turn_values: bool
+    stream: LayerStream, layer: StreamedLayer, states: Tensor, *, turn_values: bool
 ) -> tuple[Tensor, Tensor]:
     """Largest |keys| behind RoPE and |values|, `[H, D]` each.
 
     Args:
-        original: Hidden states `[N, T, hidden]` before the layer.
+        states: Hidden states `[N, T, hidden]` before the layer; taken through it, in place.
         turn_values: Look at H v.
     """
-    own = layer.attention
-    shape = (own.layout.kv_heads, own.layout.head_dim)
-    keys, values = torch.zeros(shape), torch.zeros(shape)
-    for windows in original.split(BATCH):
-        q, k, v = own.project(layer.normed(windows))
-        _, k = own.rotate(*own.normalise(q, k), *stream.tables(layer.index, windows.shape[1]))
-        keys = torch.maximum(keys, k.abs().amax(dim=(0, 2)))
-        values = torch.maximum(values, (turned(v) if turn_values else v).abs().amax(dim=(0, 2)))
-    return keys, values
+    shape = (layer.attention.layout.kv_heads, layer.attention.layout.head_dim)
+    found = {"keys": torch.zeros(shape), "values": torch.zeros(shape)}
+
+    def see(_: Tensor, k: Tensor, v: Tensor) -> None:
+        keys = rotate(k, *stream.tables(layer.index, k.shape[2]))
+        for what, x in (("keys", keys), ("values", turned(v) if turn_values else v)):
+            found[what] = torch.maximum(found[what], x.abs().amax(dim=(0, 2)))
+
+    layer.run(states, stream.exact_attention(layer, see), BATCH)
+    return found["keys"], found["values"]
 
 
 def check_scales(scales: Iterable[Tensor]) -> str | None:
@@ -103,44 +114,129 @@ def turned(x: Tensor) -> Tensor:
 
 
 def fold(
-    attention: GroupedQueryAttention, smooth: Tensor | None, *, turn_values: bool
+    weights: Mapping[str, Tensor],
+    attention: GroupedQueryAttention,
+    smooth: Tensor | None,
+    *,
+    turn_values: bool,
 ) -> dict[str, Tensor]:
-    """The weights that change, by name relative to `self_attn`, float32.
+    """The weights that change, float32.
 
     Args:
-        smooth: λ `[H, D]`.
+        weights: Of the module, as they are stored, by name relative to `self_attn`.
+        smooth: λ `[H, D]`, for channels as they are stored.
     """
-    layout, rows, folded = attention.layout, dict[str, Tensor](), dict[str, Tensor]()
-    weight = attention.qkv.weight.detach().float()
-    if layout.qkv_bias:  # one more column, for an input that is always 1
-        weight = torch.cat((weight, attention.qkv.bias.detach().float()[:, None]), dim=1)
-    q, k, v = weight.split(attention.sizes)
-    if smooth is not None and attention.q_norm is not None and attention.k_norm is not None:
-        folded["q_norm.weight"] = attention.q_norm.weight.detach().float() * smooth[0]
-        folded["k_norm.weight"] = attention.k_norm.weight.detach().float() / smooth[0]
+    layout, changed = attention.layout, {n: x.float().clone() for n, x in weights.items()}
+    names, group = set[str](), layout.heads // layout.kv_heads
+    rows = _rows(changed, layout)
+    if smooth is not None and attention.k_norm is not None:
+        one = smooth if layout.norm_over_heads else smooth[:1]
+        queries = one.repeat_interleave(group, dim=0) if layout.norm_over_heads else one
+        for name, factor in (("q_norm.weight", queries), ("k_norm.weight", 1 / one)):
+            zero = _neutral(attention.k_norm)
+            changed[name] = (changed[name] - zero) * factor.flatten() + zero
+            names.add(name)
     elif smooth is not None:
-        queries = smooth.repeat_interleave(layout.heads // layout.kv_heads, dim=0)
-        rows |= {"q_proj": q * queries.view(-1, 1), "k_proj": k / smooth.view(-1, 1)}
+        queries = smooth.repeat_interleave(group, dim=0)
+        for part, factor in (("q_proj", queries), ("k_proj", 1 / smooth)):
+            for name, x in rows[part].items():
+                x *= factor.view(-1, *(1,) * (x.dim() - 1))
+                names.add(name)
     if turn_values:
-        heads = v.T.unflatten(-1, (-1, layout.head_dim))  # [hidden, H, D]
-        rows["v_proj"] = turned(heads).flatten(-2).T
-        outputs = attention.o_proj.weight.detach().float().unflatten(-1, (-1, layout.head_dim))
-        folded["o_proj.weight"] = turned(outputs).flatten(-2)
-    for name, x in rows.items():
-        folded[f"{name}.weight"] = x[:, : layout.hidden_size]
-        if layout.qkv_bias:
-            folded[f"{name}.bias"] = x[:, layout.hidden_size]
-    return folded
+        for name, x in rows["v_proj"].items():
+            heads = x.unflatten(0, (-1, layout.head_dim)).movedim(1, -1)  # [H, ..., D]
+            x.copy_(turned(heads).movedim(-1, 1).flatten(0, 1))
+            names.add(name)
+        outputs = changed["o_proj.weight"].unflatten(-1, (-1, layout.head_dim))
+        changed["o_proj.weight"] = turned(outputs).flatten(-2)
+        names.add("o_proj.weight")
+    return {name: x for name, x in changed.items() if name in names}
 
 
-def folded_parts(options: ConvertOptions, layout: AttentionLayout) -> list[str]:
+def _rows(weights: Mapping[str, Tensor], layout: AttentionLayout) -> dict[str, dict[str, Tensor]]:
+    """Rows of queries, keys and values in weights and biases: views, under the name that each has
+    as it is stored, where the three may be one.
+    """
+    parts = ("q_proj", "k_proj", "v_proj")
+    sizes = [n * layout.head_dim for n in (layout.heads, layout.kv_heads, layout.kv_heads)]
+    found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    for name, x in weights.items():
+        module = name.split(".")[0]
+        if module == FUSED:
+            for part, view in zip(parts, x.split(sizes), strict=True):
+                found[part][name] = view
+        elif module in parts:
+            found[module][name] = x
+    return found
+
+
+def _neutral(norm: Any) -> float:
+    """The weight by which a norm multiplies with 0: -1 where its weight is a difference from 1."""
+    probe = copy.deepcopy(norm)
+    nn.init.zeros_(probe.weight)
+    return -float(probe(torch.ones_like(probe.weight)).mean().round())
+
+
+def _as_stored(smooth: Tensor, model_type: str, layout: AttentionLayout) -> Tensor:
+    """λ `[H, D]` of channels that are in the order of RoPE, in that of the checkpoint."""
+    order = channel_order(layout.head_dim, layout.rotary_dim, model_type in INTERLEAVED)
+    return smooth if order is None else smooth[:, order.argsort()]
+
+
+def folded_parts(
+    options: ConvertOptions, layout: AttentionLayout, checkpoint: Checkpoint
+) -> list[str]:
     """Parts of an attention module that `fold` changes."""
-    parts = []
+    fused, parts = any(f".{FUSED}." in name for name in checkpoint.tensors), []
     if options.smooth:
-        parts += ["q_norm", "k_norm"] if layout.qk_norm else ["q_proj", "k_proj"]
+        parts += ["q_norm", "k_norm"] if layout.qk_norm else [FUSED if fused else "q_proj"]
+        parts += ["k_proj"] * (not fused and not layout.qk_norm)
     if options.turn_values:
-        parts += ["v_proj", "o_proj"]
-    return parts
+        parts += [FUSED if fused else "v_proj", "o_proj"]
+    return list(dict.fromkeys(parts))
+
+
+def scale_bytes(layouts: Iterable[AttentionLayout], options: ConvertOptions) -> int:
+    """Of all scales."""
+    heads = [layout.kv_heads for layout in layouts if layout.kind == "gqa"]
+    return 2 * 4 * (sum(heads) if options.scales == "head" else len(heads))
+
+
+def check_options(checkpoint: Checkpoint, stream: LayerStream, options: ConvertOptions) -> None:
+    """Whether scales and foldings asked for can be had of this model.
+
+    Raises:
+        UnsupportedModelError: They cannot.
+    """
+    heads = {x.kv_heads for x in stream.layouts if x.kind == "gqa"}
+    if options.scales == "head" and len(heads) > 1:
+        counts = " and ".join(map(str, sorted(heads)))
+        raise UnsupportedModelError(
+            f"cannot give every head a scale: layers have {counts} KV heads, and vLLM takes scales "
+            "by head of one number of them",
+            hint="--scales tensor",
+        )
+    if checkpoint.quantised is not None and (options.smooth or options.turn_values):
+        raise UnsupportedModelError(
+            f"cannot fold anything into weights that are quantised ({checkpoint.quantised})",
+            hint="leave --smooth and --turn-values out",
+        )
+    if options.turn_values and (reason := _unturnable(checkpoint, stream)):
+        raise UnsupportedModelError(f"cannot turn values: {reason}", hint="leave --turn-values out")
+
+
+def _unturnable(checkpoint: Checkpoint, stream: LayerStream) -> str | None:
+    """Why values of a model cannot be turned; None if they can."""
+    gate = GATES.get(stream.config.model_type)
+    for index, layout in enumerate(stream.layouts):
+        prefix = f"model.layers.{index}.self_attn."
+        own = checkpoint.tensors.get(f"{prefix}{gate}.weight")
+        if layout.gated and (own is None or own.shape[0] != layout.heads):
+            return f"a gate of layer {index} multiplies every channel of what heads give"
+        parts = (f"{prefix}{part}.weight" for part in ("v_proj", FUSED))
+        if layout.kind == "gqa" and not any(part in checkpoint.tensors for part in parts):
+            return f"the values of layer {index} are its keys before norm and RoPE"
+    return None
 
 
 def large_key_biases(checkpoint: Checkpoint) -> dict[int, float]:
@@ -162,16 +258,26 @@ class ToFp8Kv:
         self.stream, self.options = stream, options
 
     def method(self) -> Fit:
-        """How a layer is fitted, given the hidden states of the calibration text."""
-        options = self.options
+        """How a layer is fitted, given the hidden states of the calibration text before it, which
+        it takes through the layer; one with a state has no scales.
+        """
+        options, stream = self.options, self.stream
 
-        def fit(layer: StreamedLayer, original: Tensor) -> ConvertedLayer:
-            own, turn = layer.attention, options.turn_values
-            keys, values = peaks(self.stream, layer, original, turn_values=turn)
-            smooth = smoothing(keys, shared=own.layout.qk_norm) if options.smooth else None
-            folded = fold(own, smooth, turn_values=turn)
-            if smooth is not None:
+        def fit(layer: StreamedLayer, states: Tensor) -> ConvertedLayer:
+            if layer.mixer is not None:
+                layer.run(states, layer.mixer, BATCH)
+                return ConvertedLayer(None)
+            own, turn, smooth = layer.attention, options.turn_values, None
+            keys, values = peaks(stream, layer, states, turn_values=turn)
+            if options.smooth:
+                shared = own.layout.qk_norm and not own.layout.norm_over_heads
+                smooth = smoothing(keys, shared=shared)
                 keys = keys / smooth
+                smooth = _as_stored(smooth, stream.config.model_type, own.layout)
+            folded = {}
+            if options.smooth or turn:
+                stored = stream.checkpoint.read_prefix(f"model.layers.{layer.index}.self_attn.")
+                folded = fold(stored, own, smooth, turn_values=turn)
             found = [
                 scale(peak, options.scales, f"the {what} of layer {layer.index}")
                 for peak, what in ((keys, "keys"), (values, "values"))
@@ -180,47 +286,90 @@ class ToFp8Kv:
 
         return fit
 
+    def run(self, index: int, converted: ConvertedLayer, probe: Tensor) -> None:
+        """Takes hidden states `[N, T, hidden]` through a layer with what is folded, in place."""
+        changed = {f"self_attn.{name}": x for name, x in converted.weights.items()}
+        layer = self.stream.layer(index, changed)
+        layer.run(probe, self.stream.exact_attention(layer))
+
     def check(self, layers: Iterable[ConvertedLayer]) -> None:
         """Refuses scales that no calibration gives.
 
         Raises:
             CalibrationError: They are.
         """
-        if reason := check_scales(layer.weights[name] for layer in layers for name in SCALES):
+        with_heads = [layer.weights for layer in layers if layer.weights]
+        if reason := check_scales(weights[name] for weights in with_heads for name in SCALES):
             raise CalibrationError(
                 f"{reason}: nothing was measured", hint="the checkpoint is damaged, or try --data"
             )
 
     def tensors(self, index: int, converted: ConvertedLayer) -> dict[str, Tensor]:
-        """The scales in float32, and what is folded in the dtype it had."""
+        """The scales in float32, and what is folded in the dtype it had, under the names that they
+        have in the folder.
+        """
         stored, prefix = self.stream.checkpoint.tensors, f"model.layers.{index}.self_attn."
-
-        def dtype(name: str) -> torch.dtype:
-            return torch.float32 if name in SCALES else torch_dtype(stored[prefix + name].dtype)
-
-        return {prefix + name: x.to(dtype(name)) for name, x in converted.weights.items()}
+        found = {}
+        for name, x in converted.weights.items():
+            beside = stored[prefix + ("o_proj.weight" if name in SCALES else name)]
+            dtype = torch.float32 if name in SCALES else torch_dtype(beside.dtype)
+            part = "o_proj." if name in SCALES else name
+            found[beside.name[: beside.name.rindex(part)] + name] = x.to(dtype)
+        return found
 
     def config(self, last: ConvertedLayer) -> dict[str, Any]:
-        """`config.json` of the output: the model's own, with what compressed-tensors calls it."""
-        return {
-            **self.stream.checkpoint.config,
-            "quantization_config": quantization_config(self.options.scales),
+        """`config.json` of the output: the model's own, with what compressed-tensors calls it,
+        unless that lies in a file of its own.
+        """
+        own = self.stream.checkpoint.whole().config
+        if self.beside:
+            return own
+        holder = own if "quantization_config" in own else own.get("text_config", {})
+        if "quantization_config" not in holder:
+            return {**own, "quantization_config": self._quantization()}
+        weights = holder["quantization_config"]
+        changed = {**holder, "quantization_config": self._quantization(weights)}
+        return changed if holder is own else {**own, "text_config": changed}
+
+    def write_beside(self, folder: Path) -> None:
+        """Writes the file that says how the cache is quantised, where `config.json` does not."""
+        if self.beside:
+            stored = self.stream.checkpoint.path / BESIDE
+            weights = read_json(stored) if stored.is_file() else None
+            text = json.dumps(self._quantization(weights), indent=2) + "\n"
+            (folder / BESIDE).write_text(text, encoding="utf-8")
+
+    @property
+    def beside(self) -> bool:
+        """Whether transformers must not see it: for experts, layers of several shapes, or several
+        modalities it takes a quantised cache for an error (5.23, compressed-tensors 0.17). Where
+        weights are quantised, it goes where that is said.
+        """
+        checkpoint, layouts = self.stream.checkpoint, self.stream.layouts
+        if checkpoint.quantised is not None:
+            return (checkpoint.path / BESIDE).is_file()
+        shapes = {(x.kv_heads, x.head_dim) for x in layouts if x.kind == "gqa"}
+        experts = any(".experts." in name for name in checkpoint.tensors)
+        return experts or len(shapes) > 1 or checkpoint.wrapper is not None
+
+    def _quantization(self, weights: dict[str, Any] | None = None) -> dict[str, Any]:
+        """For an engine that reads compressed-tensors: the cache alone is quantised.
+
+        Args:
+            weights: What is said of quantised weights, to which it is added.
+        """
+        alone = {
+            "quant_method": "compressed-tensors",
+            "format": "dense",
+            "quantization_status": "compressed",
+            "config_groups": {},
+            "ignore": [],
         }
-
-
-def quantization_config(scales: str) -> Mapping[str, Any]:
-    """For an engine that reads compressed-tensors: the cache alone is quantised."""
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "dense",
-        "quantization_status": "compressed",
-        "config_groups": {},
-        "ignore": [],
-        "kv_cache_scheme": {
+        scheme = {
             "num_bits": 8,
             "type": "float",
-            "strategy": "attn_head" if scales == "head" else "tensor",
+            "strategy": "attn_head" if self.options.scales == "head" else "tensor",
             "dynamic": False,
             "symmetric": True,
-        },
-    }
+        }
+        return {**(alone if weights is None else weights), "kv_cache_scheme": scheme}

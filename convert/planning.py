@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from kvtool.checkpoint import Checkpoint, check_disk, check_output, scratch_fold
 from kvtool.convert import artifact, fp8_kv, heal, targets
 from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
 from kvtool.errors import UnsupportedModelError, UsageError
-from kvtool.layout import AttentionLayout
+from kvtool.layout import AttentionLayout, with_heads
 
 WINDOW = 2048
 """Tokens per calibration window (TransMLA's converter: 256): rotations matter at long distances."""
@@ -95,25 +96,35 @@ def plan(
     _check_names(checkpoint, options)
     config = checkpoint.hf_config()
     stream = LayerStream(checkpoint)
-    layout, layers = stream.layouts[0], len(stream)
-    size = _size(checkpoint, options, layout)
+    layout, layers = with_heads(stream.layouts), len(stream)
+    size = _size(checkpoint, options, stream)
+    # Layers that differ are counted together.
+    times = 1 if isinstance(size, targets.BytesSize) else layers
     teacher = opened(options, teacher)
     planned_healing = _check_healing(checkpoint, options, teacher)
     dtype = save_dtype(checkpoint, options)
     nope = 0 if options.method == "exact" else layout.head_dim
-    attention = layers * _attention_values(layout, size, nope, options)
-    replaced = replaced_parts(options, layout)
-    others = sum(t.nbytes for n, t in checkpoint.tensors.items() if not is_replaced(n, replaced))
+    replaced = replaced_parts(options, layout, checkpoint)
+    gone = [t for n, t in checkpoint.tensors.items() if is_replaced(n, replaced)]
     untied = config.tie_word_embeddings and options.target == "vllm"
     head = checkpoint.tensors["model.embed_tokens.weight"]
-    output_bytes = others + untied * head.nbytes + attention * dtype.itemsize
+    if isinstance(size, targets.BytesSize):
+        scales = fp8_kv.scale_bytes(stream.layouts, options)
+        attention_bytes = sum(t.nbytes for t in gone) + scales
+        fitted = 4 * sum(math.prod(t.shape) for t in gone) + scales
+        before = checkpoint.whole().total_bytes
+    else:
+        values = layers * _attention_values(layout, size, nope, options, replaced)
+        attention_bytes, before = values * dtype.itemsize, checkpoint.total_bytes
+        fitted = layers * _fitted_bytes(layout, size, nope, options, replaced)
+    output_bytes = before - sum(t.nbytes for t in gone) + untied * head.nbytes + attention_bytes
     probe = 4 * layout.hidden_size * min(PROBE, _context(checkpoint))
     measuring = fitting = 0
-    if options.method != "exact":
-        measuring = statistics.memory_bytes(stream, options.tokens)
     if options.to == "fp8-kv":
         fitting = 4 * options.tokens * layout.hidden_size
-    elif options.method == "aware":
+    elif options.method != "exact":
+        measuring = statistics.memory_bytes(stream, options.tokens)
+    if options.to != "fp8-kv" and options.method == "aware":
         # Two streams, their difference, the original's outputs, and what the projection reads.
         numbers = 6 * layout.hidden_size + layout.heads * layout.head_dim
         fitting = 4 * options.tokens * numbers
@@ -121,17 +132,20 @@ def plan(
         sum(t.nbytes for n, t in checkpoint.tensors.items() if n.startswith(f"model.layers.{i}."))
         for i in range(layers)
     )
+    # As stored, and in fp32; experts twice and more while they are put together, 6.3 in all.
+    copies = 7 if any(re.search(r"\.experts\.\d", name) for name in checkpoint.tensors) else 3
     shard = min(output_bytes, shard_bytes(options.shard_size))
     # Layer files lie beside the shards until the end, the states of the probe until the shards
     # are written, and twice while they are replaced. Statistics have a place of their own.
-    disk_bytes = attention * dtype.itemsize + probe + max(output_bytes, probe)
-    fitted = layers * _fitted_bytes(layout, size, nope, options)
-    disk_bytes += fitted
+    disk_bytes = attention_bytes + probe + max(output_bytes, probe) + fitted
     if options.method == "aware":
         disk_bytes += 4 * 4 * options.tokens * layout.hidden_size  # two streams, old and new
     healing = 0
     if options.heal is not None:
-        trained = layers * _attention_values(layout, size, nope, replace(options, target="kvtool"))
+        assert not isinstance(size, targets.BytesSize)
+        own = replace(options, target="kvtool")
+        parts = replaced_parts(own, layout, checkpoint)
+        trained = layers * _attention_values(layout, size, nope, own, parts)
         disk_bytes += fitted + 2 * 3 * 4 * trained  # a state of values and moments, old and new
         weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
         healing = _BASE_MEMORY + heal.memory_bytes(config, weights, trained)
@@ -147,20 +161,20 @@ def plan(
         "to": options.to,
         "method": options.method,
         "target": options.target,
-        "text_of": checkpoint.wrapper,
+        "text_of": None if options.to == "fp8-kv" else checkpoint.wrapper,
         "layers": layers,
         **size.widths,
-        "bytes_per_token_before": 2 * layers * size.native,
-        "bytes_per_token_after": 2 * layers * size.kept,
+        "bytes_per_token_before": 2 * times * size.native,
+        "bytes_per_token_after": 2 * times * size.kept,
         "share": size.kept / size.native,
         "output_bytes": output_bytes,
         "disk_bytes": disk_bytes,
         "memory_bytes": _BASE_MEMORY
         + max(
             measuring,
-            3 * layer_bytes + fitting,
+            copies * layer_bytes + fitting,
             # The logits of the probe take the output head as it is and in fp32.
-            2 * probe + max(shard, 3 * layer_bytes, head.nbytes + 4 * math.prod(head.shape)),
+            2 * probe + max(shard, copies * layer_bytes, head.nbytes + 4 * math.prod(head.shape)),
         ),
         "verify_memory_bytes": _BASE_MEMORY
         + 4 * sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
@@ -192,16 +206,17 @@ def _check_names(checkpoint: Checkpoint, options: ConvertOptions) -> None:
         if value not in known:
             raise UsageError(f"{flag} {value} is unknown: choose {', '.join(known)}")
     targets.refuse_fp8(checkpoint)
-    if reasons := targets.of_wrapper(checkpoint, options.to):
+    if reasons := targets.of_checkpoint(checkpoint, options.to):
         raise UnsupportedModelError(f"cannot {targets.ASKED[options.to]}: {reasons[0]}")
     if checkpoint.config.get("model_type") == "kvtool_mla":
         targets.refuse_latent(options.to)
     targets.require(checkpoint.hf_config(), options.method, options.target, options.to)
 
 
-def _size(checkpoint: Checkpoint, options: ConvertOptions, layout: AttentionLayout) -> Size:
+def _size(checkpoint: Checkpoint, options: ConvertOptions, stream: LayerStream) -> Size:
     """The widths asked for; raises where other options do not go with them."""
     size: Size
+    layout = with_heads(stream.layouts)
     if options.to != "fp8-kv":
         _check_none(options, ("scales", "smooth", "turn_values"), "is for --to fp8-kv")
     if options.to == "gqa":
@@ -213,7 +228,8 @@ def _size(checkpoint: Checkpoint, options: ConvertOptions, layout: AttentionLayo
         _check_none(options, (*_OF_MLA, "kv_budget", "kv_heads", "heal", "dtype"), why)
         if options.scales not in ("tensor", "head"):
             raise UsageError(f"--scales {options.scales} is unknown: choose tensor or head")
-        size = targets.BytesSize(layout.cached_values)
+        fp8_kv.check_options(checkpoint, stream, options)
+        size = targets.BytesSize(sum(x.cached_values for x in stream.layouts))
     else:
         size = _latent_size(checkpoint, options, layout)
     window = min(WINDOW, _context(checkpoint))
@@ -311,10 +327,12 @@ def is_replaced(name: str, parts: list[str]) -> bool:
     return any(f".self_attn.{part}." in name for part in parts)
 
 
-def replaced_parts(options: ConvertOptions, layout: AttentionLayout) -> list[str]:
+def replaced_parts(
+    options: ConvertOptions, layout: AttentionLayout, checkpoint: Checkpoint
+) -> list[str]:
     """Parts of an attention module of which the output does not hold the source's tensors."""
     if options.to == "fp8-kv":
-        return fp8_kv.folded_parts(options, layout)
+        return fp8_kv.folded_parts(options, layout, checkpoint)
     parts = list(artifact.REPLACED) if options.target != "kvtool" else []
     if options.heal is not None or options.to == "gqa":
         parts = [*artifact.REPLACED, "o_proj"]
@@ -326,7 +344,8 @@ def replaced_parts(options: ConvertOptions, layout: AttentionLayout) -> list[str
 def save_dtype(checkpoint: Checkpoint, options: ConvertOptions) -> torch.dtype:
     """Dtype of the attention tensors written."""
     if options.dtype == "auto":
-        own = torch_dtype(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].dtype)
+        outputs = (x for x in checkpoint.tensors if x.endswith(".self_attn.o_proj.weight"))
+        own = torch_dtype(checkpoint.tensors[next(outputs)].dtype)
         if own == torch.float16 and _neutral_norm(options):
             raise UnsupportedModelError(targets.FLOAT16)
         return own
@@ -365,13 +384,14 @@ def shard_bytes(text: str) -> int:
 
 def _fitted_bytes(
     layout: AttentionLayout,
-    size: Size,
+    size: targets.LatentSize | targets.HeadsSize,
     nope: int,
     options: ConvertOptions,
+    replaced: list[str],
 ) -> int:
     """Of the file that keeps a fitted layer until it is written: float64 factors, and weights."""
     if not isinstance(size, targets.LatentSize):
-        return 4 * _attention_values(layout, size, nope, options)
+        return 4 * _attention_values(layout, size, nope, options, replaced)
     width = layout.kv_heads * layout.head_dim
     factors = 2 * size.rope_dim * width + size.rank * (3 * width + (nope and width))
     return 8 * factors + 4 * layout.hidden_size * (2 * layout.heads * layout.head_dim + 2 * width)
@@ -379,18 +399,13 @@ def _fitted_bytes(
 
 def _attention_values(
     layout: AttentionLayout,
-    size: Size,
+    size: targets.LatentSize | targets.HeadsSize,
     nope: int,
     options: ConvertOptions,
+    replaced: list[str],
 ) -> int:
     """Numbers in the attention tensors that one layer's conversion writes."""
     width, inner = layout.kv_heads * layout.head_dim, layout.heads * layout.head_dim
-    replaced = replaced_parts(options, layout)
-    if isinstance(size, targets.BytesSize):
-        of_input = layout.hidden_size + int(layout.qkv_bias)
-        values = {"q_proj": inner * of_input, "k_proj": width * of_input}
-        values |= {"v_proj": width * of_input, "o_proj": layout.hidden_size * inner}
-        return sum(values.get(part, layout.head_dim) for part in replaced) + 2 * layout.kv_heads
     output = inner * layout.hidden_size + int(layout.output_bias) * layout.hidden_size
     output *= "o_proj" in replaced
     if isinstance(size, targets.HeadsSize):

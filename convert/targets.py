@@ -8,6 +8,11 @@ Facts read in the engines' sources (transformers 5.17 to 5.23, vLLM 0.32):
 * RoPE frequencies are one list for all layers: transformers takes any (as `longrope`), vLLM only
   base^(-2i/d_r);
 * neither has a place for per-head q/k norms, sliding windows or MLP biases.
+
+Scales for an fp8 cache leave the model as it is, so they go with every class of vLLM 0.32: one
+mapper of names for all (`QuantizationConfig.get_cache_scale_mapper`, which `AutoWeightsLoader`
+applies) takes `self_attn.k_scale` to `self_attn.attn.k_scale`, also in models of several modalities
+and where vLLM runs the modules of transformers. `benchmarks/interop/families.sh` has seen it.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from torch import Tensor
 
 from kvtool.convert import granite
 from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
-from kvtool.layout import LATENT, PLAIN, AttentionLayout, describe, rope_of
+from kvtool.layout import LATENT, PLAIN, AttentionLayout, describe, rope_of, ropes_of
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -40,6 +45,16 @@ CONVERSIONS = (
 ASKED = {"gqa": "merge KV heads", "fp8-kv": "calibrate an fp8 cache"}
 """What a kind other than `mla` is asked to do."""
 
+CACHES_A_LATENT = "the model already caches a latent (MLA)"
+UNREAD = {
+    "kolibri1": "vLLM 0.32 does not know it",
+    "VoxtralForConditionalGeneration": "vLLM 0.32 reads Voxtral in Mistral's own format alone",
+}
+"""Why nothing would read the scales of some model types, and wrappers by their architecture."""
+
+SCALED_BESIDE = ("compressed-tensors", "fp8", "modelopt")
+"""How weights may be quantised beside which vLLM reads scales of a cache (its KVCacheMethods)."""
+
 TRANSFORMERS_LATENT_EPS = 1e-6
 FLOAT16 = (
     "float16 weights: the scaling that makes the latent norm linear underflows in float16; "
@@ -56,9 +71,11 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
         target: One of `TARGETS`.
         to: One of `KINDS`.
     """
+    if to == "fp8-kv":
+        return _check_fp8(config)
     if config.model_type not in PLAIN:
         if config.model_type in (*LATENT, "kvtool_mla"):
-            return ["the model already caches a latent (MLA)"]
+            return [CACHES_A_LATENT]
         known = ", ".join(PLAIN)
         return [f"model type '{config.model_type}' is not one of {known}"]
     try:
@@ -69,8 +86,6 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
     reasons = []
     if len(set(layouts)) > 1:
         reasons.append("its layers have different attention layouts")
-    if to == "fp8-kv":
-        return reasons
     layout = layouts[0]
     limit = config.max_position_embeddings
     window = min((x.sliding_window for x in layouts if x.sliding_window), default=limit)
@@ -115,13 +130,31 @@ def check(config: Any, method: str, target: str, to: str = "mla") -> list[str]:
     return reasons
 
 
-def of_wrapper(checkpoint: Checkpoint, to: str) -> list[str]:
-    """Reasons why the text of a wrapper cannot be converted alone; empty if it can, or is none."""
-    if checkpoint.wrapper is None or to != "fp8-kv":
+def _check_fp8(config: Any) -> list[str]:
+    """Reasons why a model gets no scales."""
+    if config.model_type in (*LATENT, "kvtool_mla"):
+        return [CACHES_A_LATENT]
+    if config.model_type in UNREAD:
+        return [UNREAD[config.model_type]]
+    try:
+        describe(config)
+        ropes_of(config)
+    except KvtoolError as error:
+        return [str(error)]
+    return []
+
+
+def of_checkpoint(checkpoint: Checkpoint, to: str) -> list[str]:
+    """Reasons that lie in what is around a text or in how its weights are stored."""
+    if to != "fp8-kv":
         return []
-    return [
-        f"scales belong beside all weights of {checkpoint.wrapper}, of which only the text is read"
-    ]
+    reasons = [UNREAD[checkpoint.wrapper]] if checkpoint.wrapper in UNREAD else []
+    if checkpoint.quantised not in (None, *SCALED_BESIDE):
+        reasons.append(
+            f"vLLM 0.32 reads scales beside weights of {', '.join(SCALED_BESIDE)}, and not of "
+            f"{checkpoint.quantised}"
+        )
+    return reasons
 
 
 def require(config: Any, method: str, target: str, to: str) -> None:
@@ -185,7 +218,7 @@ class BytesSize:
     """Every number in one byte.
 
     Attributes:
-        native: As above.
+        native: Numbers per token before, of all layers, which may differ.
     """
 
     native: int
@@ -193,7 +226,7 @@ class BytesSize:
 
     @property
     def kept(self) -> int:
-        """Numbers per token and layer after, if each had two bytes."""
+        """Numbers per token after, if each had two bytes."""
         return self.native // 2
 
 
@@ -389,7 +422,7 @@ def _theta(config: Any) -> float:
 def refuse_latent(to: str) -> None:
     """Raises UnsupportedModelError for a model that is MLA already."""
     asked = "convert to MLA" if to == "mla" else ASKED[to]
-    raise UnsupportedModelError(f"cannot {asked}: the model already caches a latent (MLA)")
+    raise UnsupportedModelError(f"cannot {asked}: {CACHES_A_LATENT}")
 
 
 SCALED = "already holds scales for an fp8 cache"

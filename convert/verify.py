@@ -22,10 +22,11 @@ from transformers import DynamicCache
 from kvtool._transformers import quiet_transformers
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import artifact, fp8_kv, granite
+from kvtool.convert.planning import is_replaced
 from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
 from kvtool.fp8 import LIMIT, decode, encode, skip_flag, stored_scales
-from kvtool.layout import apply_latent_eps
+from kvtool.layout import apply_latent_eps, apply_long_factors, describe
 
 PROBE_KL = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3}
 """Largest mean KL to the conversion's logits, by the dtype that the attention was rounded to."""
@@ -151,11 +152,11 @@ def _check_untouched(
 ) -> None:
     """Everything but the attention projections must be the original's, to the byte."""
     replaced, plan = manifest["replaced"], manifest["plan"]
-    shared: dict[str, tuple[str, ...]] = {
-        name: (name,)
-        for name in against.tensors
-        if not any(f".self_attn.{part}." in name for part in replaced)
-    }
+    gone = {name for name in against.tensors if is_replaced(name, replaced)}
+    if plan.get("to") == "fp8-kv":  # of a wrapper, also what is beside its text
+        gone = {against.tensors[name].name for name in gone}
+        converted, against = converted.whole(), against.whole()
+    shared: dict[str, tuple[str, ...]] = {n: (n,) for n in against.tensors if n not in gone}
     if plan.get("to") == "mamba":
         shared = granite.other_tensors(against.tensors, plan["replaced_layers"])
     elif "lm_head.weight" in converted.tensors:
@@ -186,8 +187,7 @@ def _logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
 
         engine = Engine.load(checkpoint)
         return engine.extend(engine.new_cache(1, len(ids)), ids, all_logits=True)
-    model = checkpoint.load_transformers(torch.float32)
-    apply_latent_eps(model, checkpoint.config)
+    model = _stock(checkpoint)
     with quiet_transformers():  # it would tell of packages that make its Mamba-2 layers faster
         logits: Tensor = model(ids[None], use_cache=False).logits[0]
     del model
@@ -195,25 +195,35 @@ def _logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     return logits
 
 
+def _stock(checkpoint: Checkpoint) -> Any:
+    """In transformers' own class, with what other engines and kvtool have in another way."""
+    model = checkpoint.load_transformers(torch.float32)
+    apply_latent_eps(model, checkpoint.config)
+    apply_long_factors(model)
+    return model
+
+
 class Fp8Cache(DynamicCache):
     """Of a stock model: gives back what an engine reads from a static fp8 cache.
 
     Attributes:
         scales: By layer, of keys and values; other layers keep what they are given.
+        config: Of the model, where some layers keep something else.
         numbers, clipped: In keys and values so far, and how many were beyond the largest code.
         stored: Bytes of the codes.
     """
 
-    def __init__(self, scales: dict[int, tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
+    def __init__(self, scales: dict[int, tuple[Tensor, Tensor]], config: Any) -> None:
+        super().__init__(config=config)
         self.scales = scales
         self.numbers = self.clipped = self.stored = 0
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Fp8Cache:
         """With all the scales that a checkpoint holds."""
-        layers = range(int(checkpoint.config["num_hidden_layers"]))
-        return cls({i: stored_scales(checkpoint, i) for i in layers})
+        config = checkpoint.hf_config()
+        layers = (i for i, layout in enumerate(describe(config)) if layout.kind != "state")
+        return cls({i: stored_scales(checkpoint, i) for i in layers}, config)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -240,12 +250,12 @@ def _check_fp8(report: VerifyReport, converted: Checkpoint, ids: Tensor, exact: 
     """Scales as they were written, and what they cost; the logits `[T, V]` through fp8."""
     scales = Fp8Cache.of(converted).scales
     wrong = fp8_kv.check_scales(s for pair in scales.values() for s in pair)
-    shape = list(scales[0][0].shape)
+    shape = list(next(iter(scales.values()))[0].shape)
     report.add("scales", wrong is None, wrong or f"{2 * len(scales)} of shape {shape}")
-    model = converted.load_transformers(torch.float32)
+    model = _stock(converted)
 
     def through(chosen: list[int], tokens: Tensor) -> tuple[Tensor, Fp8Cache]:
-        cache = Fp8Cache({i: scales[i] for i in chosen})
+        cache = Fp8Cache({i: scales[i] for i in chosen}, model.config)
         return model(tokens[None], past_key_values=cache, use_cache=True).logits[0], cache
 
     logits, cache = through(list(scales), ids)
@@ -254,10 +264,10 @@ def _check_fp8(report: VerifyReport, converted: Checkpoint, ids: Tensor, exact: 
     report.measured["clipped"] = clipped
     report.measured["fp8_bytes_per_token"] = cache.stored // len(ids)
     few = ids[:SKETCH]
-    alone = [float(_kl(exact[: len(few)], through([i], few)[0]).mean()) for i in scales]
-    median = float(torch.tensor(alone).median())
-    skip = [i for i, kl in enumerate(alone) if kl > max(MUCH_WORSE * median, SEEN)]
-    report.measured |= {"layer_kl": alone, "skip_layers": skip}
+    alone = {i: float(_kl(exact[: len(few)], through([i], few)[0]).mean()) for i in scales}
+    median = float(torch.tensor(list(alone.values())).median())
+    skip = [i for i, kl in alone.items() if kl > max(MUCH_WORSE * median, SEEN)]
+    report.measured |= {"layer_kl": list(alone.values()), "skip_layers": skip}
     worst = max(scales, key=alone.__getitem__)
     detail = f"layer {worst} alone costs most, KL {alone[worst]:.1e}; the median {median:.1e}"
     report.add("layers", True, f"{detail}; vLLM: {skip_flag(skip)}" if skip else detail)

@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ from kvtool._tensors import (
 )
 from kvtool._transformers import quiet_transformers
 from kvtool.errors import CheckpointError, KvtoolError, UnsupportedModelError
-from kvtool.fp8 import SCALES, cache_scheme
+from kvtool.fp8 import BESIDE, SCALES, cache_scheme
 from kvtool.quantised_weights import as_numbers
 from kvtool.wrappers import text_config, text_tensors, upright, wrapper_of
 
@@ -154,6 +154,12 @@ class Checkpoint:
             _check_names(path, config)
         _check_decoder(path, config)
         assert config is not None
+        if "quantization_config" not in config and (path / BESIDE).is_file():
+            beside = read_json(path / BESIDE)
+            # ModelOpt writes it one level deeper than others.
+            if isinstance(inner := beside.get("quantization"), dict):
+                beside = {"quant_method": "modelopt", **beside, **inner}
+            config["quantization_config"] = beside
         if wrapper := wrapper_of(config):
             config = text_config(path, config)
         tensors = read_headers(path)
@@ -165,6 +171,15 @@ class Checkpoint:
             # As in transformers, a head that is there is not replaced by the embedding.
             config["tie_word_embeddings"] &= "lm_head.weight" not in tensors
         return cls(source, path, config, tensors, trust_remote_code, revision, wrapper, quantised)
+
+    def whole(self) -> Checkpoint:
+        """All that lies in the folder, as it lies there: of a wrapper, also what is beside its
+        text; of quantised weights, their codes.
+        """
+        if self.wrapper is None and self.quantised is None:
+            return self
+        config, tensors = read_json(self.path / "config.json"), read_headers(self.path)
+        return replace(self, config=config, tensors=tensors, wrapper=None, quantised=None)
 
     @property
     def total_bytes(self) -> int:

@@ -266,6 +266,7 @@ def _part(data: str | None, part: Part) -> Corpus:
     return Corpus(f"{name}/{part}", parts[part])
 
 
+@functools.cache
 def _python_topics() -> dict[Part, list[str]]:
     """Python's documentation topics, split by a hash of their names.
 

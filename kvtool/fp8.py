@@ -17,6 +17,9 @@ LIMIT = 448.0
 SCALES = ("k_scale", "v_scale")
 """Of a layer's keys and values, tensors beside its projections: `[1]`, or `[H, 1, 1]` by head."""
 
+BESIDE = "hf_quant_config.json"
+"""A file in which vLLM looks for `quantization_config`, if `config.json` has none."""
+
 
 def encode(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """`clamp(x / s, ±448)` in `float8_e4m3fn`.

@@ -240,8 +240,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
                 target,
                 [f"the model {targets.SCALED}"]
                 if checkpoint.cache_scheme is not None
-                else targets.check(judged, method, target, to)
-                or targets.of_wrapper(checkpoint, to),
+                else targets.of_checkpoint(checkpoint, to)
+                or targets.check(judged, method, target, to),
             )
             for to, method, target in targets.CONVERSIONS
         ],

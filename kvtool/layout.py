@@ -405,6 +405,14 @@ def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:
                 norm.variance_epsilon = config["rms_norm_eps"]
 
 
+def apply_long_factors(model: Any) -> None:
+    """Gives all texts the long factors of a model with LongRoPE, as :func:`ropes_of` does."""
+    rope, last = model.model.rotary_emb, model.config.max_position_embeddings - 1
+    if getattr(rope, "rope_type", None) == "longrope":
+        rope(torch.zeros(1), torch.tensor([[last]]))
+        rope.original_inv_freq = rope.inv_freq.clone()
+
+
 def ropes_of(config: Any) -> list[Rope]:
     """The rotary embedding of every layer, read from the module that transformers builds.
 

@@ -96,6 +96,7 @@ def long_rope(original: int, part: float) -> dict[str, Any]:
     """Of heads of size 16 in a context of 512, with another scale."""
     pairs = int(8 * part)
     return {
+        "original_max_position_embeddings": original,  # Phi-3's own field, which counts
         "rope_parameters": {
             "rope_type": "longrope",
             "rope_theta": 10000.0,
@@ -103,7 +104,7 @@ def long_rope(original: int, part: float) -> dict[str, Any]:
             "original_max_position_embeddings": original,
             "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
             "long_factor": [2.0 + 0.5 * i for i in range(pairs)],
-        }
+        },
     }
 
 

@@ -624,3 +624,80 @@ def test_a_config_that_makes_no_sense_is_one_sentence(
 def test_codes_in_another_form_are_not_read(tensors: dict[str, Tensor], error: str) -> None:
     with pytest.raises(CheckpointError, match=error):
         as_numbers(Path("x"), {}, parts_of(**tensors))
+
+
+# ----------------------------------------------------------------------- scales for an fp8 cache
+
+
+@pytest.mark.parametrize("kind", ["fp8 by blocks", "4 bits with zeros"])
+def test_scales_of_a_cache_go_beside_codes(
+    quantised: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    codes, numbers = quantised(kind)
+    written = []
+    for source in (codes, numbers):
+        written.append(tmp_path / source.name)
+        arguments = ["convert", str(source), "--to", "fp8-kv", "--tokens", "512"]
+        assert run_command([*arguments, "-o", str(written[-1])]) == 0, capsys.readouterr().err
+    config, before = (json.loads((x / "config.json").read_text()) for x in (written[0], codes))
+    scheme = config["quantization_config"].pop("kv_cache_scheme")
+    assert config["quantization_config"] == before["quantization_config"]
+    stored, own = (load_file(x / "model.safetensors") for x in (written[0], codes))
+    scales = {name: x for name, x in stored.items() if name not in own}
+    assert all(
+        torch.equal(stored[name].view(torch.uint8), x.view(torch.uint8))
+        for name, x in own.items()
+        if x.dim()
+    )
+    of_numbers = load_file(written[1] / "model.safetensors")
+    assert len(scales) == 6
+    assert all(torch.equal(x, of_numbers[name]) for name, x in scales.items())
+    checkpoint = Checkpoint.open(str(written[0]))
+    assert checkpoint.quantised == FORMATS[kind][0]["quant_method"]
+    assert checkpoint.cache_scheme == scheme
+    assert is_static(scheme)
+    assert run_command(["verify", str(written[0]), "--against", str(codes)]) == 0
+    assert (
+        run_command(
+            [
+                "calibrate",
+                "quantization",
+                str(written[0]),
+                "--bits",
+                "fp8",
+                "-o",
+                str(tmp_path / "fp8.plan"),
+            ]
+        )
+        == 0
+    ), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("gptq", [], "reads scales beside weights of compressed-tensors, fp8, modelopt, and not"),
+        ("fp8 by blocks", ["--smooth"], "cannot fold anything into weights that are quantised"),
+    ],
+)
+def test_scales_that_nothing_would_read_are_refused(
+    quantised: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    more: list[str],
+    said: str,
+) -> None:
+    arguments = ["convert", str(quantised(kind)[0]), "--to", "fp8-kv", *more]
+    assert run_command([*arguments, "-o", str(tmp_path / "out")]) == 4
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_modelopt_says_it_in_a_file_of_its_own(quantised: Any, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(quantised("nvfp4 of modelopt")[0], tmp_path / "own"))
+    config = json.loads((source / "config.json").read_text())
+    said = config.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(config))
+    beside = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": said["quant_algo"]}}
+    (source / "hf_quant_config.json").write_text(json.dumps(beside))
+    assert Checkpoint.open(str(source)).quantised == "modelopt"

@@ -401,14 +401,55 @@ def test_its_text_is_converted_alone(made, llava: Path, tmp_path: Path, to: str)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-2 * float(wanted.std()))
 
 
-def test_scales_for_its_cache_are_refused(llava: Path) -> None:
-    checkpoint = Checkpoint.open(str(llava))
-    with pytest.raises(UnsupportedModelError, match="LlavaForConditionalGeneration"):
+SCALED = {"gemma4": "named", "idefics3": "saved", "llava": "named", "qwen3_5_moe": "saved"}
+
+
+@pytest.mark.parametrize(("name", "age"), [x for x in SCALED.items() if x[0] in KINDS])
+def test_scales_for_its_cache_lie_beside_all_of_it(made, tmp_path, name: str, age: str) -> None:
+    wrapper, folders = made(name)
+    source = Path(shutil.copytree(folders[age], tmp_path / "source"))
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        (source / file).write_text("{}")
+    output, checkpoint = tmp_path / "out", Checkpoint.open(str(source))
+    result = convert(source, output, to="fp8-kv", smooth=True)
+    assert verify(output, checkpoint).passed
+    assert len(list(output.glob("*processor*"))) == 2
+    assert result.plan["text_of"] is None
+    before, after = (load_file(x / "model.safetensors") for x in (source, output))
+    assert result.plan["output_bytes"] == sum(x.nbytes for x in after.values())
+    beside = {n.rsplit(".", 2)[0] for n in before if n.endswith("self_attn.o_proj.weight")}
+    layers = {x for x in beside if "vis" not in x}
+    assert after.keys() - before.keys() == {f"{x}.{s}_scale" for x in layers for s in ("k", "v")}
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed
+    assert all(n.startswith(tuple(f"{x}." for x in layers)) for n in changed)
+    scheme = json.loads((output / "hf_quant_config.json").read_text())["kv_cache_scheme"]
+    assert (scheme["type"], scheme["strategy"]) == ("float", "tensor")
+    config = json.loads((output / "config.json").read_text())
+    del config["kvtool"]
+    assert config == json.loads((source / "config.json").read_text())
+    own, info = type(wrapper).from_pretrained(output, output_loading_info=True)
+    assert all(x.endswith(("k_scale", "v_scale")) for x in info.pop("unexpected_keys"))
+    assert not any(info.values())
+    ids = tokens(50)
+    same(expected(own, ids), expected(wrapper, ids))
+    same(decoded(Engine.load(Checkpoint.open(str(output))), ids), expected(wrapper, ids))
+    edit(output, lambda w: w[next(n for n in w if "vis" in n)].add_(1), "weights")
+    report = verify(output, checkpoint, long_prompt=False)
+    (check,) = (x for x in report.checks if x.name == "untouched tensors")
+    assert not check.passed
+
+
+def test_scales_that_nothing_would_read_are_refused(made) -> None:
+    if "voxtral" not in KNOWN:
+        pytest.skip("this transformers has no such wrapper")
+    checkpoint = Checkpoint.open(str(made("voxtral")[1]["saved"]))
+    with pytest.raises(UnsupportedModelError, match="Mistral's own format"):
         planning.plan(checkpoint, planning.ConvertOptions(to="fp8-kv"))
     (item,) = (
         x for x in inspect_checkpoint(checkpoint).applications if x.command.endswith("fp8-kv")
     )
-    assert "only the text" in item.reasons[0]
+    assert "Mistral's own format" in item.reasons[0]
 
 
 def test_inspect_says_that_its_text_is_meant(llava: Path, capfd) -> None:

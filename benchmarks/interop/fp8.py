@@ -69,7 +69,7 @@ def with_vllm(folder: str, ids: list[int]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     # No word about the cache: the checkpoint asks for fp8.
-    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=2 * TOKENS)
+    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=len(ids) + 1)
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
     (done,) = engine.generate([{"prompt_token_ids": ids}], sampling)
     (scales,) = engine.apply_model(scales_in_vllm)
@@ -78,7 +78,9 @@ def with_vllm(folder: str, ids: list[int]) -> dict[str, Any]:
 
 
 def scales_in_vllm(model: Any) -> list[list[list[float]]]:
-    attention = [x.self_attn.attn for x in model.model.layers]
+    from vllm.model_executor.layers.attention import Attention
+
+    attention = [x for x in model.modules() if isinstance(x, Attention)]
     assert {x.kv_cache_dtype for x in attention} == {"fp8"}
     assert {x.kv_cache.element_size() for x in attention} == {1}
     return [[s.flatten().tolist() for s in (x._k_scale, x._v_scale)] for x in attention]
@@ -98,7 +100,7 @@ if __name__ == "__main__":
         print(compare(arguments))
     else:
         (folder,) = arguments
-        tokens = load_file(f"{folder}/kvtool/probe.safetensors")["ids"][:TOKENS]
+        tokens = load_file(f"{folder}/kvtool/probe.safetensors")["ids"][:-1][:TOKENS]
         if what == "vllm":
             result = with_vllm(folder, tokens.tolist())
         elif what == "transformers":

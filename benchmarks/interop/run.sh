@@ -83,4 +83,10 @@ for by in tensor head; do
     [[ $told == same* ]] || failed=1
   done
 done
+
+# Scales of every family. Models of several modalities need torchvision, which is not here.
+families=$work/families
+"$python" "$here/families.py" make "$families" > "$families.txt" 2>&1
+mapfile -t models < <(find "$families" -mindepth 1 -maxdepth 1 ! -name sources ! -name 'wrapper-*')
+"$vllm" "$here/families.py" vllm "${models[@]}" 2> "$work/last.log" | sed -n 's/^RESULT //p' || failed=1
 exit $failed

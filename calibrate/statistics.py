@@ -364,10 +364,8 @@ class _Pass:
         self.file, self.scratch = self.folder / _NAME, self.folder / "unfinished"
 
     def _key(self) -> str:
-        # The fingerprint samples large tensors; a file changed since must not slip through.
-        stats = [(file.name, file.stat()) for file in self.checkpoint.files]
-        stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        return hashlib.sha256(json.dumps([self._metadata, stamps]).encode()).hexdigest()[:32]
+        known = [self._metadata, self.checkpoint.stamps()]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
     @cached_property
     def _metadata(self) -> dict[str, Any]:

@@ -126,16 +126,12 @@ def convert(
     stream = LayerStream(checkpoint)
     corpus = calibration_text(options.data)
     fingerprint = checkpoint.fingerprint()
-    # The fingerprint samples large tensors; a file changed since the run was killed must not slip
-    # through.
-    stats = [(file.name, file.stat()) for file in checkpoint.files]
-    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     versions = [__version__, torch.__version__, transformers.__version__]
-    made_of = [*versions, fingerprint, stamps, corpus.id]
+    made_of = [*versions, fingerprint, checkpoint.stamps(), corpus.id]
     if planned["healing"] is not None:
         made_of.append(planned["healing"]["text"])
     if teacher is not None:
-        made_of.append(teacher.fingerprint())
+        made_of += [teacher.fingerprint(), teacher.stamps()]
     key = json.dumps([*made_of, dataclasses.asdict(options)])
     staging = Staging(
         output,

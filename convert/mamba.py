@@ -108,7 +108,7 @@ def convert(
         text = training_text(options.data).id
         versions = [__version__, torch.__version__, transformers.__version__]
         key = json.dumps([
-            *versions, fingerprint, text, teacher and teacher.fingerprint(),
+            *versions, text, *([x.fingerprint(), x.stamps()] for x in (checkpoint, teacher) if x),
             options.sizes(checkpoint, device), dataclasses.asdict(options),
         ])  # fmt: skip
         staging = Staging(

@@ -192,6 +192,13 @@ class Checkpoint:
         infos = self.tensors.values()
         return sorted({part.file for info in infos for part in info.stored.values()})
 
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Size and time of each of them. :meth:`fingerprint` samples large tensors; what goes on
+        where it was left must not miss that a file changed in between.
+        """
+        stats = [(file.name, file.stat()) for file in self.files]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
     @property
     def cache_scheme(self) -> dict[str, Any] | None:
         """What engines are told about quantising the cache, see :func:`kvtool.fp8.cache_scheme`."""

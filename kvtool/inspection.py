@@ -66,6 +66,7 @@ class LayerRun:
             part = f"RoPE on {layout.rotary_dim} of {layout.head_dim} channels"
             text += f", {part}" if layout.rotary_dim else ", no RoPE"
         text += ", gated" if layout.gated else ""
+        text += ", sink logits" if layout.sink_logits else ""
         text += ", bias" if layout.qkv_bias or layout.output_bias else ""
         text += f", window of {layout.sliding_window} tokens" if layout.sliding_window else ""
         return f"{self.layers} x {text}"

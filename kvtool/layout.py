@@ -3,7 +3,7 @@
 Two layouts are recognised, by structure:
 
 * **GQA** (`FAMILIES`): `q_proj k_proj v_proj o_proj`, or the first three as one `qkv_proj`,
-  optional biases, optional `q_norm k_norm`, per head or over all heads.
+  optional biases, optional `q_norm k_norm`, per head or over all heads, optional `sinks`.
   Its stages are those of `kvtool.attention`.
 * **MLA** (`deepseek_v3`): `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, and `q_proj` or
   `q_a_proj q_a_layernorm q_b_proj`. Its stages are those of `kvtool.latent`.
@@ -37,7 +37,7 @@ FAMILIES = (
     *PLAIN,
     *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
     *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma4_text"),
-    *("gemma4_unified_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
+    *("gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe"),
     *("granitemoehybrid", "granitemoeshared", "helium", "hy_v3", "hyperclovax", "internlm3"),
     *("iquestcoder", "jais2", "kolibri1", "laguna", "mellum", "minimax_m2", "ministral"),
     *("ministral3", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe"),
@@ -66,9 +66,6 @@ GATES = {"afmoe": "gate_proj", "laguna": "g_proj"}
 _OTHERS = {
     **dict.fromkeys(("gemma2", "vaultgemma"), "its attention caps scores"),
     **dict.fromkeys(
-        ("gpt_oss", "granite_swa", "granitemoe_swa"), "its heads have sinks that are no tokens"
-    ),
-    **dict.fromkeys(
         ("hunyuan_v1_dense", "hunyuan_v1_moe"), "it norms queries and keys behind RoPE"
     ),
 }
@@ -87,6 +84,8 @@ class AttentionLayout:
         scaling: Factor on the scores before the softmax.
         qk_norm: Queries and keys are normed in front of RoPE, `norm_over_heads` all heads together.
         gated: What heads give is multiplied by a gate, per channel or head, in front of `o_proj`.
+        sink_logits: Each query head has a learned logit that joins its softmax and has no value
+            (`kernels/sink_logits`).
         rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
         turned_scale: What RoPE multiplies those by, where they are a part of a head.
         sliding_window: Window in tokens, `None` if the layer sees everything.
@@ -106,6 +105,7 @@ class AttentionLayout:
     qk_norm: bool = False
     norm_over_heads: bool = False
     gated: bool = False
+    sink_logits: bool = False
     rotary_dim: int = 0
     turned_scale: float = 1.0
     sliding_window: int | None = None
@@ -148,7 +148,7 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         needed = {"o_proj"} | ({"qkv_proj"} & present or {"q_proj", "k_proj", "v_proj"})
         if getattr(module, "use_alternative_attention", False):  # keys are the values, too
             needed -= {"v_proj"}
-        optional = {"q_norm", "k_norm", "v_norm"}
+        optional = {"q_norm", "k_norm", "v_norm", "sinks"}
         family = getattr(getattr(module, "config", None), "model_type", "")
         needed |= {GATES[family]} if family in GATES else set()
     kind = type(module).__name__
@@ -200,6 +200,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         qk_norm=hasattr(module, "k_norm"),
         norm_over_heads=over_heads,
         gated=queries == 2 * heads * head_dim or config.model_type in GATES,
+        sink_logits=getattr(module, "sinks", None) is not None,
         rotary_dim=rotary_dim,
         turned_scale=scale,
         sliding_window=_sliding_window(module),

@@ -92,6 +92,15 @@ GEMMA4 = {
 }  # fmt: skip
 
 
+SINKS = {
+    "attention_bias": True,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0,
+        "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
 def long_rope(original: int, part: float) -> dict[str, Any]:
     """Of heads of size 16 in a context of 512, with another scale."""
     pairs = int(8 * part)
@@ -177,6 +186,7 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "glm": ("glm", {"attention_bias": True, **PARTIAL}),
     "glm4": ("glm4", PARTIAL),
     "glm4_moe": ("glm4_moe", {**EXPERTS, **PARTIAL, "use_qk_norm": True}),
+    "gpt_oss": ("gpt_oss", {**EXPERTS, **MIXED, **SINKS}),
     "granite": ("granite", MUP),
     "granitemoe": ("granitemoe", {**MUP, **EXPERTS}),
     "granitemoeshared": ("granitemoeshared", {**MUP, **EXPERTS}),

@@ -99,6 +99,7 @@ SINKS = {
         "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 64,
     },
 }  # fmt: skip
+GPT_OSS = ("gpt_oss", {**EXPERTS, **MIXED, **SINKS})
 
 
 def long_rope(original: int, part: float) -> dict[str, Any]:
@@ -186,7 +187,7 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "glm": ("glm", {"attention_bias": True, **PARTIAL}),
     "glm4": ("glm4", PARTIAL),
     "glm4_moe": ("glm4_moe", {**EXPERTS, **PARTIAL, "use_qk_norm": True}),
-    "gpt_oss": ("gpt_oss", {**EXPERTS, **MIXED, **SINKS}),
+    "gpt_oss": GPT_OSS,
     "granite": ("granite", MUP),
     "granitemoe": ("granitemoe", {**MUP, **EXPERTS}),
     "granitemoeshared": ("granitemoeshared", {**MUP, **EXPERTS}),

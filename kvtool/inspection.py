@@ -306,6 +306,8 @@ def _with_true_ranks(
 def _rope(config: Any) -> dict[str, Any]:
     """Type, theta and the scalars of the scaling; lists of factors are told by their length."""
     parameters = getattr(config, "rope_parameters", None) or {}
+    if bases := getattr(config, "layer_rope_theta", None):  # Granite SWA
+        parameters = {**parameters, "rope_theta": list(bases)}
     return {
         key: f"{len(value)} values" if isinstance(value, list) else value
         for key, value in parameters.items()

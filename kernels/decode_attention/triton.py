@@ -336,10 +336,12 @@ class Cut:
         # A program takes all channels of a query head, or few where there are few heads.
         few = self.lse.numel() < 2 * processors(self.out.device)
         columns = 64 if few else min(512, triton.next_power_of_2(width))
+        by_row = None
+        if sink_logits is not None:
+            by_row = sink_logits.stride(0) if sink_logits.dim() == 2 else 0
         _merge[(self.rows * self.heads, self.group, triton.cdiv(width, columns))](
             self.parts, self.part_lse, self.lengths, sink_logits, self.out, self.lse,
-            0 if sink_logits is None or sink_logits.dim() == 1 else sink_logits.stride(0),
-            *self.out.stride()[:2], *self.strides,
+            by_row, *self.out.stride()[:2], *self.strides,
             self.rows, self.heads, self.group, self.first // self.config.block_n, self.items,
             WIDTH=width, COLUMNS=columns, BLOCK=4096 // columns, num_warps=4, **self.constants,
             **({"launch_pdl": True} if self.overlap else {}),

@@ -54,14 +54,9 @@ def streaming_attention(
         key_at = torch.cat((positions[:sinks], positions[seen]))
         query_at = torch.arange(start + first, start + last, device=q.device)[:, None]
         mask = (key_at <= query_at) & ((key_at < sink) | (query_at - key_at < window))
-        parts.append(
-            attention(
-                q[:, :, first:last],
-                torch.cat((k[:, :, :sinks], k[:, :, seen]), dim=2),
-                torch.cat((v[:, :, :sinks], v[:, :, seen]), dim=2),
-                mask,
-                scaling,
-                sink_logits,
-            )
-        )
+        keys, values = k[:, :, seen], v[:, :, seen]
+        if sinks:
+            keys = torch.cat((k[:, :, :sinks], keys), dim=2)
+            values = torch.cat((v[:, :, :sinks], values), dim=2)
+        parts.append(attention(q[:, :, first:last], keys, values, mask, scaling, sink_logits))
     return torch.cat(parts, dim=2)

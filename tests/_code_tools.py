@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _family_cases import GPT_OSS
 from torch import Tensor
 
 from kvtool.checkpoint import Checkpoint
@@ -29,7 +28,6 @@ WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("cohere2", _MIXED),  # layers that see everything do not turn
     "exaone4": ("exaone4", _MIXED),
     "cwm": ("cwm", _MIXED),
-    "gpt_oss": ("gpt_oss", GPT_OSS[1] | _MIXED),
 }
 """Models whose layers 1, 3, 4 and 5 see the whole past, and the others :data:`SPAN` tokens."""
 

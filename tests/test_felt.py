@@ -9,6 +9,7 @@ import pytest
 import torch
 from _code_tools import WINDOWED
 from _convert_tools import YARN, one_thread, random_ids
+from _family_cases import GPT_OSS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,12 +26,13 @@ from kvtool.rope import rotate
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
+LAYERS = {name: WINDOWED["gemma3_text"][1][name] for name in ("num_hidden_layers", "layer_types")}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
     "yarn": ("llama", {"rope_parameters": YARN}),
     "windows": WINDOWED["gemma3_text"],
-    "sink logits": WINDOWED["gpt_oss"],
+    "sink logits": ("gpt_oss", GPT_OSS[1] | LAYERS),
 }
 
 

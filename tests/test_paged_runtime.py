@@ -36,8 +36,7 @@ KINDS = [
     "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
     "qwen3_5_text", "qwen3_5_text, budgets", "qwen3_5_text, packed", "gemma4_text, keys are values",
     "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
-    "smollm3", "glm4", "ministral3", "gpt_oss", "gpt_oss, budgets", "gpt_oss, codes",
-    "gpt_oss, packed",
+    "smollm3", "glm4", "ministral3", "gpt_oss, budgets", "gpt_oss, codes", "gpt_oss, packed",
 ]  # fmt: skip
 
 
@@ -96,9 +95,8 @@ def engines(tiny, tmp_path_factory):
             elif kind == "gpt_oss, packed":
                 checkpoint = Checkpoint.open(str(tiny("gpt_oss", **CASES["gpt_oss"][1])))
                 window, heads = whole_layers(checkpoint)[:2]
-                bits = Bits(4, 2, 64, window=5), Bits(8, 8, 64, hadamard="values", window=6)
-                some = LayerPlan((False, True), 3, 9, bits=bits[0]), replace(heads, bits=bits[1])
-                plan = Plan(base_of(checkpoint), (window, some[0], window, some[1]))
+                some = LayerPlan((False, True), 3, 9, bits=Bits(4, 2, 64, window=5))
+                plan = Plan(base_of(checkpoint), (window, some, window, heads))
             elif kind.endswith(("_text, budgets", "gpt_oss, budgets")):
                 name = kind.removesuffix(", budgets")
                 checkpoint = Checkpoint.open(str(tiny(name, **CASES[name][1])))
@@ -120,7 +118,8 @@ def engines(tiny, tmp_path_factory):
                     prefill="sparse" if kind.endswith("sparse") else "dense",
                 )
             elif kind.endswith(", codes"):
-                family, more = WINDOWED[kind.removesuffix(", codes")]
+                name = kind.removesuffix(", codes")
+                family, more = WINDOWED[name] if name in WINDOWED else CASES[name]
                 checkpoint = Checkpoint.open(str(tiny(family, **more)))
                 plan = coded(checkpoint, share=0.5)
             elif kind.startswith("codes"):

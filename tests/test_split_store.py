@@ -394,7 +394,11 @@ PROMPT = 70
 def test_budgets_are_a_mask_over_the_prompt_chosen_at_its_end(loaded, family, policy):
     engine, masked = loaded(family, streaming=NONE, budgets=RAGGED, policy=policy)
     ids = tokens(PROMPT + PAGE + 6)  # the tail grows on the way
-    same(prefill_and_decode(engine, ids, PROMPT), masked(ids, PROMPT))
+    expected = masked(ids, PROMPT)
+    same(prefill_and_decode(engine, ids, PROMPT), expected)
+    cache = engine.new_cache(1, 1)
+    engine.extend(cache, ids[:PROMPT])
+    same(engine.extend(cache, ids[PROMPT:], all_logits=True), expected[PROMPT:])
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "expected"])

@@ -49,6 +49,21 @@ def test_pieces_of_a_text_do_not_matter(tiny, name, pieces):
     torch.testing.assert_close(found, expected, atol=2e-4 * float(expected.std()), rtol=0)
 
 
+@pytest.mark.parametrize("planned", [False, True])
+def test_rows_of_several_caches_are_decoded_together(tiny, planned):
+    checkpoint, rows = open_case(tiny, "gpt_oss"), [tokens(40), tokens(9)]
+    engine = Engine.load(checkpoint, plan=streaming(checkpoint, 2, 5) if planned else None)
+    caches = [engine.new_cache(1, 64) for _ in rows]
+    for cache, ids in zip(caches, rows, strict=True):
+        engine.extend(cache, ids)
+    for step in range(3):
+        found = engine.decode_rows(caches, [5 + step, 6 + step])
+        for i, ids in enumerate(rows):
+            rows[i] = torch.cat((ids, torch.tensor([5 + i + step])))
+            expected = logits(engine, rows[i], len(ids) - step)[-1]
+            torch.testing.assert_close(found[i], expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["starcoder2, window", "gemma3_text"])
 def test_a_window_takes_the_bytes_of_its_tokens(tiny, name):
     engine = Engine.load(open_case(tiny, name))

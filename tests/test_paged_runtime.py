@@ -101,7 +101,8 @@ def engines(tiny, tmp_path_factory):
                 name = kind.removesuffix(", budgets")
                 checkpoint = Checkpoint.open(str(tiny(name, **CASES[name][1])))
                 layers = whole_layers(checkpoint)
-                some = [replace(layers[1], budget=(7, 70)), LayerPlan((True, False), 3, 9)]
+                first = (None, 70) if name == "gpt_oss" else (7, 70)
+                some = [replace(layers[1], budget=first), LayerPlan((True, False), 3, 9)]
                 plan = Plan(
                     base_of(checkpoint),
                     (layers[0], some[0], layers[2], replace(some[1], budget=(None, 30))),
@@ -165,7 +166,8 @@ def test_rows_decode_as_in_contiguous_memory(engines, monkeypatch, kind):
         cache = engine.new_cache(2, 136)
         logits = [torch.stack([engine.extend(cache, ids, row) for row, ids in enumerate(prompts)])]
         logits += [engine.decode(cache, tokens(2, seed=step)) for step in range(2)]
-        found.append(torch.stack(logits))
+        later = [engine.extend(cache, tokens(3), row) for row in range(2)]
+        found.append(torch.stack([*logits, torch.stack(later)]))
     torch.testing.assert_close(found[1], found[0], atol=2e-3, rtol=1e-3)
 
 

@@ -185,7 +185,8 @@ class TailModel:
 
     def sink_logits(self, index: int, heads: slice = slice(None)) -> Tensor | None:
         """Of some query heads, `[Q]`, see `kernels/sink_logits`; None of a layer without them."""
-        logits = self.layers[index].attention.sink_logits
+        layer = self.layers[index]
+        logits = layer.attention.sink_logits if layer.mixer is None else None
         return None if logits is None else logits[heads]
 
     def streamed(self, index: int, window: Window, heads: slice = slice(None)) -> Attend:

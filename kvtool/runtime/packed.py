@@ -444,7 +444,8 @@ class PackedAttention(SplitAttention):
         layout, like = self.stages.layout, self.stages.qkv.weight
         return PackedHeads(
             rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.bits,
-            self.order, self.positions, self.prefill == "dense", self.balances, self.full_logits,
+            self.order, self.positions, self.prefill == "dense", self.balances,
+            self.full_sink_logits,
         )  # fmt: skip
 
     def new_paged_store(self, pages: Pages) -> PagedSplit | None:
@@ -453,7 +454,7 @@ class PackedAttention(SplitAttention):
             return None
         full = PagedPacked(
             pages, self.counts[0], layout.head_dim, like, layout.scaling, self.bits,
-            self.positions, dense_prompt=self.prefill == "dense", sink_logits=self.full_logits,
+            self.positions, dense_prompt=self.prefill == "dense", sink_logits=self.full_sink_logits,
         )  # fmt: skip
         return PagedSplit(full, self.new_paged_rings(pages))
 

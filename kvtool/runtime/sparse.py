@@ -95,7 +95,7 @@ class SparseAttention(SplitAttention):
         layout, like = self.stages.layout, self.stages.qkv.weight
         return SparseHeads(
             rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.reading,
-            self.order, layout.heads // layout.kv_heads, self.full_logits,
+            self.order, layout.heads // layout.kv_heads, self.full_sink_logits,
         )  # fmt: skip
 
     def new_paged_store(self, pages: Pages) -> None:

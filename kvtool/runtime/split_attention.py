@@ -42,17 +42,17 @@ class SplitAttention(GroupedAttention):
         self.budgets = [n for n in self.layer.budgets if n is not None]
 
     @property
-    def full_logits(self) -> Tensor | None:
+    def full_sink_logits(self) -> Tensor | None:
         """Logits beside the scores of the full heads; see `kernels/sink_logits`."""
         return self.stages.sink_logits_of(0, self.counts[0])
 
     @property
-    def budgeted_logits(self) -> Tensor | None:
+    def budgeted_sink_logits(self) -> Tensor | None:
         """Those of the budgeted heads."""
         return self.stages.sink_logits_of(self.counts[0], len(self.budgets))
 
     @property
-    def streaming_logits(self) -> Tensor | None:
+    def streaming_sink_logits(self) -> Tensor | None:
         """Those of the streaming heads."""
         return self.stages.sink_logits_of(self.counts[0] + len(self.budgets), self.counts[1])
 
@@ -63,11 +63,17 @@ class SplitAttention(GroupedAttention):
         if streaming:
             ring = StreamingHeads(
                 rows, streaming, layer.sink, layer.window, size, like, scaling,
-                dense_prompt=self.prefill == "dense", sink_logits=self.streaming_logits,
+                dense_prompt=self.prefill == "dense", sink_logits=self.streaming_sink_logits,
             )  # fmt: skip
         if self.budgets:
             tails = BudgetedHeads(
-                rows, self.budgets, size, like, scaling, self._new_selector, self.budgeted_logits
+                rows,
+                self.budgets,
+                size,
+                like,
+                scaling,
+                self._new_selector,
+                self.budgeted_sink_logits,
             )
         return SplitStore(self.new_full_heads(rows, capacity), ring, tails)
 
@@ -75,7 +81,13 @@ class SplitAttention(GroupedAttention):
         """Empty planes of those heads that keep every token."""
         layout, like = self.stages.layout, self.stages.qkv.weight
         return FullHeads(
-            rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.full_logits
+            rows,
+            self.counts[0],
+            capacity,
+            layout.head_dim,
+            like,
+            layout.scaling,
+            self.full_sink_logits,
         )
 
     @property
@@ -90,7 +102,7 @@ class SplitAttention(GroupedAttention):
             return self._by_head(pages, rings)
         if self.budgets:
             return None
-        heads, size, logits = self.counts[0], layout.head_dim, self.full_logits
+        heads, size, logits = self.counts[0], layout.head_dim, self.full_sink_logits
         full = PagedHeads(pages, heads, size, like, layout.scaling, logits)
         return PagedSplit(full, rings)
 
@@ -98,12 +110,12 @@ class SplitAttention(GroupedAttention):
         layout, like = self.stages.layout, self.stages.qkv.weight
         lists = range(len(pages.owned[0]))[pages.layers[self.layer_index]]
         own, others = lists[: self.counts[0]], lists[self.counts[0] :]
-        full = FullHeadsInPages(pages, own, layout.scaling, self.full_logits)
+        full = FullHeadsInPages(pages, own, layout.scaling, self.full_sink_logits)
         budgeted = None
         if others:
             budgeted = BudgetedHeadsInPages(
                 pages, others, self.budgets, like, layout.scaling, self._new_selector,
-                self.budgeted_logits,
+                self.budgeted_sink_logits,
             )  # fmt: skip
         logits = self.stages.sink_logits_of(0, len(lists))
         return PagedByHead(pages, self.layer_index, full, budgeted, rings, logits)
@@ -116,7 +128,7 @@ class SplitAttention(GroupedAttention):
         rings = PagedRings(
             pages.rows, self.counts[1], layer.sink, layer.window, layout.head_dim, like,
             layout.scaling, dense_prompt=self.prefill == "dense",
-            sink_logits=self.streaming_logits,
+            sink_logits=self.streaming_sink_logits,
         )  # fmt: skip
         rings.pages = pages
         return rings
@@ -124,4 +136,4 @@ class SplitAttention(GroupedAttention):
     def _new_selector(self) -> Selector:
         assert self.policy is not None
         rope = Rope(self.inv_freq, self.scale)
-        return selector(self.policy, self.stages.layout.scaling, rope, self.budgeted_logits)
+        return selector(self.policy, self.stages.layout.scaling, rope, self.budgeted_sink_logits)

@@ -145,8 +145,8 @@ def prefix(curves: Tensor, grid: Tensor, total: int, low: Bound, high: Bound) ->
     from a layer.
 
     Args:
-        curves: `[L, K]`, cumulative attention mass of a layer's tokens, best first: from 0 to 1,
-            never falling.
+        curves: `[L, K]`, cumulative attention mass of a layer's tokens, best first: to 1 from 0, or
+            from what no token holds; never falling.
     """
     lows, highs = _curve_bounds(curves, grid, total, low, high)
 

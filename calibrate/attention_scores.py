@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Attend, Reading, TailModel
+from kvtool.kernels.sink_logits import softmax
 from kvtool.layout import with_heads
 
 
@@ -81,7 +82,8 @@ def look(model: TailModel, reading: Reading) -> tuple[dict[int, Tensor], Tensor]
             scaling: float = layout.scaling,
         ) -> Tensor:
             if model.layouts[index].sees_all:
-                rows[index] = answer_attention(q, k, reading, scaling)
+                logits = model.sink_logits(index)
+                rows[index] = answer_attention(q, k, reading, scaling, logits)
             return dense(q, k, v, start)
 
         hidden = model.layer(index, hidden, reading, attend)
@@ -89,15 +91,18 @@ def look(model: TailModel, reading: Reading) -> tuple[dict[int, Tensor], Tensor]
     return rows, predicted == reading.ids[reading.answers]
 
 
-def answer_attention(q: Tensor, k: Tensor, reading: Reading, scaling: float) -> Tensor:
+def answer_attention(
+    q: Tensor, k: Tensor, reading: Reading, scaling: float, sink_logits: Tensor | None = None
+) -> Tensor:
     """Attention rows of the queries that predict the answers, `[Q, A, S]` fp32.
 
     Args:
         q: `[1, Q, M, D]` of the tail, k: `[1, H, S, D]`, both rotated.
+        sink_logits: `[Q]`, see `kernels/sink_logits`.
     """
     heads, columns = k.shape[1], k.shape[2]
     rows = reading.answers - 1
     queries = q[0, :, rows].unflatten(0, (heads, -1))  # [H, Q/H, A, D]
     scores = torch.matmul(queries.float() * scaling, k[0, :, None].float().transpose(-1, -2))
     future = torch.arange(columns, device=q.device) > (reading.start + rows)[:, None]
-    return torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1).flatten(0, 1)
+    return softmax(scores.masked_fill(future, -torch.inf), sink_logits).flatten(0, 1)

@@ -149,7 +149,9 @@ def share_out(
     # Layers are the units: all heads of one keep the same number, up to the last odd tokens.
     per_head = total // shape[1]
     if options.method == "prefixkv":
-        layer = allocate.prefix(curves.mean(1), grid, per_head, low, high)
+        whole = curves.mean(1)
+        held = (1 - whole[:, -1:]).round(decimals=4)  # by sink logits, which nothing drops
+        layer = allocate.prefix(whole + held, grid, per_head, low, high)
     else:
         errors = torch.tensor([x.eviction_error for x in layers], dtype=torch.float64)
         layer = allocate.compress(errors, per_head, low, high)

@@ -31,6 +31,7 @@ _RENAMED = [
         (r"mlp\.expert_bias", "mlp.e_score_correction_bias"),
         (r"mlp\.shared_mlp\.", "mlp.shared_experts."),
         (r"moe\.router\.expert_bias", "mlp.gate.e_score_correction_bias"),  # Kolibri
+        (r"self_attn\.softmax_offset", "self_attn.sinks"),  # Flint
         (r"post_attn_norm", "post_self_attn_layernorm"),
         (r"post_ffn_norm", "post_mlp_layernorm"),
     )

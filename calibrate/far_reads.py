@@ -18,6 +18,7 @@ from kvtool.delta_net import DeltaNet
 from kvtool.errors import CalibrationError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
 from kvtool.factors import embedding_factor, finish_of
+from kvtool.kernels.sink_logits import softmax
 from kvtool.latent import LatentAttention
 from kvtool.layout import decoder_layers, mixer_of, put_in, ropes_of
 from kvtool.mamba import Mixer, Past
@@ -55,13 +56,16 @@ class FarRead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, far_values: Tensor,
-        scaling: float, sink: int, window: int,
+        scaling: float, sink: int, window: int, sink_logits: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """`q [1, Q, M, D]`, `k`, `v` `[1, H, S, D]`; the queries are those of the last tokens."""
+        """`q [1, Q, M, D]`, `k`, `v` `[1, H, S, D]`; the queries are those of the last tokens.
+
+        What the logits hold of the attention reads no value: weights are all that a gradient needs.
+        """
         grouped = q.unflatten(1, (k.shape[1], -1))
         distance = _distance(q, k)
         scores = (grouped @ k[:, :, None].mT).mul_(scaling)
-        weights = scores.masked_fill_(distance < 0, -torch.inf).softmax(dim=-1)
+        weights = softmax(scores.masked_fill_(distance < 0, -torch.inf), sink_logits, first=1)
         ctx.save_for_backward(grouped, k, v, weights)
         ctx.options = (scaling, sink, window)
         context: Tensor = (weights @ v[:, :, None]).flatten(1, 2)
@@ -86,7 +90,7 @@ class FarRead(torch.autograd.Function):
             into[:, :, late:] = ((x * near)[..., late:].mT @ y).sum(dim=2)
         queries = (changes @ k[:, :, None]).flatten(1, 2)
         far = (keys - near_keys, values - near_values)
-        return queries, near_keys, near_values, *far, None, None, None
+        return queries, near_keys, near_values, *far, None, None, None, None
 
 
 def _distance(q: Tensor, k: Tensor) -> Tensor:
@@ -141,7 +145,7 @@ class _Heads(_Reader):
         self.stages = stages
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        stages, scaling = self.stages, self.stages.layout.scaling
+        stages, scaling, logits = self.stages, self.stages.layout.scaling, self.stages.sink_logits
         q, k, v = stages.project(hidden_states)
         q, k = stages.normalise(q, k)
         q, k = stages.rotate(stages.temper(q, self.now.positions), k, *self.tables())
@@ -149,10 +153,10 @@ class _Heads(_Reader):
             return stages.output(self._windowed(q, k, v, window), hidden_states), None
         keys, values = self.take(k, v)
         if self.now.ring is None:
-            whole = causal_attention(q, keys, values, scaling)
+            whole = causal_attention(q, keys, values, scaling, sink_logits=logits)
             return stages.output(whole, hidden_states), None
         read: Tensor = FarRead.apply(  # type: ignore[no-untyped-call]
-            q, keys, values, *self.far, scaling, *self.now.ring
+            q, keys, values, *self.far, scaling, *self.now.ring, logits
         )
         return stages.output(read, hidden_states), None
 
@@ -161,7 +165,8 @@ class _Heads(_Reader):
         past = self.seen or (k[:, :, :0], v[:, :, :0])
         keys, values = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
         self.seen = keys[:, :, -window:].detach(), values[:, :, -window:].detach()
-        return causal_attention(q, keys, values, self.stages.layout.scaling, window)
+        scaling, logits = self.stages.layout.scaling, self.stages.sink_logits
+        return causal_attention(q, keys, values, scaling, window, logits)
 
 
 class _Latent(_Reader):

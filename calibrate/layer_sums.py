@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
+from kvtool.kernels.sink_logits import softmax
 from kvtool.layout import AttentionLayout
 
 ROWS = 32
@@ -134,7 +135,8 @@ class LayerSums:
     def add(self, layer: StreamedLayer, seen: Seen) -> None:
         """Adds what a batch of windows showed."""
         self.windows += len(seen.q)
-        received = received_mass(seen.q_rotated, seen.k_rotated, self.layout, self.sinks)
+        rotated, logits = (seen.q_rotated, seen.k_rotated), layer.attention.sink_logits
+        received = received_mass(*rotated, self.layout, self.sinks, logits)
         for kind, x in _kinds(seen).items():
             x = x.to(torch.float64, memory_format=torch.contiguous_format)
             if kind == "joint":
@@ -145,10 +147,10 @@ class LayerSums:
             self.bulk[kind].add(bulk.flatten(1, 2))
             if kind == "rotated_queries":
                 self._add("query_entropy", matrix_entropy(bulk).sum(dim=1))
-        mass = sampled_attention(seen.q_rotated, seen.k_rotated, self.layout)
+        mass = sampled_attention(*rotated, self.layout, logits)
         self._add("distance_mass", distance_mass(mass, self.sinks).sum(dim=0))
         self._add("budget_mass", budget_mass(mass)[..., self.budgets].sum(dim=0))
-        few = evicted(mass) @ seen.v[:, :, None]  # [B, H, g, R, D]
+        few = evicted(mass, joined=logits is not None) @ seen.v[:, :, None]  # [B, H, g, R, D]
         few = few.flatten(1, 2)
         output = layer.attention.output(few, seen.hidden[:, -few.shape[2] :])
         full = seen.output[:, -output.shape[1] :]
@@ -183,40 +185,54 @@ def _kinds(seen: Seen) -> dict[str, Tensor]:
     }
 
 
-def sampled_attention(q: Tensor, k: Tensor, layout: AttentionLayout) -> Tensor:
+def sampled_attention(
+    q: Tensor, k: Tensor, layout: AttentionLayout, sink_logits: Tensor | None = None
+) -> Tensor:
     """Attention of the last R = min(32, T) queries, from rotated `q`, `k` `[B, Q or H, T, D]`.
 
+    Args:
+        sink_logits: `[Q]`, see `kernels/sink_logits`.
+
     Returns:
-        `[B, H, g, R, T]`, fp32, rows sum to 1.
+        `[B, H, g, R, T]`, fp32, rows sum to 1, or to less by what the logits hold.
     """
     length = q.shape[2]
-    return _attention(q[:, :, -ROWS:], k, layout, _distance(min(ROWS, length), length))
+    distance = _distance(min(ROWS, length), length)
+    return _attention(q[:, :, -ROWS:], k, layout, distance, sink_logits)
 
 
-def _attention(q: Tensor, k: Tensor, layout: AttentionLayout, distance: Tensor) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, layout: AttentionLayout, distance: Tensor, sink_logits: Tensor | None
+) -> Tensor:
     """Attention `[B, H, g, R, T]` of queries `[B, Q, R, D]`, `distance [R, T]` before the keys."""
     grouped = q.unflatten(1, (layout.kv_heads, -1))
     scores = grouped @ k[:, :, None].mT * layout.scaling
     hidden = distance < 0
     if layout.sliding_window is not None:
         hidden |= distance >= layout.sliding_window
-    mass: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-    return mass
+    return softmax(scores.masked_fill(hidden, -torch.inf), sink_logits, first=1)
 
 
-def received_mass(q: Tensor, k: Tensor, layout: AttentionLayout, sinks: int) -> Tensor:
+def received_mass(
+    q: Tensor,
+    k: Tensor,
+    layout: AttentionLayout,
+    sinks: int,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
     """`[B, T]` float64: attention that each key gets, mean over heads and every fourth query.
 
     Args:
         q, k: Rotated, `[B, Q or H, T, D]`.
         sinks: First positions whose queries are left out.
+        sink_logits: `[Q]`, see `kernels/sink_logits`.
     """
     length = q.shape[2]
     distance = _distance(length, length)
     received = torch.zeros(len(q), length, dtype=torch.float64)
     looked_at = torch.arange(sinks, length, EVERY)
     for rows in looked_at.split(_ROWS):  # T x T of every head is too much at once
-        mass = _attention(q[:, :, rows], k, layout, distance[rows])
+        mass = _attention(q[:, :, rows], k, layout, distance[rows], sink_logits)
         received += mass.sum(dim=(1, 2, 3)).double()
     return received / (q.shape[1] * len(looked_at))
 
@@ -244,16 +260,23 @@ def budget_mass(mass: Tensor) -> Tensor:
     return per_key.sort(dim=-1, descending=True).values.cumsum(dim=-1)
 
 
-def evicted(mass: Tensor) -> Tensor:
-    """`mass [B, H, g, R, T]` on the layer's most attended keys and each query's latest ones."""
+def evicted(mass: Tensor, *, joined: bool = False) -> Tensor:
+    """`mass [B, H, g, R, T]` on the layer's most attended keys and each query's latest ones.
+
+    Args:
+        joined: What a row lacks of 1 is held by a logit that no key is evicted with.
+    """
     rows, length = mass.shape[-2:]
     per_key = mass.mean(dim=(1, 2, 3))  # [B, T]
     top = per_key.topk(min(EVICTION_TOP, length)).indices
     chosen = torch.zeros_like(per_key, dtype=torch.bool).scatter(1, top, True)
     latest = _distance(rows, length) < EVICTION_LAST
     few = mass * (chosen[:, None, None, None] | latest)
+    left = few.sum(dim=-1, keepdim=True)
+    if joined:
+        left += (1 - mass.sum(dim=-1, keepdim=True)).clamp(min=0)
     # A query may look elsewhere with all that fp32 holds of its attention: it then reads nothing.
-    return few / few.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(few.dtype).tiny)
+    return few / left.clamp(min=torch.finfo(few.dtype).tiny)
 
 
 def matrix_entropy(queries: Tensor) -> Tensor:

@@ -115,7 +115,8 @@ class MatryoshkaStudent(CodeStudent):
             self.basis(place, part)(x, kept[..., part, :, :])
             for part, x in enumerate((past.keys[layer], past.values[layer]))
         )
-        return beside(self.model.layouts[layer].scaling, keys, values, *self.ring)
+        scaling, logits = self.model.layouts[layer].scaling, self.model.sink_logits(layer)
+        return beside(scaling, keys, values, *self.ring, logits)
 
     @torch.no_grad()
     def fitted(self) -> list[dict[Part, Fitted]]:

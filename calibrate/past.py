@@ -17,6 +17,7 @@ from torch import Tensor
 from kvtool.calibrate.tail import Attend, Behind, TailModel, divergence
 from kvtool.codes import CodePlan, Part, Projection, layers_of
 from kvtool.kernels.quantise import fake_quantise
+from kvtool.kernels.sink_logits import softmax
 from kvtool.rope import rotate
 
 Codes = Sequence[tuple[CodePlan, dict[Part, Projection]]]
@@ -140,11 +141,25 @@ def _coded(
         turns = (tables(model, i, reading, length) for i in layers)
         keys = [rotate(k, cos, sin) for k, (cos, sin) in zip(keys, turns, strict=True)]
     pairs = zip(layers, keys, values, strict=True)
-    return [beside(model.layouts[i].scaling, k, v, code.sink, code.window) for i, k, v in pairs]
+    return [
+        beside(model.layouts[i].scaling, k, v, code.sink, code.window, model.sink_logits(i))
+        for i, k, v in pairs
+    ]
 
 
-def beside(scaling: float, far_keys: Tensor, far_values: Tensor, sink: int, window: int) -> Attend:
-    """Attention to exact sinks and window, and to `[1, H, S, D]` in the place of all others."""
+def beside(
+    scaling: float,
+    far_keys: Tensor,
+    far_values: Tensor,
+    sink: int,
+    window: int,
+    sink_logits: Tensor | None = None,
+) -> Attend:
+    """Attention to exact sinks and window, and to `[1, H, S, D]` in the place of all others.
+
+    Args:
+        sink_logits: `[Q]`, see `kernels/sink_logits`.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         at = torch.arange(k.shape[2], device=k.device)
@@ -153,7 +168,7 @@ def beside(scaling: float, far_keys: Tensor, far_values: Tensor, sink: int, wind
         grouped = q.unflatten(1, (k.shape[1], -1))  # [1, H, g, M, D]
         exact, stored = (grouped @ x[:, :, None].mT for x in (k, far_keys))
         scores = torch.where(near, exact, stored) * scaling
-        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(dim=-1)
+        weights = softmax(scores.masked_fill(distance < 0, -torch.inf), sink_logits, first=1)
         context = (weights * near) @ v[:, :, None] + (weights * ~near) @ far_values[:, :, None]
         return context.flatten(1, 2)
 

@@ -125,7 +125,8 @@ class LayerStatistics:
             itself, to 1, 2-3, 4-7, ... tokens back, and last to sinks, at whatever distance.
         budget_mass: `[H, budgets]` float64, share of the attention of head h's group that the n
             most attended keys of a window hold, for n in `Statistics.budgets`. One choice of keys
-            serves all queries looked at (AdaKV, arXiv 2407.11550; PrefixKV, arXiv 2412.03409).
+            serves all queries looked at (AdaKV, arXiv 2407.11550; PrefixKV, arXiv 2412.03409). Of
+            all keys this is 1, and so is the sum of `distance_mass`, but for what sink logits hold.
         eviction_error: Relative change of the attention module's output when only the 32 keys most
             attended in the layer and the last 8 are left (CompressKV, arXiv 2508.02401, whose code
             leaves 24 and 8).

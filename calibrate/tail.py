@@ -174,21 +174,28 @@ class TailModel:
         """Keys, or values, of no token in all layers."""
         return [self.table.new_empty(1, 1, 0, 1)] * len(self.layers)
 
-    def dense(self, index: int) -> Attend:
-        """The layer's own attention."""
-        layout = self.layouts[index]
+    def dense(self, index: int, heads: slice = slice(None)) -> Attend:
+        """The layer's own attention, of some query heads."""
+        layout, logits = self.layouts[index], self.sink_logits(index, heads)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-            return causal_attention(q, k, v, layout.scaling, layout.sliding_window)
+            return causal_attention(q, k, v, layout.scaling, layout.sliding_window, logits)
 
         return attend
 
-    def streamed(self, index: int, window: Window) -> Attend:
-        """All heads of the layer see sinks and a window only."""
-        scaling = self.layouts[index].scaling
+    def sink_logits(self, index: int, heads: slice = slice(None)) -> Tensor | None:
+        """Of some query heads, `[Q]`, see `kernels/sink_logits`; None of a layer without them."""
+        layer = self.layers[index]
+        logits = layer.attention.sink_logits if layer.mixer is None else None
+        return None if logits is None else logits[heads]
+
+    def streamed(self, index: int, window: Window, heads: slice = slice(None)) -> Attend:
+        """Some query heads of the layer see sinks and a window only."""
+        scaling, logits = self.layouts[index].scaling, self.sink_logits(index, heads)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-            return streaming_attention(q, k, v, window.sink, window.window, scaling, start)
+            ring = window.sink, window.window
+            return streaming_attention(q, k, v, *ring, scaling, start, sink_logits=logits)
 
         return attend
 
@@ -199,9 +206,9 @@ class TailModel:
         def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
             parts = []
             for head, streams in enumerate(streaming.tolist()):
-                one = self.streamed(index, window) if streams else self.dense(index)
-                queries = q[:, head * group : (head + 1) * group]
-                parts.append(one(queries, k[:, head, None], v[:, head, None], start))
+                own = slice(head * group, (head + 1) * group)
+                one = self.streamed(index, window, own) if streams else self.dense(index, own)
+                parts.append(one(q[:, own], k[:, head, None], v[:, head, None], start))
             return torch.cat(parts, dim=1)
 
         return attend

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from kvtool.kernels.streaming_attention import streaming_attention
 from kvtool.layout import GATES, INTERLEAVED, recognise
 from kvtool.rope import Rope, channel_order, rotate
 
@@ -24,9 +25,14 @@ class GroupedQueryAttention(nn.Module):
     """The stages of a GQA attention module, sharing its weights.
 
     Q query heads, H KV heads, head size D; hidden states are `[B, T, hidden]`.
+
+    Attributes:
+        sink_logits: `[Q]`, one logit of each head that joins its softmax and has no value; None
+            where there are none.
     """
 
     turned: Tensor | None
+    sink_logits: Tensor | None
 
     def __init__(self, module: Any, name: str) -> None:
         super().__init__()
@@ -54,6 +60,7 @@ class GroupedQueryAttention(nn.Module):
         for part, own in zip(parts, rows, strict=True):
             part.weight = nn.Parameter(own, requires_grad=False)
         self.o_proj, self.v_norm = module.o_proj, getattr(module, "v_norm", None)
+        self.sink_logits = getattr(module, "sinks", None)
         self.q_norm, self.k_norm = (
             self._in_order_of(getattr(module, x, None)) for x in ("q_norm", "k_norm")
         )
@@ -118,6 +125,9 @@ class GroupedQueryAttention(nn.Module):
         if layout.qkv_bias:
             self.qkv.bias.copy_(self.qkv.bias[rows])
         self.o_proj.weight = nn.Parameter(self.o_proj.weight[:, q], requires_grad=False)
+        if self.sink_logits is not None:
+            logits = self.sink_logits[_block_rows(heads, group)]
+            self.sink_logits = nn.Parameter(logits, requires_grad=False)
         for kind, rows in [] if self.gate is None else list(self.gate.named_parameters()):
             own = _block_rows(heads, group) if len(rows) == layout.heads else q
             setattr(self.gate, kind, nn.Parameter(rows[own], requires_grad=False))
@@ -125,6 +135,13 @@ class GroupedQueryAttention(nn.Module):
             for norm, own in ((self.q_norm, q), (self.k_norm, kv)):
                 assert norm is not None
                 norm.weight = nn.Parameter(norm.weight[own], requires_grad=False)
+
+    def sink_logits_of(self, start: int, count: int) -> Tensor | None:
+        """Those of the query heads that read `count` KV heads from `start` on."""
+        if self.sink_logits is None:
+            return None
+        group = self.layout.heads // self.layout.kv_heads
+        return self.sink_logits[start * group : (start + count) * group]
 
     @torch.no_grad()
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -186,7 +203,8 @@ class GroupedQueryAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Exact causal attention over the tokens at hand, `[B, Q, T, Dv]`."""
-        return causal_attention(q, k, v, self.layout.scaling, self.layout.sliding_window)
+        scaling, window = self.layout.scaling, self.layout.sliding_window
+        return causal_attention(q, k, v, scaling, window, self.sink_logits)
 
     def output(self, context: Tensor, hidden: Tensor) -> Tensor:
         """Per-head results `[B, Q, T, Dv]` to hidden states `[B, T, hidden]`.
@@ -260,7 +278,12 @@ def _block_rows(blocks: Tensor, size: int) -> Tensor:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    window: int | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention where query `i` of T sees keys up to `S - T + i`.
 
@@ -268,11 +291,14 @@ def causal_attention(
         q: `[B, Q, T, D]`; k: `[B, H, S, D]`; v: `[B, H, S, Dv]`, S >= T, H divides Q.
         scaling: Factor on the scores.
         window: Sees only the last `window` keys, itself included.
+        sink_logits: `[Q]`, see :class:`GroupedQueryAttention`; Dv is D then.
 
     Returns:
         `[B, Q, T, Dv]`.
     """
     t, s, width = q.shape[2], k.shape[2], v.shape[-1]
+    if sink_logits is not None:  # a window that holds everything is none
+        return streaming_attention(q, k, v, 0, window or s, scaling, s - t, sink_logits=sink_logits)
     if width < q.shape[-1]:
         # The fused CPU kernel wants one head size; without it every score would be written out.
         v = F.pad(v, (0, q.shape[-1] - width))

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MUP = ("granite", "granitemoe", "granitemoeshared", "granitemoehybrid", "hyperclovax")
+_MUP = (
+    *("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared"),
+    *("granitemoehybrid", "hyperclovax"),
+)
 """Those that multiply embeddings and logits by what their config says; others' may say it, too."""
 
 _CAPPED = ("gemma3_text", "gemma4_text", "gemma4_unified_text")

@@ -66,6 +66,7 @@ class LayerRun:
             part = f"RoPE on {layout.rotary_dim} of {layout.head_dim} channels"
             text += f", {part}" if layout.rotary_dim else ", no RoPE"
         text += ", gated" if layout.gated else ""
+        text += ", sink logits" if layout.sink_logits else ""
         text += ", bias" if layout.qkv_bias or layout.output_bias else ""
         text += f", window of {layout.sliding_window} tokens" if layout.sliding_window else ""
         return f"{self.layers} x {text}"
@@ -311,6 +312,8 @@ def _with_true_ranks(
 def _rope(config: Any) -> dict[str, Any]:
     """Type, theta and the scalars of the scaling; lists of factors are told by their length."""
     parameters = getattr(config, "rope_parameters", None) or {}
+    if bases := getattr(config, "layer_rope_theta", None):  # Granite SWA
+        parameters = {**parameters, "rope_theta": list(bases)}
     return {
         key: f"{len(value)} values" if isinstance(value, list) else value
         for key, value in parameters.items()

@@ -3,7 +3,7 @@
 Two layouts are recognised, by structure:
 
 * **GQA** (`FAMILIES`): `q_proj k_proj v_proj o_proj`, or the first three as one `qkv_proj`,
-  optional biases, optional `q_norm k_norm`, per head or over all heads.
+  optional biases, optional `q_norm k_norm`, per head or over all heads, optional `sinks`.
   Its stages are those of `kvtool.attention`.
 * **MLA** (`LATENT`): `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, and `q_proj` or
   `q_a_proj q_a_layernorm q_b_proj`. Its stages are those of `kvtool.latent`.
@@ -16,6 +16,7 @@ Everything else is refused by name, with the reason.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,10 +37,11 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = (
     *PLAIN,
     *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5"),
-    *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma4_text"),
-    *("gemma4_unified_text", "glm", "glm4", "glm4_moe", "granite", "granitemoe"),
-    *("granitemoehybrid", "granitemoeshared", "helium", "hy_v3", "hyperclovax", "internlm3"),
-    *("iquestcoder", "jais2", "kolibri1", "laguna", "mellum", "minimax_m2", "ministral"),
+    *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma3_text"),
+    *("gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite"),
+    *("granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
+    *("helium", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "kolibri1", "laguna"),
+    *("mellum", "minimax_m2", "ministral"),
     *("ministral3", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "phimoe"),
     *("qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss"),
     *("smollm3", "solar_open", "stablelm", "starcoder2"),
@@ -56,6 +58,8 @@ _INTERLEAVES = {"deepseek_v2": True, "minicpm3": False}
 _WINDOW_IN_CONFIG = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2")
 """Those whose attention reads its sliding window from the config; the config of others may have
 one that nothing reads."""
+_ROPE_BY_LAYER = ("granite_swa", "granitemoe_swa")
+"""Those whose layers have a base of RoPE each, and 0 if they have no positions."""
 HYBRID = "granitemoehybrid"
 """The model type of attention in some layers and Mamba-2 in the others."""
 _MIXERS: dict[str, type[Mixer] | type[DeltaNet]] = {"mamba": Mixer, "linear_attn": DeltaNet}
@@ -69,9 +73,7 @@ GATES = {"afmoe": "gate_proj", "laguna": "g_proj"}
 """The projection to a gate on what heads give, of those that have one beside `q_proj`."""
 _OTHERS = {
     **dict.fromkeys(("gemma2", "vaultgemma"), "its attention caps scores"),
-    **dict.fromkeys(
-        ("gpt_oss", "granite_swa", "granitemoe_swa"), "its heads have sinks that are no tokens"
-    ),
+    "mimo_v2_flash": "its values are narrower than its keys",
     **dict.fromkeys(
         ("hunyuan_v1_dense", "hunyuan_v1_moe"), "it norms queries and keys behind RoPE"
     ),
@@ -91,6 +93,8 @@ class AttentionLayout:
         scaling: Factor on the scores before the softmax.
         qk_norm: Queries and keys are normed in front of RoPE, `norm_over_heads` all heads together.
         gated: What heads give is multiplied by a gate, per channel or head, in front of `o_proj`.
+        sink_logits: Each query head has a learned logit that joins its softmax and has no value
+            (`kernels/sink_logits`).
         rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
         turned_scale: What RoPE multiplies those by, where they are a part of a head.
         sliding_window: Window in tokens, `None` if the layer sees everything.
@@ -111,6 +115,7 @@ class AttentionLayout:
     qk_norm: bool = False
     norm_over_heads: bool = False
     gated: bool = False
+    sink_logits: bool = False
     rotary_dim: int = 0
     turned_scale: float = 1.0
     sliding_window: int | None = None
@@ -154,7 +159,7 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         needed = {"o_proj"} | ({"qkv_proj"} & present or {"q_proj", "k_proj", "v_proj"})
         if getattr(module, "use_alternative_attention", False):  # keys are the values, too
             needed -= {"v_proj"}
-        optional = {"q_norm", "k_norm", "v_norm"}
+        optional = {"q_norm", "k_norm", "v_norm", "sinks"}
         family = getattr(getattr(module, "config", None), "model_type", "")
         needed |= {GATES[family]} if family in GATES else set()
     kind = type(module).__name__
@@ -206,6 +211,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         qk_norm=hasattr(module, "k_norm"),
         norm_over_heads=over_heads,
         gated=queries == 2 * heads * head_dim or config.model_type in GATES,
+        sink_logits=getattr(module, "sinks", None) is not None,
         rotary_dim=rotary_dim,
         turned_scale=scale,
         sliding_window=_sliding_window(module),
@@ -221,10 +227,12 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
         "smollm3": bool(getattr(module, "use_rope", True)),
         "cohere2": window is not None,
         "cohere2_moe": window is not None or bool(getattr(module, "force_rope", False)),
-        "afmoe": window is not None,
+        **dict.fromkeys(("afmoe", "flint"), window is not None),
         **dict.fromkeys(("exaone4", "exaone_moe", "kolibri1"), window is None or bool(sliding)),
     }
     if not turned.get(config.model_type, True):
+        return 0
+    if config.model_type in _ROPE_BY_LAYER and not config.layer_rope_theta[module.layer_idx]:
         return 0
     by_kind = _rope_parameters(config)
     first: dict[str, Any] = next(iter(by_kind.values()), {})
@@ -432,8 +440,23 @@ def ropes_of(config: Any) -> list[Rope]:
         return [Rope(torch.zeros(pairs))] * len(layouts)  # no positions: nothing is turned
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    module = type(model.model.rotary_emb)(config=config)
-    found: dict[str, Rope] = {}
+    rotary = type(model.model.rotary_emb)
+    if config.model_type in _ROPE_BY_LAYER:
+        found = {}
+        for base in set(kinds := config.layer_rope_theta[: len(layouts)]):
+            own = copy.deepcopy(config)
+            # What a base of 0 turns is nothing; the layout says so.
+            own.rope_parameters = {**config.rope_parameters, "rope_theta": base or 1.0}
+            found[base] = _built(rotary, own)[""]
+    else:
+        found = _built(rotary, config)
+        kinds = [""] * len(layouts) if "" in found else config.layer_types
+    return [_own_rope(found[kind], layout) for kind, layout in zip(kinds, layouts, strict=True)]
+
+
+def _built(rotary: Any, config: Any) -> dict[str, Rope]:
+    """What transformers builds, by type of layer; under an empty name if there is one for all."""
+    module, found = rotary(config=config), {}
     for kind, parameters in _rope_parameters(config).items():
         prefix = f"{kind}_" if kind else ""
         rope_type = parameters.get("rope_type", "default")
@@ -446,8 +469,7 @@ def ropes_of(config: Any) -> list[Rope]:
             raise UnsupportedModelError(f"{config.model_type} has no RoPE by type of layer")
         inv_freq, scale = (getattr(module, prefix + x) for x in ("inv_freq", "attention_scaling"))
         found[kind] = Rope(inv_freq.float(), float(scale))
-    kinds = [""] * len(layouts) if "" in found else config.layer_types
-    return [_own_rope(found[kind], layout) for kind, layout in zip(kinds, layouts, strict=True)]
+    return found
 
 
 def rope_of(config: Any) -> Rope:

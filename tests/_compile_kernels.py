@@ -130,6 +130,7 @@ def main() -> None:
     new = half(2, 1, 64), half(2, 1, 512)
     append(*new, rope, rope, shared, contents, slots, asked, out=asked)
     paged_decode_attention(q, pages(D), pages(D), lengths, 0.1, table)
+    paged_decode_attention(q, pages(D), pages(D), lengths, 0.1, table, sink_logits=half(Q))
     paged_decode_attention(half(2, 128, 576), pages(576, 1), 512, lengths, 0.1, table)
     paged_decode_attention(half(2, 64, 1088), pages(1088, 1), 1024, lengths, 0.1, table)
     for width in (512, 1024):  # codes; of fp32, what takes most shared memory
@@ -149,6 +150,7 @@ def main() -> None:
     for width in (D, 256):
         q, k = half(2, Q, 100, width), half(2, H, 100, width)
         streaming_attention(q, k, k, 4, 256, 0.1)
+        streaming_attention(q, k, k, 0, 100, 0.1, sink_logits=half(Q))
     x, dt, A = half(2, 600, Q, D), torch.empty(2, 600, Q), torch.empty(Q)
     state = torch.empty(2, Q, D, D)
     for segments in (1, 2):

@@ -92,6 +92,16 @@ GEMMA4 = {
 }  # fmt: skip
 
 
+SINKS = {
+    "attention_bias": True,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0,
+        "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+GPT_OSS = ("gpt_oss", {**EXPERTS, **MIXED, **SINKS})
+
+
 def long_rope(original: int, part: float) -> dict[str, Any]:
     """Of heads of size 16 in a context of 512, with another scale."""
     pairs = int(8 * part)
@@ -167,6 +177,7 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     ),
     "exaone_moe": ("exaone_moe", {**EXPERTS, **MIXED}),
     "flex_olmo": ("flex_olmo", {**EXPERTS, "attention_bias": True}),
+    "flint": ("flint", {**EXPERTS, **MIXED, "mlp_only_layers": [0]}),
     "gemma": ("gemma", {}),
     "gemma3_text": ("gemma3_text", {**MIXED, "rope_parameters": TWO_ROPES}),
     "gemma4_text": (
@@ -184,7 +195,14 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
     "glm": ("glm", {"attention_bias": True, **PARTIAL}),
     "glm4": ("glm4", PARTIAL),
     "glm4_moe": ("glm4_moe", {**EXPERTS, **PARTIAL, "use_qk_norm": True}),
+    "gpt_oss": GPT_OSS,
     "granite": ("granite", MUP),
+    "granite_swa": ("granite_swa", {**MUP, **MIXED, "layer_rope_theta": [1e4, 1e6, 0, 1e4]}),
+    "granite_swa, one RoPE": ("granite_swa", {**MUP, **MIXED}),
+    "granitemoe_swa": (
+        "granitemoe_swa",
+        {**MUP, **EXPERTS, **MIXED, "layer_rope_theta": [1e4, 0, 1e5, 1e6]},
+    ),
     "granitemoe": ("granitemoe", {**MUP, **EXPERTS}),
     "granitemoeshared": ("granitemoeshared", {**MUP, **EXPERTS}),
     "granitemoehybrid": ("granitemoehybrid", {**MUP, **EXPERTS, **MAMBA}),

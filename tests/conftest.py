@@ -120,7 +120,9 @@ def randomise(model: torch.nn.Module, family: str, seed: int) -> None:
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
         module = name.split(".")[-2]
-        if module in ("q_norm", "k_norm"):
+        if name.endswith(".sinks"):  # as large as scores: a head may leave much or little to keys
+            noise = 6.0 + 2.0 * noise
+        elif module in ("q_norm", "k_norm"):
             noise = 1.5 + 0.3 * noise
         elif "norm" in module:
             noise = 1.0 + 0.2 * noise

@@ -3,11 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kvtool.calibrate.budgets import METHODS, BudgetOptions, Method, calibrate_budgets
+from kvtool.calibrate.budgets import (
+    METHODS,
+    BudgetOptions,
+    Method,
+    calibrate_budgets,
+    share_out,
+)
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.errors import UsageError
@@ -65,6 +72,17 @@ def test_what_statistics_say_decides_and_what_they_cost_is_paid_once(
     assert budgets("mass") == mass
     assert budgets("adakv") != mass
     assert told == []
+
+
+def test_what_sink_logits_hold_is_kept_without_a_token() -> None:
+    """Two layers whose tokens share alike what is left of the attention, all of it and a tenth."""
+    curve = torch.tensor([0.5, 0.8, 0.9, 1.0], dtype=torch.float64).expand(2, 4)
+    layers = [SimpleNamespace(budget_mass=share * curve) for share in (1.0, 0.1)]
+    statistics = SimpleNamespace(budgets=[16, 32, 64, 128], layer=layers.__getitem__)
+    asked = options("prefixkv", minimum=1)
+    found = share_out(asked, [0, 1], 2, 2 * 2 * 48, statistics)  # type: ignore[arg-type]
+    # Either loses 0.067 of its attention: 0.9 + 0.1 · 21 / 64 is kept, and 0.9 + 0.05 · 11 / 16.
+    assert found.tolist() == [[85, 85], [11, 11]]
 
 
 @pytest.mark.parametrize(

@@ -178,10 +178,12 @@ def test_score_errors_are_those_of_the_scores_that_the_layers_attend_with(
     seen: list[Tensor] = []
     plain = attention.causal_attention
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, scaling: float, *window: Any) -> Tensor:
+    def watched(
+        q: Tensor, k: Tensor, v: Tensor, scaling: float, *window: Any, **more: Any
+    ) -> Tensor:
         keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         seen.append(scaling * torch.matmul(q[0].double(), keys[0].double().mT))
-        return plain(q, k, v, scaling, *window)
+        return plain(q, k, v, scaling, *window, **more)
 
     monkeypatch.setattr(attention, "causal_attention", watched)
     monkeypatch.setattr(latent, "causal_attention", watched)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from _code_tools import WINDOWED
 from _convert_tools import YARN, one_thread, random_ids
+from _family_cases import GPT_OSS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,11 +26,13 @@ from kvtool.rope import rotate
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
+LAYERS = {name: WINDOWED["gemma3_text"][1][name] for name in ("num_hidden_layers", "layer_types")}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
     "yarn": ("llama", {"rope_parameters": YARN}),
     "windows": WINDOWED["gemma3_text"],
+    "sink logits": ("gpt_oss", GPT_OSS[1] | LAYERS),
 }
 
 
@@ -40,13 +43,18 @@ def far_from(q: Tensor, k: Tensor, sink: int, window: int) -> Tensor:
 
 
 def written_out(
-    q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, scaling: float, far: Tensor
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, scaling: float, far: Tensor,
+    logits: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Attention `[1, Q, M, D]` that reads far tokens in copies of their own."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     scores = torch.where(far, grouped @ far_k[:, :, None].mT, grouped @ k[:, :, None].mT) * scaling
     at = torch.arange(k.shape[2])
-    weights = scores.masked_fill(at[-q.shape[2] :, None] < at, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(at[-q.shape[2] :, None] < at, -torch.inf)
+    if logits is not None:  # a key of every head, with that score and no value
+        own = logits.view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, own), dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
     read = (weights * far) @ far_v[:, :, None] + (weights * ~far) @ v[:, :, None]
     return read.flatten(1, 2)
 
@@ -59,8 +67,9 @@ def written_out(
     before=st.integers(0, 8),
     sink=st.integers(0, 16),
     window=st.integers(1, 16),
+    joined=st.booleans(),
 )
-def test_far_reads_have_gradients_of_their_own(heads, group, queries, before, sink, window):
+def test_far_reads_have_gradients_of_their_own(heads, group, queries, before, sink, window, joined):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -70,10 +79,11 @@ def test_far_reads_have_gradients_of_their_own(heads, group, queries, before, si
     q, k, v = (random(1, n, t, 4) for n, t in ((heads * group, queries),) + ((heads, length),) * 2)
     zeros = [torch.zeros_like(x).requires_grad_() for x in (k, v)]
     upper = random(1, heads * group, queries, 4).detach()
-    found = FarRead.apply(q, k, v, *zeros, 0.7, sink, window)
-    torch.testing.assert_close(found, causal_attention(q, k, v, 0.7))
+    logits = random(heads * group).detach() if joined else None
+    found = FarRead.apply(q, k, v, *zeros, 0.7, sink, window, logits)
+    torch.testing.assert_close(found, causal_attention(q, k, v, 0.7, sink_logits=logits))
     copies = [x.detach() + zero for x, zero in zip((k, v), zeros, strict=True)]
-    expected = written_out(q, k, v, *copies, 0.7, far_from(q, k, sink, window))
+    expected = written_out(q, k, v, *copies, 0.7, far_from(q, k, sink, window), logits)
     torch.testing.assert_close(found, expected)
     wanted = (q, k, v, *zeros)
     for one, other in zip(
@@ -122,7 +132,8 @@ def felt_token_by_token(
             # What the first tokens read is exact: only the predictions of the end are looked at.
             far = far_from(q, k, *ring)
             far[: len(far) - end] = False
-            return written_out(q, k, v, far_k, far_v, model.layouts[index].scaling, far)
+            scaling, logits = model.layouts[index].scaling, model.sink_logits(index)
+            return written_out(q, k, v, far_k, far_v, scaling, far, logits)
 
         # Nothing of the past is differentiated: what it is made of was read exactly.
         hidden, whole = model.embed(ids), Behind([], [], ids, offset=offset)

@@ -90,6 +90,14 @@ def test_one_layer_is_no_layers(tiny: Tiny, capfd: pytest.CaptureFixture[str]) -
     assert "layers" not in out
 
 
+def test_logits_beside_a_softmax_and_the_bases_of_rope_are_named(tiny: Tiny) -> None:
+    family, more = CASES["granite_swa"]
+    inspection = inspect_checkpoint(Checkpoint.open(str(tiny(family, **more))))
+    assert all("sink logits" in run.summary for run in inspection.runs)
+    assert "no RoPE" in inspection.runs[2].summary
+    assert inspection.rope["rope_theta"] == "4 values"
+
+
 def test_a_window_bounds_the_cache(tiny: Tiny) -> None:
     inspection = inspect_checkpoint(Checkpoint.open(str(tiny("mistral", sliding_window=64))))
     assert "window of 64 tokens" in inspection.runs[0].summary

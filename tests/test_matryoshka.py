@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from _convert_tools import one_thread, random_ids
+from _family_cases import GPT_OSS
 from torch import Tensor
 
 from kvtool.calibrate import lessons, pca, students
@@ -82,6 +83,20 @@ def test_at_full_rank_nothing_is_lost_before_and_after_training(student, past):
     taught(student)
     with torch.no_grad():
         assert at_ranks(student, past, full(student, past)) < 1e-6
+
+
+@torch.no_grad()
+def test_at_full_rank_nothing_is_lost_beside_sink_logits(tiny):
+    family, more = GPT_OSS
+    checkpoint = Checkpoint.open(str(tiny(family, **more)))
+    model = TailModel(LayerStream(checkpoint))
+    statistics = collect(checkpoint, StatisticsOptions(tokens=1024, sinks=RING[0]))
+    start = [pca.fit(statistics.layer(i), 2) for i in model.planned_layers]
+    student, past = MatryoshkaStudent(model, start, 2, RING), read_past(model, random_ids(64), END)
+    attends: list[Any] = [None] * len(model.layers)
+    for place, layer in enumerate(model.planned_layers):
+        attends[layer] = student.attend(past, place, torch.full((2, 2), 16))
+    assert float(divergence(past.expected, read_again(model, past, attends))) < 1e-6
 
 
 def test_bases_start_at_the_principal_components_and_stay_orthogonal(llama, student):

@@ -36,7 +36,8 @@ KINDS = [
     "mla", "mla-packed", "mla-packed-streamed", "hybrid", "budgets", "budgets-mixed",
     "qwen3_5_text", "qwen3_5_text, budgets", "qwen3_5_text, packed", "gemma4_text, keys are values",
     "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
-    "smollm3", "glm4", "ministral3", "deepseek_v2", "minicpm3",
+    "smollm3", "glm4", "ministral3", "gpt_oss, budgets", "gpt_oss, codes", "gpt_oss, packed",
+    "deepseek_v2", "minicpm3",
 ]  # fmt: skip
 
 
@@ -92,11 +93,17 @@ def engines(tiny, tmp_path_factory):
                 state, heads = whole_layers(checkpoint)[:2]
                 layers = [replace(heads, bits=Bits(4, 2, 64, window=n)) for n in (5, 6)]
                 plan = Plan(base_of(checkpoint), (state, layers[0], state, layers[1]))
-            elif kind.endswith("_text, budgets"):
+            elif kind == "gpt_oss, packed":
+                checkpoint = Checkpoint.open(str(tiny("gpt_oss", **CASES["gpt_oss"][1])))
+                window, heads = whole_layers(checkpoint)[:2]
+                some = LayerPlan((False, True), 3, 9, bits=Bits(4, 2, 64, window=5))
+                plan = Plan(base_of(checkpoint), (window, some, window, heads))
+            elif kind.endswith(("_text, budgets", "gpt_oss, budgets")):
                 name = kind.removesuffix(", budgets")
                 checkpoint = Checkpoint.open(str(tiny(name, **CASES[name][1])))
                 layers = whole_layers(checkpoint)
-                some = [replace(layers[1], budget=(7, 70)), LayerPlan((True, False), 3, 9)]
+                first = (None, 70) if name == "gpt_oss" else (7, 70)
+                some = [replace(layers[1], budget=first), LayerPlan((True, False), 3, 9)]
                 plan = Plan(
                     base_of(checkpoint),
                     (layers[0], some[0], layers[2], replace(some[1], budget=(None, 30))),
@@ -113,7 +120,8 @@ def engines(tiny, tmp_path_factory):
                     prefill="sparse" if kind.endswith("sparse") else "dense",
                 )
             elif kind.endswith(", codes"):
-                family, more = WINDOWED[kind.removesuffix(", codes")]
+                name = kind.removesuffix(", codes")
+                family, more = WINDOWED[name] if name in WINDOWED else CASES[name]
                 checkpoint = Checkpoint.open(str(tiny(family, **more)))
                 plan = coded(checkpoint, share=0.5)
             elif kind.startswith("codes"):
@@ -159,7 +167,8 @@ def test_rows_decode_as_in_contiguous_memory(engines, monkeypatch, kind):
         cache = engine.new_cache(2, 136)
         logits = [torch.stack([engine.extend(cache, ids, row) for row, ids in enumerate(prompts)])]
         logits += [engine.decode(cache, tokens(2, seed=step)) for step in range(2)]
-        found.append(torch.stack(logits))
+        later = [engine.extend(cache, tokens(3), row) for row in range(2)]
+        found.append(torch.stack([*logits, torch.stack(later)]))
     torch.testing.assert_close(found[1], found[0], atol=2e-3, rtol=1e-3)
 
 

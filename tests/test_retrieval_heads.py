@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from _family_cases import GPT_OSS
 from conftest import FAMILIES, make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -63,9 +64,9 @@ def opened(tiny: Tiny) -> Callable[..., tuple[Checkpoint, TailModel]]:
     """`opened(family)`: a small checkpoint, and the same in memory."""
     made: dict[str, tuple[Checkpoint, TailModel]] = {}
 
-    def get(family: str = "llama") -> tuple[Checkpoint, TailModel]:
+    def get(family: str = "llama", **more: Any) -> tuple[Checkpoint, TailModel]:
         if family not in made:
-            checkpoint = Checkpoint.open(str(tiny(family)))
+            checkpoint = Checkpoint.open(str(tiny(family, **more)))
             made[family] = checkpoint, TailModel(LayerStream(checkpoint))
         return made[family]
 
@@ -408,21 +409,22 @@ def test_interrupted_gates_go_on_with_the_same_bits(opened, text, tmp_path, no_b
 
 
 @pytest.mark.parametrize("prefill", PREFILLS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_looked_at_attention_is_that_of_the_original(opened, tiny, family, prefill):
-    _, model = opened(family)
+@pytest.mark.parametrize(("family", "more"), [*((x, {}) for x in FAMILIES), GPT_OSS])
+def test_looked_at_attention_is_that_of_the_original(opened, tiny, family, more, prefill):
+    _, model = opened(family, **more)
     (sample,) = samples(length=512)
     reading = model.read(sample, prefill)
     rows, recalled = look(model, reading)
     original = AutoModelForCausalLM.from_pretrained(
-        tiny(family), dtype=torch.float32, attn_implementation="eager"
+        tiny(family, **more), dtype=torch.float32, attn_implementation="eager"
     )
     ids = torch.cat((sample.context, sample.tail))
     with torch.inference_mode():
         out = original(ids[None], output_attentions=True, use_cache=False)
     before = len(sample.context) + sample.answers - 1
-    for got, expected in zip(rows.values(), out.attentions, strict=True):
-        close(got, expected[0, :, before])
+    assert list(rows) == model.planned_layers
+    for index, got in rows.items():
+        close(got, out.attentions[index][0, :, before])
     predicted = out.logits[0, before].argmax(-1)
     assert torch.equal(recalled, predicted == sample.tail[sample.answers])
 

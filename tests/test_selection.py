@@ -42,6 +42,29 @@ def test_snapkv_counts_votes_pools_neighbours_and_averages_the_group(n, w, heads
     assert got[:, n - w :].isposinf().all()
 
 
+def test_a_sink_logit_is_a_further_key_that_gets_no_vote():
+    w, n, logits = 3, 12, 2 + 2 * random(4, seed=2)
+    q, keys, values = random(4, w, 8), random(2, n, 8, seed=1), random(2, n, 8, seed=3)
+    alone = []
+    for h in range(4):
+        scores = SCALING * q[h] @ keys[h // 2].T
+        scores = scores.masked_fill(torch.ones(w, n).triu(n - w + 1) > 0, -torch.inf)
+        votes = torch.cat((scores, logits[h].expand(w, 1)), dim=1).softmax(-1).sum(0)[: n - w]
+        expected = [votes[max(0, j - 2) : j + 3].sum() / 5 for j in range(n - w)]
+        alone.append(snapkv_scores(q[h, None], keys[h // 2, None], SCALING, logits[h, None]))
+        torch.testing.assert_close(alone[h][0, : n - w], torch.stack(expected))
+        mean = SCALING * keys[h // 2, SINKS:] @ q[h, 0]
+        share = torch.cat((mean, logits[h, None])).softmax(-1)[:-1]
+        got = expected_scores(
+            q[h, :1], torch.zeros(1, 8, 8), keys[h // 2, None], values[h // 2, None], SCALING,
+            logits[h, None],
+        )  # fmt: skip
+        expected = share * values[h // 2, SINKS:].norm(dim=-1)
+        torch.testing.assert_close(got[0, SINKS:], expected)
+    both = snapkv_scores(q, keys, SCALING, logits)
+    torch.testing.assert_close(both, torch.cat(alone).view(2, 2, n).mean(1))
+
+
 def test_a_prompt_no_longer_than_the_window_is_all_window():
     assert snapkv_scores(random(4, 5, 8), random(2, 5, 8), SCALING).isposinf().all()
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _family_cases import ALL_FULL, EXPERTS, SINKS
 from conftest import FAMILIES
 from torch import nn
 
@@ -25,6 +26,9 @@ SINK, WINDOW = 3, 8
 RING = SINK + WINDOW
 S, F = True, False
 MIXED = ([S, F], [F, F], [S, S])
+OWN = {"gpt_oss": {**EXPERTS, **SINKS, **ALL_FULL, "sliding_window": 24}}
+"""What some families need, for every layer to see everything."""
+ORIGINALS = [*FAMILIES, *OWN]
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
@@ -46,7 +50,8 @@ def beside(tiny, plan_of, masked):
     def get(family="llama", kv_heads=2, **options):
         key = repr((family, kv_heads, sorted(options.items())))
         if key not in made:
-            checkpoint = Checkpoint.open(str(tiny(family, num_key_value_heads=kv_heads)))
+            own = {"num_key_value_heads": kv_heads, **OWN.get(family, {})}
+            checkpoint = Checkpoint.open(str(tiny(family, **own)))
             plan = plan_of(checkpoint, **options)
             made[key] = Engine.load(checkpoint, plan=plan), masked(checkpoint, plan)
         return made[key]
@@ -83,7 +88,10 @@ class MaskedAttention(nn.Module):
             elif budget is not None and prompt:
                 group = q.shape[0] // k.shape[0]
                 own = slice(head * group, (head + 1) * group)
-                policy = selector(self.plan.policy, self.stages.layout.scaling, self.rope)
+                logits = self.stages.sink_logits
+                logits = None if logits is None else logits[own]
+                scaling = self.stages.layout.scaling
+                policy = selector(self.plan.policy, scaling, self.rope, logits)
                 policy.see(q[own, :prompt], unrotated[own, :prompt], 0)
                 scores = policy.scores(k[head : head + 1, :prompt], v[head : head + 1, :prompt])[0]
                 dropped = torch.ones(n, dtype=torch.bool)
@@ -97,12 +105,19 @@ class MaskedAttention(nn.Module):
         stages = self.stages
         q, k, v = stages.project(hidden_states)
         unrotated, k = stages.normalise(q, k)
-        q, k = stages.rotate(unrotated, k, *(table[:, None] for table in position_embeddings))
+        repeats = stages.layout.head_dim // position_embeddings[0].shape[-1]  # 2 in gpt-oss
+        tables = (table[:, None].repeat(1, 1, 1, repeats) for table in position_embeddings)
+        q, k = stages.rotate(unrotated, k, *tables)
         group = q.shape[1] // k.shape[1]
         mask = self.visible(unrotated[0], q[0], k[0], v[0]).repeat_interleave(group, dim=0)
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores = (stages.layout.scaling * q @ k.mT).masked_fill(~mask, -torch.inf)
-        return stages.output(scores.softmax(-1) @ v, hidden_states), None
+        count = scores.shape[-1]
+        if stages.sink_logits is not None:  # a key of every head, with that score and no value
+            own = stages.sink_logits[None, :, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, own), dim=-1)
+        weights = scores.softmax(-1)[..., :count]
+        return stages.output(weights @ v, hidden_states), None
 
 
 class Masked:
@@ -149,7 +164,7 @@ def prefill_and_decode(engine, ids, prompt, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prefill", ["dense", "streamed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ORIGINALS)
 def test_prefill_then_decode_is_the_masked_original_for_three_turns_of_the_ring(
     loaded, family, prefill
 ):
@@ -375,11 +390,15 @@ PROMPT = 70
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "expected"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ORIGINALS)
 def test_budgets_are_a_mask_over_the_prompt_chosen_at_its_end(loaded, family, policy):
     engine, masked = loaded(family, streaming=NONE, budgets=RAGGED, policy=policy)
     ids = tokens(PROMPT + PAGE + 6)  # the tail grows on the way
-    same(prefill_and_decode(engine, ids, PROMPT), masked(ids, PROMPT))
+    expected = masked(ids, PROMPT)
+    same(prefill_and_decode(engine, ids, PROMPT), expected)
+    cache = engine.new_cache(1, 1)
+    engine.extend(cache, ids[:PROMPT])
+    same(engine.extend(cache, ids[PROMPT:], all_logits=True), expected[PROMPT:])
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "expected"])

@@ -74,7 +74,7 @@ def test_memory_is_known_before_it_is_taken(tiny, name, planned):
             assert plan.cache_bytes(length, 4) == cache.allocated_bytes
 
 
-@pytest.mark.parametrize("name", [*HYBRIDS, "laguna"])
+@pytest.mark.parametrize("name", [*HYBRIDS, "laguna", "gpt_oss"])
 @pytest.mark.parametrize("method", METHODS)
 def test_heads_are_scored_and_stream(tiny, tmp_path, monkeypatch, text, name, method):
     monkeypatch.setattr(heads, "MIN_ACCURACY", 0.0)
@@ -90,7 +90,7 @@ def test_heads_are_scored_and_stream(tiny, tmp_path, monkeypatch, text, name, me
     assert Plan.read(tmp_path / "heads.plan").layers == some.layers
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", [*HYBRIDS, "gpt_oss"])
 @pytest.mark.parametrize("prefill", ["dense", "streamed"])
 def test_ablation_is_what_the_runtime_does_with_one_head_streaming(tiny, name, prefill):
     checkpoint, ids = open_case(tiny, name), tokens(90)
@@ -200,7 +200,7 @@ def test_heads_and_budgets_beside_the_same_states_are_composed(tiny):
     assert bool(logits(engine, ids, 70).isfinite().all())
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", [*HYBRIDS, "gpt_oss"])
 @pytest.mark.parametrize(("kind", "together"), [("rotated", 1), ("unrotated", 2)])
 def test_codes_of_full_width_lose_nothing(tiny, name, kind, together):
     checkpoint, ids = open_case(tiny, name), tokens(80)
@@ -226,7 +226,7 @@ def test_codes_of_full_width_lose_nothing(tiny, name, kind, together):
     ],
     ids=lambda x: "-".join(str(value) for value in x.values() if isinstance(value, str | int)),
 )
-@pytest.mark.parametrize("name", ["qwen3_5_text", "granitemoehybrid"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "granitemoehybrid", "gpt_oss"])
 def test_codes_are_judged_as_they_run(tiny, text, monkeypatch, name, variant):
     monkeypatch.setattr(lessons, "RECALL", 0.0)  # recall tasks are longer than these windows
     monkeypatch.setattr("kvtool.calibrate.students.fast_bfloat16", lambda _: False)

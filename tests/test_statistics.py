@@ -14,6 +14,7 @@ import pytest
 import torch
 import typer
 from _convert_tools import edited_copy
+from _family_cases import GPT_OSS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -56,7 +57,10 @@ class Oracle:
         work = statistics._Pass(checkpoint, asked)
         self.starts, self.sinks = work.starts, asked.sinks
         loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float64, attn_implementation="eager"
+            model,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
         self.seen: list[dict[str, Tensor]] = []
         for layer in loaded.model.layers:
@@ -68,6 +72,7 @@ class Oracle:
         # fp32 as every model has them; the oracle is about sums, not about tables.
         self.cos, self.sin = (t[:, None].double() for t in work.stream.rope.tables(positions))
         self.heads = work.stream.layouts[0].heads
+        self.sinked = work.stream.layouts[0].sink_logits
 
     def _listen(self, attention: Any) -> None:
         seen: dict[str, Tensor] = {}
@@ -104,11 +109,17 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+THREE_LAYERS = {
+    **GPT_OSS[1],
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
 MODELS = [
     ("llama", {}),
     ("qwen2", {}),
     ("qwen3", {"num_key_value_heads": 4}),
     ("mistral", {"sliding_window": 20}),
+    ("gpt_oss", THREE_LAYERS),
 ]
 
 
@@ -165,7 +176,9 @@ def test_attention_mass_is_that_of_the_stock_model(both):
                 where = -1 if key < 4 else bucket
                 by_distance[:, where] += attention[:, :, row, key].mean(dim=0) / len(rows)
         close(layer.distance_mass, by_distance)
-        close(layer.distance_mass.sum(dim=-1), torch.ones(oracle.heads))
+        left = attention[:, :, rows].sum(dim=-1).mean(dim=(0, 2))  # 1, but for sink logits
+        assert oracle.sinked or bool((left - 1).abs().max() < 1e-6)
+        close(layer.distance_mass.sum(dim=-1), left)
 
         groups = attention[:, :, rows].unflatten(1, (len(layer.budget_mass), -1)).mean(dim=(2, 3))
         assert measured.budgets[-1] == window
@@ -200,13 +213,17 @@ def test_what_keys_receive_is_what_queries_behind_the_sinks_give(tiny, monkeypat
     close(layer_sums.received_mass(q, k, stream.layouts[0], sinks=4), whole, 1e-6)
 
 
-def test_eviction_error_is_the_change_of_the_modules_output(tiny):
-    model = tiny("qwen2")
+@pytest.mark.parametrize(("family", "more"), [("qwen2", {}), ("gpt_oss", THREE_LAYERS)])
+def test_eviction_error_is_the_change_of_the_modules_output(tiny, family, more):
+    model = tiny(family, **more)
     measured, oracle = measure(model), Oracle(model)
     for index, attention in enumerate(oracle.attentions):
         values = oracle.seen[index]["v"].unflatten(-1, (-1, 16)).transpose(1, 2)
         values = values.repeat_interleave(2, dim=1)  # [B, Q, T, D]
-        weight = Checkpoint.open(str(model)).read(f"model.layers.{index}.self_attn.o_proj.weight")
+        checkpoint, name = Checkpoint.open(str(model)), f"model.layers.{index}.self_attn.o_proj."
+        weight, bias = checkpoint.read(name + "weight").double(), 0
+        if name + "bias" in checkpoint.tensors:
+            bias = checkpoint.read(name + "bias").double()
         errors = []
         for window in range(len(values)):
             top = attention[window][:, -32:].mean(dim=(0, 1)).topk(32).indices
@@ -215,10 +232,11 @@ def test_eviction_error_is_the_change_of_the_modules_output(tiny):
                 kept[top] = True
                 kept[max(0, row - 7) : row + 1] = True
                 few = attention[window][:, row] * kept
-                few = few / few.sum(dim=-1, keepdim=True)
+                held = 1 - attention[window][:, row].sum(dim=-1, keepdim=True)  # by sink logits
+                few = few / (few.sum(dim=-1, keepdim=True) + held)
                 context = torch.einsum("qt,qtd->qd", few, values[window]).flatten()
                 full = oracle.seen[index]["written"][window, row]
-                errors.append((weight.double() @ context - full).norm() / (full.norm() + 1e-5))
+                errors.append((weight @ context + bias - full).norm() / (full.norm() + 1e-5))
         assert measured.layer(index).eviction_error == pytest.approx(
             float(torch.stack(errors).mean()), rel=1e-4
         )

@@ -35,6 +35,7 @@ MIXED = [
     "olmo3",
     "cohere2",
     "exaone4",
+    "gpt_oss",
 ]  # every other layer has a window
 
 
@@ -46,6 +47,21 @@ def test_pieces_of_a_text_do_not_matter(tiny, name, pieces):
         expected = checkpoint.load_transformers(torch.float32)(ids[None], use_cache=False).logits[0]
     found = logits(Engine.load(checkpoint), ids, *pieces)
     torch.testing.assert_close(found, expected, atol=2e-4 * float(expected.std()), rtol=0)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_rows_of_several_caches_are_decoded_together(tiny, planned):
+    checkpoint, rows = open_case(tiny, "gpt_oss"), [tokens(40), tokens(9)]
+    engine = Engine.load(checkpoint, plan=streaming(checkpoint, 2, 5) if planned else None)
+    caches = [engine.new_cache(1, 64) for _ in rows]
+    for cache, ids in zip(caches, rows, strict=True):
+        engine.extend(cache, ids)
+    for step in range(3):
+        found = engine.decode_rows(caches, [5 + step, 6 + step])
+        for i, ids in enumerate(rows):
+            rows[i] = torch.cat((ids, torch.tensor([5 + i + step])))
+            expected = logits(engine, rows[i], len(ids) - step)[-1]
+            torch.testing.assert_close(found[i], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["starcoder2, window", "gemma3_text"])
@@ -153,10 +169,13 @@ def test_a_budget_is_met_by_the_heads_that_see_the_whole_past(tiny):
         cut(plan, size - 1, 100, BYTES)
 
 
-@pytest.mark.parametrize("method", BUDGETS)
-def test_budgets_are_shared_by_the_layers_that_see_the_whole_past(tiny, tmp_path, method):
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*(("gemma3_text", x) for x in BUDGETS), ("gpt_oss", "mass"), ("gpt_oss", "prefixkv")],
+)
+def test_budgets_are_shared_by_the_layers_that_see_the_whole_past(tiny, tmp_path, name, method):
     (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
-    checkpoint, ids = open_case(tiny, "gemma3_text"), tokens(120)
+    checkpoint, ids = open_case(tiny, name), tokens(120)
     options = BudgetOptions(
         method, context=100, minimum=10, data=str(tmp_path / "text.txt"), tokens=400
     )
@@ -188,10 +207,13 @@ def test_plans_with_windows_in_other_layers_are_not_composed(tiny):
         compose(plan, budgets)
 
 
-@pytest.mark.parametrize("method", ["aware", "kivi", "rotatekv"])
-def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, method):
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("olmo3", "aware"), ("olmo3", "kivi"), ("olmo3", "rotatekv"), ("gpt_oss", "aware")],
+)
+def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, name, method):
     (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
-    checkpoint, ids = open_case(tiny, "olmo3"), tokens(160)
+    checkpoint, ids = open_case(tiny, name), tokens(160)
     read = "rebuilt" if method == "rotatekv" else "absorbed"
     options = QuantizationOptions(
         method,
@@ -220,9 +242,10 @@ def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, met
     assert (found - expected).square().mean().sqrt() / expected.std() > 3 * error
 
 
-def test_the_layers_that_see_the_whole_past_are_read_sparsely(tiny, tmp_path):
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss"])
+def test_the_layers_that_see_the_whole_past_are_read_sparsely(tiny, tmp_path, name):
     (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
-    checkpoint, ids = open_case(tiny, "gemma3_text"), tokens(150)
+    checkpoint, ids = open_case(tiny, name), tokens(150)
     start = Plan(base_of(checkpoint), whole_layers(checkpoint))
     text = StatisticsOptions(data=str(tmp_path / "text.txt"), tokens=512)
     plan = calibrate_double_sparsity(checkpoint, start, 4, 40, text)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kvtool.kernels.sink_logits import attention, softmax
 
 
 def paged_decode_attention(
@@ -17,6 +18,7 @@ def paged_decode_attention(
     first: int = 0,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query per row and head over the tokens `first` to `length - 1`.
 
@@ -35,10 +37,12 @@ def paged_decode_attention(
         bias: `[P, H, page]`, added to the scaled scores (as for merged tokens, the logarithm of
             how many they are).
         out: `[B, Q, Dv]` for the result, which may be a part of the heads of a larger one.
+        sink_logits: `[Q]` or `[B, Q]`, a logit of each head that joins the softmax and has no value
+            (`kernels/sink_logits`).
 
     Returns:
-        `[B, Q, Dv]`, and the logarithm of the sum of `exp(score)`, `[B, Q]` fp32: zeros and -inf
-        where there was nothing to read.
+        `[B, Q, Dv]`, and the logarithm of the sum of `exp(score)`, `[B, Q]` fp32, the logit being
+        one of the scores: zeros and -inf where there was nothing to read, and no logit.
     """
     rows, query_heads = q.shape[:2]
     heads, page = keys.shape[1:3]
@@ -47,6 +51,8 @@ def paged_decode_attention(
     out = q.new_empty((rows, query_heads, v_width)) if out is None else out
     out.zero_()
     lse = q.new_full((rows, query_heads), -torch.inf, dtype=torch.float32)
+    if sink_logits is not None:
+        lse.copy_(sink_logits)
     per_head = lengths[:, None].expand(rows, heads) if lengths.dim() == 1 else lengths
     for b, of_row in enumerate(per_head.tolist()):
         for h, n in enumerate(of_row):
@@ -61,8 +67,9 @@ def paged_decode_attention(
             scores = scaling * q[b, own].float() @ k.T
             if bias is not None:
                 scores += bias[pages, h, within].float()
-            lse[b, own] = scores.logsumexp(-1)
-            out[b, own] = (scores.softmax(-1) @ v).to(out.dtype)
+            logits = None if sink_logits is None else lse[b, own].clone()
+            lse[b, own] = torch.logaddexp(lse[b, own], scores.logsumexp(-1))
+            out[b, own] = (softmax(scores, logits) @ v).to(out.dtype)
     return out, lse
 
 
@@ -78,7 +85,12 @@ def merge(parts: Sequence[Tensor], masses: Sequence[Tensor]) -> Tensor:
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int], scaling: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Sequence[int],
+    scaling: float,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of one query per sequence over the first `lengths[b]` cached tokens.
 
@@ -88,21 +100,18 @@ def decode_attention(
         values: `[B, H, capacity, Dv]`.
         lengths: Tokens of each sequence, the current one included; all >= 1.
         scaling: Factor on the scores.
+        sink_logits: `[Q]`, see :func:`paged_decode_attention`.
 
     Returns:
         `[B, Q, Dv]`.
     """
     if len(set(lengths)) > 1:  # a view per sequence beats a padded copy with a mask
-        rows = [
-            decode_attention(q[b : b + 1], keys[b : b + 1], values[b : b + 1], [n], scaling)
-            for b, n in enumerate(lengths)
-        ]
+        parts = zip(q.split(1), keys.split(1), values.split(1), lengths, strict=True)
+        rows = [decode_attention(a, k, v, [n], scaling, sink_logits) for a, k, v, n in parts]
         return torch.cat(rows)
     n = lengths[0]
     batch, heads = keys.shape[:2]
     # The query heads of a KV head are queries of one call, so keys and values are read once.
     grouped = q.view(batch, heads, -1, q.shape[-1])  # [B, H, Q/H, D]
-    context = F.scaled_dot_product_attention(
-        grouped, keys[:, :, :n], values[:, :, :n], scale=scaling
-    )
+    context = attention(grouped, keys[:, :, :n], values[:, :, :n], None, scaling, sink_logits)
     return context.flatten(1, 2)

@@ -249,7 +249,7 @@ def _attend(
 
 @triton.jit
 def _merge(
-    parts, part_lse, lengths, out, lse, stride_ob, stride_oh,
+    parts, part_lse, lengths, sink_logits, out, lse, stride_sink, stride_ob, stride_oh,
     stride_row, stride_head, rows, heads, group, first_tile, items,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -264,6 +264,10 @@ def _merge(
     if PDL:
         gdc_wait()
     top = -float("inf")
+    if sink_logits is not None:
+        own = slot // heads * stride_sink + slot % heads * group + member
+        sink = tl.load(sink_logits + own).to(tl.float32) * _LOG2_E
+        top = sink
     for at in range(0, count, BLOCK):
         item = at + tl.arange(0, BLOCK)
         one = (begin + item).to(tl.int64) * group + member
@@ -271,6 +275,8 @@ def _merge(
     safe_top = tl.where(top == -float("inf"), 0.0, top)
     columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     mass, total = 0.0, tl.zeros((COLUMNS,), tl.float32)
+    if sink_logits is not None:  # one more part: a mass without a value
+        mass = tl.exp2(sink - safe_top)
     for at in range(0, count, BLOCK):
         item = at + tl.arange(0, BLOCK)
         one = (begin + item).to(tl.int64) * group + member
@@ -320,15 +326,22 @@ class Cut:
             "SLOTS": triton.next_power_of_2(rows * heads), "PDL": self.overlap,
         }  # fmt: skip
 
-    def merge(self) -> tuple[Tensor, Tensor]:
-        """The second stage: `out` and its log-sum-exp `[B, Q]`."""
+    def merge(self, sink_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The second stage: `out` and its log-sum-exp `[B, Q]`.
+
+        Args:
+            sink_logits: `[Q]` or `[B, Q]`.
+        """
         width = self.out.shape[-1]
         # A program takes all channels of a query head, or few where there are few heads.
         few = self.lse.numel() < 2 * processors(self.out.device)
         columns = 64 if few else min(512, triton.next_power_of_2(width))
+        by_row = None
+        if sink_logits is not None:
+            by_row = sink_logits.stride(0) if sink_logits.dim() == 2 else 0
         _merge[(self.rows * self.heads, self.group, triton.cdiv(width, columns))](
-            self.parts, self.part_lse, self.lengths, self.out, self.lse, *self.out.stride()[:2],
-            *self.strides,
+            self.parts, self.part_lse, self.lengths, sink_logits, self.out, self.lse,
+            by_row, *self.out.stride()[:2], *self.strides,
             self.rows, self.heads, self.group, self.first // self.config.block_n, self.items,
             WIDTH=width, COLUMNS=columns, BLOCK=4096 // columns, num_warps=4, **self.constants,
             **({"launch_pdl": True} if self.overlap else {}),
@@ -346,6 +359,7 @@ def paged_decode_attention(
     first: int = 0,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.decode_attention.reference.paged_decode_attention`.
@@ -380,4 +394,4 @@ def paged_decode_attention(
         PAGED=table is not None, PAGE=page, PRECISION=precision(q.dtype),
         BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages, **cut.constants,
     )  # fmt: skip
-    return cut.merge()
+    return cut.merge(sink_logits)

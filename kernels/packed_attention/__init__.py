@@ -42,10 +42,15 @@ def pack_blocks(ring: Ring, blocks: Blocks, lengths: Tensor) -> None:
 
 
 def packed_attention(
-    q: Tensor, ring: Ring, blocks: Blocks, lengths: Tensor, scaling: float
+    q: Tensor,
+    ring: Ring,
+    blocks: Blocks,
+    lengths: Tensor,
+    scaling: float,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """One query per row over all that it keeps; see `paged.py`."""
     run = paged.packed_attention
     if use_triton(q):
         from kvtool.kernels.packed_attention.triton import packed_attention as run
-    return run(q, ring, blocks, lengths, scaling)
+    return run(q, ring, blocks, lengths, scaling, sink_logits)

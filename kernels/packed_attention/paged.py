@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvtool.kernels.quantise import dequantise, quantise
+from kvtool.kernels.sink_logits import softmax
 
 PAGE = 64
 """Tokens of a page."""
@@ -123,13 +124,19 @@ def pack_blocks(ring: Ring, blocks: Blocks, lengths: Tensor) -> None:
 
 
 def packed_attention(
-    q: Tensor, ring: Ring, blocks: Blocks, lengths: Tensor, scaling: float
+    q: Tensor,
+    ring: Ring,
+    blocks: Blocks,
+    lengths: Tensor,
+    scaling: float,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """One query per row over everything it keeps: one softmax over exact and packed tokens.
 
     Args:
         q: `[B, Q, D]` after RoPE; query heads lie by KV head.
         lengths: `[B]` int32.
+        sink_logits: `[Q]`, a logit of each head that joins the softmax (`kernels/sink_logits`).
 
     Returns:
         `[B, Q, D]`; zeros of rows without a token.
@@ -151,7 +158,7 @@ def packed_attention(
         k, v = torch.cat(keys, dim=1), torch.cat(values, dim=1)  # [H, n, D]
         if length:
             grouped = q[b].float().unflatten(0, (heads, -1)) * scaling
-            weights = torch.softmax(torch.matmul(grouped, k.mT), dim=-1)
+            weights = softmax(torch.matmul(grouped, k.mT), sink_logits)
             out[b] = torch.matmul(weights, v).flatten(0, 1).to(q.dtype)
     return out
 

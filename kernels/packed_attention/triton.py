@@ -341,7 +341,12 @@ def config_for(group: int, size: int) -> Config:
 
 
 def packed_attention(
-    q: Tensor, ring: Ring, blocks: Blocks, lengths: Tensor, scaling: float
+    q: Tensor,
+    ring: Ring,
+    blocks: Blocks,
+    lengths: Tensor,
+    scaling: float,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """See :func:`kvtool.kernels.packed_attention.paged.packed_attention`."""
     q = lying_together(q)
@@ -365,4 +370,4 @@ def packed_attention(
         COLUMNS=max(16, triton.next_power_of_2(width // pieces)), PRECISION=precision(q.dtype),
         BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages, **cut.constants,
     )  # fmt: skip
-    return cut.merge()[0]
+    return cut.merge(sink_logits)[0]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvtool.kernels.decode_attention import decode_attention
+from kvtool.kernels.sink_logits import softmax
 
 
 def choose(
@@ -26,6 +27,7 @@ def choose(
     sink: int,
     window: int,
     scaling: float,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """The tokens that one query of every head is to read.
 
@@ -39,13 +41,14 @@ def choose(
         labels: r, channels that are looked at.
         tokens: k, at least `sink + window`.
         scaling: Factor on q·k, that of all D channels.
+        sink_logits: `[Q]`, a logit of each head that joins the softmax (`kernels/sink_logits`).
 
     Returns:
         `[H, k]` int64, in no order.
     """
     asked = (q[:, :labels] * scaling).view(keys.shape[0], -1, labels)  # [H, Q/H, r]
     scores = torch.bmm(asked, keys[:, :length, :labels].mT)  # a view: rows are D apart
-    shares = scores.softmax(dim=-1, dtype=torch.float32).sum(dim=1)  # [H, n]
+    shares = softmax(scores, sink_logits, dtype=torch.float32).sum(dim=1)  # [H, n]
     shares[:, :sink] = torch.inf
     shares[:, length - window :] = torch.inf
     if not shares.is_cpu:
@@ -64,6 +67,7 @@ def sparse_attention(
     sink: int,
     window: int,
     scaling: float,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of one query per head over the tokens that :func:`choose` names.
 
@@ -74,7 +78,7 @@ def sparse_attention(
     Returns:
         `[Q, Dv]`.
     """
-    chosen = choose(q, keys, length, labels, tokens, sink, window, scaling)
+    chosen = choose(q, keys, length, labels, tokens, sink, window, scaling, sink_logits)
     heads, capacity = keys.shape[:2]
     first = torch.arange(0, heads * capacity, capacity, device=q.device)
     rows = (chosen + first[:, None]).view(-1)
@@ -82,4 +86,4 @@ def sparse_attention(
         x.view(heads * capacity, -1).index_select(0, rows).view(1, heads, tokens, -1)
         for x in (keys, values)
     )
-    return decode_attention(q[None], k, v, [tokens], scaling)[0]
+    return decode_attention(q[None], k, v, [tokens], scaling, sink_logits)[0]

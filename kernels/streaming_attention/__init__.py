@@ -21,14 +21,16 @@ def streaming_attention(
     scaling: float,
     start: int = 0,
     block: int = 256,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """See :func:`kvtool.kernels.streaming_attention.reference.streaming_attention`.
 
     Triton has blocks of its own.
     """
-    wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v))
+    parts = (q, k, v) if sink_logits is None else (q, k, v, sink_logits)
+    wanted = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
     if use_triton(q) and not wanted:
         from kvtool.kernels.streaming_attention import triton
 
-        return triton.streaming_attention(q, k, v, sink, window, scaling, start)
-    return reference.streaming_attention(q, k, v, sink, window, scaling, start, block)
+        return triton.streaming_attention(q, k, v, sink, window, scaling, start, sink_logits)
+    return reference.streaming_attention(q, k, v, sink, window, scaling, start, block, sink_logits)

@@ -5,8 +5,9 @@ sees the key at position j where `j <= i and (j < sink or i - j < window)`.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kvtool.kernels.sink_logits import attention
 
 
 def streaming_attention(
@@ -18,6 +19,7 @@ def streaming_attention(
     scaling: float,
     start: int = 0,
     block: int = 256,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of T consecutive queries to the sinks and to their own last `window` keys.
 
@@ -33,6 +35,8 @@ def streaming_attention(
         window: Tokens seen behind the sinks, the current one included; >= 1.
         scaling: Factor on the scores.
         block: Queries at once.
+        sink_logits: `[Q]`, a logit of each head that joins the softmax and has no value, no token
+            (`kernels/sink_logits`).
 
     Returns:
         `[B, Q, T, D]`.
@@ -50,14 +54,9 @@ def streaming_attention(
         key_at = torch.cat((positions[:sinks], positions[seen]))
         query_at = torch.arange(start + first, start + last, device=q.device)[:, None]
         mask = (key_at <= query_at) & ((key_at < sink) | (query_at - key_at < window))
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, first:last],
-                torch.cat((k[:, :, :sinks], k[:, :, seen]), dim=2),
-                torch.cat((v[:, :, :sinks], v[:, :, seen]), dim=2),
-                mask,
-                scale=scaling,
-                enable_gqa=True,
-            )
-        )
+        keys, values = k[:, :, seen], v[:, :, seen]
+        if sinks:
+            keys = torch.cat((k[:, :, :sinks], keys), dim=2)
+            values = torch.cat((v[:, :, :sinks], values), dim=2)
+        parts.append(attention(q[:, :, first:last], keys, values, mask, scaling, sink_logits))
     return torch.cat(parts, dim=2)

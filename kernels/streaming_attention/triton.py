@@ -17,10 +17,12 @@ from kvtool.kernels.tiles import (
     weigh,
 )
 
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
 
 @triton.jit
 def _attend(
-    q, k, v, out, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    q, k, v, sink_logits, out, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
     heads, group, tokens, columns, sink, window, start, scale,
     WIDTH: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PRECISION: tl.constexpr,
@@ -51,6 +53,9 @@ def _attend(
         q1 = load_columns(q, q_at, at1, is_query, WIDTH, W0 + W1 <= WIDTH)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
+    if sink_logits is not None:
+        logit = tl.load(sink_logits + head).to(tl.float32) * _LOG2_E
+        top, mass = tl.zeros((BLOCK_M,), tl.float32) + logit, mass + 1.0
     sum0 = tl.zeros((BLOCK_M, W0), tl.float32)
     if W1:
         sum1 = tl.zeros((BLOCK_M, W1), tl.float32)
@@ -86,8 +91,9 @@ def _attend(
 
 
 def streaming_attention(
-    q: Tensor, k: Tensor, v: Tensor, sink: int, window: int, scaling: float, start: int = 0
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, sink: int, window: int, scaling: float, start: int = 0,
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `reference.py`; without gradients."""
     q, k, v = (lying_together(x) for x in (q, k, v))
     batch, heads, tokens, width = q.shape
@@ -96,7 +102,8 @@ def streaming_attention(
     w0, w1 = tiles_of(width)
     block = 32 if q.element_size() == 4 else 64
     _attend[(triton.cdiv(tokens, block), batch * heads)](
-        q, k, v, out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        q, k, v, sink_logits, out,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, heads // k.shape[1], tokens, k.shape[2], sink, window, start,
         scaling * math.log2(math.e), WIDTH=width, W0=w0, W1=w1, PRECISION=precision(q.dtype),
         BLOCK_M=block, BLOCK_N=block, num_warps=8 if width > 128 else 4,

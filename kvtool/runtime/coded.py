@@ -22,6 +22,7 @@ from kvtool.codes import Code, Part
 from kvtool.kernels.append import Encoder, append
 from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
+from kvtool.kernels.sink_logits import softmax
 from kvtool.runtime.layers import GroupedAttention, NewTokens, Step, step_of
 from kvtool.runtime.paged_split import PagedRings
 from kvtool.runtime.pages import WIDEST, PagedStore, Pages, Place
@@ -112,6 +113,7 @@ class CodedStore(DroppingHeads):
         self, layer: int, codes: SharedCodes, exact: StreamingHeads, dense_prompt: bool
     ) -> None:
         self.layer, self.exact, self.scaling = layer, exact, exact.scaling
+        self.sink_logits = exact.sink_logits
         self.codes, self.planes = codes, codes.planes
         self.reader = codes.code.reader(layer)
         self.dense_prompt = dense_prompt
@@ -212,7 +214,7 @@ class CodedStore(DroppingHeads):
             scores = torch.cat((scores, self.reader.scores(q, codes[0], self.exact.sink)), dim=-1)
         if hidden is not None:
             scores = scores.masked_fill(hidden, -torch.inf)
-        weights = torch.softmax(scores, dim=-1)
+        weights = softmax(scores, self.sink_logits, first=1)
         near, far = weights.split([keys.shape[2], coded], dim=-1)
         mixed = near.unflatten(1, (keys.shape[1], -1))
         context = torch.matmul(mixed, values[:, :, None]).flatten(1, 2)
@@ -282,7 +284,9 @@ class PagedCoded(CodedStore):
         before = at.before(ring.window)
         (near, near_mass), (far, far_mass) = at_once(
             q.device,
-            lambda: paged_decode_attention(turned, *exact, lengths, self.scaling, table),
+            lambda: paged_decode_attention(
+                turned, *exact, lengths, self.scaling, table, sink_logits=self.sink_logits
+            ),
             lambda: paged_decode_attention(
                 self.reader.absorb(turned), planes["keys"], planes["values"], before, self.scaling,
                 at.table, ring.sink,
@@ -317,7 +321,7 @@ class CodedAttention(GroupedAttention):
         layout, like, plan = self.stages.layout, self.stages.qkv.weight, self.code.plan
         exact = StreamingHeads(
             rows, layout.kv_heads, plan.sink, plan.window, layout.head_dim, like, layout.scaling,
-            dense_prompt=False,
+            dense_prompt=False, sink_logits=self.stages.sink_logits,
         )  # fmt: skip
         # Layers behind the first will take over its plane, see `join`.
         codes = SharedCodes(rows, 0 if self.layer else capacity, self.code, like)
@@ -331,7 +335,7 @@ class CodedAttention(GroupedAttention):
             return None
         exact = PagedRings(
             pages.rows, layout.kv_heads, plan.sink, plan.window, layout.head_dim, like,
-            layout.scaling, dense_prompt=False,
+            layout.scaling, dense_prompt=False, sink_logits=self.stages.sink_logits,
         )  # fmt: skip
         exact.pages = pages
         return PagedCoded(PagedCodes(pages, self.code, like), exact, self.dense_prompt)

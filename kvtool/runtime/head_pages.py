@@ -139,8 +139,11 @@ class FullHeadsInPages(Store):
         lists: Theirs.
     """
 
-    def __init__(self, pages: HeadPages, lists: range, scaling: float) -> None:
+    def __init__(
+        self, pages: HeadPages, lists: range, scaling: float, sink_logits: Tensor | None = None
+    ) -> None:
         self.pages, self.lists, self.scaling = pages, lists, scaling
+        self.sink_logits = sink_logits
         self.planes = pages.planes
 
     @property
@@ -155,7 +158,7 @@ class FullHeadsInPages(Store):
             self.pages.write(step.row, head, step.starts[0], new.k[0, i], new.v[0, i])
             parts.append(self.pages.read(step.row, head, step.lengths[0]))
         keys, values = (torch.stack(x)[None] for x in zip(*parts, strict=True))
-        return causal_attention(new.q, keys, values, self.scaling)
+        return causal_attention(new.q, keys, values, self.scaling, sink_logits=self.sink_logits)
 
 
 class BudgetedHeadsInPages(BudgetedHeads):
@@ -163,9 +166,10 @@ class BudgetedHeadsInPages(BudgetedHeads):
 
     def __init__(
         self, pages: HeadPages, lists: range, budgets: Sequence[int], like: Tensor, scaling: float,
-        new_selector: Callable[[], Selector],
+        new_selector: Callable[[], Selector], sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(0, budgets, pages.planes["keys"].shape[-1], like, scaling, new_selector)
+        width = pages.planes["keys"].shape[-1]
+        super().__init__(0, budgets, width, like, scaling, new_selector, sink_logits)
         self.pages, self.lists = pages, lists
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
@@ -175,13 +179,14 @@ class BudgetedHeadsInPages(BudgetedHeads):
         assert step.row is not None
         row, contexts = step.row, []
         kept = self.pages.stored(step.starts[0], self.pages.prompts[row])
-        count = new.k.shape[2]
-        for head, q, k, v in zip(
-            self.lists, new.q.chunk(len(self.lists), 1), new.k[0], new.v[0], strict=True
+        count, heads = new.k.shape[2], len(self.lists)
+        logits = [None] * heads if self.sink_logits is None else self.sink_logits.chunk(heads)
+        for head, q, k, v, own in zip(
+            self.lists, new.q.chunk(heads, 1), new.k[0], new.v[0], logits, strict=True
         ):
             self.pages.write(row, head, kept[head], k, v)
             keys, values = (x[None, None] for x in self.pages.read(row, head, kept[head] + count))
-            contexts.append(causal_attention(q, keys, values, self.scaling))
+            contexts.append(causal_attention(q, keys, values, self.scaling, sink_logits=own))
         return torch.cat(contexts, dim=1)
 
     def keep(self, row: int, chosen: Sequence[Tensor], keys: Tensor, values: Tensor) -> None:
@@ -190,16 +195,22 @@ class BudgetedHeadsInPages(BudgetedHeads):
 
 
 class PagedByHead(PagedSplit):
-    """A layer of heads in pages of their own, and streaming heads in rings."""
+    """A layer of heads in pages of their own, and streaming heads in rings.
+
+    Args:
+        sink_logits: Of all heads in pages.
+    """
 
     full: FullHeadsInPages  # type: ignore[assignment]
 
     def __init__(
         self, pages: HeadPages, index: int, full: FullHeadsInPages,
         budgeted: BudgetedHeadsInPages | None, streaming: PagedRings | None,
+        sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(full, streaming, budgeted)  # type: ignore[arg-type]
         self.pages, self.lists = pages, pages.layers[index]
+        self.sink_logits = sink_logits
 
     @property
     def page_bytes(self) -> int:
@@ -230,7 +241,11 @@ class PagedByHead(PagedSplit):
         slots, lengths = (x[:, self.lists].flatten().contiguous() for x in (at.slots, at.lengths))
         turned = append(k, v, cos, sin, keys, values, slots, q)
         assert turned is not None
-        scaling = self.full.scaling
-        context, _ = paged_decode_attention(turned, keys, values, lengths, scaling, table)
+        scaling, logits = self.full.scaling, None
+        if self.sink_logits is not None:
+            logits = self.sink_logits.expand(rows, queries).reshape(rows * heads, -1)
+        context, _ = paged_decode_attention(
+            turned, keys, values, lengths, scaling, table, sink_logits=logits
+        )
         context = context.view(rows, queries, width)
         return context if out is None else out.copy_(context)

@@ -194,11 +194,13 @@ class DenseAttention(GroupedAttention):
 
     def new_store(self, rows: int, capacity: int) -> DenseStore:
         layout, weight = self.stages.layout, self.stages.qkv.weight
-        return DenseStore(rows, layout.kv_heads, capacity, layout.head_dim, weight)
+        heads, size, sink_logits = layout.kv_heads, layout.head_dim, self.stages.sink_logits
+        return DenseStore(rows, heads, capacity, size, weight, sink_logits)
 
     def new_paged_store(self, pages: Pages) -> PagedHeads:
         layout, weight = self.stages.layout, self.stages.qkv.weight
-        return PagedHeads(pages, layout.kv_heads, layout.head_dim, weight, layout.scaling)
+        heads, size, sink_logits = layout.kv_heads, layout.head_dim, self.stages.sink_logits
+        return PagedHeads(pages, heads, size, weight, layout.scaling, sink_logits)
 
     def read(self, new: NewTokens, step: Step, store: DenseStore | PagedHeads) -> Tensor:
         store.write(step.row, step.starts, {"keys": new.k, "values": new.v})

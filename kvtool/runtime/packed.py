@@ -50,6 +50,7 @@ from kvtool.kernels.packed_attention import (
     value_sums,
 )
 from kvtool.kernels.quantise import dequantise
+from kvtool.kernels.sink_logits import softmax
 from kvtool.kernels.sparse_values import bitmap_bytes, compress, sparse_sums
 from kvtool.plan import Plan
 from kvtool.rope import rotate
@@ -81,6 +82,7 @@ class PackedHeads(PackedStore):
         positions: RoPE in fp32.
         balances: `[H, 1, D]` or `[H, 1, 1]` for keys and for values, see :class:`Bits`; None for
             ones.
+        sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
     """
 
     parts = ("keys", "values")
@@ -90,6 +92,7 @@ class PackedHeads(PackedStore):
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
         bits: Bits, order: Tensor | None, positions: Positions, dense_prompt: bool,
         balances: tuple[Tensor | None, Tensor | None] = (None, None),
+        sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.exact = self.new_exact(rows, heads, head_dim, like, scaling, bits)
         if bits.rest is not None:
@@ -98,6 +101,7 @@ class PackedHeads(PackedStore):
         self.bits, self.scaling, self.dense_prompt = bits, scaling, dense_prompt
         self.head_dim, self.order, self.positions = head_dim, order, positions
         self.key_balance, self.value_balance = balances
+        self.sink_logits = sink_logits
         self.tokens = capacity
         self.planes = {}
         for prefix, tier in zip(_PREFIXES, bits.tiers, strict=False):
@@ -225,7 +229,7 @@ class PackedHeads(PackedStore):
         if blocks:
             far = self._scores(flat, row, blocks).unflatten(1, grouped.shape[1:3])
             scores = torch.cat((scores, far), dim=-1)
-        return torch.softmax(scores, dim=-1)
+        return softmax(scores, self.sink_logits)
 
     def _scores(self, q: Tensor, row: int, blocks: int) -> Tensor:
         """Queries `[H, n, D]` fp32 against packed keys, `[H, n, blocks · N]`, tier by tier."""
@@ -370,12 +374,13 @@ class PagedPacked(PagedBlocks, PackedHeads):
 
     def __init__(
         self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float, bits: Bits,
-        positions: Positions, dense_prompt: bool,
+        positions: Positions, dense_prompt: bool, sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.pages, self.turned = pages, bits.hadamard == "values"
         super().__init__(
             pages.count, heads, bits.sink + bits.window + PAGE, head_dim, like, scaling,
             replace(bits, hadamard="none"), None, positions, dense_prompt,
+            sink_logits=sink_logits,
         )  # fmt: skip
 
     def new_exact(
@@ -412,7 +417,8 @@ class PagedPacked(PagedBlocks, PackedHeads):
             at.table, bits.keys, bits.values, bits.key_clip, bits.value_clip,
         )  # fmt: skip
         pack_blocks(ring, blocks, at.lengths)
-        context = packed_attention(asked, ring, blocks, at.lengths, self.scaling)
+        logits = self.sink_logits
+        context = packed_attention(asked, ring, blocks, at.lengths, self.scaling, logits)
         context = turn(context) if self.turned else context
         return context if out is None else out.copy_(context)
 
@@ -439,6 +445,7 @@ class PackedAttention(SplitAttention):
         return PackedHeads(
             rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.bits,
             self.order, self.positions, self.prefill == "dense", self.balances,
+            self.full_sink_logits,
         )  # fmt: skip
 
     def new_paged_store(self, pages: Pages) -> PagedSplit | None:
@@ -447,7 +454,7 @@ class PackedAttention(SplitAttention):
             return None
         full = PagedPacked(
             pages, self.counts[0], layout.head_dim, like, layout.scaling, self.bits,
-            self.positions, dense_prompt=self.prefill == "dense",
+            self.positions, dense_prompt=self.prefill == "dense", sink_logits=self.full_sink_logits,
         )  # fmt: skip
         return PagedSplit(full, self.new_paged_rings(pages))
 

@@ -29,7 +29,8 @@ class PagedRings(PerRow, StreamingHeads):
         turned = append(k, v, cos, sin, keys, values, slots, q)
         assert turned is not None
         return paged_decode_attention(
-            turned, keys, values, lengths, self.scaling, table, out=out
+            turned, keys, values, lengths, self.scaling, table, out=out,
+            sink_logits=self.sink_logits,
         )[0]  # fmt: skip
 
 

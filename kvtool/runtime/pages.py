@@ -253,13 +253,18 @@ class PerRow:
 
 
 class PagedHeads(PagedStore):
-    """Rotated keys and values of heads that keep every token."""
+    """Rotated keys and values of heads that keep every token.
+
+    Args:
+        sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
+    """
 
     def __init__(
-        self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float
-    ) -> None:
+        self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float,
+        sink_logits: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(pages, dict.fromkeys(("keys", "values"), (heads, head_dim)), like)
-        self.scaling = scaling
+        self.scaling, self.sink_logits = scaling, sink_logits
 
     def attend(
         self,
@@ -271,7 +276,7 @@ class PagedHeads(PagedStore):
         """Attention of the newest tokens of one row over everything stored, `[1, Q, T, D]`."""
         assert row is not None
         keys, values = (self.gather(name, row, 0, lengths[0]) for name in self.planes)
-        return causal_attention(q, keys, values, scaling)
+        return causal_attention(q, keys, values, scaling, sink_logits=self.sink_logits)
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens of one row and returns what they read, `[1, Q, T, D]`."""
@@ -296,7 +301,8 @@ class PagedHeads(PagedStore):
         turned = append(k, v, cos, sin, keys, values, at.slots, q)
         assert turned is not None
         return paged_decode_attention(
-            turned, keys, values, at.lengths, self.scaling, at.table, out=out
+            turned, keys, values, at.lengths, self.scaling, at.table, out=out,
+            sink_logits=self.sink_logits,
         )[0]  # fmt: skip
 
 

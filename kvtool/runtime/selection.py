@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.kernels.sink_logits import softmax
 from kvtool.plan import Policy
 from kvtool.rope import Rope, rotate
 
@@ -30,13 +31,16 @@ FUTURE = 512
 """Expected attention: positions behind the prompt where queries are expected."""
 
 
-def snapkv_scores(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
+def snapkv_scores(
+    q: Tensor, keys: Tensor, scaling: float, sink_logits: Tensor | None = None
+) -> Tensor:
     """Attention that the last w queries pay to each token before them, pooled over neighbours.
 
     Args:
         q: `[Q, w, D]`, the prompt's last queries, rotated.
         keys: `[H, n, D]`, all of the prompt, rotated.
         scaling: Factor on the scores before the softmax.
+        sink_logits: `[Q]`, see `kernels/sink_logits`.
 
     Returns:
         `[H, n]` fp32; infinite for the last w tokens.
@@ -48,7 +52,7 @@ def snapkv_scores(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
     grouped = q.float().unflatten(0, (heads, -1))  # [H, Q/H, w, D]
     logits = torch.matmul(grouped, keys.float()[:, None].mT) * scaling
     future = torch.ones(w, n, dtype=torch.bool, device=q.device).triu(n - w + 1)
-    attention = logits.masked_fill(future, -torch.inf).softmax(-1)
+    attention = softmax(logits.masked_fill(future, -torch.inf), sink_logits)
     votes = attention.sum(2)[..., : n - w]  # [H, Q/H, n - w]
     pooled = F.avg_pool1d(votes, POOL, stride=1, padding=POOL // 2).mean(1)
     return F.pad(pooled, (0, w), value=torch.inf)
@@ -74,20 +78,26 @@ def expected_logits(mean: Tensor, covariance: Tensor, keys: Tensor, scaling: flo
 
 
 def expected_scores(
-    mean: Tensor, covariance: Tensor, keys: Tensor, values: Tensor, scaling: float
+    mean: Tensor,
+    covariance: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Share of the expected attention that each token gets, times the norm of its value.
 
     Args:
         mean: `[Q, D]`, covariance: `[Q, D, D]`, of the queries to come, rotated.
         keys: `[H, n, D]`, rotated, values: `[H, n, Dv]`.
+        sink_logits: `[Q]`, see `kernels/sink_logits`.
 
     Returns:
         `[H, n]` fp32; infinite for the first :data:`SINKS` tokens, which get no share.
     """
     sinks = min(SINKS, keys.shape[1])
     keys, values = keys[:, sinks:], values[:, sinks:]
-    share = expected_logits(mean, covariance, keys, scaling).softmax(-1)
+    share = softmax(expected_logits(mean, covariance, keys, scaling), sink_logits)
     share = share.unflatten(0, (keys.shape[0], -1)).mean(1)  # [H, n - sinks]
     return F.pad(share * values.float().norm(dim=-1), (sinks, 0), value=torch.inf)
 
@@ -125,8 +135,8 @@ class Selector(Protocol):
 class SnapKV:
     """Holds the last :data:`WINDOW` queries."""
 
-    def __init__(self, scaling: float) -> None:
-        self.scaling = scaling
+    def __init__(self, scaling: float, sink_logits: Tensor | None = None) -> None:
+        self.scaling, self.sink_logits = scaling, sink_logits
         self.q: Tensor | None = None
 
     def see(self, q: Tensor, unrotated: Tensor, start: int) -> None:
@@ -135,14 +145,14 @@ class SnapKV:
 
     def scores(self, keys: Tensor, values: Tensor) -> Tensor:
         assert self.q is not None
-        return snapkv_scores(self.q, keys, self.scaling)
+        return snapkv_scores(self.q, keys, self.scaling, self.sink_logits)
 
 
 class ExpectedAttention:
     """Adds up the moments of the queries behind the sinks, in float64."""
 
-    def __init__(self, scaling: float, rope: Rope) -> None:
-        self.scaling, self.rope = scaling, rope
+    def __init__(self, scaling: float, rope: Rope, sink_logits: Tensor | None = None) -> None:
+        self.scaling, self.rope, self.sink_logits = scaling, rope, sink_logits
         self.count = 0
         self.sum: Tensor | float = 0.0
         self.square: Tensor | float = 0.0
@@ -160,9 +170,13 @@ class ExpectedAttention:
         tables = self.rope.tables(torch.arange(n, n + FUTURE, device=keys.device))
         cos, sin = (table.mean(0) for table in tables)
         mean, covariance = rotated_moments(mean.float(), covariance.float(), cos, sin)
-        return expected_scores(mean, covariance, keys, values, self.scaling)
+        return expected_scores(mean, covariance, keys, values, self.scaling, self.sink_logits)
 
 
-def selector(policy: Policy, scaling: float, rope: Rope) -> Selector:
+def selector(
+    policy: Policy, scaling: float, rope: Rope, sink_logits: Tensor | None = None
+) -> Selector:
     """A fresh observer for one prompt."""
-    return SnapKV(scaling) if policy == "snapkv" else ExpectedAttention(scaling, rope)
+    if policy == "snapkv":
+        return SnapKV(scaling, sink_logits)
+    return ExpectedAttention(scaling, rope, sink_logits)

@@ -35,9 +35,9 @@ class SparseHeads(FullHeads):
 
     def __init__(
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
-        reading: SparseReading, order: Tensor, group: int,
+        reading: SparseReading, order: Tensor, group: int, sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(rows, heads, capacity, head_dim, like, scaling)
+        super().__init__(rows, heads, capacity, head_dim, like, scaling, sink_logits)
         self.reading = reading
         # A step is bound by the calls it makes: these are all that putting in order takes.
         self.of_keys, self.of_queries = order[:, None], order.repeat_interleave(group, 0)[:, None]
@@ -68,7 +68,7 @@ class SparseHeads(FullHeads):
         keys, values = (plane[row] for plane in self.planes.values())
         return sparse_attention(
             q, keys, values, length, reading.labels, reading.tokens, reading.sink, reading.window,
-            self.scaling,
+            self.scaling, self.sink_logits,
         )  # fmt: skip
 
     @staticmethod
@@ -95,7 +95,7 @@ class SparseAttention(SplitAttention):
         layout, like = self.stages.layout, self.stages.qkv.weight
         return SparseHeads(
             rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.reading,
-            self.order, layout.heads // layout.kv_heads,
+            self.order, layout.heads // layout.kv_heads, self.full_sink_logits,
         )  # fmt: skip
 
     def new_paged_store(self, pages: Pages) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kvtool.attention import causal_attention
 from kvtool.kernels.decode_attention import decode_attention
+from kvtool.kernels.sink_logits import softmax
 from kvtool.kernels.streaming_attention import streaming_attention
 from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.pages import PagedHeads
@@ -39,9 +40,10 @@ class FullHeads(DenseStore):
     """Heads that keep every token."""
 
     def __init__(
-        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float
-    ) -> None:
-        super().__init__(rows, heads, capacity, head_dim, like)
+        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
+        sink_logits: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(rows, heads, capacity, head_dim, like, sink_logits)
         self.scaling = scaling
 
     def grown(self, length: int) -> int:
@@ -58,9 +60,14 @@ class FullHeads(DenseStore):
 
 
 class DroppingHeads(Store):
-    """Heads that may read a prompt as full heads do, and drop most of it at its end."""
+    """Heads that may read a prompt as full heads do, and drop most of it at its end.
+
+    Attributes:
+        sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
+    """
 
     scaling: float
+    sink_logits: Tensor | None = None
     prompt: DenseStore | None = None
     prompt_row: int | None = None
 
@@ -73,7 +80,8 @@ class DroppingHeads(Store):
         assert step.row is not None
         assert step.prompt is not None
         if step.starts[0] == 0:
-            self.prompt = DenseStore(1, new.k.shape[1], step.prompt, new.k.shape[-1], new.k)
+            heads, size = new.k.shape[1], new.k.shape[-1]
+            self.prompt = DenseStore(1, heads, step.prompt, size, new.k, self.sink_logits)
             self.prompt_row = step.row
         assert self.prompt is not None
         self.prompt.write(0, step.starts, {"keys": new.k, "values": new.v})
@@ -105,12 +113,12 @@ class StreamingHeads(DroppingHeads):
 
     def __init__(
         self, rows: int, heads: int, sink: int, window: int, head_dim: int, like: Tensor,
-        scaling: float, dense_prompt: bool,
+        scaling: float, dense_prompt: bool, sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         shape = (rows, heads, sink + window, head_dim)
         self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
         self.sink, self.window, self.scaling = sink, window, scaling
-        self.dense_prompt = dense_prompt
+        self.dense_prompt, self.sink_logits = dense_prompt, sink_logits
 
     @property
     def room(self) -> int:
@@ -138,14 +146,18 @@ class StreamingHeads(DroppingHeads):
             rows = slice(None) if step.row is None else slice(step.row, step.row + 1)
             keys, values = self.planes["keys"][rows], self.planes["values"][rows]
             filled = [min(n, self.room) for n in step.lengths]
-            return decode_attention(new.q[:, :, 0], keys, values, filled, self.scaling)[:, :, None]
+            q, sink_logits = new.q[:, :, 0], self.sink_logits
+            return decode_attention(q, keys, values, filled, self.scaling, sink_logits)[:, :, None]
         start = step.starts[0]
         keys, values = (
             torch.cat((past, fresh), dim=2)
             for past, fresh in zip(self.past(step.row, start), (new.k, new.v), strict=True)
         )
         self.keep_last(step.row, start, new.k[0], new.v[0])
-        return streaming_attention(new.q, keys, values, self.sink, self.window, self.scaling, start)
+        return streaming_attention(
+            new.q, keys, values, self.sink, self.window, self.scaling, start,
+            sink_logits=self.sink_logits,
+        )  # fmt: skip
 
     @staticmethod
     def add_together(stores: Sequence[StreamingHeads], new: NewTokens, step: Step) -> Tensor:
@@ -211,9 +223,9 @@ class BudgetedHeads(DroppingHeads):
 
     def __init__(
         self, rows: int, budgets: Sequence[int], head_dim: int, like: Tensor, scaling: float,
-        new_selector: Callable[[], Selector],
+        new_selector: Callable[[], Selector], sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
-        shape = (rows, len(budgets), 0, head_dim)
+        shape, self.sink_logits = (rows, len(budgets), 0, head_dim), sink_logits
         self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
         nothing = like.new_empty((0, head_dim))
         self.nothing = Kept(0, (0,) * len(budgets), nothing, nothing)
@@ -260,7 +272,8 @@ class BudgetedHeads(DroppingHeads):
         contexts = []
         for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
             keys, values = (plane[row, :, :n] for plane in self.planes.values())
-            contexts.append(_attend_both(new.q[b], self.kept[row], keys, values, self.scaling))
+            past = self.kept[row], keys, values
+            contexts.append(_attend_both(new.q[b], *past, self.scaling, self.sink_logits))
         return torch.stack(contexts)
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
@@ -281,7 +294,12 @@ class BudgetedHeads(DroppingHeads):
 
 
 def _attend_both(
-    q: Tensor, kept: Kept, tail_keys: Tensor, tail_values: Tensor, scaling: float
+    q: Tensor,
+    kept: Kept,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    scaling: float,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """Attention of the newest tokens of one row over `[kept ; tail]`, head by head.
 
@@ -296,29 +314,38 @@ def _attend_both(
     if len(set(kept.counts)) == 1:
         shape = (heads, kept.counts[0], width)
         keys, values = kept.keys.view(shape), kept.values.view(shape)
-        return _attend_segments(q, keys, values, tail_keys, tail_values, scaling)
+        return _attend_segments(q, keys, values, tail_keys, tail_values, scaling, sink_logits)
+    logits = [None] * heads if sink_logits is None else sink_logits.chunk(heads)
     parts = zip(
         q.chunk(heads),
         (keys[None] for keys in kept.keys.split(kept.counts)),
         (values[None] for values in kept.values.split(kept.counts)),
         tail_keys.split(1),
         tail_values.split(1),
+        [scaling] * heads,
+        logits,
         strict=True,
     )
-    return torch.cat([_attend_segments(*part, scaling) for part in parts])
+    return torch.cat([_attend_segments(*part) for part in parts])
 
 
 def _attend_segments(
-    q: Tensor, keys: Tensor, values: Tensor, tail_keys: Tensor, tail_values: Tensor, scaling: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    scaling: float,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """`q [Q, T, D]` over `[keys ; tail_keys]`, both `[H, ·, D]`; they are not joined for T = 1."""
     if q.shape[1] > 1:
         k = torch.cat((keys, tail_keys), dim=1)[None]
         v = torch.cat((values, tail_values), dim=1)[None]
-        return causal_attention(q[None], k, v, scaling)[0]
+        return causal_attention(q[None], k, v, scaling, sink_logits=sink_logits)[0]
     grouped = (q * scaling).view(keys.shape[0], -1, q.shape[-1]).mT  # [H, D, Q/H]
     scores = torch.cat((torch.matmul(keys, grouped), torch.matmul(tail_keys, grouped)), dim=1)
-    weights = torch.softmax(scores.mT.contiguous(), dim=-1)  # [H, Q/H, m + t]
+    weights = softmax(scores.mT.contiguous(), sink_logits)  # [H, Q/H, m + t]
     old, new = weights.split([keys.shape[1], tail_keys.shape[1]], dim=-1)
     context = torch.matmul(old, values) + torch.matmul(new, tail_values)
     return context.flatten(0, 1)[:, None]
@@ -331,13 +358,13 @@ def _decode_together(
     filled: Sequence[int],
 ) -> Tensor:
     """One token of each of several rows, written into its slot; reads the filled ones."""
-    scaling, contexts = stores[0].scaling, []
+    scaling, sink_logits, contexts = stores[0].scaling, stores[0].sink_logits, []
     rows = zip(stores, slots, filled, new.q.split(1), new.k.split(1), new.v.split(1), strict=False)
     for store, slot, n, q, k, v in rows:
         keys, values = store.planes["keys"], store.planes["values"]
         keys.narrow(2, slot, 1).copy_(k)
         values.narrow(2, slot, 1).copy_(v)
-        contexts.append(decode_attention(q[:, :, 0], keys, values, [n], scaling))
+        contexts.append(decode_attention(q[:, :, 0], keys, values, [n], scaling, sink_logits))
     return with_spare_rows(contexts, len(new.q))[:, :, None]
 
 

@@ -41,6 +41,21 @@ class SplitAttention(GroupedAttention):
         self.full, self.counts = full, (len(full), len(streaming))
         self.budgets = [n for n in self.layer.budgets if n is not None]
 
+    @property
+    def full_sink_logits(self) -> Tensor | None:
+        """Logits beside the scores of the full heads; see `kernels/sink_logits`."""
+        return self.stages.sink_logits_of(0, self.counts[0])
+
+    @property
+    def budgeted_sink_logits(self) -> Tensor | None:
+        """Those of the budgeted heads."""
+        return self.stages.sink_logits_of(self.counts[0], len(self.budgets))
+
+    @property
+    def streaming_sink_logits(self) -> Tensor | None:
+        """Those of the streaming heads."""
+        return self.stages.sink_logits_of(self.counts[0] + len(self.budgets), self.counts[1])
+
     def new_store(self, rows: int, capacity: int) -> SplitStore:
         layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
         streaming, size, scaling = self.counts[1], layout.head_dim, layout.scaling
@@ -48,16 +63,32 @@ class SplitAttention(GroupedAttention):
         if streaming:
             ring = StreamingHeads(
                 rows, streaming, layer.sink, layer.window, size, like, scaling,
-                dense_prompt=self.prefill == "dense",
+                dense_prompt=self.prefill == "dense", sink_logits=self.streaming_sink_logits,
             )  # fmt: skip
         if self.budgets:
-            tails = BudgetedHeads(rows, self.budgets, size, like, scaling, self._new_selector)
+            tails = BudgetedHeads(
+                rows,
+                self.budgets,
+                size,
+                like,
+                scaling,
+                self._new_selector,
+                self.budgeted_sink_logits,
+            )
         return SplitStore(self.new_full_heads(rows, capacity), ring, tails)
 
     def new_full_heads(self, rows: int, capacity: int) -> FullHeads | PackedHeads:
         """Empty planes of those heads that keep every token."""
         layout, like = self.stages.layout, self.stages.qkv.weight
-        return FullHeads(rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling)
+        return FullHeads(
+            rows,
+            self.counts[0],
+            capacity,
+            layout.head_dim,
+            like,
+            layout.scaling,
+            self.full_sink_logits,
+        )
 
     @property
     def paged_budgets(self) -> list[int | None]:
@@ -71,20 +102,23 @@ class SplitAttention(GroupedAttention):
             return self._by_head(pages, rings)
         if self.budgets:
             return None
-        full = PagedHeads(pages, self.counts[0], layout.head_dim, like, layout.scaling)
+        heads, size, logits = self.counts[0], layout.head_dim, self.full_sink_logits
+        full = PagedHeads(pages, heads, size, like, layout.scaling, logits)
         return PagedSplit(full, rings)
 
     def _by_head(self, pages: HeadPages, rings: PagedRings | None) -> PagedByHead:
         layout, like = self.stages.layout, self.stages.qkv.weight
         lists = range(len(pages.owned[0]))[pages.layers[self.layer_index]]
         own, others = lists[: self.counts[0]], lists[self.counts[0] :]
-        full = FullHeadsInPages(pages, own, layout.scaling)
+        full = FullHeadsInPages(pages, own, layout.scaling, self.full_sink_logits)
         budgeted = None
         if others:
             budgeted = BudgetedHeadsInPages(
-                pages, others, self.budgets, like, layout.scaling, self._new_selector
-            )
-        return PagedByHead(pages, self.layer_index, full, budgeted, rings)
+                pages, others, self.budgets, like, layout.scaling, self._new_selector,
+                self.budgeted_sink_logits,
+            )  # fmt: skip
+        logits = self.stages.sink_logits_of(0, len(lists))
+        return PagedByHead(pages, self.layer_index, full, budgeted, rings, logits)
 
     def new_paged_rings(self, pages: Pages) -> PagedRings | None:
         """Of the streaming heads, where there are any."""
@@ -94,6 +128,7 @@ class SplitAttention(GroupedAttention):
         rings = PagedRings(
             pages.rows, self.counts[1], layer.sink, layer.window, layout.head_dim, like,
             layout.scaling, dense_prompt=self.prefill == "dense",
+            sink_logits=self.streaming_sink_logits,
         )  # fmt: skip
         rings.pages = pages
         return rings
@@ -101,4 +136,4 @@ class SplitAttention(GroupedAttention):
     def _new_selector(self) -> Selector:
         assert self.policy is not None
         rope = Rope(self.inv_freq, self.scale)
-        return selector(self.policy, self.stages.layout.scaling, rope)
+        return selector(self.policy, self.stages.layout.scaling, rope, self.budgeted_sink_logits)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,10 +137,17 @@ class Store:
 
 
 class DenseStore(Store):
-    """All rotated keys and all values of a GQA layer."""
+    """All rotated keys and all values of a GQA layer.
 
-    def __init__(self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
-        shape = (rows, heads, capacity, head_dim)
+    Args:
+        sink_logits: `[Q]`, of the query heads that read it; see `kernels/sink_logits`.
+    """
+
+    def __init__(
+        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor,
+        sink_logits: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        shape, self.sink_logits = (rows, heads, capacity, head_dim), sink_logits
         self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
 
     def attend(
@@ -162,14 +170,14 @@ class DenseStore(Store):
         if row is not None:
             keys, values = keys[row : row + 1], values[row : row + 1]
         if q.shape[2] > 1:
+            attend = partial(causal_attention, scaling=scaling, sink_logits=self.sink_logits)
             parts = [
-                causal_attention(
-                    q[b : b + 1], keys[b : b + 1, :, :n], values[b : b + 1, :, :n], scaling
-                )
+                attend(q[b : b + 1], keys[b : b + 1, :, :n], values[b : b + 1, :, :n])
                 for b, n in enumerate(lengths)
             ]
             return torch.cat(parts)
-        return decode_attention(q[:, :, 0], keys, values, lengths, scaling)[:, :, None]
+        context = decode_attention(q[:, :, 0], keys, values, lengths, scaling, self.sink_logits)
+        return context[:, :, None]
 
 
 class LatentStore(Store):

@@ -14,15 +14,16 @@ from kvtool.windows import WindowPlan
 
 
 class WindowedHeads(StreamingHeads):
-    """A ring without sinks, as long as the window, that is allocated as it fills."""
+    """A ring of no first tokens, as long as the window, that is allocated as it fills."""
 
     def __init__(
         self, rows: int, heads: int, capacity: int, window: int, head_dim: int, like: Tensor,
-        scaling: float,
+        scaling: float, sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         nothing = like.new_empty((rows, heads, 0, head_dim))
         self.planes = {"keys": nothing, "values": nothing}
         self.sink, self.window, self.scaling, self.dense_prompt = 0, window, scaling, False
+        self.sink_logits = sink_logits
         self.resize(capacity)
 
     @property
@@ -56,13 +57,16 @@ class WindowedAttention(GroupedAttention):
     def new_store(self, rows: int, capacity: int) -> WindowedHeads:
         layout, like = self.stages.layout, self.stages.qkv.weight
         heads, size, scaling = layout.kv_heads, layout.head_dim, layout.scaling
-        return WindowedHeads(rows, heads, capacity, self.window.window, size, like, scaling)
+        return WindowedHeads(
+            rows, heads, capacity, self.window.window, size, like, scaling, self.stages.sink_logits
+        )
 
     def new_paged_store(self, pages: Pages) -> PagedSplit:
         layout, like = self.stages.layout, self.stages.qkv.weight
         heads, size, scaling = layout.kv_heads, layout.head_dim, layout.scaling
         rings = PagedRings(
-            pages.rows, heads, 0, self.window.window, size, like, scaling, dense_prompt=False
-        )
+            pages.rows, heads, 0, self.window.window, size, like, scaling, dense_prompt=False,
+            sink_logits=self.stages.sink_logits,
+        )  # fmt: skip
         rings.pages = pages
         return PagedSplit(PagedHeads(pages, 0, size, like, scaling), rings)

@@ -701,3 +701,33 @@ def test_modelopt_says_it_in_a_file_of_its_own(quantised: Any, tmp_path: Path) -
     beside = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": said["quant_algo"]}}
     (source / "hf_quant_config.json").write_text(json.dumps(beside))
     assert Checkpoint.open(str(source)).quantised == "modelopt"
+
+
+@torch.inference_mode()
+def test_gpt_oss_is_what_transformers_makes_of_its_codes(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    from _convert_tools import stock
+    from _family_cases import CASES
+
+    family, more = CASES["gpt_oss"]
+    source = tiny(family, **{**more, "intermediate_size": 64, "dtype": "bfloat16"})
+    folder = Path(shutil.copytree(source, tmp_path / "mxfp4"))
+    stored, generator = dict[str, Tensor](), torch.Generator().manual_seed(0)
+    for name, x in load_file(folder / "model.safetensors").items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            shape = (x.shape[0], x.shape[2], x.shape[1] // 32)  # [E, out, in / 32]
+            byte = torch.randint(0, 256, (*shape, 16), generator=generator)
+            power = torch.randint(120, 126, shape, generator=generator)
+            stored |= {f"{name}_blocks": byte.byte(), f"{name}_scales": power.byte()}
+        else:
+            stored[name] = x
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    edit(folder, quantization_config={"quant_method": "mxfp4"})
+    checkpoint, ids = Checkpoint.open(str(folder)), torch.arange(3, 40)
+    own = checkpoint.load_transformers(torch.bfloat16)
+    assert torch.equal(own(ids[None]).logits, stock(folder, torch.bfloat16)(ids[None]).logits)
+    engine = Engine.load(checkpoint, dtype=torch.float32)
+    got = engine.extend(engine.new_cache(1, 64), ids, all_logits=True)
+    wanted = checkpoint.load_transformers(torch.float32)(ids[None]).logits[0]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-4 * float(wanted.std()))

@@ -27,6 +27,7 @@ from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text, can_chat
 from kvtool.distill import Training
+from kvtool.divergence import kl_divergence
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.hybrid import Alignment, HybridModel
 from kvtool.layout import PLAIN
@@ -106,7 +107,7 @@ class _Judge:
             total = 0.0
             for p, q in zip(told.split(256), states.split(256), strict=True):
                 log_p, log_q = ((x @ hybrid.head.T).float().log_softmax(-1) for x in (p, q))
-                total += float((log_p.exp() * (log_p - log_q)).sum())
+                total += float(kl_divergence(log_p, log_q).sum())
             found[i >= TEXTS].append(total / len(at))
         text, recall = (sum(values) / len(values) if values else 0.0 for values in found)
         return text, recall

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvtool.attention import causal_attention
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tasks import RecallSample
+from kvtool.divergence import kl_divergence
 from kvtool.errors import CheckpointError
 from kvtool.kernels.streaming_attention import streaming_attention
 from kvtool.mamba import Past
@@ -246,4 +247,4 @@ class TailModel:
 
 def divergence(original: Tensor, other: Tensor) -> Tensor:
     """Mean KL(original || other) in nats over the tokens of log-probabilities `[..., A, V]`."""
-    return (original.exp() * (original - other)).sum(-1).mean(-1)
+    return kl_divergence(original, other).mean(-1)

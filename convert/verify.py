@@ -23,6 +23,7 @@ from kvtool._transformers import quiet_transformers
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import artifact, fp8_kv, granite
 from kvtool.convert.planning import is_replaced
+from kvtool.divergence import kl_divergence
 from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
 from kvtool.fp8 import LIMIT, decode, encode, skip_flag, stored_scales
@@ -355,7 +356,7 @@ def _kl(reference: Tensor, other: Tensor) -> Tensor:
     rows = []
     for p, q in zip(reference.split(128), other.split(128), strict=True):
         log_p, log_q = (x.double().log_softmax(dim=-1) for x in (p, q))
-        rows.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+        rows.append(kl_divergence(log_p, log_q))
     return torch.cat(rows)
 
 

@@ -1,8 +1,8 @@
-"""KL between the predictions of two models, from their final hidden states, without the logits.
+"""KL between the predictions of two models: from log-probabilities, or from final hidden states.
 
-No logits are kept until the backward pass, nor computed again in it: the gradient is taken at once,
-some positions at a time. With p and q the softmax of teacher and student, and z the student's
-logits,
+From hidden states no logits are kept until the backward pass, nor computed again in it: the
+gradient is taken at once, some positions at a time. With p and q the softmax of teacher and
+student, and z the student's logits,
 
     forward   KL(p ‖ q) = Σ p log(p/q),   dKL/dz = q - p,
     reverse   KL(q ‖ p) = Σ q log(q/p),   dKL/dz = q ⊙ (log(q/p) - KL(q ‖ p)).
@@ -20,6 +20,12 @@ Loss = Literal["forward-kl", "reverse-kl"]
 
 SLICE = 512
 """Positions whose logits are there at once."""
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities `[..., V]`, nats `[...]`."""
+    # p log p is 0 where a logit is -inf; without the mask it would be NaN.
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1)
 
 
 def divergence(

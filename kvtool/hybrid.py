@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kvtool.attention import GroupedQueryAttention
 from kvtool.distill import Student, fast_bfloat16
-from kvtool.divergence import Loss, divergence
+from kvtool.divergence import Loss, divergence, kl_divergence
 from kvtool.layout import decoder_layers
 from kvtool.mamba import Mixer
 from kvtool.replacements import NOTHING, OwnToken, ReadOut
@@ -299,7 +299,7 @@ def judge(hybrid: HybridModel, windows: Tensor, replaced: Collection[int] | None
             *(states[:-1].split(256) for states in both), ids[0, 1:].split(256), strict=True
         ):
             log_p, log_q = ((x @ hybrid.head.T).float().log_softmax(dim=-1) for x in (p, q))
-            sums[0] += (log_p.exp() * (log_p - log_q)).sum()
+            sums[0] += kl_divergence(log_p, log_q).sum()
             sums[1] -= log_q.gather(1, target[:, None]).sum()
             sums[2] -= log_p.gather(1, target[:, None]).sum()
         each = (sums / (len(window) - 1)).tolist()

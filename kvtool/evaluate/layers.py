@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.evaluate.protocol import SLICE, CacheSize, kl_sum
+from kvtool.divergence import kl_divergence
+from kvtool.evaluate.protocol import SLICE, CacheSize
 from kvtool.layout import decoder_layers
 from kvtool.plan import Plan
 from kvtool.rope import rotate
@@ -223,5 +224,5 @@ def _log_probabilities(engine: Engine, hidden: Parts) -> list[Tensor]:
 
 def _kl(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """Mean over all positions of KL(expected || found)."""
-    total = sum(kl_sum(p, q) for p, q in zip(expected, found, strict=True))
+    total = sum(kl_divergence(p, q).sum().item() for p, q in zip(expected, found, strict=True))
     return total / sum(map(len, expected))

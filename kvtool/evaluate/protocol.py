@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from kvtool.divergence import kl_divergence
 from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -279,17 +280,11 @@ def judge(
             scores = replace(
                 scores,
                 base_nll=-p.gather(1, index).sum().item(),
-                kl=kl_sum(p, q),
+                kl=kl_divergence(p, q).sum().item(),
                 top1=(p.argmax(-1) == q.argmax(-1)).sum().item(),
             )
         slices.append(scores)
     return slices
-
-
-def kl_sum(p: torch.Tensor, q: torch.Tensor) -> float:
-    """KL(p || q) of log-probabilities [C, V], summed over the positions."""
-    # p log p is 0 where a logit is -inf; without the mask it would be NaN.
-    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum().item()
 
 
 def mean(parts: Sequence[Scores]) -> Scores:

@@ -47,7 +47,7 @@ ASKED = {"gqa": "merge KV heads", "fp8-kv": "calibrate an fp8 cache"}
 
 CACHES_A_LATENT = "the model already caches a latent (MLA)"
 UNREAD = {
-    "kolibri1": "vLLM 0.32 does not know it",
+    **dict.fromkeys(("flint", "kolibri1"), "vLLM 0.32 does not know it"),
     "VoxtralForConditionalGeneration": "vLLM 0.32 reads Voxtral in Mistral's own format alone",
 }
 """Why nothing would read the scales of some model types, and wrappers by their architecture."""

@@ -33,7 +33,7 @@ from kvtool.calibrate.projections import text_windows
 from kvtool.calibrate.quantization import calibrate_quantization, everything, with_states
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
-from kvtool.evaluate.protocol import kl_sum
+from kvtool.divergence import kl_divergence
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
@@ -54,7 +54,10 @@ def compared(expected: Tensor, said: Tensor, ids: Tensor) -> dict[str, float]:
     p, q = expected.log_softmax(-1), said.log_softmax(-1)
     come = ids[:, None]
     ratio = float((p.gather(1, come) - q.gather(1, come)).mean())
-    return {"kl": kl_sum(p.double(), q.double()) / len(ids), "perplexity_ratio": math.exp(ratio)}
+    return {
+        "kl": float(kl_divergence(p.double(), q.double()).sum()) / len(ids),
+        "perplexity_ratio": math.exp(ratio),
+    }
 
 
 def mean(rows: list[dict[str, float]]) -> dict[str, float]:

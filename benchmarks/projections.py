@@ -29,8 +29,8 @@ from kvtool import slices
 from kvtool.calibrate.projections import ProjectionOptions, calibrate_projections
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
+from kvtool.divergence import kl_divergence
 from kvtool.errors import PlanError
-from kvtool.evaluate.protocol import kl_sum
 from kvtool.evaluate.retrieval import ANSWER_TOKENS, answer, is_exact, passkey_cases
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan, base_of, whole_layers
@@ -142,7 +142,7 @@ class Cases:
             cache = filled(engine, ids[: self.prefill], prompt, CONTINUATION)
             said = engine.extend(cache, ids[self.prefill : -1], all_logits=True).log_softmax(-1)
             targets = ids[self.prefill + 1 :, None]
-            kls.append(kl_sum(expected, said) / len(said))
+            kls.append(float(kl_divergence(expected, said).sum()) / len(said))
             ratios.append(float((expected.gather(1, targets) - said.gather(1, targets)).mean()))
             shares.append(cache.allocated_bytes / native)
         recall: dict[str, list[int]] = {}

@@ -38,7 +38,7 @@ from kvtool.calibrate.projections import text_windows
 from kvtool.calibrate.quantization import alike, allowed_bytes, calibrate_quantization, packed
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
-from kvtool.evaluate.protocol import kl_sum
+from kvtool.divergence import kl_divergence
 from kvtool.evaluate.retrieval import ANSWER_TOKENS, is_exact
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan, base_of, whole_layers
@@ -189,7 +189,7 @@ class Opponent:
             said = torch.cat([self.feed(store, x) for x in ids[PREFILL:-1].split(PIECE)])
             said = said.log_softmax(-1)
             targets = ids[PREFILL + 1 :, None]
-            kls.append(kl_sum(expected, said) / len(said))
+            kls.append(float(kl_divergence(expected, said).sum()) / len(said))
             ratios.append(float((expected.gather(1, targets) - said.gather(1, targets)).mean()))
             size = quantized_bytes(store)
         for _ in range(STEPS):

@@ -25,7 +25,7 @@ from kvtool.calibrate.bit_options import QuantizationOptions
 from kvtool.calibrate.quantization import everything
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text
-from kvtool.evaluate.protocol import kl_sum
+from kvtool.divergence import kl_divergence
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
@@ -50,7 +50,7 @@ def buckets(expected: Tensor, said: Tensor, ids: Tensor) -> list[dict[str, float
         own = slice(start, start + size)
         p, q = expected[own], said[own]
         ratio = float((p.gather(1, come[own]) - q.gather(1, come[own])).mean())
-        kl = kl_sum(p.double(), q.double()) / len(p)
+        kl = float(kl_divergence(p.double(), q.double()).sum()) / len(p)
         found.append({"until": (start + size) * EVERY, "kl": kl, "nats": ratio})
     return found
 

@@ -291,29 +291,28 @@ def causal_attention(
         q: `[B, Q, T, D]`; k: `[B, H, S, D]`; v: `[B, H, S, Dv]`, S >= T, H divides Q.
         scaling: Factor on the scores.
         window: Sees only the last `window` keys, itself included.
-        sink_logits: `[Q]`, see :class:`GroupedQueryAttention`; Dv is D then.
+        sink_logits: `[Q]`, see :class:`GroupedQueryAttention`; Dv is D then, and with a window.
 
     Returns:
         `[B, Q, T, Dv]`.
     """
     t, s, width = q.shape[2], k.shape[2], v.shape[-1]
-    if sink_logits is not None:  # a window that holds everything is none
-        return streaming_attention(q, k, v, 0, window or s, scaling, s - t, sink_logits=sink_logits)
+    window = None if window is None or window >= s else window
+    if sink_logits is not None or (window is not None and t > 1):
+        seen = window or s  # a window that holds everything is none
+        return streaming_attention(q, k, v, 0, seen, scaling, s - t, sink_logits=sink_logits)
     if width < q.shape[-1]:
         # The fused CPU kernel wants one head size; without it every score would be written out.
         v = F.pad(v, (0, q.shape[-1] - width))
     mask: Tensor | None = None
-    if t == 1 and window is not None:
+    if window is not None:
         k, v = k[:, :, -window:], v[:, :, -window:]
-    elif t > 1 and s > t and window is None and q.is_cuda:
+    elif t > 1 and s > t and q.is_cuda:
         # Flash attention takes no mask written out, but knows this one.
         mask = causal_lower_right(t, s)
-    elif t > 1 and (s > t or (window is not None and window < s)):
+    elif t > 1 and s > t:
         query_at = torch.arange(s - t, s, device=q.device)[:, None]
-        key_at = torch.arange(s, device=q.device)[None, :]
-        mask = key_at <= query_at
-        if window is not None:
-            mask &= key_at > query_at - window
+        mask = torch.arange(s, device=q.device) <= query_at
     out = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None and t > 1, scale=scaling, enable_gqa=True
     )

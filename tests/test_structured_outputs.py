@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import make_tokenizer
 from pydantic import BaseModel
 
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli import run_command
 from kvtool.errors import UsageError
 from kvtool.runtime import Engine
 from kvtool.runtime.grammar import Grammars
@@ -203,6 +205,12 @@ def test_only_what_may_come_next_is_left(engine, grammars):
     end = TOKENIZER("The fox")["input_ids"]
     left = grammar.fresh().mask(scores, end).isfinite().nonzero()[:, 1].tolist()
     assert set(left) == engine.eos_ids
+
+
+def test_a_server_that_could_not_obey_does_not_start(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert run_command(["serve-local", "nothing"]) == 2
+    assert "not installed: llguidance" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_slow_tokenizer_is_told(engine):

@@ -240,6 +240,15 @@ def _to_load(folder: Path) -> str:
     return "transformers needs the package compressed-tensors to load it"
 
 
+def _flag(folder: Path) -> str:
+    """What vLLM needs to use scales: beside weights of the method fp8 it does not by itself."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said = config.get("quantization_config") or config.get("text_config", {}).get(
+        "quantization_config", {}
+    )
+    return "given `--kv-cache-dtype fp8`" if said.get("quant_method") == "fp8" else "without a flag"
+
+
 def _skipping(measured: dict[str, Any]) -> str:
     """The flag of vLLM for layers that fp8 hurts."""
     if not (layers := measured.get("skip_layers")):
@@ -258,8 +267,12 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
         f"It is a stock checkpoint of the same class as {source}, with fewer KV heads."
         if to == "gqa"
         else f"It is `{base}` with `k_scale` and `v_scale` beside its weights, as "
-        "compressed-tensors names them: vLLM stores the cache in fp8 (e4m3) by them, without a "
-        "flag. " + _to_load(folder) + "; kvtool leaves the scales aside." + _skipping(measured)
+        "compressed-tensors names them: vLLM stores the cache in fp8 (e4m3) by them, "
+        + _flag(folder)
+        + ". "
+        + _to_load(folder)
+        + "; kvtool leaves the scales aside."
+        + _skipping(measured)
         if to == "fp8-kv"
         else "It is a stock `granitemoehybrid` checkpoint: transformers loads it without custom "
         "code; vLLM should be given `--mamba-ssm-cache-dtype float32`."

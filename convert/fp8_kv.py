@@ -49,6 +49,7 @@ from kvtool.errors import CalibrationError, UnsupportedModelError
 from kvtool.fp8 import BESIDE, SCALES, scale
 from kvtool.kernels.hadamard import hadamard
 from kvtool.layout import GATES, INTERLEAVED, AttentionLayout
+from kvtool.quantised_weights import KEYS
 from kvtool.rope import channel_order, rotate
 
 if TYPE_CHECKING:
@@ -322,14 +323,12 @@ class ToFp8Kv:
         unless that lies in a file of its own.
         """
         own = self.stream.checkpoint.whole().config
-        if self.beside:
-            return own
-        holder = own if "quantization_config" in own else own.get("text_config", {})
-        if "quantization_config" not in holder:
-            return {**own, "quantization_config": self._quantization()}
-        weights = holder["quantization_config"]
-        changed = {**holder, "quantization_config": self._quantization(weights)}
-        return changed if holder is own else {**own, "text_config": changed}
+        for holder in (own, own.get("text_config", {})):
+            for key in KEYS:
+                if weights := holder.get(key):  # which goes before what a file beside it says
+                    changed = {**holder, key: self._quantization(weights)}
+                    return changed if holder is own else {**own, "text_config": changed}
+        return own if self.beside else {**own, "quantization_config": self._quantization()}
 
     def write_beside(self, folder: Path) -> None:
         """Writes the file that says how the cache is quantised, where `config.json` does not."""

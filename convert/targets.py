@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kvtool.convert import granite
 from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
+from kvtool.fp8 import SCALES
 from kvtool.layout import LATENT, PLAIN, AttentionLayout, describe, rope_of, ropes_of
 
 if TYPE_CHECKING:
@@ -428,9 +429,15 @@ def refuse_latent(to: str) -> None:
 SCALED = "already holds scales for an fp8 cache"
 
 
+def has_scales(checkpoint: Checkpoint) -> bool:
+    """Whether it says so, or in words of its own, as ModelOpt does, but has the tensors."""
+    tensors = any(name.rpartition(".")[2] in SCALES for name in checkpoint.tensors)
+    return checkpoint.cache_scheme is not None or tensors
+
+
 def refuse_fp8(checkpoint: Checkpoint) -> None:
     """Raises UnsupportedModelError for a model with scales that no other cache could use."""
-    if checkpoint.cache_scheme is not None:
+    if has_scales(checkpoint):
         raise UnsupportedModelError(
             f"{checkpoint.source} {SCALED}",
             hint="convert the checkpoint that it was made from",

@@ -240,7 +240,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
                 method,
                 target,
                 [f"the model {targets.SCALED}"]
-                if checkpoint.cache_scheme is not None
+                if targets.has_scales(checkpoint)
                 else targets.of_checkpoint(checkpoint, to)
                 or targets.check(judged, method, target, to),
             )

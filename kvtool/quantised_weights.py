@@ -37,7 +37,7 @@ METHODS = (
     *("modelopt_fp4", "mxfp4"),
 )
 """Values of `quant_method` whose codes are known here."""
-_KEYS = ("quantization_config", "compression_config")
+KEYS = ("quantization_config", "compression_config")
 """Where a config says it; the second is how the first compressed-tensors did."""
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _INTEGERS = ("I8", "U8", "I16", "I32", "I64")
@@ -93,7 +93,7 @@ def as_numbers(
             f"{path} holds quantised weights that kvtool cannot read: {reason}.",
             hint="Use the checkpoint it was quantised from, or its GGUF file.",
         )
-    plain = {key: value for key, value in config.items() if key not in _KEYS}
+    plain = {key: value for key, value in config.items() if key not in KEYS}
     if isinstance(said.get("kv_cache_scheme"), dict) and any(x.endswith(SCALES) for x in found):
         plain["quantization_config"] = {
             "quant_method": "compressed-tensors",

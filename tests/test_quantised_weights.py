@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from torch import Tensor
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint, TensorInfo, dtype_name
 from kvtool.cli import run_command
+from kvtool.convert.fitting import ConvertedLayer
+from kvtool.convert.fp8_kv import ToFp8Kv
+from kvtool.convert.planning import ConvertOptions
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.fp8 import is_static
 from kvtool.inspection import inspect_checkpoint
@@ -653,7 +657,10 @@ def test_scales_of_a_cache_go_beside_codes(
     assert len(scales) == 6
     assert all(torch.equal(x, of_numbers[name]) for name, x in scales.items())
     checkpoint = Checkpoint.open(str(written[0]))
-    assert checkpoint.quantised == FORMATS[kind][0]["quant_method"]
+    method = FORMATS[kind][0]["quant_method"]
+    assert checkpoint.quantised == method
+    card = (written[0] / "README.md").read_text()
+    assert ("--kv-cache-dtype fp8" if method == "fp8" else "without a flag") in card
     assert checkpoint.cache_scheme == scheme
     assert is_static(scheme)
     assert run_command(["verify", str(written[0]), "--against", str(codes)]) == 0
@@ -671,6 +678,27 @@ def test_scales_of_a_cache_go_beside_codes(
         )
         == 0
     ), capsys.readouterr().err
+
+
+def test_scales_are_told_where_the_weights_are(quantised: Any, tmp_path: Path) -> None:
+    """In `config.json`, which engines read first, though a file beside it says the same; and under
+    an older key, if that is there.
+    """
+    source = Path(shutil.copytree(quantised("nvfp4 of modelopt")[0], tmp_path / "both"))
+    config = json.loads((source / "config.json").read_text())
+    said = config.pop("quantization_config")
+    (source / "hf_quant_config.json").write_text(json.dumps({"quantization": said}))
+    for key in ("quantization_config", "compression_config"):
+        (source / "config.json").write_text(json.dumps({**config, key: said}))
+        stream: Any = SimpleNamespace(checkpoint=Checkpoint.open(str(source)), layouts=[])
+        conversion = ToFp8Kv(stream, ConvertOptions(to="fp8-kv"))
+        written = conversion.config(ConvertedLayer(None))
+        scheme = written.pop(key).pop("kv_cache_scheme")
+        assert is_static(scheme)
+        assert written == config
+        conversion.write_beside(tmp_path)
+        beside = json.loads((tmp_path / "hf_quant_config.json").read_text())
+        assert beside["kv_cache_scheme"] == scheme
 
 
 @pytest.mark.parametrize(
@@ -691,6 +719,19 @@ def test_scales_that_nothing_would_read_are_refused(
     arguments = ["convert", str(quantised(kind)[0]), "--to", "fp8-kv", *more]
     assert run_command([*arguments, "-o", str(tmp_path / "out")]) == 4
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_scales_that_are_there_are_not_doubled(
+    quantised: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ModelOpt writes them: its config names no scheme."""
+    source = Path(shutil.copytree(quantised("fp8 by blocks")[0], tmp_path / "scaled"))
+    stored = load_file(source / "model.safetensors")
+    stored["model.layers.0.self_attn.k_proj.k_scale"] = torch.ones(())
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    arguments = ["convert", str(source), "--to", "fp8-kv", "-o", str(tmp_path / "out")]
+    assert run_command(arguments) == 4
+    assert "already holds scales" in " ".join(capsys.readouterr().err.split())
 
 
 def test_modelopt_says_it_in_a_file_of_its_own(quantised: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import make_tokenizer
 from pydantic import BaseModel
 
 from kvtool.checkpoint import Checkpoint
+from kvtool.cli import run_command
 from kvtool.errors import UsageError
 from kvtool.runtime import Engine
 from kvtool.runtime.grammar import Grammars
@@ -29,7 +31,7 @@ COLOUR = {
 }
 
 
-def tool(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def tool(name: Any, arguments: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": arguments}}
 
 
@@ -140,7 +142,10 @@ def test_a_call_can_be_forced(server, engine, monkeypatch):
     [
         ({"response_format": {"type": "json_schema"}}, "json_schema belongs to"),
         ({"response_format": schema({"type": "nothing"})}, "no grammar can be made of this json"),
-        ({"structured_outputs": {"regex": "(("}}, "no grammar can be made of this regex"),
+        ({"structured_outputs": {"regex": "(("}}, "be made of this regex: unclosed group"),
+        ({"structured_outputs": {"regex": "a" * 200_000}}, "its 200,000 characters exceed 131,072"),
+        ({"structured_outputs": {"regex": r"[^\s\S]"}}, "no answer could obey it"),
+        ({"response_format": schema({"$ref": "#"})}, "no answer could obey it"),
         ({"structured_outputs": {"grammar": "start: missing"}}, "no grammar can be made"),
         ({"structured_outputs": {"json": "{"}}, "no grammar can be made of this json"),
         ({"structured_outputs": {"choice": []}}, "choice"),
@@ -153,6 +158,8 @@ def test_a_call_can_be_forced(server, engine, monkeypatch):
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "no ignore_eos"),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 5}, "no min_tokens"),
         ({"tools": [tool("a", {})], "tool_choice": "always"}, "names no tool"),
+        ({"tools": [tool("a", 5)], "tool_choice": "required"}, "a JSON schema as its parameters"),
+        ({"tools": [tool(None, {})], "tool_choice": "required"}, "a function has a name"),
         (
             {
                 "tools": [tool("a", {})],
@@ -200,18 +207,82 @@ def test_only_what_may_come_next_is_left(engine, grammars):
     assert set(left) == engine.eos_ids
 
 
+def test_a_server_that_could_not_obey_does_not_start(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert run_command(["serve-local", "nothing"]) == 2
+    assert "not installed: llguidance" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_slow_tokenizer_is_told(engine):
     with pytest.raises(UsageError, match="tokenizer"):
         Grammars(object(), engine.vocab_size, [1]).make("regex", "a")
 
 
-def test_calls_share_what_their_schemas_refer_to():
-    found = forced_call(
-        [tool("a", {"type": "object", "$defs": {"X": {"const": 1}}}), {"type": "other"}],
-        "required",
+def test_each_call_refers_to_its_own_definitions(engine, grammars):
+    tools = [
+        tool(name, {"properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": {"X": {"const": value}}})
+        for name, value in (("a", "one"), ("b", "two"))
+    ]
+    made = grammars.make("json", forced_call([*tools, {"type": "other"}], "required"))
+    for name, letter in (("a", "o"), ("b", "t")):
+        begun = TOKENIZER(f'{{"name":"{name}","arguments":{{"x":"')["input_ids"]
+        left = made.fresh().mask(torch.zeros(1, engine.vocab_size), begun)
+        words = TOKENIZER.batch_decode(left.isfinite().nonzero()[:, 1:])
+        assert {word[0] for word in words} == {letter}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"type": "integer", "multipleOf": 99_999_989},
+        {"allOf": [{"type": "string", "pattern": f".*a.{{{i}}}"} for i in range(16)]},
+    ],
+)
+def test_what_would_take_all_memory_or_hours_is_refused(grammars, rules):
+    with pytest.raises(UsageError, match="too much time or memory"):
+        grammars.make("json", rules)
+
+
+def test_an_answer_that_looks_like_a_call_is_none_where_something_else_is_obeyed(
+    server, engine, monkeypatch
+):
+    monkeypatch.setattr(engine.tokenizer, "chat_template", TOOL_TEMPLATE)
+    pet = {"type": "object", "properties": {"name": {"const": "fox"}}, "required": ["name"]}
+    options = {
+        "response_format": schema({**pet, "additionalProperties": False}),
+        "tools": [tool("weather", {})],
+    }
+    choice = asked(server, **options)
+    assert json.loads(choice.message.content) == {"name": "fox"}
+    assert not choice.message.tool_calls
+    assert choice.finish_reason == "stop"
+    chunks = server.client().chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=120, stream=True, **options
     )
-    assert found["$defs"] == {"X": {"const": 1}}
-    assert [call["properties"]["name"] for call in found["anyOf"]] == [{"const": "a"}]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert json.loads(text) == {"name": "fox"}
+
+
+def test_an_answer_that_its_grammar_gives_up_is_not_said_to_be_complete(server):
+    dead = {"grammar": 'start: "a" more\nmore: more more'}
+    choice = asked(server, extra_body={"structured_outputs": dead})
+    assert choice.message.content == "a"
+    assert choice.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("param", "options"),
+    [
+        ("response_format", {"response_format": schema({"type": "nothing"})}),
+        ("structured_outputs", {"structured_outputs": {"regex": "(("}}),
+        ("tools", {"tools": [tool("a", {"$ref": "#/missing"})], "tool_choice": "required"}),
+    ],
+)
+def test_the_field_that_cannot_be_obeyed_is_named(server, engine, monkeypatch, param, options):
+    monkeypatch.setattr(engine.tokenizer, "chat_template", TOOL_TEMPLATE)
+    response = server.post(CHAT, {"messages": HELLO, **options})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
 
 
 def test_clients_of_openai_are_refused_in_their_way(server):

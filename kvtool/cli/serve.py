@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvtool.runtime.scheduler import Scheduler
 
 _SERVER, _MEMORY = "Server", "Memory"
-_NEEDED = ("fastapi", "prometheus_client", "uvicorn")
+_NEEDED = ("fastapi", "llguidance", "prometheus_client", "uvicorn")
 
 
 def serve_local(

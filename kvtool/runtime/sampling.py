@@ -130,10 +130,9 @@ class Sampler:
         if self._must_go_on(text):
             scores = scores.clone()
             scores[:, self.stops] = -torch.inf
-        reads = self._reads_text or self.grammar is not None
-        seen = [token for part in text for token in part] if reads else []
         if self.grammar is not None:
-            scores = self.grammar.mask(scores, seen[self.prompt :])
+            scores = self.grammar.mask(scores, self._answer(text))
+        seen = [token for part in text for token in part] if self._reads_text else []
         ids = torch.tensor([seen], dtype=torch.long, device=logits.device)
         for process in self.processors:
             scores = process(ids, scores)
@@ -141,6 +140,14 @@ class Sampler:
             return int(scores.argmax())
         weights = torch.softmax(scores, dim=-1)
         return int(torch.multinomial(weights, 1, generator=self.generator))
+
+    def _answer(self, text: Sequence[Sequence[int]]) -> list[int]:
+        """What lies behind the prompt; a prompt may be long."""
+        answer, skipped = list[int](), self.prompt
+        for part in text:
+            answer += part[skipped:]
+            skipped = max(0, skipped - len(part))
+        return answer
 
     def _must_go_on(self, text: Sequence[Sequence[int]]) -> bool:
         return bool(self.stops) and sum(map(len, text)) - self.prompt < self.least

@@ -428,7 +428,8 @@ class Scheduler:
             request.tokens.append(token)
             finish: Finish | None = None
             if token in sampler.stops:
-                finish = "stop"
+                gave_up = request.grammar is not None and request.grammar.gave_up
+                finish = "length" if gave_up else "stop"
             elif len(request.tokens) == request.max_new_tokens:
                 finish = "length"
             scored = None

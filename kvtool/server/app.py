@@ -133,7 +133,7 @@ class Service:
         try:
             return await asyncio.to_thread(self.grammars.make, *body.obeyed)
         except UsageError as error:
-            raise ApiError(400, str(error), "response_format") from error
+            raise ApiError(400, str(error), body.obeys) from error
 
     async def collect(
         self, http: Request, answers: Sequence[Answer], deltas: Deltas
@@ -201,7 +201,7 @@ class Service:
             text = "".join(part.text for part in parts)
             message: dict[str, Any] = {"role": "assistant", "content": text}
             finish = parts[-1].finish
-            if body.offered_tools:
+            if body.may_call:
                 tools = chat.ToolText()
                 words = tools.push(text)
                 rest, calls = tools.end()
@@ -238,7 +238,7 @@ class Service:
 
         for answer in answers:
             yield chunk(answer.index, {"role": "assistant", "content": ""})
-        tools = [chat.ToolText() for _ in answers] if body.offered_tools else None
+        tools = [chat.ToolText() for _ in answers] if body.may_call else None
         async for index, delta in _until_all_ended(deltas, len(answers)):
             if delta.error is not None:
                 raise delta.error

@@ -149,6 +149,11 @@ class Generation(BaseModel):
         return found[0] if found else None
 
     @property
+    def obeys(self) -> str:
+        """The field that says what is obeyed."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+    @property
     def stops(self) -> list[str]:
         if self.stop is None:
             return []
@@ -225,6 +230,17 @@ class ChatCompletion(Generation):
             raise ValueError("tool_choice: an answer can obey one grammar")
         return "json", forced_call(self.tools or [], self.tool_choice)
 
+    @property
+    def obeys(self) -> str:
+        return super().obeys if self.tool_choice in (None, "auto", "none") else "tools"
+
+    @property
+    def may_call(self) -> bool:
+        """Whether an answer may be a call of a tool. One that obeys something else is none, though
+        it may look like one.
+        """
+        return bool(self.offered_tools) and super().obeyed is None
+
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> ChatCompletion:
         if self.top_logprobs is not None and not self.logprobs:
@@ -250,11 +266,14 @@ def forced_call(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
         own = [function for function in own if function.get("name") == name]
     if not own:
         raise ValueError("tool_choice names no tool that is offered")
-    calls, shared = [], dict[str, Any]()
+    calls: list[dict[str, Any]] = []
     for function in own:
-        arguments = dict(function.get("parameters") or {"type": "object"})
-        shared |= arguments.pop("$defs", {})  # which are referred to from the root
-        fields = {"name": {"const": function.get("name")}, "arguments": arguments}
+        name, rules = function.get("name"), function.get("parameters") or {}
+        if not isinstance(name, str) or not isinstance(rules, dict):
+            raise ValueError("tools: a function has a name, and a JSON schema as its parameters")
+        # Each is a document of its own, from whose root its references are.
+        arguments = {"$id": f"tool:{len(calls)}", "type": "object", **rules}
+        fields = {"name": {"const": name}, "arguments": arguments}
         calls.append(
             {
                 "type": "object",
@@ -263,7 +282,7 @@ def forced_call(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
                 "additionalProperties": False,
             }
         )
-    return {"anyOf": calls, "$defs": shared}
+    return {"anyOf": calls}
 
 
 class Completion(Generation):

@@ -30,11 +30,13 @@ def test_the_kernel_is_the_reference(batch, queries, heads, inner, width, biased
     x, weight = random(batch, queries, inner, dtype=dtype), random(heads, inner, width, dtype=dtype)
     bias = random(heads, width, dtype=dtype) if biased else None
     expected = exact(x, weight, bias)
+    # Of a single product a bias may leave little; its rounding is still that of the product.
+    size = max(float(part.norm()) for part in (expected, exact(x, weight, None)))
     for module in (reference, kernel):
         found = module.grouped_linear(x, weight, bias)
         assert found.dtype == dtype
         assert found.shape == (batch, queries, width)
-        assert rms_ratio(found, expected) <= TOLERANCE[dtype]
+        assert float((found.double() - expected).norm()) <= TOLERANCE[dtype] * size
 
 
 def test_all_is_read_where_it_lies():

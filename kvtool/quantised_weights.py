@@ -384,11 +384,9 @@ class _Reader:
         return info.shape[0], info.shape[1]
 
     def _is_awq(self) -> bool:
-        return "awq" in (self.said.get("quant_method"), *self._packing())
-
-    def _packing(self) -> list[str]:
-        """What AutoRound names, such as `auto_round:auto_gptq`."""
-        return re.split("[:_]", str(self.said.get("packing_format", "")))
+        """By the method, or by what AutoRound names, such as `auto_round:auto_awq`."""
+        method, packing = (self.said.get(key, "") for key in ("quant_method", "packing_format"))
+        return method == "awq" or str(packing).endswith("awq")
 
     def _block_said(self) -> tuple[int, int] | None:
         groups = self.said.get("config_groups") or {}

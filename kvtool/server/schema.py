@@ -223,8 +223,12 @@ class ChatCompletion(Generation):
     chat_template_kwargs: dict[str, Any] | None = None
 
     @property
+    def forces_call(self) -> bool:
+        return self.tool_choice not in (None, "auto", "none")
+
+    @property
     def obeyed(self) -> Obeyed | None:
-        if self.tool_choice in (None, "auto", "none"):
+        if not self.forces_call:
             return super().obeyed
         if super().obeyed is not None:
             raise ValueError("tool_choice: an answer can obey one grammar")
@@ -232,7 +236,7 @@ class ChatCompletion(Generation):
 
     @property
     def obeys(self) -> str:
-        return super().obeys if self.tool_choice in (None, "auto", "none") else "tools"
+        return "tools" if self.forces_call else super().obeys
 
     @property
     def may_call(self) -> bool:

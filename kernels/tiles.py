@@ -43,11 +43,18 @@ def dot(a, b, c, PRECISION: tl.constexpr):
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """fp32 in another type, to nearest: the interpreter cuts bfloat16 off, which adds up."""
-    if INTERPRETED and DTYPE.is_bf16():
+    """fp32 in another type, to nearest.
+
+    The interpreter cuts bfloat16 off, which adds up, and halves powers of two in e4m3.
+    """
+    if INTERPRETED and (DTYPE.is_bf16() or DTYPE.is_fp8e4nv()):
+        LOST: tl.constexpr = 16 if DTYPE.is_bf16() else 20  # bits
         bits = x.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = (bits & -0x10000).to(tl.float32, bitcast=True)
+        bits += (1 << LOST - 1) - 1 + ((bits >> LOST) & 1)
+        near = (bits & (-1 << LOST)).to(tl.float32, bitcast=True)
+        if DTYPE.is_fp8e4nv():  # small numbers lie 2^-9 apart, as floats around 2^14 do
+            near = tl.where(tl.abs(x) < 2**-6, (x + 24576.0) - 24576.0, near)
+        x = near
     return x.to(DTYPE)
 
 

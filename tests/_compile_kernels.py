@@ -131,6 +131,12 @@ def main() -> None:
     append(*new, rope, rope, shared, contents, slots, asked, out=asked)
     paged_decode_attention(q, pages(D), pages(D), lengths, 0.1, table)
     paged_decode_attention(q, pages(D), pages(D), lengths, 0.1, table, sink_logits=half(Q))
+    for width in (64, D, 256):
+        floats, scales = pages(width).to(torch.float8_e4m3fn), (torch.ones(H), torch.ones(H))
+        asked = half(2, Q, width)
+        paged_decode_attention(asked, floats, floats, lengths, 0.1, table, scales=scales)
+        new, turn = half(2, H, width), half(2, width)
+        append(new, new, turn, turn, floats, floats.clone(), slots, asked, scales=scales)
     paged_decode_attention(half(2, 128, 576), pages(576, 1), 512, lengths, 0.1, table)
     paged_decode_attention(half(2, 64, 1088), pages(1088, 1), 1024, lengths, 0.1, table)
     for width in (512, 1024):  # codes; of fp32, what takes most shared memory

@@ -78,6 +78,32 @@ def test_keys_are_rotated_and_all_is_written(kernel, batch, width, dtype):
     assert int((~planes[0][0].isnan()).sum()) == 3 * width * int((slots >= 0).sum())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poison")
+def test_pages_of_e4m3_get_the_nearest_number_and_no_larger_one(kernel, dtype):
+    """Of what is divided by the scale of its head; RoPE is rounded to the dtype before."""
+    q, k, v = heads_of_one_matrix(3, dtype, (6, 64), (2, 64), (2, 80))
+    cos, sin = tables(3, 64, dtype)
+    slots = scattered(3, 4, padding=(1,))
+    scales = tuple(torch.tensor([[0.001, 1.0], [0.002, 0.3]], device=DEVICE))
+    for append in (kernel, reference):
+        planes = [poisoned(4, 2, PAGE, n).to(torch.float8_e4m3fn) for n in (64, 80)]
+        append(k, v, cos, sin, *planes, slots, q, scales=scales)
+        turned = rotate(k.double(), cos[:, None].double(), sin[:, None].double()).to(dtype)
+        for plane, x, scale in zip(planes, (turned, v), scales, strict=True):
+            there = torch.zeros(plane.shape, dtype=torch.bool, device=DEVICE)
+            for row in (0, 2):
+                page, place = divmod(int(slots[row]), PAGE)
+                there[page, :, place] = True
+                exact = (x[row].float() / scale[:, None]).clamp(-448, 448)
+                found = plane[page, :, place].float()
+                assert float(found.abs().max()) == 448  # the small scale is too small for some
+                if x is v:
+                    assert torch.equal(found, exact.to(torch.float8_e4m3fn).float())
+                assert bool(((found - exact).abs() <= exact.abs() / 14 + 2**-9).all())
+            assert bool(plane.float().isnan()[~there].all())
+
+
 @pytest.mark.parametrize("append", ["kernel", "reference"])
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)

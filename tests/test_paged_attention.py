@@ -115,6 +115,24 @@ def test_a_bias_counts_merged_tokens(dtype):
     torch.testing.assert_close(merged, stored)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("key_width", "value_width"), [(64, 64), (80, 96), (128, 128)])
+def test_numbers_in_e4m3_are_read_by_the_scales_of_their_heads(key_width, value_width, dtype):
+    """As the same numbers in float32, multiplied before: scales of 1e-3 to 10 do no harm."""
+    pages, scales = Pages.of([70, 0, 131], 64), torch.tensor([[1e-3, 10.0], [3.0, 2e-3]])
+    planes = [
+        (30 * pages.plane(2, width, torch.float32)).to(torch.float8_e4m3fn)
+        for width in (key_width, value_width)
+    ]
+    q = random(3, 6, key_width, dtype=dtype)
+    read = [x.float() * s[:, None, None] for x, s in zip(planes, scales.to(DEVICE), strict=True)]
+    expected = contract(q.float(), *read, pages.lengths, 0.05, pages.table)
+    args = (q, *planes, pages.lengths, 0.05, pages.table)
+    own = tuple(scales.to(DEVICE))
+    for run in (paged, contract):
+        assert_same(run(*args, scales=own), expected, dtype)
+
+
 @pytest.mark.parametrize("heads", [slice(0, 4), slice(4, 10)], ids=str)
 def test_the_result_goes_to_some_heads_of_a_larger_one(heads):
     pages = Pages.of([70, 0, 131], 64)

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LARGEST = 448.0
+"""Of e4m3."""
+
 
 class Encoder(NamedTuple):
     """How the keys, or the values, of a token become a code, and where that is stored.
@@ -43,6 +46,7 @@ def append(
     value_code: Encoder | None = None,
     code_slots: Tensor | None = None,
     code_rotated: bool = True,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | None:
     """Rotates keys and queries of one new token per sequence, and writes keys, values and codes.
 
@@ -60,13 +64,17 @@ def append(
         code_slots: As `slots`, in the pages of codes; the same if not given.
         code_rotated: Whether the code of a key is taken after RoPE, of what is written; before it
             otherwise.
+        scales: `[H]` fp32 each: what keys and values are divided by in pages of e4m3, into which
+            larger numbers than it has go as its largest.
 
     Returns:
         The rotated `q`, `[B, Q, D]`; what it has in padding means nothing.
     """
     rotated = _rotate(k, cos, sin)
-    _write(key_pages, slots, rotated)
-    _write(value_pages, slots, v)
+    for pages, x, of in zip(
+        (key_pages, value_pages), (rotated, v), scales or (None, None), strict=True
+    ):
+        _write(pages, slots, x if of is None else _scaled(x, of))
     for code, x in ((key_code, rotated if code_rotated else k), (value_code, v)):
         if code is not None:
             encoded = x.flatten(1).float() @ code.weight.float()
@@ -86,6 +94,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     real, imag = x.float().chunk(2, dim=-1)
     turned = torch.cat((real, imag), dim=-1) * cos + torch.cat((-imag, real), dim=-1) * sin
     return turned.to(x.dtype)
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """`clamp(x / s, ±448)` of `x [B, H, D]`, fp32."""
+    return (x.float() / scale[:, None]).clamp(-LARGEST, LARGEST)
 
 
 def _write(pages: Tensor, slots: Tensor, rows: Tensor) -> None:

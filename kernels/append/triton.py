@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.append.reference import Encoder
-from kvtool.kernels.tiles import dot, lying_together, precision
+from kvtool.kernels.append.reference import LARGEST, Encoder
+from kvtool.kernels.tiles import dot, lying_together, precision, rounded
 
 _CODES = 16  # numbers of a code per program
+_LARGEST = tl.constexpr(LARGEST)
 
 
 def append(
@@ -30,6 +31,7 @@ def append(
     value_code: Encoder | None = None,
     code_slots: Tensor | None = None,
     code_rotated: bool = True,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | None:
     """See `reference.py`."""
     k, v = lying_together(k), lying_together(v)
@@ -48,6 +50,7 @@ def append(
     grid = (batch * (queries + heads) + sum(blocks),)
     _append[grid](
         q, out, k, v, cos, sin, slots, code_slots, key_pages, value_pages,
+        *(scales or (None, None)),
         *_encoder_arguments(key_code), *_encoder_arguments(value_code), batch, blocks[0],
         *(stride for x in (q, out) for stride in ((0, 0) if x is None else x.stride()[:2])),
         *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
@@ -75,7 +78,7 @@ def _encoder_arguments(code: Encoder | None) -> tuple[Tensor | int | None, ...]:
 @triton.jit
 def _append(
     q_ptr, out_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, slots_ptr, code_slots_ptr,
-    key_pages_ptr, value_pages_ptr,
+    key_pages_ptr, value_pages_ptr, key_scales_ptr, value_scales_ptr,
     key_weight_ptr, key_bias_ptr, key_codes_ptr, key_weight_row, key_weight_column,
     key_codes_page, key_codes_place, key_codes_size, key_codes_width,
     value_weight_ptr, value_bias_ptr, value_codes_ptr, value_weight_row, value_weight_column,
@@ -97,19 +100,25 @@ def _append(
         if head < QUERIES:
             if QUERIES > 0:
                 to = out_ptr + row * out_row + head * out_head
-                _rotate_head(q_ptr + row * q_row + head * q_head, to, cos_ptr, sin_ptr, HALF)
+                source = q_ptr + row * q_row + head * q_head
+                _rotate_head(source, to, None, cos_ptr, sin_ptr, HALF)
         else:
             head -= QUERIES
             slot = tl.load(slots_ptr + row)
             if slot >= 0:
                 to = key_pages_ptr + slot // key_size * key_page + slot % key_size * key_place
                 source = k_ptr + row * k_row + head * k_head
-                _rotate_head(source, to + head.to(tl.int64) * key_head, cos_ptr, sin_ptr, HALF)
+                to += head.to(tl.int64) * key_head
+                key_scale, value_scale = None, None
+                if key_scales_ptr is not None:
+                    key_scale = tl.load(key_scales_ptr + head)
+                    value_scale = tl.load(value_scales_ptr + head)
+                _rotate_head(source, to, key_scale, cos_ptr, sin_ptr, HALF)
                 at = tl.arange(0, triton.next_power_of_2(VALUES))
                 values = tl.load(v_ptr + row * v_row + head * v_head + at, at < VALUES)
                 to = value_pages_ptr + slot // value_size * value_page
                 to += slot % value_size * value_place + head.to(tl.int64) * value_head
-                tl.store(to + at, values.to(value_pages_ptr.dtype.element_ty), at < VALUES)
+                _put(to + at, values, value_scale, at < VALUES)
     elif CODED:
         if KEYS_CODED and block < key_blocks:
             _encode(
@@ -129,14 +138,24 @@ def _append(
 
 
 @triton.jit
-def _rotate_head(source_ptr, to_ptr, cos_ptr, sin_ptr, HALF: tl.constexpr):
+def _put(to, x, scale, there):
+    """Writes numbers, divided by a scale if there is one, in the dtype that lies there."""
+    if scale is not None:
+        x = tl.clamp(tl.div_rn(x.to(tl.float32), scale), -_LARGEST, _LARGEST)
+        tl.store(to, rounded(x, to.dtype.element_ty), there)
+    else:
+        tl.store(to, x.to(to.dtype.element_ty), there)
+
+
+@triton.jit
+def _rotate_head(source_ptr, to_ptr, scale, cos_ptr, sin_ptr, HALF: tl.constexpr):
     """Rotates the `2 · HALF` channels at `source_ptr` into `to_ptr`."""
     at = tl.arange(0, triton.next_power_of_2(HALF))
     real, imag = _rotated(
         source_ptr + at, cos_ptr + at, sin_ptr + at, at < HALF, HALF
     )  # before the stores: the two may be the same memory
-    tl.store(to_ptr + at, real.to(to_ptr.dtype.element_ty), at < HALF)
-    tl.store(to_ptr + HALF + at, imag.to(to_ptr.dtype.element_ty), at < HALF)
+    _put(to_ptr + at, real, scale, at < HALF)
+    _put(to_ptr + HALF + at, imag, scale, at < HALF)
 
 
 @triton.jit

@@ -26,12 +26,13 @@ def paged_decode_attention(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.decode_attention.reference.paged_decode_attention`."""
     run = reference.paged_decode_attention
     if use_triton(q):
         from kvtool.kernels.decode_attention.triton import paged_decode_attention as run
-    return run(q, keys, values, lengths, scaling, table, first, bias, out, sink_logits)
+    return run(q, keys, values, lengths, scaling, table, first, bias, out, sink_logits, scales)
 
 
 def merge(parts: Sequence[Tensor], masses: Sequence[Tensor]) -> Tensor:

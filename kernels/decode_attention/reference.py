@@ -19,6 +19,7 @@ def paged_decode_attention(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query per row and head over the tokens `first` to `length - 1`.
 
@@ -39,6 +40,7 @@ def paged_decode_attention(
         out: `[B, Q, Dv]` for the result, which may be a part of the heads of a larger one.
         sink_logits: `[Q]` or `[B, Q]`, a logit of each head that joins the softmax and has no value
             (`kernels/sink_logits`).
+        scales: `[H]` fp32 each: what keys and values are multiplied by, which may be in e4m3 then.
 
     Returns:
         `[B, Q, Dv]`, and the logarithm of the sum of `exp(score)`, `[B, Q]` fp32, the logit being
@@ -63,6 +65,8 @@ def paged_decode_attention(
             within = at % page if table is not None else at
             k = keys[pages, h, within].float()  # [S, D]
             v = k[:, :v_width] if isinstance(values, int) else values[pages, h, within].float()
+            if scales is not None:
+                k, v = k * scales[0][h], v * scales[1][h]
             own = slice(h * group, (h + 1) * group)
             scores = scaling * q[b, own].float() @ k.T
             if bias is not None:

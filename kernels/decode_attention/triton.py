@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.tiles import (
+    INTERPRETED,
     dot,
     gdc_launch_dependents,
     gdc_wait,
@@ -56,13 +57,16 @@ class Config(NamedTuple):
 
 def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
     """What measured fastest on Hopper, but for codes above 640 numbers and fp32, where it is what
-    fits; nothing depends on the lengths.
+    fits, and e4m3, which was not measured; nothing depends on the lengths.
 
     Args:
         group: Query heads of a KV head.
         width: The larger of the keys' and the values' width.
+        itemsize: Bytes of a number: 1 of e4m3, which is multiplied as float16.
         in_keys: Whether the values are a part of the keys.
     """
+    if itemsize == 1:
+        return Config(block_n=64 if width <= 128 else 32, least=2, items=3, warps=4, stages=5)
     if itemsize == 4:
         return Config(
             block_n=16 if width > 256 else 32, least=2, items=2, warps=4, stages=2,
@@ -152,9 +156,29 @@ def places_of(
     return page, within
 
 
+_HALVES = tl.constexpr("""{
+    .reg .b16 low, high;
+    mov.b32 {low, high}, $2;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+
+
+@triton.jit
+def _summands(v, DTYPE: tl.constexpr):
+    """Values as they are multiplied."""
+    if INTERPRETED or not v.dtype.is_fp8() or DTYPE.is_fp32():
+        found = v.to(DTYPE)
+    else:
+        # It says that it is not pure, so that numbers change threads, and not bytes, which would be
+        # fetched from shared memory one by one.
+        found = tl.inline_asm_elementwise(_HALVES, "=r,=r,r", [v], tl.float16, False, pack=4)
+    return found
+
+
 @triton.jit
 def _attend(
-    q, keys, values, bias, table, lengths, out, lse,
+    q, keys, values, bias, table, lengths, key_scales, value_scales, out, lse,
     stride_qb, stride_qh,
     stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt, stride_bp, stride_bh,
     stride_table, stride_row, stride_head,
@@ -176,19 +200,24 @@ def _attend(
     if not there:
         return
 
+    # e4m3 becomes float16 in one instruction for two numbers, without a loss.
+    FLOAT8: tl.constexpr = keys.dtype.element_ty.is_fp8() and not q.dtype.element_ty.is_fp32()
+    DTYPE: tl.constexpr = tl.float16 if FLOAT8 else q.dtype.element_ty
+    if key_scales is not None:
+        scale *= tl.load(key_scales + head)
     member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
     is_member = member < group
     # A width of no power of two takes two tiles; the part of a latent that is no value, its own.
     K01: tl.constexpr = V_WIDTH if VALUES_IN_KEYS else K_WIDTH
     q_at = row.to(tl.int64) * stride_qb + (head * group + member) * stride_qh
     k0_at = tl.arange(0, K0)
-    q0 = load_columns(q, q_at, k0_at, is_member, K01, K0 <= K01)
+    q0 = load_columns(q, q_at, k0_at, is_member, K01, K0 <= K01).to(DTYPE)
     if K1:
         k1_at = K0 + tl.arange(0, K1)
-        q1 = load_columns(q, q_at, k1_at, is_member, K01, K0 + K1 <= K01)
+        q1 = load_columns(q, q_at, k1_at, is_member, K01, K0 + K1 <= K01).to(DTYPE)
     if K2:
         k2_at = K01 + tl.arange(0, K2)
-        q2 = load_columns(q, q_at, k2_at, is_member, K_WIDTH, K01 + K2 <= K_WIDTH)
+        q2 = load_columns(q, q_at, k2_at, is_member, K_WIDTH, K01 + K2 <= K_WIDTH).to(DTYPE)
     if not VALUES_IN_KEYS:
         v0_at = tl.arange(0, V0)
         if V1:
@@ -206,13 +235,13 @@ def _attend(
             tile, token, inside, row, table, stride_table, PAGED, PAGE, BLOCK_N
         )
         k_at = page * stride_kp + head * stride_kh + within.to(tl.int64) * stride_kt
-        k0 = load_columns(keys, k_at, k0_at, inside, K01, K0 <= K01)
+        k0 = load_columns(keys, k_at, k0_at, inside, K01, K0 <= K01).to(DTYPE)
         scores = dot(q0, tl.trans(k0), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if K1:
-            k1 = load_columns(keys, k_at, k1_at, inside, K01, K0 + K1 <= K01)
+            k1 = load_columns(keys, k_at, k1_at, inside, K01, K0 + K1 <= K01).to(DTYPE)
             scores = dot(q1, tl.trans(k1), scores, PRECISION)
         if K2:
-            k2 = load_columns(keys, k_at, k2_at, inside, K_WIDTH, K01 + K2 <= K_WIDTH)
+            k2 = load_columns(keys, k_at, k2_at, inside, K_WIDTH, K01 + K2 <= K_WIDTH).to(DTYPE)
             scores = dot(q2, tl.trans(k2), scores, PRECISION)
         scores *= scale
         if HAS_BIAS:
@@ -232,15 +261,17 @@ def _attend(
         else:
             v_at = page * stride_vp + head * stride_vh + within.to(tl.int64) * stride_vt
             v0 = load_columns(values, v_at, v0_at, inside, V_WIDTH, V0 <= V_WIDTH)
-            weights = weights.to(v0.dtype)
-            sum0 = dot(weights, v0, sum0, PRECISION)
+            weights = weights.to(DTYPE)
+            sum0 = dot(weights, _summands(v0, DTYPE), sum0, PRECISION)
             if V1:
                 v1 = load_columns(values, v_at, v1_at, inside, V_WIDTH, V0 + V1 <= V_WIDTH)
-                sum1 = dot(weights, v1, sum1, PRECISION)
+                sum1 = dot(weights, _summands(v1, DTYPE), sum1, PRECISION)
 
     safe_mass = tl.where(mass == 0.0, 1.0, mass)
     part = item.to(tl.int64) * group + member
     tl.store(lse + part, top + tl.log2(safe_mass), mask=is_member)
+    if value_scales is not None:
+        safe_mass /= tl.load(value_scales + head)
     at = part * V_WIDTH
     store_columns(out, at, tl.arange(0, V0), is_member, V_WIDTH, sum0 / safe_mass[:, None])
     if V1:
@@ -360,6 +391,7 @@ def paged_decode_attention(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.decode_attention.reference.paged_decode_attention`.
@@ -378,13 +410,14 @@ def paged_decode_attention(
     v0, v1 = tiles_of(v_width)
     if config is None:
         width = max(k_width, v_width)
-        config = config_for(query_heads // heads, width, q.element_size(), in_keys)
+        itemsize = 4 if q.dtype == torch.float32 else keys.element_size()
+        config = config_for(query_heads // heads, width, itemsize, in_keys)
     if out is None:
         out = torch.empty((*q.shape[:2], v_width), dtype=q.dtype, device=q.device)
     tokens = page * (1 if table is None else table.shape[1])
     cut = Cut(out, lengths, heads, first, config, tokens)
     _attend[cut.grid](
-        q, keys, v, bias, table, lengths, cut.parts, cut.part_lse,
+        q, keys, v, bias, table, lengths, *(scales or (None, None)), cut.parts, cut.part_lse,
         q.stride(0), q.stride(1), *keys.stride()[:3], *v.stride()[:3],
         *(bias.stride()[:2] if bias is not None else (0, 0)),
         table.stride(0) if table is not None else 0, *cut.strides,

@@ -111,7 +111,7 @@ class QuantizationOptions:
             keys,
             values if self.kept is None else 16,
             self.group,
-            "token" if self.method in ("rotatekv", "mikv", FP8) else "channel",
+            "token" if self.method in ("rotatekv", "mikv") else "channel",
             "unrotated" if self.read == "rebuilt" else "rotated",
             turned,
             sink=self.sink,
@@ -119,7 +119,6 @@ class QuantizationOptions:
             rest=rest,
             rank=(RANK if self.rank is None else self.rank) if self.method == "gear" else 0,
             kept=self.kept,
-            e4m3=self.method == FP8,
         )
 
 

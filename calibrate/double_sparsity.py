@@ -115,7 +115,7 @@ def check_options(checkpoint: Checkpoint, plan: Plan, channels: int, tokens: int
         )
     if any(layer.sparse for layer in plan.layers):
         raise UsageError("the plan of --plan is read sparsely", hint="Give the one it was made of.")
-    if plan.codes or any(layer.bits or layer.budget for layer in plan.layers):
+    if plan.codes or any(layer.packed or layer.budget for layer in plan.layers):
         raise UsageError(
             "the plan of --plan has codes, few bits or token budgets, which are not read sparsely",
             hint="Give one that says which heads stream.",

@@ -18,7 +18,6 @@
   an approximation of rank r, without the paper's sparse outliers (its GEAR-L).
 * **mustafar** (arXiv 2505.22913): kivi's keys; of each value the numbers of largest magnitude,
   exactly, and a bitmap. The paper leaves numbers of keys out as well.
-* **fp8**: e4m3 with one scale per head for all tokens, as the static fp8 caches of engines.
 * **aware**: kivi's axes; bits of keys and of values layer by layer, how far their ranges are
   clipped, and whether values are transformed, by the harm that predictions feel.
 
@@ -42,8 +41,6 @@ from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.statistics import LayerStatistics
 from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
-from kvtool.errors import CheckpointError
-from kvtool.fp8 import LIMIT, scale
 from kvtool.kernels.quantise import BITS
 from kvtool.plan import Base, Plan
 
@@ -77,40 +74,6 @@ def balanced(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
     keys = statistics.rotated_keys.peak.unflatten(0, (base.kv_heads, -1))
     queries = statistics.rotated_queries.peak.unflatten(0, (base.kv_heads, -1)).amax(dim=1)
     return replace(first, key_balance=_factors((keys / queries).sqrt()))
-
-
-def scaled(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
-    """fp8: keys and values divided by max |x| / 448 of each head, over all positions."""
-    sinks, bulk = statistics.sinks, (statistics.rotated_keys, statistics.joint)
-    keys, both = (
-        torch.maximum(sinks[kind].peak, of.peak)
-        for kind, of in zip(("rotated_keys", "joint"), bulk, strict=True)
-    )
-    peaks = {"keys": keys, "values": both[base.channels :]}
-    found = []
-    for what, peak in peaks.items():
-        heads = peak.unflatten(0, (base.kv_heads, -1))
-        dead = heads.amax(dim=1, keepdim=True) == 0  # any scale will do
-        found.append(scale(heads.masked_fill(dead, LIMIT), "head", f"the {what} of a layer"))
-    return static(first, found, base)
-
-
-def static(first: Bits, scales: Sequence[Tensor], base: Base) -> Bits:
-    """fp8: keys and values divided by scales, one each `[1]`, or one by head `[H, 1, 1]`.
-
-    Raises:
-        CheckpointError: There is not one for each head, above 0 and finite.
-    """
-    for s in scales:
-        if s.numel() not in (1, base.kv_heads) or not bool((s.isfinite() & (s > 0)).all()):
-            raise CheckpointError(
-                f"{base.source} holds scales for fp8 that are not one number above 0 for a layer, "
-                f"or {base.kv_heads} for its heads."
-            )
-    keys, values = (
-        tuple((x,) for x in s.float().flatten().expand(base.kv_heads).tolist()) for s in scales
-    )
-    return replace(first, key_balance=keys, value_balance=values)
 
 
 def _factors(x: Tensor) -> Factors:

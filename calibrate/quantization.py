@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from kvtool.bits import Bits
-from kvtool.calibrate import code_bits, head_bits, latents
+from kvtool.calibrate import code_bits, fp8_scales, head_bits, latents
 from kvtool.calibrate.bit_options import FP8, QuantizationOptions
 from kvtool.calibrate.projections import text_windows
 from kvtool.calibrate.statistics import WINDOW, StatisticsOptions, collect
@@ -20,7 +20,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError
 from kvtool.factored import latent_sizes, model_config
-from kvtool.fp8 import is_static, stored_scales
+from kvtool.fp8 import is_static
 from kvtool.kernels.quantise import BITS
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
@@ -32,7 +32,6 @@ _FITTED = {
     "rotatekv": head_bits.ordered,
     "zipcache": head_bits.separated,
     "mikv": head_bits.balanced,
-    "fp8": head_bits.scaled,
 }
 """Methods that ask statistics of the model's keys, values and queries."""
 
@@ -95,25 +94,21 @@ def calibrate_quantization(
     if not options.heads:
         method = "states"
     elif method == FP8 and is_static(checkpoint.cache_scheme):
-        static = [
-            head_bits.static(first, stored_scales(checkpoint, index), plan.base)
-            if layer.full_heads
-            else first
-            for index, layer in enumerate(plan.layers)
-        ]
-        plan = packed(plan, static)
-        found = {"scales": "of the checkpoint"}
+        plan, found = fp8_scales.of_checkpoint(checkpoint, plan), {"scales": "of the checkpoint"}
         options = replace(options, data=None, tokens=0)
-    elif method in _FITTED:
+    elif method in _FITTED or method == FP8:
         wanted = StatisticsOptions(
             data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
         )
         statistics = collect(checkpoint, wanted, report=report)
         corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
-        fitted, fit = [first] * len(plan.layers), _FITTED[method]
-        for index in (i for i, layer in enumerate(plan.layers) if layer.full_heads):
-            fitted[index] = fit(first, statistics.layer(index), plan.base)
-        plan = packed(plan, fitted)
+        if method == FP8:
+            plan = fp8_scales.of_statistics(statistics, plan)
+        else:
+            fitted, fit = [first] * len(plan.layers), _FITTED[method]
+            for index in (i for i, layer in enumerate(plan.layers) if layer.full_heads):
+                fitted[index] = fit(first, statistics.layer(index), plan.base)
+            plan = packed(plan, fitted)
     elif method != "aware":
         plan = alike(plan, first)
     else:
@@ -163,7 +158,7 @@ def plan_ahead(
         UsageError: There is nothing to pack, or it is packed already; the options are out of range,
             or the budget is too small.
     """
-    already = any(layer.bits is not None for layer in plan.layers)
+    already = any(layer.packed for layer in plan.layers)
     if already or any(code.bits is not None for code in plan.codes):
         raise UsageError("the plan of --plan has bits already", hint="Give the one it was made of.")
     if any(layer.sparse is not None for layer in plan.layers):
@@ -173,7 +168,7 @@ def plan_ahead(
     plan = _with_states(plan, options)
     if not options.heads:
         return plan.cache_bytes(options.context, itemsize)
-    if options.method in _FITTED and latents.latents_of(plan):
+    if options.method in (FP8, *_FITTED) and latents.latents_of(plan):
         raise UsageError(f"{options.named} is for keys and values of heads, and not for latents")
     same = options.bits is None or first.keys == first.values
     if latents.latents_of(plan):
@@ -196,6 +191,8 @@ def plan_ahead(
             raise UsageError("the numbers of a code have the same bits, of keys and of values")
     elif not any(layer.full_heads for layer in plan.layers):
         raise UsageError("in the plan of --plan no head keeps everything, so none can be packed")
+    if options.method == FP8:
+        return fp8_scales.any_scales(plan).cache_bytes(options.context, itemsize)
     if budget_bytes is None:
         return alike(plan, first).cache_bytes(options.context, itemsize)
     fewest = replace(first, keys=min(BITS), values=min(BITS), kept=None)
@@ -229,7 +226,7 @@ def allowed_bytes(
 def memory_bytes(checkpoint: Checkpoint, options: QuantizationOptions) -> int:
     """About what a calibration holds at once, besides Python and its libraries."""
     static = options.method == FP8 and is_static(checkpoint.cache_scheme)
-    if static or options.method not in ("aware", *_FITTED):
+    if static or options.method not in ("aware", FP8, *_FITTED):
         return 0
     if options.method != "aware":
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)

@@ -8,7 +8,7 @@ may fall into two tiers, by the attention that they got until then: the upper on
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
@@ -33,7 +33,7 @@ PROBED = 8
 """One query in so many is a probe, whose attention says which tokens of a block matter."""
 
 Factors = tuple[tuple[float, ...], ...]
-"""`[H][D]`, one per channel of each KV head, or `[H][1]`."""
+"""`[H][D]`, one per channel of each KV head."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,6 @@ class Bits(Blocks):
             codes left out of its keys; and of two of its values.
         kept: c, of the numbers of a value those of largest magnitude, which are stored as fp16
             (`values` is 16) beside a bitmap, and all others read as 0. None: values have codes.
-        e4m3: Whether numbers are fp8 instead of integers with a scale and a minimum: divided by a
-            balance per head, beyond ±448 as ±448 (`kvtool/fp8.py`).
 
     Raises:
         PlanError: The numbers are out of range.
@@ -142,7 +140,6 @@ class Bits(Blocks):
     value_balance: Factors | None = None
     rank: int = 0
     kept: int | None = None
-    e4m3: bool = False
 
     def __post_init__(self) -> None:
         for tier in self.tiers:
@@ -171,16 +168,6 @@ class Bits(Blocks):
                 "values of which the largest numbers are kept have no tiers, factors or clipped "
                 "codes"
             )
-        if self.e4m3:
-            integers = Bits(
-                8, 8, self.group, "token", sink=self.sink, window=self.window,
-                key_balance=self.key_balance, value_balance=self.value_balance,
-            )  # fmt: skip
-            if replace(self, e4m3=False) != integers:
-                raise PlanError(
-                    "numbers in fp8 have 8 bits and a scale per head, and keys lie behind RoPE: "
-                    "they have no transform, order, clipped range, tiers, factors or gaps"
-                )
         for row in (*(self.key_balance or ()), *(self.value_balance or ())):
             if not all(0 < x < math.inf for x in row):
                 raise PlanError("what channels are divided by is above 0 and finite")
@@ -208,8 +195,6 @@ class Bits(Blocks):
 
     def key_bytes(self, head_dim: int) -> int:
         """The same of the keys alone."""
-        if self.e4m3:
-            return self.group * head_dim
         if self.axis == "token":
             codes = sum(self._per_token(head_dim, x.tokens, x.keys) for x in self.tiers)
         else:
@@ -218,8 +203,6 @@ class Bits(Blocks):
 
     def value_bytes(self, head_dim: int) -> int:
         """The same of the values alone."""
-        if self.e4m3:
-            return self.group * head_dim
         if self.kept is not None:
             return self.group * sparse_bytes(head_dim, self.kept)
         codes = sum(self._per_token(head_dim, x.tokens, x.values) for x in self.tiers)

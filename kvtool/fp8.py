@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvtool.errors import CalibrationError, CheckpointError
+from kvtool.errors import CalibrationError, CheckpointError, PlanError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +21,24 @@ SCALES = ("k_scale", "v_scale")
 
 BESIDE = "hf_quant_config.json"
 """A file in which vLLM looks for `quantization_config`, if `config.json` has none."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What the keys and the values of each KV head are divided by, `[H]` each.
+
+    Raises:
+        PlanError: One is not above 0 and finite.
+    """
+
+    keys: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.values):
+            raise PlanError(f"{len(self.keys)} scales of keys for {len(self.values)} of values")
+        if not all(0 < x < math.inf for x in (*self.keys, *self.values)):
+            raise PlanError("a scale of fp8 is above 0 and finite")
 
 
 def encode(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from kvtool.bits import Bits
 from kvtool.errors import PlanError
+from kvtool.fp8 import Scales
 from kvtool.latent_bits import LatentPlan
 from kvtool.sparse import SparseReading
 from kvtool.states import StatePlan
@@ -32,6 +33,8 @@ class LayerPlan:
         kept: What a layer without KV heads keeps, or one whose heads have a sliding window anyway;
             `streaming` is empty then.
         sparse: How few tokens a query reads of the heads that keep everything; None for all.
+        scales: Of the heads that keep everything in e4m3, a byte per number; None for the dtype of
+            the model.
 
     Raises:
         PlanError: The numbers are out of range or do not belong together.
@@ -44,6 +47,7 @@ class LayerPlan:
     bits: Bits | None = None
     kept: StatePlan | LatentPlan | WindowPlan | None = None
     sparse: SparseReading | None = None
+    scales: Scales | None = None
 
     def __post_init__(self) -> None:
         if self.kept is not None and (self.streaming or self.bits is not None):
@@ -52,6 +56,10 @@ class LayerPlan:
             )
         if self.sparse is not None:
             self._check_sparse()
+        if self.scales is not None and self.bits is not None:
+            raise PlanError("heads in fp8 have no other bits")
+        if self.scales is not None and len(self.scales.keys) != len(self.streaming):
+            raise PlanError(f"scales of {len(self.scales.keys)} heads for {len(self.streaming)}")
         for what, rows in by_head(self.bits):
             if len(rows) != len(self.streaming):
                 raise PlanError(f"{len(rows)} {what} of channels for {len(self.streaming)} heads")
@@ -81,13 +89,18 @@ class LayerPlan:
             raise PlanError(
                 f"label channels of {len(self.sparse.channels)} heads for {len(self.streaming)}"
             )
-        if self.bits is not None or any(budget is not None for budget in self.budgets):
+        if self.packed or any(budget is not None for budget in self.budgets):
             raise PlanError("heads with few bits or a token budget are not read sparsely")
+
+    @property
+    def packed(self) -> bool:
+        """Whether the heads that keep everything take the same bytes in any dtype."""
+        return self.bits is not None or self.scales is not None
 
     @property
     def plain(self) -> bool:
         """Whether every head keeps everything as it is, and reads it."""
-        packed = self.bits is not None or (self.kept is not None and self.kept.packed)
+        packed = self.packed or (self.kept is not None and self.kept.packed)
         some = any(self.streaming) or self.sparse is not None
         return self.budget is None and not packed and not some
 
@@ -117,9 +130,12 @@ class LayerPlan:
         if self.kept is not None:
             return self.kept.cache_bytes(prompt, itemsize)
         exact, packed = self.tokens(prompt), 0
-        if self.bits is not None:
+        if self.packed:
             exact -= len(self.full_heads) * prompt
-            packed = len(self.full_heads) * self.bits.cache_bytes(prompt, head_dim, itemsize)
+            each = 2 * head_dim * prompt
+            if self.bits is not None:
+                each = self.bits.cache_bytes(prompt, head_dim, itemsize)
+            packed = len(self.full_heads) * each
         return 2 * itemsize * head_dim * exact + packed
 
     def unread_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
@@ -140,9 +156,10 @@ class LayerPlan:
         if self.kept is not None:
             return self.kept.token_bytes()
         exact, packed = self.streaming.count(False), Fraction(0)
-        if self.bits is not None:
+        if self.packed:
             exact -= len(self.full_heads)
-            packed = len(self.full_heads) * self.bits.token_bytes(head_dim)
+            each = Fraction(2 * head_dim) if self.bits is None else self.bits.token_bytes(head_dim)
+            packed = len(self.full_heads) * each
         return 2 * itemsize * head_dim * exact + packed
 
 

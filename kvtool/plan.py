@@ -28,6 +28,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Allocation, CodePlan, code_shapes, layers_of
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.factored import is_factored, model_config
+from kvtool.fp8 import Scales
 from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan, by_head
 from kvtool.layout import describe, with_heads
@@ -38,10 +39,7 @@ from kvtool.sparse import SparseReading
 from kvtool.states import StatePlan
 from kvtool.windows import WindowPlan
 
-_NEWER = {  # of bits, and since which version
-    **dict.fromkeys(("rest", "key_balance", "value_balance", "rank", "kept"), 5),
-    "e4m3": 6,
-}
+_NEWER = ("rest", "key_balance", "value_balance", "rank", "kept")  # of bits
 _KEPT: dict[str, type[StatePlan | LatentPlan | WindowPlan]] = {
     "state": StatePlan, "latent": LatentPlan, "window": WindowPlan,
 }  # fmt: skip
@@ -197,12 +195,11 @@ class Plan:
                 raise PlanError(
                     f"layer {index} keeps {layer.bits.kept} numbers of values of {base.head_dim}"
                 )
-            width = 1 if layer.bits is not None and layer.bits.e4m3 else base.head_dim
             for what, rows in by_head(layer.bits):
                 for row in rows:
-                    if len(row) != width:
+                    if len(row) != base.head_dim:
                         raise PlanError(
-                            f"layer {index} has {what} of {len(row)} channels of {width}"
+                            f"layer {index} has {what} of {len(row)} channels of {base.head_dim}"
                         )
             labels = () if layer.sparse is None else layer.sparse.channels
             if (last := max((max(row) for row in labels), default=0)) >= base.head_dim:
@@ -441,7 +438,8 @@ def _layer(layer: LayerEntry) -> LayerPlan:
     if layer.kept is not None:
         kept = _KEPT[layer.kept.kind](**layer.kept.model_dump(exclude={"kind"}))
     sparse = None if layer.sparse is None else SparseReading(**layer.sparse.model_dump())
-    return LayerPlan(streaming, sink, window, layer.budget, bits, kept, sparse)
+    scales = None if layer.scales is None else Scales(**layer.scales.model_dump())
+    return LayerPlan(streaming, sink, window, layer.budget, bits, kept, sparse, scales)
 
 
 def _document(plan: Plan) -> dict[str, Any]:
@@ -468,8 +466,7 @@ def _document(plan: Plan) -> dict[str, Any]:
                 entry["bits"] = asdict(layer.bits)
                 newer = {name: entry["bits"].pop(name) for name in _NEWER}
                 if used := {name: x for name, x in newer.items() if x}:
-                    since = (_NEWER[name] for name in used)
-                    document["format_version"] = max(document["format_version"], *since)
+                    document["format_version"] = plan_file.KEPT_VERSION
                     entry["bits"] |= used
     if any(layer.kept is not None for layer in plan.layers):
         document["format_version"] = max(document["format_version"], plan_file.KEPT_VERSION)
@@ -487,5 +484,10 @@ def _document(plan: Plan) -> dict[str, Any]:
     if any(isinstance(layer.kept, WindowPlan) for layer in plan.layers):
         document["format_version"] = plan_file.WINDOW_VERSION
     if any(isinstance(x.kept, StatePlan) and x.kept.rule != "mamba2" for x in plan.layers):
+        document["format_version"] = plan_file.RULES_VERSION
+    if any(layer.scales is not None for layer in plan.layers):
         document["format_version"] = plan_file.FORMAT_VERSION
+        for entry, layer in zip(document["layers"], plan.layers, strict=True):
+            if layer.scales is not None:
+                entry["scales"] = asdict(layer.scales)
     return document

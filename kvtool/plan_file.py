@@ -23,9 +23,9 @@ from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 from kvtool.mamba import Rule
 
-FORMAT_VERSION, WINDOW_VERSION, SPARSE_VERSION, KEPT_VERSION, BITS_VERSION = 8, 7, 6, 5, 4
-CODES_VERSION = 3
-"""8 knows states of Gated DeltaNet; 7 sliding windows; 6 fp8, and heads that are read sparsely; 5
+FORMAT_VERSION, RULES_VERSION, WINDOW_VERSION, SPARSE_VERSION = 9, 8, 7, 6
+KEPT_VERSION, BITS_VERSION, CODES_VERSION = 5, 4, 3
+"""9 knows fp8; 8 states of Gated DeltaNet; 7 sliding windows; 6 heads that are read sparsely; 5
 layers without KV heads, and tiers, balances, factors and sparse values; 4 bits of heads, and 3
 codes. A file is of the oldest version that knows what is in it, 1 at least."""
 Policy = Literal["snapkv", "expected"]
@@ -89,7 +89,6 @@ class BitsEntry(_Strict):
     value_balance: _Factors | None = None
     rank: _Count = 0
     kept: _Count | None = None
-    e4m3: bool = False
 
 
 class StateEntry(_Strict):
@@ -138,6 +137,13 @@ class SparseEntry(_Strict):
     window: _Count
 
 
+class ScalesEntry(_Strict):
+    """By which full heads lie in fp8."""
+
+    keys: tuple[float, ...]
+    values: tuple[float, ...]
+
+
 _Kept = StateEntry | LatentEntry | WindowEntry
 
 
@@ -149,6 +155,7 @@ class LayerEntry(_Strict):
     bits: BitsEntry | None = None
     kept: Annotated[_Kept, Field(discriminator="kind")] | None = None
     sparse: SparseEntry | None = None
+    scales: ScalesEntry | None = None
 
 
 class CodeEntry(_Strict):

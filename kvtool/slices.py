@@ -46,7 +46,7 @@ def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
     streaming[scores.flatten().argsort(stable=True)[:count]] = True
     rows = iter(streaming.view(scores.shape).tolist())
     layers = tuple(
-        LayerPlan(tuple(next(rows)), sink, window, sparse=layer.sparse)
+        LayerPlan(tuple(next(rows)), sink, window, sparse=layer.sparse, scales=layer.scales)
         if layer.kept is None
         else layer
         for layer in plan.layers
@@ -134,7 +134,7 @@ def compose(heads: Plan, budgets: Plan) -> Plan:
             "plans of latents are not composed",
             hint="Give the first to the calibration of the second with --plan.",
         )
-    if any(layer.bits is not None for layer in (*heads.layers, *budgets.layers)):
+    if any(layer.packed for layer in (*heads.layers, *budgets.layers)):
         raise PlanError(
             "few bits come last, and are chosen for the heads that keep everything",
             hint="Compose the other plans, and give the result to calibrate quantization.",

@@ -9,6 +9,7 @@ from _code_tools import WINDOWED, coded
 from _family_cases import CASES, LATENTS
 from _hybrid_tools import write_hybrid
 from _kernel_tools import DEVICE
+from test_floats import SCALES, floats
 
 from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ KINDS = [
     "qwen3_5_text", "qwen3_5_text, budgets", "qwen3_5_text, packed", "gemma4_text, keys are values",
     "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
     "smollm3", "glm4", "ministral3", "gpt_oss, budgets", "gpt_oss, codes", "gpt_oss, packed",
-    "deepseek_v2", "minicpm3",
+    "deepseek_v2", "minicpm3", "fp8", "fp8, streamed", "gpt_oss, fp8",
 ]  # fmt: skip
 
 
@@ -93,6 +94,16 @@ def engines(tiny, tmp_path_factory):
                 state, heads = whole_layers(checkpoint)[:2]
                 layers = [replace(heads, bits=Bits(4, 2, 64, window=n)) for n in (5, 6)]
                 plan = Plan(base_of(checkpoint), (state, layers[0], state, layers[1]))
+            elif kind.startswith("fp8"):
+                prefill = "streamed" if kind.endswith("streamed") else "dense"
+                streams = ((True, False), (False, False), (True, True))
+                plan = floats(checkpoint, prefill, streams)
+            elif kind == "gpt_oss, fp8":
+                checkpoint = Checkpoint.open(str(tiny("gpt_oss", **CASES["gpt_oss"][1])))
+                window, heads = whole_layers(checkpoint)[:2]
+                some = LayerPlan((False, True), 3, 9, scales=SCALES)
+                whole = replace(heads, scales=SCALES)
+                plan = Plan(base_of(checkpoint), (window, some, window, whole), "streamed")
             elif kind == "gpt_oss, packed":
                 checkpoint = Checkpoint.open(str(tiny("gpt_oss", **CASES["gpt_oss"][1])))
                 window, heads = whole_layers(checkpoint)[:2]
@@ -204,7 +215,9 @@ def test_rows_and_pages_return_with_the_cache(engines, monkeypatch):
     assert (len(memory.pages._free_pages), len(memory.pages._free_rows)) == (pages, rows)
 
 
-@pytest.mark.parametrize("kind", ["llama", "streaming", "packed", "mla-packed", "budgets-mixed"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "streaming", "packed", "mla-packed", "budgets-mixed", "fp8"]
+)
 def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
     contiguous, paged = engines(kind)
     prompts = [tokens(n, seed=n).tolist() for n in (150, 20, 3)]
@@ -224,7 +237,7 @@ def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "streaming", "packed", "mla-packed", "gemma3_text, codes"]
+    "kind", ["llama", "streaming", "packed", "mla-packed", "gemma3_text, codes", "fp8"]
 )
 def test_what_a_row_takes_of_shared_pages_is_foreseen(engines, monkeypatch, kind):
     """Pages have room for packed blocks: they are not counted again, nor is what a row takes."""

@@ -13,6 +13,7 @@ from _hybrid_tools import write_hybrid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_coded_bits import coded as packed
+from test_floats import floats
 from test_packed import packed as few_bits
 from test_packed_latents import planned as packed_latents
 from test_packed_states import planned as packed_states
@@ -40,6 +41,7 @@ PLANS = (
     "gear",
     "sparse",
     "fp8",
+    "fp8, streamed",
 )
 MLA = ("mla", "kvtool-mla", "packed mla")
 KINDS = ("dense", "windowed", "some windows", *PLANS, *MLA, "packed states")
@@ -88,8 +90,11 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
             return Engine.load(checkpoint, plan=plan)
         if kind == "packed codes":
             return Engine.load(checkpoint, plan=packed(checkpoint, "rotated", 4, share=0.5))
-        if kind in ("gear", "fp8"):
+        if kind == "gear":
             return Engine.load(checkpoint, plan=few_bits(checkpoint, kind, streaming=MIXED))
+        if kind.startswith("fp8"):
+            prefill = "streamed" if kind.endswith("streamed") else "dense"
+            return Engine.load(checkpoint, plan=floats(checkpoint, prefill, MIXED))
         if kind.startswith("two tiers"):
             prefill = "streamed" if kind.endswith("streamed") else "dense"
             plan = few_bits(checkpoint, "two tiers", prefill=prefill, streaming=MIXED)

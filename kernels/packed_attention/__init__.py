@@ -12,8 +12,6 @@ from kvtool.kernels.packed_attention.paged import Blocks, Ring, fits
 from kvtool.kernels.packed_attention.reference import (
     channel_scores,
     channel_sums,
-    float_scores,
-    float_sums,
     token_scores,
     value_sums,
 )
@@ -24,8 +22,6 @@ __all__ = [
     "channel_scores",
     "channel_sums",
     "fits",
-    "float_scores",
-    "float_sums",
     "pack_blocks",
     "packed_attention",
     "token_scores",

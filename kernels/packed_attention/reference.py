@@ -11,8 +11,7 @@ and with values that share them within groups of channels of a token,
 
 So queries and probabilities are scaled, of which there are few, and the codes are multiplied as
 they are: a field of every byte after the other, as float, a tile of tokens at a time. No number of
-the past is ever rebuilt, and no field put beside its neighbours. Numbers in e4m3 are looked up in a
-table, a tile at a time as well: their scale is one for all tokens.
+the past is ever rebuilt, and no field put beside its neighbours.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from kvtool.kernels.quantise import packed_bytes
 
 TILE = 4096
 """Tokens whose codes are converted together: they stay in the cache of the processor."""
-
-_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def fields(
@@ -171,22 +168,3 @@ def channel_sums(weights: Tensor, codes: Tensor, scales: Tensor, bits: int, toke
             sums += (torch.matmul(by_block[..., at], numbers.mT) * s[:, :, None]).sum(dim=1)
         sums += torch.matmul(by_block.sum(dim=-1).mT, m)
     return sums
-
-
-def float_scores(q: Tensor, codes: Tensor) -> Tensor:
-    """Queries `[H, n, D]` fp32 against keys in e4m3, `[H, S, D]` uint8: `[H, n, S]`, not scaled."""
-    return torch.cat([torch.matmul(q, _floats(some).mT) for some in codes.split(TILE, 1)], dim=-1)
-
-
-def float_sums(weights: Tensor, codes: Tensor) -> Tensor:
-    """Values in e4m3, `[H, S, D]` uint8, summed with weights `[H, n, S]` fp32: `[H, n, D]`."""
-    sums = weights.new_zeros((*weights.shape[:2], codes.shape[2]))
-    for p, some in zip(weights.split(TILE, 2), codes.split(TILE, 1), strict=True):
-        sums += torch.matmul(p, _floats(some))
-    return sums
-
-
-def _floats(codes: Tensor) -> Tensor:
-    """Codes of e4m3 as fp32; on a CPU torch converts them one by one, ten times as slowly."""
-    table = _E4M3.to(codes.device)
-    return table.index_select(0, codes.flatten().int()).view(codes.shape)

@@ -12,7 +12,7 @@ from kvtool.cli.plan import emit_plan, planned_facts
 from kvtool.errors import UsageError
 
 _METHOD = "Method"
-_RINGS = {"kivi": (64, 0, 128), "zipcache": (128, 4, 64), "mikv": (128, 4, 64), "fp8": (16, 0, 1)}
+_RINGS = {"kivi": (64, 0, 128), "zipcache": (128, 4, 64), "mikv": (128, 4, 64)}
 """Of methods with others than most, --group, --sink and --window if they are not given."""
 _BF16 = 2
 
@@ -83,8 +83,7 @@ def quantization(
         int | None,
         typer.Option(
             help="Numbers that share a scale and a minimum (4 bytes): 16, 32, 64 or 128, by "
-            "default 64. Of zipcache and mikv the tokens that are ranked together: 128. Of fp8 the "
-            "tokens that are stored together: 16.",
+            "default 64. Of zipcache and mikv the tokens that are ranked together: 128.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -101,7 +100,7 @@ def quantization(
         int | None,
         typer.Option(
             min=0,
-            help="First tokens that are kept exactly: 4, of kivi and fp8 0.",
+            help="First tokens that are kept exactly: 4, of kivi 0.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -109,7 +108,7 @@ def quantization(
         int | None,
         typer.Option(
             min=1,
-            help="Last tokens that are kept exactly, at least: 64, of kivi 128, of fp8 1.",
+            help="Last tokens that are kept exactly, at least: 64, of kivi 128.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -144,6 +143,11 @@ def quantization(
     if of_heads == bit_options.FP8:
         if method != "aware":
             raise UsageError(f"--bits fp8 is a method of its own, and --method {method} another")
+        others = {"--group": group, "--read": read, "--sink": sink, "--window": window}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise UsageError(
+                f"--bits fp8 stores every token alike and reads it as stored: it has no {given[0]}"
+            )
         chosen, of_heads = "fp8", "8"
     # With S8 alone, heads are left as they are.
     asked, rest = bit_options.parse_tiers(of_heads if of_heads or states is None else "4")

@@ -178,6 +178,7 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
                 "bits": None if layer.bits is None else _bits(layer.bits),
                 "kept": None if layer.kept is None else asdict(layer.kept),
                 "sparse": asdict(layer.sparse) if layer.sparse and layer.full_heads else None,
+                "scales": asdict(layer.scales) if layer.scales and layer.full_heads else None,
             }
             for layer in plan.layers
         ],
@@ -229,7 +230,7 @@ def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
         table.add_row("  kept", f"the {kept} numbers of largest magnitude, and a bitmap")
     scale = "a channel" if one["axis"] == "channel" else "a token"
     stored = f"a scale and a minimum (4 bytes) for {one['group']} of {scale}"
-    table.add_row("  stored", "fp8 (e4m3), by a scale per KV head" if one["e4m3"] else stored)
+    table.add_row("  stored", stored)
     if rank := one["rank"]:
         table.add_row("  factors", f"of rank {rank}, of what the codes leave out")
     read = "after RoPE, read as stored"
@@ -239,6 +240,13 @@ def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
     table.add_row(
         "  exact", f"the first {one['sink']} and at least the last {one['window']} tokens"
     )
+
+
+def _describe_scales(table: Table, layers: list[dict[str, Any]]) -> None:
+    """A row for heads that keep everything in fp8."""
+    if stored := [layer for layer in layers if layer["scales"] is not None]:
+        full = "every number of the heads that keep everything, by a scale per head"
+        table.add_row("fp8 (e4m3)", f"{counted(len(stored), 'layer')}: {full}")
 
 
 def _tiers(bits: dict[str, Any], part: str) -> str:
@@ -354,6 +362,7 @@ def _facts(result: dict[str, Any]) -> Table:
         if result["kv_heads"]:
             _describe_heads(table, result)
         _describe_bits(table, result["layers"])
+        _describe_scales(table, result["layers"])
         _describe_sparse(table, result["layers"])
         if latents := _kept_with(result["layers"], "rank"):
             _describe_latents(table, latents)

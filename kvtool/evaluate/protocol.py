@@ -174,7 +174,7 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
         sizes.append(CacheSize(slope, slope / item * BFLOAT16_BYTES, constant))
     if plan is not None:
         # Integers of few bits take the same in any dtype; rings do not grow.
-        packed = [layer.bits is not None or layer.kept is not None for layer in plan.layers]
+        packed = [layer.packed or layer.kept is not None for layer in plan.layers]
         for code, own in zip(plan.codes, plan.coded_layers, strict=True):
             for layer in own:
                 packed[layer] = code.bits is not None

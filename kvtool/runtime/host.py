@@ -26,6 +26,7 @@ from kvtool.layout import (
 from kvtool.plan import Plan
 from kvtool.rope import Rope
 from kvtool.runtime.coded import CodedAttention
+from kvtool.runtime.floats import FloatAttention
 from kvtool.runtime.fused import fuse
 from kvtool.runtime.layers import (
     DecodeLinear,
@@ -119,6 +120,8 @@ def swap_attention(
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
             elif plan.layers[i].bits is not None:
                 attention = PackedAttention(grouped, i, plan, exact[i])
+            elif plan.layers[i].scales is not None:
+                attention = FloatAttention(grouped, i, inv_freq, rope.scale, plan)
             elif plan.layers[i].sparse is not None:
                 attention = SparseAttention(grouped, i, inv_freq, rope.scale, plan)
             else:

@@ -53,9 +53,10 @@ class RowMemory:
             self.rings += [layer.sink + layer.window] * sum(layer.streaming)
             if self.dense:
                 self.dropping += len(layer.streaming) if plan.codes else sum(layer.streaming)
-                if layer.bits is not None:
+                if layer.packed:
                     self.dropping += len(layer.full_heads)
-                    self.watched += len(layer.full_heads) if layer.bits.rest else 0
+                if layer.bits is not None and layer.bits.rest:
+                    self.watched += len(layer.full_heads)
         self.dropping += len(self.budgets)
 
     @property

@@ -16,9 +16,6 @@ Values may be sparse instead of having codes (`kernels/sparse_values`), as in Mu
 2505.22913): of each the numbers of largest magnitude, and a bitmap. In the paper keys are so as
 well; here they have codes.
 
-Or all numbers are e4m3 (`kvtool/fp8.py`), as the static fp8 caches of engines keep them: one byte
-each, and a scale per head for all tokens.
-
 What is stored as it is read is not rebuilt (`kernels/packed_attention`): values, and keys behind
 RoPE. Keys that are stored before it are rebuilt and rotated a tile at a time.
 """
@@ -34,7 +31,6 @@ from torch import Tensor
 from kvtool.attention import GroupedQueryAttention
 from kvtool.bits import Bits, Factors, from_stored, to_stored, turn
 from kvtool.codes import Positions
-from kvtool.fp8 import encode
 from kvtool.kernels.append import append
 from kvtool.kernels.low_rank import low_rank, low_rank_scores, low_rank_sums
 from kvtool.kernels.packed_attention import (
@@ -42,8 +38,6 @@ from kvtool.kernels.packed_attention import (
     Ring,
     channel_scores,
     fits,
-    float_scores,
-    float_sums,
     pack_blocks,
     packed_attention,
     token_scores,
@@ -80,7 +74,7 @@ class PackedHeads(PackedStore):
     Args:
         order: `[H, D]`, the order of the channels of keys; None for their own.
         positions: RoPE in fp32.
-        balances: `[H, 1, D]` or `[H, 1, 1]` for keys and for values, see :class:`Bits`; None for
+        balances: `[H, 1, D]` for keys and for values, see :class:`Bits`; None for
             ones.
         sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
     """
@@ -112,9 +106,7 @@ class PackedHeads(PackedStore):
                 ("values", tier.values, per_channel[::-1]),
             ):
                 shape = (rows, heads, bits.blocks(capacity), lines)
-                if bits.e4m3:
-                    self.planes[part] = like.new_empty((*shape, numbers), dtype=torch.uint8)
-                elif part == "keys" or bits.kept is None:
+                if part == "keys" or bits.kept is None:
                     self.add_planes(prefix + part, width, numbers, shape)
         if bits.kept is not None:
             tokens = (rows, heads, bits.blocks(capacity), bits.group)
@@ -243,8 +235,6 @@ class PackedHeads(PackedStore):
         turned, parts = to_stored(q, bits, self.order), []
         if self.key_balance is not None:
             turned = turned * self.key_balance
-        if bits.e4m3:
-            return float_scores(turned, self.read_blocks("keys", row, 0, blocks).flatten(1, 2))
         for prefix, tier in zip(_PREFIXES, bits.tiers, strict=False):
             codes, scales = self.blocks_of(prefix + "keys", row, 0, blocks)
             if bits.axis == "channel":
@@ -264,8 +254,6 @@ class PackedHeads(PackedStore):
         if bits.kept is not None:
             bitmap, numbers = (self.read_blocks(x, row, 0, blocks).flatten(1, 2) for x in _SPARSE)
             return sparse_sums(weights, bitmap, numbers, self.head_dim)
-        if bits.e4m3:
-            return float_sums(weights, self.read_blocks("values", row, 0, blocks).flatten(1, 2))
         parts = weights.split([blocks * tier.tokens for tier in bits.tiers], dim=-1)
         sums = weights.new_zeros((*weights.shape[:2], self.head_dim))
         for prefix, tier, own in zip(_PREFIXES, bits.tiers, parts, strict=False):
@@ -331,10 +319,6 @@ class PackedHeads(PackedStore):
                 if part == "values" and bits.kept is not None:
                     for name, found in zip(_SPARSE, compress(x, bits.kept), strict=True):
                         self.write_blocks(name, row, slice(first, first + count), found)
-                    continue
-                if bits.e4m3:
-                    floats = encode(x).view(torch.uint8)
-                    self.write_blocks(part, row, slice(first, first + count), floats)
                     continue
                 codes, scales = self.put_blocks(prefix + part, row, first, x, width, clip)
                 if bits.rank:
@@ -459,7 +443,7 @@ class PackedAttention(SplitAttention):
         return PagedSplit(full, self.new_paged_rings(pages))
 
     def _balance(self, factors: Factors | None) -> Tensor | None:
-        """`[H, 1, D]` or `[H, 1, 1]` of the full heads."""
+        """`[H, 1, D]` of the full heads."""
         if factors is None or not self.full:
             return None
         own = [factors[head] for head in self.full]

@@ -13,6 +13,7 @@ from kvtool.runtime.split import SplitStore, StreamingHeads
 from kvtool.runtime.streams import at_once
 
 if TYPE_CHECKING:
+    from kvtool.runtime.floats import PagedFloats
     from kvtool.runtime.packed import PagedPacked
 
 
@@ -37,7 +38,7 @@ class PagedRings(PerRow, StreamingHeads):
 class PagedSplit(SplitStore):
     """Heads in pages, and streaming heads in rings."""
 
-    full: PagedHeads | PagedPacked
+    full: PagedHeads | PagedPacked | PagedFloats
     streaming: PagedRings | None
 
     @property

@@ -266,6 +266,11 @@ class PagedHeads(PagedStore):
         super().__init__(pages, dict.fromkeys(("keys", "values"), (heads, head_dim)), like)
         self.scaling, self.sink_logits = scaling, sink_logits
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """`[heads]` fp32 each, what keys and values in e4m3 are multiplied by; None for others."""
+        return None
+
     def attend(
         self,
         q: Tensor,
@@ -298,11 +303,11 @@ class PagedHeads(PagedStore):
             `[B, Q, D]`.
         """
         keys, values = self.planes["keys"], self.planes["values"]
-        turned = append(k, v, cos, sin, keys, values, at.slots, q)
+        turned = append(k, v, cos, sin, keys, values, at.slots, q, scales=self.factors)
         assert turned is not None
         return paged_decode_attention(
             turned, keys, values, at.lengths, self.scaling, at.table, out=out,
-            sink_logits=self.sink_logits,
+            sink_logits=self.sink_logits, scales=self.factors,
         )[0]  # fmt: skip
 
 

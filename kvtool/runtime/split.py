@@ -33,6 +33,7 @@ from kvtool.runtime.selection import Selector, keep
 from kvtool.runtime.stores import DenseStore, Store, whole_pages, with_spare_rows
 
 if TYPE_CHECKING:
+    from kvtool.runtime.floats import FloatHeads
     from kvtool.runtime.packed import PackedHeads
 
 
@@ -373,7 +374,7 @@ class SplitStore(Store):
 
     def __init__(
         self,
-        full: FullHeads | PackedHeads | PagedHeads,
+        full: FullHeads | PackedHeads | FloatHeads | PagedHeads,
         streaming: StreamingHeads | None,
         budgeted: BudgetedHeads | None = None,
     ) -> None:

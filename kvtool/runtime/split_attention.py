@@ -22,6 +22,7 @@ from kvtool.runtime.selection import Selector, selector
 from kvtool.runtime.split import BudgetedHeads, FullHeads, SplitStore, StreamingHeads
 
 if TYPE_CHECKING:
+    from kvtool.runtime.floats import FloatHeads
     from kvtool.runtime.packed import PackedHeads
 
 
@@ -77,7 +78,7 @@ class SplitAttention(GroupedAttention):
             )
         return SplitStore(self.new_full_heads(rows, capacity), ring, tails)
 
-    def new_full_heads(self, rows: int, capacity: int) -> FullHeads | PackedHeads:
+    def new_full_heads(self, rows: int, capacity: int) -> FullHeads | PackedHeads | FloatHeads:
         """Empty planes of those heads that keep every token."""
         layout, like = self.stages.layout, self.stages.qkv.weight
         return FullHeads(

@@ -15,6 +15,7 @@ from benchmarks.gpu_attention import (
     code_cases,
     decode_cases,
     flex_cases,
+    float_cases,
     latent_cases,
     packed_cases,
     packed_latent_cases,
@@ -51,6 +52,7 @@ def main() -> None:
     if tiny:
         groups = [
             decode_cases(device, {"SmolLM2-135M": (9, 3, 64)}, [(2, 100)]),
+            float_cases(device, {"SmolLM2-135M": (9, 3, 64)}, [(2, 100)]),
             latent_cases(device, {"SmolLM2-135M": (9, 160, 32)}, [(2, 100)]),
             split_cases(device, 1, 100),
             code_cases(device, 1, 100),
@@ -70,6 +72,7 @@ def main() -> None:
         short = [(1, 4096), (64, 4096), (1, 32768), (8, 32768), (64, 32768), (8, 131072)]
         groups = [
             decode_cases(device, grouped, sizes),
+            float_cases(device, grouped, [(1, 32768), (8, 32768), (64, 32768)]),
             split_cases(device, 8, 32768),
             code_cases(device, 8, 32768),
             packed_cases(device, 8, 32768),

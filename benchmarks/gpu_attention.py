@@ -88,6 +88,38 @@ def decode_cases(
             )  # fmt: skip
 
 
+def float_cases(
+    device: torch.device, shapes: dict[str, tuple[int, int, int]], sizes: list[tuple[int, int]]
+) -> Iterator[Case]:
+    """The same in e4m3, and what stores a step's tokens there."""
+    for name, (queries, heads, width) in shapes.items():
+        for batch, tokens in sizes:
+            nbytes = batch * tokens * heads * width * 2
+            scales = tuple(torch.rand(2, heads, device=device) / 100 + 0.005)
+            inputs = []
+            for _ in range(copies(nbytes)):
+                planes = paged(device, batch, tokens, heads, width, width)
+                keys, values = ((x * 100).to(torch.float8_e4m3fn) for x in planes[:2])
+                q = normal(device, batch, queries, width)
+                inputs.append((q, keys, values, planes[3], width**-0.5, planes[2]))
+
+            def error(inputs: list[Any] = inputs, scales: tuple[Tensor, ...] = scales) -> float:
+                q, keys, values, lengths, scaling, table = inputs[0]
+                found, _ = paged_decode_attention(*inputs[0], scales=scales)
+                keys, values, table, lengths = first_row(table, lengths, keys, values)
+                exact, _ = decode_reference.paged_decode_attention(
+                    q[:1].float(), keys, values, lengths, scaling, table, scales=scales
+                )
+                return rms_ratio(found[:1], exact)
+
+            yield Case(
+                "decode_attention", f"{name}, fp8", batch, tokens, nbytes,
+                4 * batch * tokens * queries * width,
+                [lambda x=x, s=scales: paged_decode_attention(*x, scales=s) for x in inputs],
+                error,
+            )  # fmt: skip
+
+
 def flex_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
     """FlexAttention decoding, on as many rows as decode_attention reads above.
 

@@ -23,6 +23,7 @@ from rich.table import Table
 from benchmarks.gpu_attention import (
     code_cases,
     decode_cases,
+    float_cases,
     latent_cases,
     packed_cases,
     packed_latent_cases,
@@ -72,6 +73,16 @@ def sweeps(device: torch.device, tiny: bool) -> Iterator[Sweep]:
     yield Sweep(read, decode, lambda _, width, *__: width == 512, codes)
     blocks = [(64, 8, 2, 1, 8), (64, 8, 1, 1, 8), (64, 8, 1, 1, 12), (64, 8, 4, 1, 4)]
     yield Sweep(packed_cases(device, batch, tokens), packed, always, blocks)
+    floats = [
+        (64, 16, 4, 4, 4),
+        (64, 16, 2, 5, 4),
+        (64, 16, 1, 4, 8),
+        (32, 16, 4, 6, 4),
+        (32, 16, 1, 5, 12),
+        (128, 16, 4, 4, 2),
+    ]
+    cases = float_cases(device, {"Llama-3-8B": (32, 8, 128)}, sizes)
+    yield Sweep(cases, decode, always, floats)
     own = [(64, 16, 4, 4, 4), (64, 16, 4, 5, 2), (32, 16, 4, 6, 4), (128, 16, 4, 3, 2)]
     rows = [(1, tokens)] if tiny else [(1, tokens), (64, tokens)]
     cases = decode_cases(device, {"Llama-3-8B": (32, 8, 128)}, rows)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kvtool.bits import Bits
 from kvtool.codes import CodePlan, code_shapes
+from kvtool.fp8 import Scales
 from kvtool.layer_plan import LayerPlan
 from kvtool.layout import decoder_layers, ropes_of
 from kvtool.plan import Base, Plan
@@ -73,6 +74,7 @@ def end_to_end(bench: Any, layers: int, batch: int, tokens: int, shrink: int = 1
             base, (LayerPlan((False,) * heads, budget=budgets),) * layers, policy="snapkv"
         ),
         "4 bits": Plan(base, (replace(plain, bits=Bits(4, 4)),) * layers),
+        "fp8": Plan(base, (replace(plain, scales=Scales(*[(0.01,) * heads] * 2)),) * layers),
     }
     for name, plan in plans.items():
         if bench.late(20):
@@ -129,7 +131,9 @@ def _decode_seconds(engine: Any, batch: int, tokens: int) -> tuple[float, int]:
         parts = [store, full, *(getattr(x, "exact", None) for x in (store, full))]
         for part in (*parts, getattr(store, "streaming", None)):
             for plane in (getattr(part, "planes", None) or {}).values():
-                if plane.is_floating_point():
+                if plane.dtype == torch.float8_e4m3fn:
+                    plane.view(torch.uint8).random_(0, 127)  # 127 is NaN
+                elif plane.is_floating_point():
                     plane.normal_()
                 else:
                     plane.random_(0, 256)

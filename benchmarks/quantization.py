@@ -119,8 +119,8 @@ class Plans:
         return calibrate_quantization(self.checkpoint, asked, self.dense, None, 2)
 
     def fp8(self, prefill: Any) -> Plan:
-        """What an engine's static fp8 cache keeps; but for the newest 16 tokens at most."""
-        asked = QuantizationOptions("fp8", (8, 8), 16, sink=0, window=1, tokens=self.tokens)
+        """What an engine's static fp8 cache keeps."""
+        asked = QuantizationOptions("fp8", (8, 8), tokens=self.tokens)
         heads = replace(self.dense, prefill=prefill)
         return calibrate_quantization(self.checkpoint, asked, heads, None, 2)
 

@@ -18,8 +18,9 @@ _NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float(
 
 def widen(codes: Tensor) -> Tensor:
     """Numbers in e4m3, of any shape, in fp32."""
-    flat = codes.reshape(-1).view(torch.uint8)
-    return _NUMBERS.to(codes.device).index_select(0, flat.int()).view(codes.shape)
+    if not codes.is_cpu:
+        return codes.float()
+    return _NUMBERS.index_select(0, codes.reshape(-1).view(torch.uint8).int()).view(codes.shape)
 
 
 def decode_attention_e4m3(

@@ -17,7 +17,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtool import __version__
+from kvtool._home import home
 from kvtool.calibrate.layer_sums import KINDS, LayerSums, Seen, shapes, unpack, watched
 from kvtool.calibrate.stream import LayerStream, Report, StreamedLayer
 from kvtool.checkpoint import Checkpoint, check_disk
@@ -477,8 +477,7 @@ def _budgets(window: int) -> list[int]:
 
 
 def _home() -> Path:
-    home = os.environ.get("KVTOOL_HOME") or "~/.cache/kvtool"
-    return Path(home).expanduser() / "statistics"
+    return home() / "statistics"
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import io
 import logging
-import os
 import shutil
 import struct
 import tempfile
@@ -21,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kvtool._home import home
 from kvtool._staging import check_disk
 from kvtool._tensors import first_line
 from kvtool._transformers import quiet_transformers
@@ -68,19 +68,19 @@ def materialise(
         name: How to call the folder, by default like the file.
         probe: A text and its token ids, to refuse a tokenizer that was rebuilt wrongly.
     """
-    home = Path(os.environ.get("KVTOOL_HOME") or "~/.cache/kvtool").expanduser() / "models"
+    models = home() / "models"
     name = name or file.stem
-    folder = home / f"{name}-{_content_key(file)}"
+    folder = models / f"{name}-{_content_key(file)}"
     if folder.is_dir():
         return folder
-    check_disk(home, 4 * _check_expressible(file))
-    home.mkdir(parents=True, exist_ok=True)
-    for stale in home.glob(f".{name}-*"):  # left by a killed process
+    check_disk(models, 4 * _check_expressible(file))
+    models.mkdir(parents=True, exist_ok=True)
+    for stale in models.glob(f".{name}-*"):  # left by a killed process
         if time.time() - stale.stat().st_mtime > 3600:
             shutil.rmtree(stale, ignore_errors=True)
     # A warning, because it takes half a minute in which nothing else would be said.
     logger.warning("Writing %s once as a checkpoint to %s", file.name, folder)
-    staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
+    staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=models))
     try:
         _write(file, staging, probe)
         staging.chmod(0o755)

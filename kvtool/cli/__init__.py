@@ -17,6 +17,7 @@ from kvtool.cli import (
     chat,
     compare,
     convert,
+    doctor,
     evaluate,
     generate,
     inspect,
@@ -47,6 +48,7 @@ for _command in (
     generate.generate,
     chat.chat,
     run.run,
+    doctor.doctor,
 ):
     app.command()(_command)
 app.command("serve-local")(serve.serve_local)

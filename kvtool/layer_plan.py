@@ -98,11 +98,15 @@ class LayerPlan:
         return self.bits is not None or self.scales is not None
 
     @property
+    def whole(self) -> bool:
+        """Whether every head keeps every token where it came, as it is or in fp8, and reads it."""
+        some = any(self.streaming) or self.sparse is not None or self.bits is not None
+        return self.budget is None and not some and not (self.kept is not None and self.kept.packed)
+
+    @property
     def plain(self) -> bool:
         """Whether every head keeps everything as it is, and reads it."""
-        packed = self.packed or (self.kept is not None and self.kept.packed)
-        some = any(self.streaming) or self.sparse is not None
-        return self.budget is None and not packed and not some
+        return self.whole and self.scales is None
 
     @property
     def full_heads(self) -> list[int]:

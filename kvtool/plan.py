@@ -312,6 +312,14 @@ class Plan:
         return layers_of(self.codes, self.planned_layers)
 
     @property
+    def keeps_prefixes(self) -> bool:
+        """Whether what is kept of the start of a prompt is the same whatever comes behind it, and
+        lies token by token.
+        """
+        whole = all(layer.whole for layer in self.layers)
+        return self.prefill == "streamed" and whole and not self.codes
+
+    @property
     def knows_heads(self) -> bool:
         """Whether it says of single heads what they keep: codes and latents are of all together."""
         return not self.codes and any(layer.streaming for layer in self.layers)

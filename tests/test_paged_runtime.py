@@ -38,7 +38,7 @@ KINDS = [
     "qwen3_5_text", "qwen3_5_text, budgets", "qwen3_5_text, packed", "gemma4_text, keys are values",
     "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
     "smollm3", "glm4", "ministral3", "gpt_oss, budgets", "gpt_oss, codes", "gpt_oss, packed",
-    "deepseek_v2", "minicpm3", "fp8", "fp8, streamed", "gpt_oss, fp8",
+    "deepseek_v2", "minicpm3", "fp8", "fp8, streamed", "fp8 alone", "gpt_oss, fp8",
 ]  # fmt: skip
 
 
@@ -95,8 +95,10 @@ def engines(tiny, tmp_path_factory):
                 layers = [replace(heads, bits=Bits(4, 2, 64, window=n)) for n in (5, 6)]
                 plan = Plan(base_of(checkpoint), (state, layers[0], state, layers[1]))
             elif kind.startswith("fp8"):
-                prefill = "streamed" if kind.endswith("streamed") else "dense"
+                prefill = "dense" if kind == "fp8" else "streamed"
                 streams = ((True, False), (False, False), (True, True))
+                if kind.endswith("alone"):
+                    streams = ((False, False),) * 3
                 plan = floats(checkpoint, prefill, streams)
             elif kind == "gpt_oss, fp8":
                 checkpoint = Checkpoint.open(str(tiny("gpt_oss", **CASES["gpt_oss"][1])))

@@ -42,6 +42,7 @@ PLANS = (
     "sparse",
     "fp8",
     "fp8, streamed",
+    "fp8 alone",
 )
 MLA = ("mla", "kvtool-mla", "packed mla")
 KINDS = ("dense", "windowed", "some windows", *PLANS, *MLA, "packed states")
@@ -93,8 +94,9 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
         if kind == "gear":
             return Engine.load(checkpoint, plan=few_bits(checkpoint, kind, streaming=MIXED))
         if kind.startswith("fp8"):
-            prefill = "streamed" if kind.endswith("streamed") else "dense"
-            return Engine.load(checkpoint, plan=floats(checkpoint, prefill, MIXED))
+            heads = ([False, False],) * 3 if kind.endswith("alone") else MIXED
+            prefill = "dense" if kind == "fp8" else "streamed"
+            return Engine.load(checkpoint, plan=floats(checkpoint, prefill, heads))
         if kind.startswith("two tiers"):
             prefill = "streamed" if kind.endswith("streamed") else "dense"
             plan = few_bits(checkpoint, "two tiers", prefill=prefill, streaming=MIXED)
@@ -283,7 +285,7 @@ def test_the_most_tokens_are_what_fits_and_not_one_more(engine, kind, length):
             assert max(memory.reading(length), memory.holding(length, length)) > budget
 
 
-@pytest.mark.parametrize("kind", ["dense", "mla"])
+@pytest.mark.parametrize("kind", ["dense", "mla", "fp8 alone"])
 def test_prompts_that_start_alike_are_read_once(engine, kind):
     scheduler = Scheduler(engine(kind), GIGABYTE, piece=PIECE)
     first, ids = Request(prompt(70), 4, ignore_eos=True), prompt(70)

@@ -17,10 +17,10 @@ _NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float(
 
 
 def widen(codes: Tensor) -> Tensor:
-    """Numbers in e4m3, of any shape, in fp32."""
+    """Numbers in e4m3, bytes `uint8` of any shape, in fp32."""
     if not codes.is_cpu:
-        return codes.float()
-    return _NUMBERS.index_select(0, codes.reshape(-1).view(torch.uint8).int()).view(codes.shape)
+        return codes.view(torch.float8_e4m3fn).float()
+    return _NUMBERS.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def decode_attention_e4m3(
@@ -35,7 +35,7 @@ def decode_attention_e4m3(
 
     Args:
         q: `[Q, D]`, rotated.
-        keys: `[H, S, D]` e4m3, rotated, H divides Q; values: `[H, S, Dv]` e4m3.
+        keys: `[H, S, D]` bytes, rotated, H divides Q; values: `[H, S, Dv]` bytes.
         scaling: Factor on the scores.
         scales: `[H]` fp32 each, what keys and values are multiplied by.
         sink_logits: `[Q]`, see `kernels/sink_logits`.

@@ -21,14 +21,14 @@ from kvtool.runtime.paged_split import PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
 from kvtool.runtime.split import DroppingHeads
 from kvtool.runtime.split_attention import SplitAttention
-from kvtool.runtime.stores import whole_pages
+from kvtool.runtime.stores import Store, whole_pages
 
 Scales = tuple[Tensor, Tensor]
 """`[H]` fp32 each, of keys and of values."""
 
 
 class FloatHeads(DroppingHeads):
-    """Heads that keep every token.
+    """Heads that keep every token. Planes hold bytes, as not all of torch knows the type.
 
     Args:
         dense_prompt: Whether a prompt reads its own keys and values before they are stored.
@@ -41,8 +41,10 @@ class FloatHeads(DroppingHeads):
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
         scales: Scales, dense_prompt: bool, sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
-        plane = like.new_empty((rows, heads, capacity, head_dim), dtype=torch.float8_e4m3fn)
-        self.planes = {"keys": plane, "values": plane.clone()}
+        shape = (rows, heads, capacity, head_dim)
+        self.planes = {
+            name: like.new_empty(shape, dtype=torch.uint8) for name in ("keys", "values")
+        }
         self.scaling, self.scales = scaling, scales
         self.dense_prompt, self.sink_logits = dense_prompt, sink_logits
 
@@ -61,7 +63,8 @@ class FloatHeads(DroppingHeads):
     def put(self, row: int | None, starts: Sequence[int], k: Tensor, v: Tensor) -> None:
         """Stores keys and values `[B, H, T, D]`, see :meth:`Store.write`."""
         named = zip(self.planes, (k, v), self.scales, strict=True)
-        self.write(row, starts, {name: encode(x, s[:, None, None]) for name, x, s in named})
+        codes = {name: encode(x, s[:, None, None]).view(torch.uint8) for name, x, s in named}
+        self.write(row, starts, codes)
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
         self.put(row, [0], keys[None], values[None])
@@ -88,13 +91,13 @@ class PagedFloats(FloatHeads, PagedHeads):
         self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float,
         scales: Scales, dense_prompt: bool, sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
-        floats = like.new_empty(0, dtype=torch.float8_e4m3fn)
-        PagedHeads.__init__(self, pages, heads, head_dim, floats, scaling, sink_logits)
+        codes = like.new_empty(0, dtype=torch.uint8)
+        PagedHeads.__init__(self, pages, heads, head_dim, codes, scaling, sink_logits)
         self.scales, self.dense_prompt = scales, dense_prompt
 
-    @property
-    def factors(self) -> Scales:
-        return self.scales
+    def stored(self) -> tuple[Tensor, Tensor, Scales]:
+        keys, values = (plane.view(torch.float8_e4m3fn) for plane in self.planes.values())
+        return keys, values, self.scales
 
 
 class FloatAttention(SplitAttention):
@@ -111,6 +114,18 @@ class FloatAttention(SplitAttention):
         )
         self.scales = keys, values
 
+    @property
+    def all_full(self) -> bool:
+        """Whether no head streams or has a budget: then the full heads are the whole store."""
+        return self.counts[0] == self.stages.layout.kv_heads
+
+    def new_store(self, rows: int, capacity: int) -> Store:
+        return (
+            self.new_full_heads(rows, capacity)
+            if self.all_full
+            else super().new_store(rows, capacity)
+        )
+
     def new_full_heads(self, rows: int, capacity: int) -> FloatHeads:
         layout, like = self.stages.layout, self.stages.qkv.weight
         return FloatHeads(
@@ -118,7 +133,7 @@ class FloatAttention(SplitAttention):
             self.prefill == "dense", self.full_sink_logits,
         )  # fmt: skip
 
-    def new_paged_store(self, pages: Pages) -> PagedSplit | None:
+    def new_paged_store(self, pages: Pages) -> PagedFloats | PagedSplit | None:
         layout, like = self.stages.layout, self.stages.qkv.weight
         if isinstance(pages, HeadPages) or not reads_e4m3(like.device):
             return None
@@ -126,4 +141,4 @@ class FloatAttention(SplitAttention):
             pages, self.counts[0], layout.head_dim, like, layout.scaling, self.scales,
             self.prefill == "dense", self.full_sink_logits,
         )  # fmt: skip
-        return PagedSplit(full, self.new_paged_rings(pages))
+        return full if self.all_full else PagedSplit(full, self.new_paged_rings(pages))

@@ -266,10 +266,11 @@ class PagedHeads(PagedStore):
         super().__init__(pages, dict.fromkeys(("keys", "values"), (heads, head_dim)), like)
         self.scaling, self.sink_logits = scaling, sink_logits
 
-    @property
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """`[heads]` fp32 each, what keys and values in e4m3 are multiplied by; None for others."""
-        return None
+    def stored(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Pages of keys and of values; and if they lie in e4m3 what they are multiplied by, `[H]`
+        fp32 each.
+        """
+        return self.planes["keys"], self.planes["values"], None
 
     def attend(
         self,
@@ -302,12 +303,12 @@ class PagedHeads(PagedStore):
         Returns:
             `[B, Q, D]`.
         """
-        keys, values = self.planes["keys"], self.planes["values"]
-        turned = append(k, v, cos, sin, keys, values, at.slots, q, scales=self.factors)
+        keys, values, scales = self.stored()
+        turned = append(k, v, cos, sin, keys, values, at.slots, q, scales=scales)
         assert turned is not None
         return paged_decode_attention(
             turned, keys, values, at.lengths, self.scaling, at.table, out=out,
-            sink_logits=self.sink_logits, scales=self.factors,
+            sink_logits=self.sink_logits, scales=scales,
         )[0]  # fmt: skip
 
 

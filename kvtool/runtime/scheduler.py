@@ -176,7 +176,8 @@ class Scheduler:
         self.engine, self.budget = engine, memory
         self.max_running, self.piece = max_running, piece
         by_marks = not engine.new_cache(1, 1).keeps_all
-        possible = engine.plan is None and not (engine.paged and by_marks)
+        alike = engine.plan is None or engine.plan.keeps_prefixes
+        possible = alike and not (engine.paged and by_marks)
         self.share_prefixes = share_prefixes and possible
         self.memory = RowMemory(engine)
         most_prefixes: int | None = None

@@ -20,9 +20,10 @@ from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
 from kvtool.runtime.selection import Selector, selector
 from kvtool.runtime.split import BudgetedHeads, FullHeads, SplitStore, StreamingHeads
+from kvtool.runtime.stores import Store
 
 if TYPE_CHECKING:
-    from kvtool.runtime.floats import FloatHeads
+    from kvtool.runtime.floats import FloatHeads, PagedFloats
     from kvtool.runtime.packed import PackedHeads
 
 
@@ -57,7 +58,7 @@ class SplitAttention(GroupedAttention):
         """Those of the streaming heads."""
         return self.stages.sink_logits_of(self.counts[0] + len(self.budgets), self.counts[1])
 
-    def new_store(self, rows: int, capacity: int) -> SplitStore:
+    def new_store(self, rows: int, capacity: int) -> Store:
         layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
         streaming, size, scaling = self.counts[1], layout.head_dim, layout.scaling
         ring = tails = None
@@ -96,7 +97,7 @@ class SplitAttention(GroupedAttention):
         """Of the heads that have pages: tokens of a prompt that they keep, `None` for all."""
         return [*[None] * self.counts[0], *self.budgets]
 
-    def new_paged_store(self, pages: Pages) -> PagedSplit | None:
+    def new_paged_store(self, pages: Pages) -> PagedSplit | PagedFloats | None:
         layout, like = self.stages.layout, self.stages.qkv.weight
         rings = self.new_paged_rings(pages)
         if isinstance(pages, HeadPages):

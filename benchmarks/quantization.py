@@ -93,6 +93,7 @@ class Plans:
                 yield f"{method} {bits}", lambda b=bits, m=method: self.tiers(b, m)
         yield "fp8", lambda: self.fp8("streamed")
         yield "fp8, a prompt read exactly", lambda: self.fp8("dense")
+        yield "fp8, window 16", lambda: self.fp8("streamed", 16)
         for share in (28, 19):
             for read in ("absorbed", "rebuilt"):
                 yield f"aware {share} %, {read}", lambda s=share, r=read: self.aware(s, r)
@@ -118,9 +119,9 @@ class Plans:
         asked = QuantizationOptions(bits=parse_bits(bits), tokens=self.tokens, **options)
         return calibrate_quantization(self.checkpoint, asked, self.dense, None, 2)
 
-    def fp8(self, prefill: Any) -> Plan:
-        """What an engine's static fp8 cache keeps."""
-        asked = QuantizationOptions("fp8", (8, 8), tokens=self.tokens)
+    def fp8(self, prefill: Any, window: int = 0) -> Plan:
+        """What an engine's static fp8 cache keeps, and a window exactly."""
+        asked = QuantizationOptions("fp8", (8, 8), window=window, tokens=self.tokens)
         heads = replace(self.dense, prefill=prefill)
         return calibrate_quantization(self.checkpoint, asked, heads, None, 2)
 

@@ -100,6 +100,7 @@ class QuantizationOptions:
             PlanError: They are out of range.
         """
         keys, values = self.bits or (4, 4)
+        window = 1 if self.method == FP8 else self.window  # that has no blocks
         turned: Turned = "both" if self.method == "rotatekv" else "none"
         rest = None
         if self.method in SALIENT:
@@ -115,7 +116,7 @@ class QuantizationOptions:
             "unrotated" if self.read == "rebuilt" else "rotated",
             turned,
             sink=self.sink,
-            window=self.window,
+            window=window,
             rest=rest,
             rank=(RANK if self.rank is None else self.rank) if self.method == "gear" else 0,
             kept=self.kept,

@@ -20,7 +20,7 @@ from kvtool.fp8 import LIMIT, Scales, scale, stored_scales
 from kvtool.plan import Base, Plan
 
 
-def measured(statistics: LayerStatistics, base: Base) -> Scales:
+def measured(statistics: LayerStatistics, base: Base, window: int) -> Scales:
     """max |x| / 448 of keys and values of each head, over all positions."""
     sinks, bulk = statistics.sinks, (statistics.rotated_keys, statistics.joint)
     keys, both = (
@@ -33,10 +33,10 @@ def measured(statistics: LayerStatistics, base: Base) -> Scales:
         heads = peak.unflatten(0, (base.kv_heads, -1))
         dead = heads.amax(dim=1, keepdim=True) == 0  # any scale will do
         found.append(scale(heads.masked_fill(dead, LIMIT), "head", f"the {what} of a layer"))
-    return by_head(found, base)
+    return by_head(found, base, window)
 
 
-def by_head(scales: Sequence[Tensor], base: Base) -> Scales:
+def by_head(scales: Sequence[Tensor], base: Base, window: int) -> Scales:
     """Scales of keys and of values, one each `[1]`, or one by head `[H, 1, 1]`.
 
     Raises:
@@ -49,23 +49,27 @@ def by_head(scales: Sequence[Tensor], base: Base) -> Scales:
                 f"or {base.kv_heads} for its heads."
             )
     keys, values = (tuple(s.float().flatten().expand(base.kv_heads).tolist()) for s in scales)
-    return Scales(keys, values)
+    return Scales(keys, values, window)
 
 
-def of_checkpoint(checkpoint: Checkpoint, plan: Plan) -> Plan:
-    """The plan with what keeps everything in fp8, by the scales that the checkpoint holds."""
-    return _with(plan, lambda index: by_head(stored_scales(checkpoint, index), plan.base))
+def of_checkpoint(checkpoint: Checkpoint, plan: Plan, window: int) -> Plan:
+    """The plan with what keeps everything in fp8, by the scales that the checkpoint holds.
+
+    Args:
+        window: Tokens that are kept exactly as well.
+    """
+    return _with(plan, lambda index: by_head(stored_scales(checkpoint, index), plan.base, window))
 
 
-def of_statistics(statistics: Statistics, plan: Plan) -> Plan:
+def of_statistics(statistics: Statistics, plan: Plan, window: int) -> Plan:
     """The same by what was measured."""
-    return _with(plan, lambda index: measured(statistics.layer(index), plan.base))
+    return _with(plan, lambda index: measured(statistics.layer(index), plan.base, window))
 
 
-def any_scales(plan: Plan) -> Plan:
+def any_scales(plan: Plan, window: int) -> Plan:
     """The same by scales that mean nothing: it takes the same bytes."""
     ones = (1.0,) * plan.base.kv_heads
-    return _with(plan, lambda index: Scales(ones, ones))
+    return _with(plan, lambda index: Scales(ones, ones, window))
 
 
 def _with(plan: Plan, scales_of: Callable[[int], Scales]) -> Plan:

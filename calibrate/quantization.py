@@ -94,7 +94,8 @@ def calibrate_quantization(
     if not options.heads:
         method = "states"
     elif method == FP8 and is_static(checkpoint.cache_scheme):
-        plan, found = fp8_scales.of_checkpoint(checkpoint, plan), {"scales": "of the checkpoint"}
+        plan = fp8_scales.of_checkpoint(checkpoint, plan, options.window)
+        found = {"scales": "of the checkpoint"}
         options = replace(options, data=None, tokens=0)
     elif method in _FITTED or method == FP8:
         wanted = StatisticsOptions(
@@ -103,7 +104,7 @@ def calibrate_quantization(
         statistics = collect(checkpoint, wanted, report=report)
         corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
         if method == FP8:
-            plan = fp8_scales.of_statistics(statistics, plan)
+            plan = fp8_scales.of_statistics(statistics, plan, options.window)
         else:
             fitted, fit = [first] * len(plan.layers), _FITTED[method]
             for index in (i for i, layer in enumerate(plan.layers) if layer.full_heads):
@@ -192,7 +193,8 @@ def plan_ahead(
     elif not any(layer.full_heads for layer in plan.layers):
         raise UsageError("in the plan of --plan no head keeps everything, so none can be packed")
     if options.method == FP8:
-        return fp8_scales.any_scales(plan).cache_bytes(options.context, itemsize)
+        planned = fp8_scales.any_scales(plan, options.window)
+        return planned.cache_bytes(options.context, itemsize)
     if budget_bytes is None:
         return alike(plan, first).cache_bytes(options.context, itemsize)
     fewest = replace(first, keys=min(BITS), values=min(BITS), kept=None)

@@ -27,18 +27,28 @@ BESIDE = "hf_quant_config.json"
 class Scales:
     """What the keys and the values of each KV head are divided by, `[H]` each.
 
+    Attributes:
+        window: Tokens, the last ones, that are kept exactly as well; engines have none.
+
     Raises:
-        PlanError: One is not above 0 and finite.
+        PlanError: A number is out of range.
     """
 
     keys: tuple[float, ...]
     values: tuple[float, ...]
+    window: int = 0
 
     def __post_init__(self) -> None:
+        if self.window < 0:
+            raise PlanError(f"a window of {self.window} exact tokens is impossible")
         if len(self.keys) != len(self.values):
             raise PlanError(f"{len(self.keys)} scales of keys for {len(self.values)} of values")
         if not all(0 < x < math.inf for x in (*self.keys, *self.values)):
             raise PlanError("a scale of fp8 is above 0 and finite")
+
+    def cache_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """Of one head of a sequence; the room for exact tokens counts whole even if unfilled."""
+        return 2 * head_dim * (tokens + itemsize * self.window)
 
 
 def encode(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:

@@ -136,11 +136,13 @@ class LayerPlan:
         exact, packed = self.tokens(prompt), 0
         if self.packed:
             exact -= len(self.full_heads) * prompt
-            each = 2 * head_dim * prompt
-            if self.bits is not None:
-                each = self.bits.cache_bytes(prompt, head_dim, itemsize)
-            packed = len(self.full_heads) * each
+            packed = len(self.full_heads) * self._packed_bytes(prompt, head_dim, itemsize)
         return 2 * itemsize * head_dim * exact + packed
+
+    def _packed_bytes(self, prompt: int, head_dim: int, itemsize: int) -> int:
+        how = self.scales if self.bits is None else self.bits
+        assert how is not None
+        return how.cache_bytes(prompt, head_dim, itemsize)
 
     def unread_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
         """Bytes of what is kept of so many tokens that a query does not read."""

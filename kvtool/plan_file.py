@@ -142,6 +142,7 @@ class ScalesEntry(_Strict):
 
     keys: tuple[float, ...]
     values: tuple[float, ...]
+    window: _Count
 
 
 _Kept = StateEntry | LatentEntry | WindowEntry

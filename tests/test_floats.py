@@ -1,6 +1,8 @@
 """Heads in e4m3: what an engine with a static fp8 cache reads, however tokens arrive."""
 
+import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -35,7 +37,13 @@ SCALES = Scales((0.01, 0.001), (0.02, 0.003))  # of what is 3 at most: some are 
 SOME_STREAM = ((True, False), (False, False), (True, True))
 
 
-def floats(checkpoint, prefill="streamed", streaming=((False, False),) * 3, scales=SCALES):
+windows = pytest.mark.parametrize("window", [0, 1, 5])
+
+
+def floats(
+    checkpoint, prefill="streamed", streaming=((False, False),) * 3, scales=SCALES, window=0
+):
+    scales = replace(scales, window=window)
     layers = tuple(LayerPlan(heads, 3, 8, scales=scales) for heads in streaming)
     return Plan(base_of(checkpoint), layers, prefill)
 
@@ -45,8 +53,8 @@ def llama(tiny):
     return Checkpoint.open(str(tiny("llama")))
 
 
-def reference(checkpoint, ids: Tensor) -> Tensor:
-    """Logits where all keys and values are rounded, those of the newest token too."""
+def reference(checkpoint, ids: Tensor, window: int) -> Tensor:
+    """Logits where each query sees rounded keys and values, but for its last tokens."""
     engine = Engine.load(checkpoint)
     keys, values = (torch.tensor(x)[:, None, None] for x in (SCALES.keys, SCALES.values))
 
@@ -60,36 +68,60 @@ def reference(checkpoint, ids: Tensor) -> Tensor:
             cos, sin = step.tables[attention.table]
             q, k, v = stages.project(hidden)
             q, k = stages.rotate(*stages.normalise(q, k), cos[:, None], sin[:, None])
-            k, v = rounded(k, keys), rounded(v, values)
-            return stages.output(stages.attend(q, k, v), hidden)
+            group, at = q.shape[1] // k.shape[1], torch.arange(len(ids))
+            distance = at[:, None] - at
+            near = distance < window
+            k, coarse_k, v, coarse_v = (
+                x.repeat_interleave(group, 1) for x in (k, rounded(k, keys), v, rounded(v, values))
+            )
+            scores = torch.where(near, q @ k.mT, q @ coarse_k.mT) * stages.layout.scaling
+            weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+            return stages.output((weights * near) @ v + (weights * ~near) @ coarse_v, hidden)
 
         attention.attention = attend
     return logits(engine, ids, len(ids))
 
 
-def test_everything_is_read_as_an_fp8_cache_holds_it(llama, poison):
+@windows
+def test_all_but_the_window_is_read_as_an_fp8_cache_holds_it(llama, window, poison):
     ids = random_ids(LENGTH)
-    expected, dense = reference(llama, ids), logits(Engine.load(llama), ids, len(ids))
-    engine = Engine.load(llama, plan=floats(llama))
+    expected, dense = reference(llama, ids, window), logits(Engine.load(llama), ids, len(ids))
+    engine = Engine.load(llama, plan=floats(llama, window=window))
     for pieces in ((LENGTH,), (1,), (30, 1, 40)):
         found = logits(engine, ids, *pieces)
         assert_same(found, expected)
     assert (found - dense).abs().mean() > 20 * (found - expected).abs().mean()
 
 
-def test_the_same_however_tokens_arrive(llama, poison):
-    check_arrival(llama, lambda prefill: floats(llama, prefill), random_ids(LENGTH))
+@windows
+def test_the_same_however_tokens_arrive(llama, window, poison):
+    planned = partial(floats, llama, window=window)
+    check_arrival(llama, lambda prefill: planned(prefill), random_ids(LENGTH))
 
 
-def test_a_prompt_may_come_in_pieces_and_rows_decode_together(llama):
-    check_prompt_in_pieces(Engine.load(llama, plan=floats(llama, "dense")), random_ids(LENGTH))
+def test_queries_of_a_long_call_see_their_own_windows(llama):
+    """More of them than have a mask together."""
+    ids = random_ids(500)
+    engine = Engine.load(llama, plan=floats(llama, window=7))
+    assert_same(logits(engine, ids, 500), logits(engine, ids, 100, 400))
 
 
-def test_rows_of_different_lengths_do_not_disturb_each_other(llama, poison):
-    check_rows(Engine.load(llama, plan=floats(llama)))
+@windows
+def test_a_prompt_may_come_in_pieces_and_rows_decode_together(llama, window):
+    plan = floats(llama, "dense", window=window)
+    check_prompt_in_pieces(Engine.load(llama, plan=plan), random_ids(LENGTH))
+
+
+@windows
+def test_rows_of_different_lengths_do_not_disturb_each_other(llama, window, poison):
+    check_rows(Engine.load(llama, plan=floats(llama, window=window)))
 
 
 def test_a_row_goes_back_to_any_of_its_tokens(llama, poison):
+    """With a window it starts over."""
+    ring = Engine.load(llama, plan=floats(llama, window=5)).new_cache(1, LENGTH).stores[0]
+    assert not ring.can_crop(0, 60, 59)
+    assert ring.can_crop(0, 5, 4)
     engine = Engine.load(llama, plan=floats(llama))
     check_crop(engine, random_ids(LENGTH), 81)
     cache = engine.new_cache(1, LENGTH)
@@ -98,22 +130,26 @@ def test_a_row_goes_back_to_any_of_its_tokens(llama, poison):
     assert cache.lengths == [7]
 
 
-def test_a_snapshot_is_where_it_was(llama):
-    check_snapshot(Engine.load(llama, plan=floats(llama, streaming=SOME_STREAM)), random_ids(96))
+@windows
+def test_a_snapshot_is_where_it_was(llama, window):
+    plan = floats(llama, streaming=SOME_STREAM, window=window)
+    check_snapshot(Engine.load(llama, plan=plan), random_ids(96))
 
 
 def test_measured_bytes_are_the_planned_ones(llama):
     """A byte per number, also beside heads that stream, and as the cache grows."""
-    for streaming in (((False, False),) * 3, SOME_STREAM):
-        plan = floats(llama, streaming=streaming)
+    for streaming, window in itertools.product((((False, False),) * 3, SOME_STREAM), (0, 5)):
+        plan = floats(llama, streaming=streaming, window=window)
         full = sum(x.count(False) for x in streaming)
         assert plan.bytes_per_token(2) == plan.bytes_per_token(4) == 2 * 16 * full
+        ring = sum(x.count(True) for x in streaming) * 2 * 4 * 16 * 11
+        assert plan.cache_bytes(64, 4) - ring == 2 * 16 * full * (64 + 4 * window)
         check_bytes(Engine.load(llama, plan=plan), 4)
 
 
 @pytest.mark.parametrize("prefill", ["dense", "streamed"])
 def test_the_memory_of_a_row_is_known_before(llama, prefill):
-    engine = Engine.load(llama, plan=floats(llama, prefill, SOME_STREAM))
+    engine = Engine.load(llama, plan=floats(llama, prefill, SOME_STREAM, window=5))
     memory = RowMemory(engine)
     for tokens in (64, 128, 640):
         assert memory.holding(tokens, tokens) == engine.new_cache(1, tokens).allocated_bytes
@@ -153,6 +189,11 @@ def test_every_number_is_read_as_torch_converts_it():
         expected = decode_attention(q[None], *read, [count], 0.3, sink)[0]
         found = decode_attention_e4m3(q, codes, codes, 0.3, tuple(scales), sink)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    near = torch.randn(2, heads, 9, 16)
+    both = [torch.cat((x, y[None]), dim=2) for x, y in zip(read, near, strict=True)]
+    expected = decode_attention(q[None], *both, [count + 9], 0.3, logit)[0]
+    found = decode_attention_e4m3(q, codes, codes, 0.3, tuple(scales), logit, tuple(near))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     broken = codes.clone()
     broken[1, 4500, 3] = 255
     assert not decode_attention_e4m3(q, broken, codes, 0.3, tuple(scales))[:3].isnan().any()
@@ -177,7 +218,7 @@ def test_budgets_drop_tokens_of_other_heads(llama):
 
 
 def test_a_plan_comes_back_from_its_file(llama, tmp_path):
-    plan = floats(llama, streaming=SOME_STREAM)
+    plan = floats(llama, streaming=SOME_STREAM, window=5)
     plan.write(tmp_path / "a.plan")
     assert Plan.read(tmp_path / "a.plan").layers == plan.layers
     head = (tmp_path / "a.plan").read_bytes()[:200000].replace(b"\\", b"")
@@ -197,6 +238,8 @@ def test_a_plan_comes_back_from_its_file(llama, tmp_path):
 def test_impossible_scales_are_refused(keys, values, message):
     with pytest.raises(PlanError, match=message):
         LayerPlan((False, False), scales=Scales(keys, values))
+    with pytest.raises(PlanError, match="a window of -1 exact tokens"):
+        replace(SCALES, window=-1)
 
 
 def test_what_lies_in_fp8_has_no_other_bits_and_is_not_composed(llama):

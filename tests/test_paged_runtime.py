@@ -38,7 +38,8 @@ KINDS = [
     "qwen3_5_text", "qwen3_5_text, budgets", "qwen3_5_text, packed", "gemma4_text, keys are values",
     "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
     "smollm3", "glm4", "ministral3", "gpt_oss, budgets", "gpt_oss, codes", "gpt_oss, packed",
-    "deepseek_v2", "minicpm3", "fp8", "fp8, streamed", "fp8 alone", "gpt_oss, fp8",
+    "deepseek_v2", "minicpm3", "fp8", "fp8, streamed", "fp8 alone", "fp8, window", "gpt_oss, fp8",
+    "gpt_oss, fp8, window",
 ]  # fmt: skip
 
 
@@ -99,12 +100,13 @@ def engines(tiny, tmp_path_factory):
                 streams = ((True, False), (False, False), (True, True))
                 if kind.endswith("alone"):
                     streams = ((False, False),) * 3
-                plan = floats(checkpoint, prefill, streams)
-            elif kind == "gpt_oss, fp8":
+                plan = floats(checkpoint, prefill, streams, window=6 * kind.endswith("window"))
+            elif kind.startswith("gpt_oss, fp8"):
                 checkpoint = Checkpoint.open(str(tiny("gpt_oss", **CASES["gpt_oss"][1])))
                 window, heads = whole_layers(checkpoint)[:2]
-                some = LayerPlan((False, True), 3, 9, scales=SCALES)
-                whole = replace(heads, scales=SCALES)
+                scales = replace(SCALES, window=6 * kind.endswith("window"))
+                some = LayerPlan((False, True), 3, 9, scales=scales)
+                whole = replace(heads, scales=scales)
                 plan = Plan(base_of(checkpoint), (window, some, window, whole), "streamed")
             elif kind == "gpt_oss, packed":
                 checkpoint = Checkpoint.open(str(tiny("gpt_oss", **CASES["gpt_oss"][1])))
@@ -218,7 +220,7 @@ def test_rows_and_pages_return_with_the_cache(engines, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "streaming", "packed", "mla-packed", "budgets-mixed", "fp8"]
+    "kind", ["llama", "streaming", "packed", "mla-packed", "budgets-mixed", "fp8", "fp8, window"]
 )
 def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
     contiguous, paged = engines(kind)
@@ -239,7 +241,8 @@ def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "streaming", "packed", "mla-packed", "gemma3_text, codes", "fp8"]
+    "kind",
+    ["llama", "streaming", "packed", "mla-packed", "gemma3_text, codes", "fp8", "fp8, window"],
 )
 def test_what_a_row_takes_of_shared_pages_is_foreseen(engines, monkeypatch, kind):
     """Pages have room for packed blocks: they are not counted again, nor is what a row takes."""

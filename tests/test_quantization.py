@@ -268,7 +268,7 @@ def test_fp8_has_the_scales_that_a_conversion_writes_and_takes_those_of_its_outp
     source, output = (
         Checkpoint.open(str(x)) for x in converted("llama", {}, to="fp8-kv", scales=scales)
     )
-    asked = {"method": "fp8", "bits": (8, 8)}
+    asked = {"method": "fp8", "bits": (8, 8), "window": 0}
     own, taken = calibrated(source, **asked), calibrated(output, **asked)
     for index, (measured_, read) in enumerate(zip(own.layers, taken.layers, strict=True)):
         written = [x.flatten() for x in stored_scales(output, index)]
@@ -304,7 +304,7 @@ def test_a_head_whose_values_are_all_zero_has_any_scale(llama):
         rotated_keys=SimpleNamespace(peak=torch.full((32,), 448.0)),
         joint=SimpleNamespace(peak=torch.tensor([9.0] * 48 + [0.0] * 16)),
     )
-    scales = fp8_scales.measured(found, base_of(llama))
+    scales = fp8_scales.measured(found, base_of(llama), 0)
     assert scales.keys == (1.0, 1.0)
     assert scales.values == pytest.approx([9 / 448, 1.0])
 
@@ -480,7 +480,7 @@ def test_a_dry_run_knows_the_bytes(llama, tmp_path, capsys):
         (["--bits", "fp8", "--salient", "50%"], 2, "--bits fp8 has the same bits for all tokens"),
         (["--bits", "fp8", "--rank", "2"], 2, "--bits fp8 has no factors"),
         (["--bits", "fp8", "--sparsity", "50%"], 2, "--bits fp8 keeps all numbers of a value"),
-        (["--bits", "fp8", "--read", "rebuilt"], 2, "as stored: it has no --read"),
+        (["--bits", "fp8", "--read", "rebuilt"], 2, "stores every token alike, and has no --read"),
         (["--bits", "fp8", "--sink", "4"], 2, "stores every token alike"),
         (["--bits", "fp8S8"], 2, "no layer of"),
         (["--sink", "5000"], 2, "leaves no block"),

@@ -43,6 +43,7 @@ PLANS = (
     "fp8",
     "fp8, streamed",
     "fp8 alone",
+    "fp8, window",
 )
 MLA = ("mla", "kvtool-mla", "packed mla")
 KINDS = ("dense", "windowed", "some windows", *PLANS, *MLA, "packed states")
@@ -96,7 +97,9 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
         if kind.startswith("fp8"):
             heads = ([False, False],) * 3 if kind.endswith("alone") else MIXED
             prefill = "dense" if kind == "fp8" else "streamed"
-            return Engine.load(checkpoint, plan=floats(checkpoint, prefill, heads))
+            window = 5 if kind.endswith("window") else 0
+            plan = floats(checkpoint, prefill, heads, window=window)
+            return Engine.load(checkpoint, plan=plan)
         if kind.startswith("two tiers"):
             prefill = "streamed" if kind.endswith("streamed") else "dense"
             plan = few_bits(checkpoint, "two tiers", prefill=prefill, streaming=MIXED)

@@ -30,6 +30,7 @@ def decode_attention_e4m3(
     scaling: float,
     scales: tuple[Tensor, Tensor],
     sink_logits: Tensor | None = None,
+    exact: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention of one query of one sequence, in fp32.
 
@@ -39,15 +40,23 @@ def decode_attention_e4m3(
         scaling: Factor on the scores.
         scales: `[H]` fp32 each, what keys and values are multiplied by.
         sink_logits: `[Q]`, see `kernels/sink_logits`.
+        exact: Keys and values of further tokens, `[H, C, D]` and `[H, C, Dv]`, of any float dtype.
 
     Returns:
         `[Q, Dv]`, in the dtype of q.
     """
     of_keys, of_values = (scale[:, None, None] for scale in scales)
-    asked = q.float().unflatten(0, (keys.shape[0], -1)) * (scaling * of_keys)  # [H, Q/H, D]
-    scores = torch.cat([asked @ widen(some).mT for some in keys.split(TILE, 1)], dim=-1)
-    weights = softmax(scores, sink_logits)
+    asked = q.float().unflatten(0, (keys.shape[0], -1)) * scaling  # [H, Q/H, D]
+    scaled, tokens = asked * of_keys, keys.shape[1]
+    scores = [scaled @ widen(some).mT for some in keys.split(TILE, 1)]
+    if exact is not None:
+        scores.append(asked @ exact[0].float().mT)
+    weights = softmax(torch.cat(scores, dim=-1), sink_logits)
     sums = weights.new_zeros((*weights.shape[:2], values.shape[-1]))
-    for p, some in zip(weights.split(TILE, 2), values.split(TILE, 1), strict=True):
+    far = weights[..., :tokens]
+    for p, some in zip(far.split(TILE, 2), values.split(TILE, 1), strict=True):
         sums += p @ widen(some)
-    return (sums * of_values).flatten(0, 1).to(q.dtype)
+    sums *= of_values
+    if exact is not None:
+        sums += weights[..., tokens:] @ exact[1].float()
+    return sums.flatten(0, 1).to(q.dtype)

@@ -12,7 +12,7 @@ from kvtool.cli.plan import emit_plan, planned_facts
 from kvtool.errors import UsageError
 
 _METHOD = "Method"
-_RINGS = {"kivi": (64, 0, 128), "zipcache": (128, 4, 64), "mikv": (128, 4, 64)}
+_RINGS = {"kivi": (64, 0, 128), "zipcache": (128, 4, 64), "mikv": (128, 4, 64), "fp8": (64, 4, 0)}
 """Of methods with others than most, --group, --sink and --window if they are not given."""
 _BF16 = 2
 
@@ -107,8 +107,9 @@ def quantization(
     window: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Last tokens that are kept exactly, at least: 64, of kivi 128.",
+            min=0,
+            help="Last tokens that are kept exactly, at least: 64, of kivi 128. Of fp8 none, as in "
+            "engines; 16 make its loss much smaller.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -143,11 +144,9 @@ def quantization(
     if of_heads == bit_options.FP8:
         if method != "aware":
             raise UsageError(f"--bits fp8 is a method of its own, and --method {method} another")
-        others = {"--group": group, "--read": read, "--sink": sink, "--window": window}
+        others = {"--group": group, "--read": read, "--sink": sink}
         if given := [name for name, value in others.items() if value is not None]:
-            raise UsageError(
-                f"--bits fp8 stores every token alike and reads it as stored: it has no {given[0]}"
-            )
+            raise UsageError(f"--bits fp8 stores every token alike, and has no {given[0]}")
         chosen, of_heads = "fp8", "8"
     # With S8 alone, heads are left as they are.
     asked, rest = bit_options.parse_tiers(of_heads if of_heads or states is None else "4")

@@ -1,7 +1,8 @@
 """Heads that keep every token in e4m3, a byte per number, by a static scale each (`kvtool/fp8.py`).
 
 That is the fp8 cache of other engines: a token is stored when it comes, and everything is read from
-there, the newest token included. With a prompt that is read densely, prompts are an exception.
+there, the newest token included. A plan may have the last tokens read as they were instead, from a
+ring beside it; and a prompt that is read densely sees its own keys and values.
 """
 
 from __future__ import annotations
@@ -13,43 +14,74 @@ from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention, causal_attention
 from kvtool.fp8 import encode
-from kvtool.kernels.decode_attention import decode_attention_e4m3, reads_e4m3, widen
+from kvtool.kernels.append import append
+from kvtool.kernels.decode_attention import (
+    decode_attention_e4m3,
+    merge,
+    paged_decode_attention,
+    reads_e4m3,
+    widen,
+)
+from kvtool.kernels.sink_logits import attention
 from kvtool.plan import Plan
 from kvtool.runtime.head_pages import HeadPages
 from kvtool.runtime.layers import NewTokens, Step
-from kvtool.runtime.paged_split import PagedSplit
-from kvtool.runtime.pages import PagedHeads, Pages
-from kvtool.runtime.split import DroppingHeads
+from kvtool.runtime.paged_split import PagedRings, PagedSplit
+from kvtool.runtime.pages import PagedHeads, Pages, Place
+from kvtool.runtime.split import DroppingHeads, StreamingHeads
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import Store, whole_pages
+from kvtool.runtime.streams import at_once
 
 Scales = tuple[Tensor, Tensor]
 """`[H]` fp32 each, of keys and of values."""
+
+_ROWS = 256  # queries with a mask of their own
 
 
 class FloatHeads(DroppingHeads):
     """Heads that keep every token. Planes hold bytes, as not all of torch knows the type.
 
     Args:
+        window: Tokens that lie in a ring, too, and are read from there; 0 for none.
         dense_prompt: Whether a prompt reads its own keys and values before they are stored.
         sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
     """
 
     scales: Scales
+    exact: StreamingHeads | None = None
 
     def __init__(
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
-        scales: Scales, dense_prompt: bool, sink_logits: Tensor | None = None,
+        scales: Scales, window: int, dense_prompt: bool, sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         shape = (rows, heads, capacity, head_dim)
         self.planes = {
             name: like.new_empty(shape, dtype=torch.uint8) for name in ("keys", "values")
         }
+        if window:
+            self.exact = StreamingHeads(
+                rows, heads, 0, window, head_dim, like, scaling, dense_prompt=False
+            )
         self.scaling, self.scales = scaling, scales
         self.dense_prompt, self.sink_logits = dense_prompt, sink_logits
 
+    @property
+    def allocated_bytes(self) -> int:
+        return super().allocated_bytes + (self.exact.allocated_bytes if self.exact else 0)
+
     def grown(self, length: int) -> int:
         return whole_pages(super().grown(length))
+
+    def can_crop(self, row: int, stored: int, length: int) -> bool:
+        return self.exact is None or self.exact.can_crop(row, stored, length)
+
+    def snapshot(self, row: int) -> list[Tensor]:
+        return self.exact.snapshot(row) if self.exact else []
+
+    def restore(self, row: int, saved: list[Tensor]) -> None:
+        if self.exact:
+            self.exact.restore(row, saved)
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
@@ -57,47 +89,128 @@ class FloatHeads(DroppingHeads):
             return self.read_prompt(new, step)
         self.put(step.row, step.starts, new.k, new.v)
         rows = range(len(step.starts)) if step.row is None else [step.row]
-        parts = zip(new.q.split(1), rows, step.lengths, strict=True)
-        return torch.cat([self.read(q, row, length) for q, row, length in parts])
+        read = self._read_codes if self.exact is None else self._read_both
+        return torch.cat([
+            read(NewTokens(*(x[b : b + 1] for x in new)), row, start)
+            for b, (row, start) in enumerate(zip(rows, step.starts, strict=True))
+        ])  # fmt: skip
 
     def put(self, row: int | None, starts: Sequence[int], k: Tensor, v: Tensor) -> None:
-        """Stores keys and values `[B, H, T, D]`, see :meth:`Store.write`."""
+        """Stores keys and values `[B, H, T, D]` in e4m3, see :meth:`Store.write`."""
         named = zip(self.planes, (k, v), self.scales, strict=True)
         codes = {name: encode(x, s[:, None, None]).view(torch.uint8) for name, x, s in named}
         self.write(row, starts, codes)
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
         self.put(row, [0], keys[None], values[None])
+        if self.exact:
+            self.exact.keep_last(row, 0, keys, values)
 
-    def read(self, q: Tensor, row: int, length: int) -> Tensor:
-        """Attention of the newest tokens of one row, `[1, Q, T, D]`, over everything stored."""
-        codes = [self.gather(name, row, 0, length) for name in self.planes]  # [1, H, S, D]
-        if q.shape[2] == 1:
-            keys, values = (x[0] for x in codes)
+    def _codes(self, row: int, end: int) -> list[Tensor]:
+        """Keys and values of the first tokens of a row, `[1, H, S, D]` bytes."""
+        return [self.gather(name, row, 0, end) for name in self.planes]
+
+    def _numbers(self, row: int, end: int, like: Tensor) -> list[Tensor]:
+        """The same as they are read, in the dtype of `like`."""
+        pairs = zip(self._codes(row, end), self.scales, strict=True)
+        return [(widen(codes) * s[:, None, None]).to(like.dtype) for codes, s in pairs]
+
+    def _read_codes(self, new: NewTokens, row: int, start: int) -> Tensor:
+        """What tokens of one row from `start` on read, `[1, Q, T, D]`: all from the codes."""
+        end = start + new.q.shape[2]
+        if end - start == 1:
+            keys, values = (x[0] for x in self._codes(row, end))
             return decode_attention_e4m3(
-                q[0, :, 0], keys, values, self.scaling, self.scales, self.sink_logits
+                new.q[0, :, 0], keys, values, self.scaling, self.scales, self.sink_logits
             )[None, :, None]
-        keys, values = (
-            (widen(x) * s[:, None, None]).to(q.dtype)
-            for x, s in zip(codes, self.scales, strict=True)
-        )
-        return causal_attention(q, keys, values, self.scaling, sink_logits=self.sink_logits)
+        keys, values = self._numbers(row, end, new.q)
+        return causal_attention(new.q, keys, values, self.scaling, sink_logits=self.sink_logits)
+
+    def _read_both(self, new: NewTokens, row: int, start: int) -> Tensor:
+        """The same where each query reads the last tokens, with its own, as they were."""
+        assert self.exact is not None
+        window, end = self.exact.window, start + new.q.shape[2]
+        near = [
+            torch.cat((past, fresh), dim=2)
+            for past, fresh in zip(self.exact.past(row, start), (new.k, new.v), strict=True)
+        ]
+        self.exact.keep_last(row, start, new.k[0], new.v[0])
+        if end - start == 1:
+            keys, values = (x[0] for x in self._codes(row, max(0, end - window)))
+            return decode_attention_e4m3(
+                new.q[0, :, 0], keys, values, self.scaling, self.scales, self.sink_logits,
+                (near[0][0], near[1][0]),
+            )[None, :, None]  # fmt: skip
+        far = self._numbers(row, max(0, end - window), new.q)
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(near, far, strict=True))
+        count, device = near[0].shape[2], new.q.device
+        at = torch.cat((torch.arange(end - count, end), torch.arange(far[0].shape[2]))).to(device)
+        is_near = torch.arange(len(at), device=device) < count
+        parts = []
+        for begin in range(start, end, _ROWS):
+            asked = torch.arange(begin, min(begin + _ROWS, end), device=device)
+            distance = asked[:, None] - at
+            seen = (distance >= 0) & ((distance < window) == is_near)
+            q = new.q[:, :, begin - start :][:, :, : len(asked)]
+            parts.append(attention(q, keys, values, seen, self.scaling, self.sink_logits))
+        return torch.cat(parts, dim=2)
 
 
 class PagedFloats(FloatHeads, PagedHeads):
-    """The same in shared pages."""
+    """The same in shared pages, and the ring in a place per row."""
+
+    exact: PagedRings | None = None
 
     def __init__(
         self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float,
-        scales: Scales, dense_prompt: bool, sink_logits: Tensor | None = None,
+        scales: Scales, window: int, dense_prompt: bool, sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         codes = like.new_empty(0, dtype=torch.uint8)
         PagedHeads.__init__(self, pages, heads, head_dim, codes, scaling, sink_logits)
+        if window:
+            self.exact = PagedRings(
+                pages.rows, heads, 0, window, head_dim, like, scaling, dense_prompt=False
+            )
+            self.exact.pages = pages
         self.scales, self.dense_prompt = scales, dense_prompt
+
+    @property
+    def row_bytes(self) -> int:
+        return self.exact.row_bytes if self.exact else 0
+
+    def grow(self) -> None:
+        super().grow()
+        if self.exact:
+            self.exact.grow()
 
     def stored(self) -> tuple[Tensor, Tensor, Scales]:
         keys, values = (plane.view(torch.float8_e4m3fn) for plane in self.planes.values())
         return keys, values, self.scales
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if self.exact is None:
+            return super().step(q, k, v, cos, sin, at, out)
+        ring, (keys, values, scales) = self.exact, self.stored()
+        table, slots, lengths = at.ring(ring.sink, ring.window)
+        exact = ring.planes["keys"], ring.planes["values"]
+        turned = append(k, v, cos, sin, keys, values, at.slots, q, scales=scales)
+        append(k, v, cos, sin, *exact, slots)
+        assert turned is not None
+        before = at.before(ring.window)
+        (near, near_mass), (far, far_mass) = at_once(
+            q.device,
+            lambda: paged_decode_attention(
+                turned, *exact, lengths, self.scaling, table, sink_logits=self.sink_logits
+            ),
+            lambda: paged_decode_attention(
+                turned, keys, values, before, self.scaling, at.table, scales=scales
+            ),
+        )  # fmt: skip
+        read = merge((near, far), (near_mass, far_mass))
+        return read if out is None else out.copy_(read)
 
 
 class FloatAttention(SplitAttention):
@@ -107,12 +220,13 @@ class FloatAttention(SplitAttention):
         self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float, plan: Plan
     ) -> None:
         super().__init__(stages, index, inv_freq, scale, plan)
-        assert self.layer.scales is not None
+        planned, device = self.layer.scales, stages.qkv.weight.device
+        assert planned is not None
         keys, values = (
-            torch.tensor([scales[head] for head in self.full], device=stages.qkv.weight.device)
-            for scales in (self.layer.scales.keys, self.layer.scales.values)
+            torch.tensor([scales[head] for head in self.full], device=device)
+            for scales in (planned.keys, planned.values)
         )
-        self.scales = keys, values
+        self.scales, self.exact = (keys, values), planned.window
 
     @property
     def all_full(self) -> bool:
@@ -120,17 +234,15 @@ class FloatAttention(SplitAttention):
         return self.counts[0] == self.stages.layout.kv_heads
 
     def new_store(self, rows: int, capacity: int) -> Store:
-        return (
-            self.new_full_heads(rows, capacity)
-            if self.all_full
-            else super().new_store(rows, capacity)
-        )
+        if self.all_full:
+            return self.new_full_heads(rows, capacity)
+        return super().new_store(rows, capacity)
 
     def new_full_heads(self, rows: int, capacity: int) -> FloatHeads:
         layout, like = self.stages.layout, self.stages.qkv.weight
         return FloatHeads(
             rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.scales,
-            self.prefill == "dense", self.full_sink_logits,
+            self.exact, self.prefill == "dense", self.full_sink_logits,
         )  # fmt: skip
 
     def new_paged_store(self, pages: Pages) -> PagedFloats | PagedSplit | None:
@@ -139,6 +251,6 @@ class FloatAttention(SplitAttention):
             return None
         full = PagedFloats(
             pages, self.counts[0], layout.head_dim, like, layout.scaling, self.scales,
-            self.prefill == "dense", self.full_sink_logits,
+            self.exact, self.prefill == "dense", self.full_sink_logits,
         )  # fmt: skip
         return full if self.all_full else PagedSplit(full, self.new_paged_rings(pages))

@@ -578,6 +578,17 @@ def test_a_read_only_output_is_refused_before_any_work(
         check_output(output, (".json",))
 
 
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', "[1]", "7", "no JSON"])
+def test_a_report_takes_the_place_of_no_other_json(tmp_path: Path, content: str) -> None:
+    output = tmp_path / "config.json"
+    output.write_text(content)
+    with pytest.raises(UsageError, match=r"config\.json is not a report"):
+        check_output(output, (".json",))
+    for written in ('{"format_version": 4}', ""):
+        output.write_text(written)
+        check_output(output, (".json",))
+
+
 def test_what_was_measured_is_shown_even_if_a_report_cannot_be_written(
     tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -600,7 +611,8 @@ def test_a_full_disk_leaves_the_report_that_was_there(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     report = tmp_path / "report.json"
-    report.write_text("of yesterday")
+    of_yesterday = '{"format_version": 4}'
+    report.write_text(of_yesterday)
     command = ["evaluate", str(tiny("llama")), *SHORT_OPTIONS, "-o", str(report)]
     with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", full)
@@ -608,7 +620,7 @@ def test_a_full_disk_leaves_the_report_that_was_there(
     assert f"the disk is full: [Errno 28] No space left on device: '{report}'" in (
         capfd.readouterr().err
     )
-    assert report.read_text() == "of yesterday"
+    assert report.read_text() == of_yesterday
     assert list(tmp_path.iterdir()) == [report]
     assert run_command(command) == 0
     assert json.loads(report.read_text())["bytes_share"] is None

@@ -387,6 +387,13 @@ def test_lengths_that_do_not_fit_are_left_out_or_replaced_and_named(
     assert note is None or note.startswith("4-key needle measured at")
 
 
+def test_lengths_that_no_task_fits_in_are_named(tiny: Callable[..., Path]) -> None:
+    settings = replace(SHORT, passkey_lengths=(1, 2), needle_lengths=(3,), layers=False, chat=False)
+    report = evaluate(Checkpoint.open(tiny("llama")), None, evaluation_text(), settings=settings)
+    assert "no pass-key fits in 1 or 2 tokens" in report.notes
+    assert "no 4-key needle fits in 3 tokens" in report.notes
+
+
 def test_only_the_quick_protocol_asks_for_needles_at_one_length() -> None:
     assert sorted(Settings().needle_lengths) == [700, 1400]
     assert Settings.quick().needle_lengths == (1400,)

@@ -403,3 +403,7 @@ def test_a_plan_of_codes_can_be_evaluated() -> None:
     assert "'context' is 0" in error_of(
         text.replace("projections\n", "projections\n    context: 0\n")
     )
+
+
+def test_a_recipe_that_is_nested_too_deeply_is_refused() -> None:
+    assert error_of("[" * 100_000) == "r.yaml: not a recipe: it is nested too deeply"

@@ -202,7 +202,7 @@ class Report:
                 cache.bytes_per_token,
             ),
             (
-                "cache, constant bytes per sequence",
+                "cache, constant bytes per sequence as run",
                 base.constant_bytes if base else None,
                 cache.constant_bytes,
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -45,7 +46,8 @@ class Staging:
         scratch: Where to keep what only a resumed run needs; not part of the output.
 
     Raises:
-        UsageError: The output exists, cannot be created, or overlaps the source.
+        UsageError: The output exists, cannot be created, overlaps the source, or is being made by
+            another process.
     """
 
     def __init__(
@@ -67,13 +69,27 @@ class Staging:
                 hint="Move it, or name another output.",
             )
         try:
+            if self.scratch.is_dir():
+                self._claim()
             if not (resume and self._key_file.is_file() and self._key_file.read_text() == key):
                 if self.path.exists():
                     shutil.rmtree(self.path)
                 self.scratch.mkdir(parents=True)
                 self._key_file.write_text(key)
+                self._claim()
         except OSError as error:
             raise UsageError(f"{self.path} cannot be created: {error.strerror}.") from error
+
+    def _claim(self) -> None:
+        """Keeps other processes out of the partial folder until this one ends."""
+        self._lock = (self.scratch / "lock").open("a")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UsageError(
+                f"Another process is making {self.output}.",
+                hint="Wait until it ends, or name another output.",
+            ) from error
 
     def commit(self) -> None:
         """Makes the files durable and renames the partial folder to the output."""

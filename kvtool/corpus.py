@@ -110,8 +110,8 @@ class Corpus:
         order = generator.sample(self.documents, len(self.documents))
         if chat and not can_chat(tokenizer):
             chat = 0.0
-        talks = [int(chat * (i + 1) + 0.5) > int(chat * i + 0.5) for i in range(count)]
-        talking, plain = sum(talks), count - sum(talks)
+        talking = int(chat * count + 0.5)
+        plain = count - talking
         shared = functools.partial(_shared, order, talking / max(count, 1), min(_PASSAGE, length))
         ids = _joined(tokenizer, (text for text, _ in shared() if text), plain * fresh)
         if len(ids) < plain * fresh or fresh < 1:
@@ -129,6 +129,7 @@ class Corpus:
             )
         windows = torch.empty(count, length, dtype=torch.int64)
         windows[:, : len(start)] = torch.tensor(start, dtype=torch.int64)
+        talks = [int(chat * (i + 1) + 0.5) > int(chat * i + 0.5) for i in range(count)]
         chosen = torch.tensor(talks, dtype=torch.bool)
         windows[~chosen, len(start) :] = torch.tensor(ids, dtype=torch.int64).view(plain, fresh)
         windows[chosen] = torch.tensor(found, dtype=torch.int64).view(talking, length)

@@ -294,6 +294,8 @@ def parse_recipe(text: str, name: str) -> Recipe:
         raise RecipeError(f"{where}: not valid YAML: {error.problem or error.context}") from error
     except YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{name}: not a recipe: it is nested too deeply") from error
     if not isinstance(document, CommentedMap):
         raise RecipeError(
             f"{name}:1:1: a recipe is a mapping with the keys {_listed(_keys(Recipe))}"

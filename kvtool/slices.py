@@ -13,6 +13,8 @@ from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan
 
+_CUTTABLE = "Plans of retrieval heads and of projections can be cut; calibrate others again."
+
 
 def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
     """The plan whose `count` lowest-scored heads stream, and all others keep everything.
@@ -27,7 +29,10 @@ def stream_heads(plan: Plan, count: int, sink: int, window: int) -> Plan:
     """
     heads = plan.planned_heads
     if plan.scores is None:
-        raise PlanError("the plan has no scores, so its heads cannot be chosen anew")
+        raise PlanError(
+            "the plan has no scores, so its heads cannot be chosen anew",
+            hint=_CUTTABLE,
+        )
     if plan.policy is not None:
         raise PlanError(
             "the plan has token budgets for the heads that are full now",
@@ -65,7 +70,10 @@ def ring_of(plan: Plan) -> tuple[int, int]:
         rings = {ring for item in plan.provenance if (ring := _intended_ring(item))}
     if len(rings) != 1:
         why = "no head streams" if not rings else "heads stream with different windows"
-        raise PlanError(f"{why}, so what another streaming head would keep is unknown")
+        raise PlanError(
+            f"{why}, so what another streaming head would keep is unknown",
+            hint=_CUTTABLE if plan.scores is None else None,
+        )
     return rings.pop()
 
 

@@ -455,6 +455,30 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not (Staging(output, key="other").scratch / "layer-0").exists()
 
 
+def test_two_processes_never_make_one_output(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from kvtool.checkpoint import Staging
+staging = Staging(Path(sys.argv[1]), key="k")
+print("there", flush=True)
+sys.stdin.read()
+"""
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", script, str(output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"there\n"
+        for key, resume in (("k", True), ("k", False), ("other", True)):
+            with pytest.raises(UsageError, match=r"Another process is making .*out\."):
+                Staging(output, key=key, resume=resume)
+        other.communicate()
+    staging = Staging(output, key="k")
+    (staging.path / "config.json").write_text("{}")
+    staging.commit()
+    assert [file.name for file in output.iterdir()] == ["config.json"]
+
+
 def test_no_resume_starts_anew(tmp_path: Path) -> None:
     (Staging(tmp_path / "out", key="k").path / "half").write_text("x")
     assert not (Staging(tmp_path / "out", key="k", resume=False).path / "half").exists()

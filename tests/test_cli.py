@@ -243,6 +243,45 @@ def test_an_interrupted_conversion_says_how_it_goes_on(
     assert capsys.readouterr().err == (expected if promised else "interrupted\n")
 
 
+@pytest.mark.parametrize(
+    ("more", "promised"),
+    [
+        ([], True),
+        (["--method", "duo"], True),
+        (["--method", "entropy"], False),
+        (["--method=attention"], False),
+        (["--no-resume"], False),
+    ],
+)
+def test_an_interrupted_search_for_heads_says_whether_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    more: list[str],
+    promised: bool,
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "open", interrupted)
+    command = ["calibrate", "retrieval-heads", "smollm2", "-o", str(tmp_path / "h.plan"), *more]
+    assert run_command(command) == 130
+    assert ("goes on" in capsys.readouterr().err) == promised
+
+
+def test_a_closed_stdout_is_no_error(tiny: Callable[..., Path]) -> None:
+    command = [sys.executable, "-m", "kvtool", "inspect", str(tiny("llama"))]
+    closed = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True
+    )
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_what_may_be_chosen_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(["convert", "smollm2", "-o", "out"], 2, capsys)
+    assert "Choose from: mla, gqa, mamba, fp8-kv\n" in said + "\n"
+
+
 def test_a_failed_allocation_of_torch_is_exit_code_5(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

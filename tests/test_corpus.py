@@ -371,6 +371,14 @@ def test_conversations_need_no_more_text_than_prose(smollm2: Checkpoint, length:
     assert len(corpus.windows(tokenizer, length, count, chat=0.25)) == count > 15
 
 
+@pytest.mark.parametrize("chat", [0.0, 0.25])
+def test_far_too_many_windows_are_refused_before_any_is_made(
+    tokenizer: PreTrainedTokenizerFast, chat: float
+) -> None:
+    with pytest.raises(UsageError, match=r"has \d+ tokens.* fewer than"):
+        numbers(1).windows(tokenizer, 512, 2**62, chat=chat)
+
+
 def test_too_little_text_for_conversations_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
     corpus = numbers(1)
     with pytest.raises(

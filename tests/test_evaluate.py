@@ -387,6 +387,13 @@ def test_lengths_that_do_not_fit_are_left_out_or_replaced_and_named(
     assert note is None or note.startswith("4-key needle measured at")
 
 
+def test_lengths_that_no_task_fits_in_are_named(tiny: Callable[..., Path]) -> None:
+    settings = replace(SHORT, passkey_lengths=(1, 2), needle_lengths=(3,), layers=False, chat=False)
+    report = evaluate(Checkpoint.open(tiny("llama")), None, evaluation_text(), settings=settings)
+    assert "no pass-key fits in 1 or 2 tokens" in report.notes
+    assert "no 4-key needle fits in 3 tokens" in report.notes
+
+
 def test_only_the_quick_protocol_asks_for_needles_at_one_length() -> None:
     assert sorted(Settings().needle_lengths) == [700, 1400]
     assert Settings.quick().needle_lengths == (1400,)
@@ -578,6 +585,17 @@ def test_a_read_only_output_is_refused_before_any_work(
         check_output(output, (".json",))
 
 
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', "[1]", "7", "no JSON"])
+def test_a_report_takes_the_place_of_no_other_json(tmp_path: Path, content: str) -> None:
+    output = tmp_path / "config.json"
+    output.write_text(content)
+    with pytest.raises(UsageError, match=r"config\.json is not a report"):
+        check_output(output, (".json",))
+    for written in ('{"format_version": 4}', ""):
+        output.write_text(written)
+        check_output(output, (".json",))
+
+
 def test_what_was_measured_is_shown_even_if_a_report_cannot_be_written(
     tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -600,7 +618,8 @@ def test_a_full_disk_leaves_the_report_that_was_there(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     report = tmp_path / "report.json"
-    report.write_text("of yesterday")
+    of_yesterday = '{"format_version": 4}'
+    report.write_text(of_yesterday)
     command = ["evaluate", str(tiny("llama")), *SHORT_OPTIONS, "-o", str(report)]
     with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", full)
@@ -608,7 +627,7 @@ def test_a_full_disk_leaves_the_report_that_was_there(
     assert f"the disk is full: [Errno 28] No space left on device: '{report}'" in (
         capfd.readouterr().err
     )
-    assert report.read_text() == "of yesterday"
+    assert report.read_text() == of_yesterday
     assert list(tmp_path.iterdir()) == [report]
     assert run_command(command) == 0
     assert json.loads(report.read_text())["bytes_share"] is None

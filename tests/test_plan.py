@@ -626,6 +626,10 @@ def test_what_cannot_be_sliced_is_refused_with_the_reason() -> None:
             stream_heads(SCORED, count, 4, 8)
     with pytest.raises(PlanError, match="no head streams"):
         cut(SCORED, 10**6, 4096, 2)
+    for plan in (replace(SCORED, scores=None), BUDGETS):
+        with pytest.raises(PlanError) as caught:
+            cut(plan, 10**6, 4096, 2)
+        assert "can be cut" in (caught.value.hint or "")
     mixed = (LayerPlan((True, False), 4, 8), LayerPlan((True, False), 4, 9), FULL)
     with pytest.raises(PlanError, match="different windows"):
         cut(replace(SCORED, layers=mixed), 10**6, 4096, 2)

@@ -373,6 +373,23 @@ def test_unclear_output_is_a_usage_error(
     assert message in capsys.readouterr().err
 
 
+def test_outputs_are_judged_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = [
+        {"uses": "calibrate budgets", "kv_budget": "50%", "output": name} for name in ("a", "b")
+    ]
+    file = tmp_path / "r.yaml"
+    file.write_text(dump_recipe("nowhere", steps))
+    Path("b").touch()
+    assert run_command(["run", str(file)]) == 2
+    assert "The output b exists already." in capsys.readouterr().err
+    file.write_text(dump_recipe("nowhere", [steps[0], steps[0]]))
+    assert run_command(["run", str(file), "--overwrite"]) == 2
+    assert "two steps write a" in capsys.readouterr().err
+
+
 def test_the_reports_of_a_recipe_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,3 +420,7 @@ def test_a_plan_of_codes_can_be_evaluated() -> None:
     assert "'context' is 0" in error_of(
         text.replace("projections\n", "projections\n    context: 0\n")
     )
+
+
+def test_a_recipe_that_is_nested_too_deeply_is_refused() -> None:
+    assert error_of("[" * 100_000) == "r.yaml: not a recipe: it is nested too deeply"

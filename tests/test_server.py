@@ -357,6 +357,28 @@ def test_both_numbers_are_said_when_the_context_is_too_short(server):
         server.client().completions.create(model="tiny", prompt=[5], max_tokens=600)
 
 
+@pytest.mark.parametrize(
+    "field", ["functions", "function_call", "guided_json", "guided_regex", "guided_choice"]
+)
+def test_what_has_another_name_here_is_refused_and_not_ignored(server, field):
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    assert server.post(CHAT, body | {field: None}).status_code == 200
+    refused = server.post(CHAT, body | {field: "x"})
+    assert refused.status_code == 400
+    assert f"{field} is not known here: use " in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"model": "\\ud800", "messages": [{"role": "user"}]}', b'{"logit_bias": {"\\ud800": 1}}'],
+)
+def test_half_a_character_in_a_request_is_no_error_of_the_server(server, body):
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{server.url}{CHAT}", content=body, headers=headers)
+    assert response.status_code in (400, 404)
+    assert response.json()["error"]["type"] in ("invalid_request_error", "not_found_error")
+
+
 def test_a_body_that_is_no_json_is_refused(server):
     for content in (b"{", b"\xff", b"[" * 100_000):
         headers = {"content-type": "application/json"}

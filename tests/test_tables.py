@@ -15,6 +15,7 @@ from test_html_report import FIRST
 from kvtool.evaluate.compare import compare
 from kvtool.evaluate.explain import explain
 from kvtool.evaluate.report import speed_table
+from kvtool.evaluate.tables import margin
 from kvtool.evaluate.throughput import Speed, Timing
 
 
@@ -59,3 +60,11 @@ def test_no_number_is_cut_at_80_columns(made, tmp_path: Path) -> None:
     words = set(" ".join(lines).split())
     numbers = [column for column in table.columns if column.justify == "right"]
     assert {word for column in numbers for cell in column.cells for word in cell.split()} <= words
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(0.00421, "0.0042"), (0.14, "0.14"), (21.4, "21"), (99.6, "100"), (163.7, "164")],
+)
+def test_an_error_has_two_digits_and_no_exponent(error: float, text: str) -> None:
+    assert margin(error) == text

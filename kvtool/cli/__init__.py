@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -85,6 +86,9 @@ def _root(
 
 def main() -> None:
     """Runs the command line and ends the process with the exit code that says how it went."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell has closed it: nobody wants to know
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     sys.exit(run_command(sys.argv[1:]))
 
 
@@ -116,7 +120,10 @@ def run_command(arguments: list[str]) -> int:
         return _report(KvtoolError(str(error)))
     if code == _EXIT_INTERRUPTED:
         resumable = arguments[0] == "convert" or arguments[:2] == ["calibrate", "statistics"]
-        resumable |= arguments[:2] == ["calibrate", "retrieval-heads"] and "duo" in arguments
+        scoring = {"attention", "semantic", "entropy"}  # which take a minute, and start anew
+        resumable |= arguments[:2] == ["calibrate", "retrieval-heads"] and not (
+            scoring & {argument.removeprefix("--method=") for argument in arguments}
+        )
         resumes = resumable and "--no-resume" not in arguments
         goes_on = "; the same command goes on where it stopped" if resumes else ""
         print(f"interrupted{goes_on}", file=sys.stderr)
@@ -138,6 +145,7 @@ def _usage_error(error: TyperException) -> UsageError:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "kvtool"
     message = error.format_message().replace("Value error, ", "")  # which pydantic puts in front
+    message = " ".join(message.split())  # choices come one a line
     return UsageError(message, hint=f"'{command} --help' lists what is accepted")
 
 

@@ -21,7 +21,8 @@ Report = Callable[[str, int, int], None]
 
 
 def _console(*, stderr: bool) -> Console:
-    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    stream = sys.stderr if stderr else sys.stdout
+    is_terminal = stream is not None and stream.isatty()  # None: the shell has closed it
     return Console(
         stderr=stderr,
         width=None if is_terminal else _PIPE_WIDTH,

@@ -176,7 +176,8 @@ def check_output(file: Path, suffixes: Sequence[str]) -> None:
     """Refuses, before any work, a file that cannot be written or is of no known kind.
 
     Raises:
-        UsageError: It is a folder, lies in none, is read-only, or ends otherwise.
+        UsageError: It is a folder, lies in none, is read-only, ends otherwise, or is JSON that is
+            no report, such as the `config.json` of a checkpoint.
     """
     parent = file.absolute().parent
     if file.is_dir() or not parent.is_dir():
@@ -186,3 +187,17 @@ def check_output(file: Path, suffixes: Sequence[str]) -> None:
         raise UsageError(f"{file} cannot be written: permission is denied")
     if file.suffix not in suffixes:
         raise UsageError(f"{file} cannot be written: it must end in {' or '.join(suffixes)}")
+    if file.suffix == ".json" and file.exists() and not _is_report(file):
+        raise UsageError(
+            f"{file} is not a report of 'kvtool evaluate', so none is written in its place",
+            hint="name another file",
+        )
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a file holds a report, or nothing yet."""
+    text = file.read_bytes()
+    try:
+        return not text or "format_version" in loads(text)
+    except (ValueError, TypeError):
+        return False

@@ -10,7 +10,7 @@ import typer
 from rich.filesize import decimal
 
 from kvtool.cli import _options as options
-from kvtool.cli._console import emit, err, stdin
+from kvtool.cli._console import counted, emit, err, stdin
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.sizes import MAX_SEED
 from kvtool.text import TextStream, check_text
@@ -149,7 +149,7 @@ def generate(
     if not quiet:
         speed = "" if rate is None else f", {len(tokens) - 1} more at {rate:.1f} tokens/s"
         err.print(
-            f"{len(ids)} prompt tokens, first token after {prefill:.2f} s{speed}, "
+            f"{counted(len(ids), 'prompt token')}, first token after {prefill:.2f} s{speed}, "
             f"cache {decimal(cache.allocated_bytes)}, {per_token:,.0f} bytes per token in "
             f"{str(engine.dtype).removeprefix('torch.')}"
         )

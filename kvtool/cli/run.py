@@ -76,6 +76,13 @@ def run(
     silent = (StatisticsStep, EvaluateStep, VerifyStep)  # what they write is no result
     named = {i: x.output for i, x in enumerate(loaded.steps) if not isinstance(x, silent)}
     outputs = dict(zip(named, _outputs(recipe, list(named.values()), output), strict=True))
+    if not overwrite:  # said now, and not when the steps before are done
+        for made in outputs.values():
+            if made.exists():
+                raise UsageError(
+                    f"The output {made} exists already.",
+                    hint="Name another one, or give --overwrite.",
+                )
     for step in loaded.steps:
         for file in (step.output or ()) if isinstance(step, EvaluateStep) else ():
             check_output(Path(file), (".json", ".html"))
@@ -158,6 +165,8 @@ def _outputs(recipe: Path, in_recipe: list[str | None], given: Path | None) -> l
             )
         return [given]
     named = [Path(name) for name in in_recipe if name is not None]
+    if twice := [file for i, file in enumerate(named) if file in named[:i]]:
+        raise UsageError(f"{recipe}: two steps write {twice[0]}")
     if len(named) < len(in_recipe):
         raise UsageError(
             f"{recipe}: does not say where an output goes",

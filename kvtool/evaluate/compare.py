@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from kvtool.errors import UsageError
-from kvtool.evaluate.tables import narrow_table
+from kvtool.evaluate.tables import margin, narrow_table
 
 READS = (1, 2, 3)  # format versions; up to 2, shares are of bytes as run
 ABSENT = "–"
@@ -135,7 +135,7 @@ def estimate(value: float | None, error: float | None, digits: int = 3) -> str:
     """A number and its standard error, as far as there are any."""
     if value is None:
         return ABSENT
-    return f"{value:.{digits}g}" + ("" if error is None else f" ± {error:.2g}")
+    return f"{value:.{digits}g}" + ("" if error is None else f" ± {margin(error)}")
 
 
 def share(value: float | None) -> str:

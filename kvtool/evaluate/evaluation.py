@@ -267,7 +267,7 @@ def _retrieval(
         seed=settings.seed,
     )
     if not cases:
-        notes.append(f"no pass-key fits the model's context of {max_context}")
+        notes.append(f"no pass-key fits in {' or '.join(map(str, lengths))} tokens")
     question = retrieval.needle_question_tokens(engine.tokenizer)
     lengths, note = retrieval.fit_lengths(
         "4-key needle", settings.needle_lengths, max_context, question
@@ -282,7 +282,7 @@ def _retrieval(
         seed=settings.seed,
     )
     if not needles:
-        notes.append(f"no 4-key needle fits the model's context of {max_context}")
+        notes.append(f"no 4-key needle fits in {' or '.join(map(str, lengths))} tokens")
     cases += needles
     results: list[Result] = []
     report("retrieval", 0, len(cases))

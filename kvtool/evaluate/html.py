@@ -30,7 +30,7 @@ from kvtool.evaluate.pictures import (
     style,
 )
 from kvtool.evaluate.spectra import code_pictures
-from kvtool.evaluate.tables import with_plan
+from kvtool.evaluate.tables import margin, with_plan
 
 CORRECT = {"kind": "correct", "mark": "✓", "name": "answered"}
 LOST = {"kind": "lost", "mark": "✗", "name": "lost"}
@@ -182,7 +182,7 @@ def _estimate_fact(
     name: str, number: Mapping[str, float | None], digits: int, detail: str
 ) -> dict[str, str]:
     error = number["standard_error"]
-    spread = "" if error is None else f"± {error:.2g}; "
+    spread = "" if error is None else f"± {margin(error)}; "
     return _fact(name, estimate(number["value"], None, digits), spread + detail)
 
 

@@ -11,7 +11,7 @@ from kvtool.evaluate.chat import Chat, Sample
 from kvtool.evaluate.layers import LayerResult
 from kvtool.evaluate.protocol import CacheSize, Divergence, Estimate
 from kvtool.evaluate.retrieval import PassKey, Recall
-from kvtool.evaluate.tables import narrow_table, with_plan
+from kvtool.evaluate.tables import margin, narrow_table, with_plan
 from kvtool.evaluate.throughput import Bandwidth, Speed
 from kvtool.plan import Plan
 
@@ -202,7 +202,7 @@ class Report:
                 cache.bytes_per_token,
             ),
             (
-                "cache, constant bytes per sequence",
+                "cache, constant bytes per sequence as run",
                 base.constant_bytes if base else None,
                 cache.constant_bytes,
             ),
@@ -322,7 +322,7 @@ def _estimate(estimate: Estimate | None, digits: int = 3) -> str:
         return ABSENT
     value = f"{estimate.value:.{digits}g}"
     error = estimate.standard_error
-    return value if error is None else f"{value} ± {error:.2g}"
+    return value if error is None else f"{value} ± {margin(error)}"
 
 
 def _percent(measured: float, original: float | None) -> str:

@@ -27,3 +27,8 @@ def with_plan(facts: Mapping[str, Any] | None) -> str:
     """The name of the plan that a model was measured with, as a title goes on with it."""
     file = None if facts is None else facts.get("file")
     return f" with {Path(file).name}" if file else ""
+
+
+def margin(error: float) -> str:
+    """A standard error in two digits, and all those before the point."""
+    return f"{error:.2g}" if error < 99.5 else f"{error:.0f}"

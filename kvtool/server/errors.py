@@ -42,12 +42,17 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
         kind = "overloaded_error"
     return {
         "error": {
-            "message": message,
+            "message": _sayable(message),
             "type": _TYPES.get(status, kind),
-            "param": param,
+            "param": None if param is None else _sayable(param),
             "code": status,
         }
     }
+
+
+def _sayable(text: str) -> str:
+    """The text with halves of characters, which a request may hold and no answer, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -19,6 +19,15 @@ MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 64
 _LEAST_TEMPERATURE = 1e-3  # logits are divided by it: far below, they overflow
 
+# What other servers obey, and clients are to say otherwise here.
+_INSTEAD = {
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "guided_json": "structured_outputs",
+    "guided_regex": "structured_outputs",
+    "guided_choice": "structured_outputs",
+    "guided_grammar": "structured_outputs",
+}
 _IN_CONFIG = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 Obeyed = tuple[Kind, Any]
@@ -126,6 +135,13 @@ class Generation(BaseModel):
             config["temperature"] = 0.0
         said = {name: config[name] for name in _IN_CONFIG if config.get(name) is not None}
         return {**said, **body}
+
+    @model_validator(mode="after")
+    def _says_it_as_here(self) -> Generation:
+        for name, instead in _INSTEAD.items():
+            if (self.model_extra or {}).get(name) is not None:
+                raise ValueError(f"{name} is not known here: use {instead}")
+        return self
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Generation:

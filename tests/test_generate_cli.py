@@ -323,7 +323,7 @@ def test_a_model_without_a_chat_template_cannot_chat(
 def test_the_python_of_the_readme_runs(smollm2: Checkpoint, tmp_path: Path) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    Plan(base_of(smollm2), whole_layers(smollm2)).write(tmp_path / "heads.plan")
+    Plan(base_of(smollm2), whole_layers(smollm2)).write(tmp_path / "bits.plan")
     command = [sys.executable, "-c", snippet]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(" Paris.")

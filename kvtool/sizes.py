@@ -25,7 +25,7 @@ def parse_budget(text: str, native: int) -> int:
         return int(value * native / 100)
     if unit not in _UNITS or value * _UNITS[unit] < 1:
         raise UsageError(
-            f"the budget '{text}' is neither a share of the native cache such as 55% "
+            f"the budget '{text}' is neither a share of the native cache, above 0% and up to 100%, "
             "nor a size such as 300MB"
         )
     return int(value * _UNITS[unit])

@@ -77,15 +77,16 @@ class Service:
 
     def new_tokens(self, prompt: int, asked: int | None, default: int | None) -> int:
         """Tokens to draw at most, asked for or else the default and what there is room for."""
-        context = self.engine.max_context
+        context, least = self.engine.max_context, 1 if asked is None else asked
+        if prompt + least > context:
+            raise ApiError(
+                400,
+                f"{prompt} prompt tokens and {least} new ones need {prompt + least} positions, "
+                f"but the model's context is {context}",
+                "max_tokens" if prompt < context else None,
+                code="context_length_exceeded",
+            )
         if asked is not None:
-            if prompt + asked > context:
-                raise ApiError(
-                    400,
-                    f"{prompt} prompt tokens and {asked} new ones need {prompt + asked} positions, "
-                    f"but the model's context is {context}",
-                    "max_tokens",
-                )
             return asked
         room = self.worker.scheduler.room(prompt)
         if room < 1:

@@ -22,6 +22,7 @@ class ApiError(HTTPException):
 
     Args:
         param: The field that is wrong.
+        code: What OpenAI's clients know the error by, where they do; the status if not given.
     """
 
     def __init__(
@@ -30,12 +31,15 @@ class ApiError(HTTPException):
         message: str,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__(status, message, dict(headers or {}))
-        self.param = param
+        self.param, self.code = param, code
 
 
-def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """The JSON of an error."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     if status == 503:
@@ -45,7 +49,7 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
             "message": _sayable(message),
             "type": _TYPES.get(status, kind),
             "param": None if param is None else _sayable(param),
-            "code": status,
+            "code": status if code is None else code,
         }
     }
 
@@ -57,7 +61,7 @@ def _sayable(text: str) -> str:
 
 def error_response(error: ApiError) -> JSONResponse:
     """The answer that an error is."""
-    body = error_body(error.status_code, error.detail, error.param)
+    body = error_body(error.status_code, error.detail, error.param, error.code)
     return JSONResponse(body, error.status_code, error.headers)
 
 
@@ -77,11 +81,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        message = str(error.detail)
-        if not isinstance(error, ApiError):  # the framework's own words
-            message = f"{message}: {request.method} {request.url.path}"
-        body = error_body(error.status_code, message, getattr(error, "param", None))
-        return JSONResponse(body, error.status_code, error.headers)
+        if isinstance(error, ApiError):
+            return error_response(error)
+        message = f"{error.detail}: {request.method} {request.url.path}"  # the framework's words
+        return JSONResponse(
+            error_body(error.status_code, message), error.status_code, error.headers
+        )
 
     @app.exception_handler(KvtoolError)
     async def wrong(request: Request, error: KvtoolError) -> JSONResponse:

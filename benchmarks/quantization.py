@@ -93,7 +93,8 @@ class Plans:
                 yield f"{method} {bits}", lambda b=bits, m=method: self.tiers(b, m)
         yield "fp8", lambda: self.fp8("streamed")
         yield "fp8, a prompt read exactly", lambda: self.fp8("dense")
-        yield "fp8, window 16", lambda: self.fp8("streamed", 16)
+        for window in (16, 64):
+            yield f"fp8, window {window}", lambda w=window: self.fp8("streamed", w)
         for share in (28, 19):
             for read in ("absorbed", "rebuilt"):
                 yield f"aware {share} %, {read}", lambda s=share, r=read: self.aware(s, r)

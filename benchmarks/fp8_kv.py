@@ -25,7 +25,7 @@ from kvtool import fp8
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import artifact, fp8_kv
-from kvtool.convert.planning import WINDOW
+from kvtool.convert.options import WINDOW
 from kvtool.corpus import calibration_text, can_chat, evaluation_text
 from kvtool.kernels.hadamard import hadamard
 

@@ -29,7 +29,7 @@ from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import aware, transmla
 from kvtool.convert.fitting import ConvertedLayer, converted_attention, converted_stages
-from kvtool.convert.planning import WINDOW
+from kvtool.convert.options import WINDOW
 from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.latent import LatentFactors
 from kvtool.rope import Rope

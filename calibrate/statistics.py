@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -331,15 +332,18 @@ def _sums_bytes(layout: AttentionLayout) -> int:
 
 def memory_bytes(stream: LayerStream, tokens: int) -> int:
     """About what a pass over `tokens` tokens holds at once, besides Python and its libraries."""
-    layout, tensors = stream.layouts[0], stream.checkpoint.tensors
-    layer = max(
-        sum(t.nbytes for n, t in tensors.items() if n.startswith(f"model.layers.{i}."))
-        for i in range(len(stream))
-    )
-    states = 2 * 4 * tokens * layout.hidden_size
-    embedding = tensors["model.embed_tokens.weight"].nbytes
+    states = 2 * 4 * tokens * stream.layouts[0].hidden_size
+    embedding = stream.checkpoint.tensors["model.embed_tokens.weight"].nbytes
     sums = 3 * max(map(_sums_bytes, stream.layouts))
-    return states + max(embedding, 4 * layer + sums)
+    return states + max(embedding, 4 * stream.checkpoint.largest_layer(len(stream)) + sums)
+
+
+def layer_memory(stream: LayerStream) -> int:
+    """About what the largest layer takes while it is read: as stored, and in fp32; experts twice
+    and more while they are put together, 6.3 in all.
+    """
+    experts = any(re.search(r"\.experts\.\d", name) for name in stream.checkpoint.tensors)
+    return (7 if experts else 3) * stream.checkpoint.largest_layer(len(stream))
 
 
 class _Pass:

@@ -22,7 +22,7 @@ from kvtool.recipe import dump_recipe
 if TYPE_CHECKING:
     from kvtool.convert.conversion import ConversionResult
     from kvtool.convert.mamba_planning import MambaOptions
-    from kvtool.convert.planning import ConvertOptions
+    from kvtool.convert.options import ConvertOptions
 
 MANIFEST = "kvtool_manifest.json"
 PROBE = Path("kvtool") / "probe.safetensors"
@@ -35,6 +35,11 @@ REPLACED = ("q_proj", "k_proj", "v_proj", "rotary_emb")
 
 _PROBED = 8
 """Positions whose logits are kept: half from the start, half from the end."""
+
+
+def is_replaced(name: str, parts: list[str]) -> bool:
+    """Whether a tensor of the source is one of these parts of an attention module."""
+    return any(f".self_attn.{part}." in name for part in parts)
 
 
 def write(

@@ -51,19 +51,10 @@ from kvtool.convert.fitting import (
 from kvtool.convert.fp8_kv import ToFp8Kv
 from kvtool.convert.gqa import ToGqa
 from kvtool.convert.mla import ToMla
-from kvtool.convert.planning import (
-    ConvertOptions,
-    is_replaced,
-    opened,
-    plan,
-    replaced_parts,
-    shard_bytes,
-    statistics_options,
-    texts,
-)
+from kvtool.convert.options import ConvertOptions, shard_bytes, statistics_options, texts
+from kvtool.convert.planning import opened, plan
 from kvtool.corpus import calibration_text
 from kvtool.errors import CalibrationError
-from kvtool.layout import with_heads
 
 
 @dataclass(frozen=True)
@@ -152,8 +143,7 @@ def convert(
         _heal(checkpoint, options, teacher, staging.scratch, device, noted)
     work.emit()
     layers = [work.layer_file(i) for i in range(len(stream))]
-    replaced = replaced_parts(options, with_heads(stream.layouts), checkpoint)
-    tensors, infos = _all_tensors(checkpoint, options, replaced, layers)
+    tensors, infos = _all_tensors(checkpoint, options, work.to.replaced, layers)
     report("writing", 0, 1)
     write_shards(
         staging.path,
@@ -182,7 +172,16 @@ def convert(
         work.to.write_beside(staging.path)
     last = ConvertedLayer.load(work.converted_file(len(stream) - 1))
     config = work.to.config(last)
-    artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, replaced, result)
+    artifact.write(
+        staging.path,
+        checkpoint,
+        fingerprint,
+        options,
+        corpus,
+        config,
+        work.to.replaced,
+        result,
+    )
     staging.commit()
     return result
 
@@ -363,7 +362,7 @@ def _all_tensors(
     if options.to == "fp8-kv":  # what is folded has the names that it had
         checkpoint, replaced = checkpoint.whole(), []
     for name, info in checkpoint.tensors.items():
-        if not is_replaced(name, replaced):
+        if not artifact.is_replaced(name, replaced):
             tensors[name], infos[name] = from_source(name), info
     for file in layers:
         converted = read_header(file)

@@ -48,12 +48,12 @@ from kvtool.convert.fitting import ConvertedLayer, Fit
 from kvtool.errors import CalibrationError, UnsupportedModelError
 from kvtool.fp8 import BESIDE, SCALES, scale
 from kvtool.kernels.hadamard import hadamard
-from kvtool.layout import GATES, INTERLEAVED, AttentionLayout
+from kvtool.layout import GATES, INTERLEAVED, AttentionLayout, with_heads
 from kvtool.quantised_weights import KEYS
 from kvtool.rope import channel_order, rotate
 
 if TYPE_CHECKING:
-    from kvtool.convert.planning import ConvertOptions
+    from kvtool.convert.options import ConvertOptions
 
 ALPHA = 0.5
 FUSED = "qkv_proj"
@@ -184,11 +184,10 @@ def _as_stored(smooth: Tensor, model_type: str, layout: AttentionLayout) -> Tens
     return smooth if order is None else smooth[:, order.argsort()]
 
 
-def folded_parts(
-    options: ConvertOptions, layout: AttentionLayout, checkpoint: Checkpoint
-) -> list[str]:
+def folded_parts(options: ConvertOptions, stream: LayerStream) -> list[str]:
     """Parts of an attention module that `fold` changes."""
-    fused, parts = any(f".{FUSED}." in name for name in checkpoint.tensors), []
+    layout, parts = with_heads(stream.layouts), list[str]()
+    fused = any(f".{FUSED}." in name for name in stream.checkpoint.tensors)
     if options.smooth:
         parts += ["q_norm", "k_norm"] if layout.qk_norm else [FUSED if fused else "q_proj"]
         parts += ["k_proj"] * (not fused and not layout.qk_norm)
@@ -203,12 +202,13 @@ def scale_bytes(layouts: Iterable[AttentionLayout], options: ConvertOptions) -> 
     return 2 * 4 * (sum(heads) if options.scales == "head" else len(heads))
 
 
-def check_options(checkpoint: Checkpoint, stream: LayerStream, options: ConvertOptions) -> None:
+def check_options(stream: LayerStream, options: ConvertOptions) -> None:
     """Whether scales and foldings asked for can be had of this model.
 
     Raises:
         UnsupportedModelError: They cannot.
     """
+    checkpoint = stream.checkpoint
     heads = {x.kv_heads for x in stream.layouts if x.kind == "gqa"}
     if options.scales == "head" and len(heads) > 1:
         counts = " and ".join(map(str, sorted(heads)))
@@ -222,20 +222,21 @@ def check_options(checkpoint: Checkpoint, stream: LayerStream, options: ConvertO
             f"cannot fold anything into weights that are quantised ({checkpoint.quantised})",
             hint="leave --smooth and --turn-values out",
         )
-    if options.turn_values and (reason := _unturnable(checkpoint, stream)):
+    if options.turn_values and (reason := _unturnable(stream)):
         raise UnsupportedModelError(f"cannot turn values: {reason}", hint="leave --turn-values out")
 
 
-def _unturnable(checkpoint: Checkpoint, stream: LayerStream) -> str | None:
+def _unturnable(stream: LayerStream) -> str | None:
     """Why values of a model cannot be turned; None if they can."""
+    tensors = stream.checkpoint.tensors
     gate = GATES.get(stream.config.model_type)
     for index, layout in enumerate(stream.layouts):
         prefix = f"model.layers.{index}.self_attn."
-        own = checkpoint.tensors.get(f"{prefix}{gate}.weight")
+        own = tensors.get(f"{prefix}{gate}.weight")
         if layout.gated and (own is None or own.shape[0] != layout.heads):
             return f"a gate of layer {index} multiplies every channel of what heads give"
         parts = (f"{prefix}{part}.weight" for part in ("v_proj", FUSED))
-        if layout.kind == "gqa" and not any(part in checkpoint.tensors for part in parts):
+        if layout.kind == "gqa" and not any(part in tensors for part in parts):
             return f"the values of layer {index} are its keys before norm and RoPE"
     return None
 
@@ -257,6 +258,7 @@ class ToFp8Kv:
 
     def __init__(self, stream: LayerStream, options: ConvertOptions) -> None:
         self.stream, self.options = stream, options
+        self.replaced = folded_parts(options, stream)
 
     def method(self) -> Fit:
         """How a layer is fitted, given the hidden states of the calibration text before it, which

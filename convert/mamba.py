@@ -41,7 +41,7 @@ from kvtool.convert import artifact, granite
 from kvtool.convert.conversion import ConversionResult, peak_memory
 from kvtool.convert.fitting import save
 from kvtool.convert.mamba_planning import WINDOW, MambaOptions, plan, save_dtype
-from kvtool.convert.planning import PROBE, shard_bytes
+from kvtool.convert.options import PROBE, shard_bytes
 from kvtool.convert.teaching import ARMS, Lessons, Steps, Teacher, beats
 from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
 from kvtool.hybrid import Arm, Judged

@@ -17,7 +17,8 @@ from kvtool.calibrate.stream import LayerStream, Report, StreamedLayer
 from kvtool.convert import aware, deepseek_v3, targets, transmla
 from kvtool.convert.exact import exact_factors
 from kvtool.convert.fitting import ConvertedLayer, Fit
-from kvtool.convert.planning import ConvertOptions, save_dtype
+from kvtool.convert.options import ConvertOptions
+from kvtool.convert.planning import replaced_parts, save_dtype
 from kvtool.factored import factor_tensors, factored_config
 from kvtool.latent import LatentFactors
 
@@ -43,6 +44,7 @@ class ToMla:
     ) -> None:
         self.stream, self.options, self.planned = stream, options, planned
         self.scratch, self.report = scratch, report
+        self.replaced = replaced_parts(options)
         self.freqfold: int | None = None
 
     def method(self, measured: Statistics | None, text: Tensor | None) -> Fit:

@@ -18,7 +18,6 @@ and where vLLM runs the modules of transformers. `benchmarks/interop/families.sh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -212,23 +211,6 @@ class HeadsSize:
     def widths(self) -> dict[str, int]:
         """Under the names that a plan has for them."""
         return {"kv_heads": self.kv_heads}
-
-
-@dataclass(frozen=True)
-class BytesSize:
-    """Every number in one byte.
-
-    Attributes:
-        native: Numbers per token before, of all layers, which may differ.
-    """
-
-    native: int
-    widths = MappingProxyType[str, int]({})
-
-    @property
-    def kept(self) -> int:
-        """Numbers per token after, if each had two bytes."""
-        return self.native // 2
 
 
 def heads_size(layout: AttentionLayout, kv_heads: int | None) -> HeadsSize:

@@ -22,7 +22,6 @@ from transformers import DynamicCache
 from kvtool._transformers import quiet_transformers
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import artifact, fp8_kv, granite
-from kvtool.convert.planning import is_replaced
 from kvtool.divergence import kl_divergence
 from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
@@ -153,7 +152,7 @@ def _check_untouched(
 ) -> None:
     """Everything but the attention projections must be the original's, to the byte."""
     replaced, plan = manifest["replaced"], manifest["plan"]
-    gone = {name for name in against.tensors if is_replaced(name, replaced)}
+    gone = {name for name in against.tensors if artifact.is_replaced(name, replaced)}
     if plan.get("to") == "fp8-kv":  # of a wrapper, also what is beside its text
         gone = {against.tensors[name].name for name in gone}
         converted, against = converted.whole(), against.whole()

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -185,6 +186,14 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Size of all tensors on disk."""
         return sum(part.nbytes for info in self.tensors.values() for part in info.stored.values())
+
+    def largest_layer(self, layers: int) -> int:
+        """Size of the largest of its first layers, so many as it computes with."""
+        sizes = Counter[str]()
+        for name, info in self.tensors.items():
+            if name.startswith("model.layers."):
+                sizes[name.split(".", 3)[2]] += info.nbytes
+        return max(sizes[str(index)] for index in range(layers))
 
     @property
     def files(self) -> list[Path]:

@@ -21,7 +21,7 @@ from kvtool.checkpoint import Checkpoint, TensorInfo, dtype_name
 from kvtool.cli import run_command
 from kvtool.convert.fitting import ConvertedLayer
 from kvtool.convert.fp8_kv import ToFp8Kv
-from kvtool.convert.planning import ConvertOptions
+from kvtool.convert.options import ConvertOptions
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.fp8 import is_static
 from kvtool.inspection import inspect_checkpoint

@@ -21,7 +21,7 @@ from kvtool.cli import convert as convert_command
 from kvtool.cli import evaluate as evaluate_command
 from kvtool.cli import run_command
 from kvtool.cli import verify as verify_command
-from kvtool.convert.planning import ConvertOptions
+from kvtool.convert.options import ConvertOptions
 from kvtool.errors import RecipeError
 from kvtool.recipe import (
     BudgetsStep,

@@ -199,6 +199,7 @@ def convert(
     from kvtool.checkpoint import Checkpoint
     from kvtool.convert import conversion, planning
     from kvtool.convert.heal import AUTO
+    from kvtool.convert.options import ConvertOptions
     from kvtool.distill import Amount, processes
 
     if heal is not None:
@@ -209,7 +210,7 @@ def convert(
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
     )
-    options = planning.ConvertOptions(
+    options = ConvertOptions(
         to=to,
         method=method,
         target=target,

@@ -17,6 +17,7 @@ from kvtool import __version__, fp8
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.corpus import Corpus
 from kvtool.errors import CheckpointError, UsageError
+from kvtool.quantised_weights import said_of_weights
 from kvtool.recipe import dump_recipe
 
 if TYPE_CHECKING:
@@ -248,10 +249,8 @@ def _to_load(folder: Path) -> str:
 def _flag(folder: Path) -> str:
     """What vLLM needs to use scales: beside weights of the method fp8 it does not by itself."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    said = config.get("quantization_config") or config.get("text_config", {}).get(
-        "quantization_config", {}
-    )
-    return "given `--kv-cache-dtype fp8`" if said.get("quant_method") == "fp8" else "without a flag"
+    method = said_of_weights(config).get("quant_method")
+    return "given `--kv-cache-dtype fp8`" if method == "fp8" else "without a flag"
 
 
 def _skipping(measured: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ from kvtool.errors import CalibrationError, UnsupportedModelError
 from kvtool.fp8 import BESIDE, SCALES, scale
 from kvtool.kernels.hadamard import hadamard
 from kvtool.layout import GATES, INTERLEAVED, AttentionLayout, with_heads
-from kvtool.quantised_weights import KEYS
+from kvtool.quantised_weights import said_of_weights, with_said_of_weights
 from kvtool.rope import channel_order, rotate
 
 if TYPE_CHECKING:
@@ -186,11 +186,10 @@ def _as_stored(smooth: Tensor, model_type: str, layout: AttentionLayout) -> Tens
 
 def folded_parts(options: ConvertOptions, stream: LayerStream) -> list[str]:
     """Parts of an attention module that `fold` changes."""
-    layout, parts = with_heads(stream.layouts), list[str]()
-    fused = any(f".{FUSED}." in name for name in stream.checkpoint.tensors)
+    fused, parts = any(f".{FUSED}." in name for name in stream.checkpoint.tensors), list[str]()
     if options.smooth:
-        parts += ["q_norm", "k_norm"] if layout.qk_norm else [FUSED if fused else "q_proj"]
-        parts += ["k_proj"] * (not fused and not layout.qk_norm)
+        normed = with_heads(stream.layouts).qk_norm
+        parts += ["q_norm", "k_norm"] if normed else [FUSED] if fused else ["q_proj", "k_proj"]
     if options.turn_values:
         parts += [FUSED if fused else "v_proj", "o_proj"]
     return list(dict.fromkeys(parts))
@@ -325,12 +324,9 @@ class ToFp8Kv:
         unless that lies in a file of its own.
         """
         own = self.stream.checkpoint.whole().config
-        for holder in (own, own.get("text_config", {})):
-            for key in KEYS:
-                if weights := holder.get(key):  # which goes before what a file beside it says
-                    changed = {**holder, key: self._quantization(weights)}
-                    return changed if holder is own else {**own, "text_config": changed}
-        return own if self.beside else {**own, "quantization_config": self._quantization()}
+        if weights := said_of_weights(own):  # which goes before what a file beside it says
+            return with_said_of_weights(own, self._quantization(weights))
+        return own if self.beside else with_said_of_weights(own, self._quantization())
 
     def write_beside(self, folder: Path) -> None:
         """Writes the file that says how the cache is quantised, where `config.json` does not."""

@@ -21,7 +21,8 @@ from mla_ablation import JUDGED, compare
 from torch import Tensor
 
 from kvtool.calibrate import statistics
-from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions
+from kvtool.calibrate.statistics import StatisticsOptions
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import artifact, aware, gqa

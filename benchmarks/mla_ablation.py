@@ -24,7 +24,8 @@ from torch import Tensor
 
 from kvtool import __version__
 from kvtool.calibrate import statistics
-from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions
+from kvtool.calibrate.statistics import StatisticsOptions
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import aware, transmla

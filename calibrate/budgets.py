@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.calibrate import allocate
-from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect
+from kvtool.calibrate.statistics import StatisticsOptions, collect
+from kvtool.calibrate.statistics_file import Statistics
 from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError

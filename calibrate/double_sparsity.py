@@ -23,7 +23,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions, collect
+from kvtool.calibrate.statistics import StatisticsOptions, collect
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError

@@ -39,7 +39,7 @@ from torch import Tensor
 from kvtool.bits import Bits, Factors, Turned, read_keys, read_values, turn
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.far_reads import WholeModel
-from kvtool.calibrate.statistics import LayerStatistics
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError

@@ -19,15 +19,9 @@ from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.felt import Felt, feel
 from kvtool.calibrate.levelled import levelled
 from kvtool.calibrate.past import Codes, Past, measure, read_past
-from kvtool.calibrate.statistics import (
-    CONTEXT,
-    WINDOW,
-    LayerStatistics,
-    Statistics,
-    StatisticsOptions,
-    collect,
-)
+from kvtool.calibrate.statistics import CONTEXT, WINDOW, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
+from kvtool.calibrate.statistics_file import LayerStatistics, Statistics
 from kvtool.calibrate.stream import LayerStream, Report
 from kvtool.calibrate.students import LENGTH, FreeStudent, train_codes
 from kvtool.calibrate.tail import TailModel

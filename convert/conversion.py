@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kvtool import __version__, distill
 from kvtool.calibrate import statistics
-from kvtool.calibrate.statistics import Statistics
+from kvtool.calibrate.statistics_file import Statistics
 from kvtool.calibrate.stream import LayerStream, Report
 from kvtool.checkpoint import (
     Checkpoint,

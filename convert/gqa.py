@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention
-from kvtool.calibrate.statistics import LayerStatistics, Statistics
+from kvtool.calibrate.statistics_file import LayerStatistics, Statistics
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.convert.aware import SINKS, square_root, value_weight
 from kvtool.convert.fitting import ConvertedLayer, Fit

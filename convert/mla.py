@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.calibrate.statistics import Statistics
+from kvtool.calibrate.statistics_file import Statistics
 from kvtool.calibrate.stream import LayerStream, Report, StreamedLayer
 from kvtool.convert import aware, deepseek_v3, targets, transmla
 from kvtool.convert.exact import exact_factors

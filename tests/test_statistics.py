@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from kvtool.calibrate import layer_sums, statistics
 from kvtool.calibrate.layer_sums import matrix_entropy, pack, unpack
-from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect, join, plan
+from kvtool.calibrate.statistics import StatisticsOptions, collect, plan
+from kvtool.calibrate.statistics_file import Statistics, join
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli.calibrate_statistics import statistics as command

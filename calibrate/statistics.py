@@ -147,13 +147,15 @@ def memory_bytes(stream: LayerStream, tokens: int) -> int:
     """About what a pass over `tokens` tokens holds at once, besides Python and its libraries."""
     states = 2 * 4 * tokens * stream.layouts[0].hidden_size
     embedding = stream.checkpoint.tensors["model.embed_tokens.weight"].nbytes
+    # What goes through a layer takes about as much as it does on disk.
+    passing = stream.checkpoint.largest_layer(len(stream))
     sums = 3 * max(map(_sums_bytes, stream.layouts))
-    return states + max(embedding, 4 * stream.checkpoint.largest_layer(len(stream)) + sums)
+    return states + max(embedding, layer_memory(stream) + passing + sums)
 
 
 def layer_memory(stream: LayerStream) -> int:
     """About what the largest layer takes while it is read: as stored, and in fp32; experts twice
-    and more while they are put together, 6.3 in all.
+    more while they are put together, 6.3 times what is stored in all.
     """
     experts = any(re.search(r"\.experts\.\d", name) for name in stream.checkpoint.tensors)
     return (7 if experts else 3) * stream.checkpoint.largest_layer(len(stream))

@@ -14,9 +14,12 @@ import pytest
 import torch
 import typer
 from _convert_tools import edited_copy
-from _family_cases import GPT_OSS
+from _family_cases import EXPERTS, GPT_OSS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -491,6 +494,39 @@ def test_predicted_sizes_are_the_real_ones(tiny, home):
     assert planned["file"] == str(measured.path)
     header = int.from_bytes(measured.path.read_bytes()[:8], "little")
     assert abs(measured.path.stat().st_size - header - planned["bytes"]) < 3 * 2000
+
+
+class Held(TorchDispatchMode):
+    """Looks at every operation for the storages that are in use.
+
+    Attributes:
+        most: Bytes of those that were in use together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self.storages = 0, dict[int, tuple[StorageWeakRef, int]]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            if isinstance(x, Tensor) and not x.is_meta:
+                storage = x.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {i: x for i, x in self.storages.items() if not x[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.storages.values()))
+        return out
+
+
+def test_the_memory_in_which_experts_are_put_together_is_foreseen(tiny):
+    wide = {**EXPERTS, "intermediate_size": 512, "dtype": "bfloat16"}
+    stream = LayerStream(Checkpoint.open(str(tiny("mixtral", **wide))))
+    with Held() as held:
+        stream.layer(0)
+    assert held.most <= statistics.layer_memory(stream) < 1.2 * held.most
+    assert held.most < statistics.memory_bytes(stream, tokens=1)
 
 
 # -------------------------------------------------------------------------------------- refused

@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Attend, Reading, TailModel
 from kvtool.kernels.sink_logits import softmax
 from kvtool.layout import with_heads
+from kvtool.progress import Progress
 
 
 @torch.no_grad()
 def attention_scores(
-    model: TailModel, readings: Sequence[Reading], report: Report
+    model: TailModel, readings: Sequence[Reading], report: Progress
 ) -> tuple[Tensor, Tensor]:
     """Retrieval and semantic retrieval scores of every KV head, each `[L, H]` float64 in [0, 1]."""
     retrieval, semantic = (

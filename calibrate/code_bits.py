@@ -17,11 +17,11 @@ from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.felt import joined
 from kvtool.calibrate.levelled import levelled_rows
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Fitted, Part, Projection
 from kvtool.kernels.quantise import BITS, fake_quantise
 from kvtool.plan import Plan
+from kvtool.progress import Progress
 
 
 def harms(
@@ -30,7 +30,7 @@ def harms(
     windows: Tensor,
     offsets: Sequence[int],
     seed: int,
-    report: Report,
+    report: Progress,
 ) -> tuple[Tensor, list[dict[Part, Fitted]]]:
     """Nats per prediction that all numbers of a code do with so many bits, `[codes, widths]`,
     float64; and the codes, levelled by the first window.

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate.far_reads import Kept, Reads, WholeModel
-from kvtool.calibrate.stream import Report
 from kvtool.codes import CodeKind
 from kvtool.errors import CalibrationError
+from kvtool.progress import Progress
 from kvtool.rope import Rope, rotate
 
 
@@ -58,7 +58,7 @@ def feel(
     kind: CodeKind,
     ring: tuple[int, int],
     seed: int,
-    report: Report,
+    report: Progress,
 ) -> list[Felt]:
     """One :class:`Felt` per group of layers.
 

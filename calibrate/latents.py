@@ -21,11 +21,11 @@ from torch import Tensor
 
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.far_reads import WholeModel
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.kernels.quantise import BITS, fake_quantise
 from kvtool.latent_bits import LatentPlan
 from kvtool.plan import Plan
+from kvtool.progress import Progress
 
 
 def harms(
@@ -34,7 +34,7 @@ def harms(
     windows: Tensor,
     offsets: Sequence[int],
     seed: int,
-    report: Report,
+    report: Progress,
 ) -> list[Tensor]:
     """Nats per prediction that each width of each number does, by layer `[R, widths]`, float64.
 

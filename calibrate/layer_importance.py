@@ -22,7 +22,6 @@ from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
-from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text, can_chat
@@ -31,6 +30,7 @@ from kvtool.divergence import kl_divergence
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.hybrid import Alignment, HybridModel
 from kvtool.layout import PLAIN
+from kvtool.progress import Progress, silent
 from kvtool.replacements import seeded_mixer
 
 WINDOW, WINDOW_CUDA = 512, 1024
@@ -126,7 +126,7 @@ def rank_layers(
     reach: Sequence[Tensor],
     *,
     device: str = "cpu",
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> list[LayerScore]:
     """All layers, the least important first.
 
@@ -165,7 +165,7 @@ def _probe(
     scores: list[LayerScore],
     judge: _Judge,
     count: int,
-    report: Report,
+    report: Progress,
 ) -> list[LayerScore]:
     """Ranks the first `count` anew."""
 
@@ -196,7 +196,7 @@ def _probe(
 
 
 def reaches(
-    checkpoint: Checkpoint, options: ImportanceOptions, report: Report = lambda *_: None
+    checkpoint: Checkpoint, options: ImportanceOptions, report: Progress = silent
 ) -> list[Tensor]:
     """How far the heads of all layers look back, from the model's statistics.
 
@@ -222,7 +222,7 @@ def _check_family(checkpoint: Checkpoint) -> None:
 
 
 def _align(
-    checkpoint: Checkpoint, options: ImportanceOptions, hybrid: HybridModel, report: Report
+    checkpoint: Checkpoint, options: ImportanceOptions, hybrid: HybridModel, report: Progress
 ) -> None:
     """Read-outs in closed form, and mixers aligned for some steps."""
     tokenizer, window = checkpoint.tokenizer(), _window(checkpoint, hybrid.device.type)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import projections
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Fitted
 from kvtool.layout import decoder_layers, describe, with_heads
+from kvtool.progress import Progress
 
 
-def fisher(checkpoint: Checkpoint, windows: Tensor, report: Report) -> tuple[Tensor, Tensor]:
+def fisher(checkpoint: Checkpoint, windows: Tensor, report: Progress) -> tuple[Tensor, Tensor]:
     """F of the key and of the value projections of the layers that see the whole past, `[L]` each.
 
     Args:

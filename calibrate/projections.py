@@ -22,7 +22,7 @@ from kvtool.calibrate.past import Codes, Past, measure, read_past
 from kvtool.calibrate.statistics import CONTEXT, WINDOW, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
 from kvtool.calibrate.statistics_file import LayerStatistics, Statistics
-from kvtool.calibrate.stream import LayerStream, Report
+from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.students import LENGTH, FreeStudent, train_codes
 from kvtool.calibrate.tail import TailModel
 from kvtool.calibrate.tuned import tokens_of, tune
@@ -44,6 +44,7 @@ from kvtool.errors import PlanError, UsageError
 from kvtool.factored import model_config
 from kvtool.layout import describe
 from kvtool.plan import Plan, base_of, check_can_drop, provenance_of, whole_layers
+from kvtool.progress import Progress, silent
 from kvtool.slices import cut
 
 Method = Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"]
@@ -107,7 +108,7 @@ def calibrate_projections(
     budget_bytes: int,
     itemsize: int,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Plan:
     """A plan whose cache takes at most `budget_bytes` for a sequence of `context` tokens.
 
@@ -210,7 +211,7 @@ def _even_codes(
     )  # fmt: skip
 
 
-def _statistics(checkpoint: Checkpoint, options: ProjectionOptions, report: Report) -> Statistics:
+def _statistics(checkpoint: Checkpoint, options: ProjectionOptions, report: Progress) -> Statistics:
     wanted = StatisticsOptions(
         data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
     )
@@ -218,7 +219,7 @@ def _statistics(checkpoint: Checkpoint, options: ProjectionOptions, report: Repo
 
 
 def _per_layer(
-    checkpoint: Checkpoint, start: Plan, options: ProjectionOptions, report: Report
+    checkpoint: Checkpoint, start: Plan, options: ProjectionOptions, report: Progress
 ) -> _Found:
     """The methods that look at one layer after the other."""
     method, layers = options.method, start.planned_layers
@@ -269,7 +270,7 @@ def _tuned(
     start: Plan,
     options: ProjectionOptions,
     budget: tuple[int, int],
-    report: Report,
+    report: Progress,
 ) -> _Found:
     """`cskv` with bits, at the widths of the budget, bytes and bytes per number."""
     codes = _even_codes(start, options, *budget)
@@ -302,7 +303,7 @@ def _felt(
     start: Plan,
     options: ProjectionOptions,
     budget: tuple[int, int],
-    report: Report,
+    report: Progress,
 ) -> _Found:
     """The methods that look at several layers together."""
     codes = empty_codes(start, options)
@@ -347,7 +348,7 @@ def _felt(
 
 
 def _matryoshka(
-    checkpoint: Checkpoint, start: Plan, options: ProjectionOptions, report: Report
+    checkpoint: Checkpoint, start: Plan, options: ProjectionOptions, report: Progress
 ) -> _Found:
     """Trained orthogonal bases, and ranks if they are searched."""
     statistics, heads = _statistics(checkpoint, options, report), start.base.kv_heads
@@ -385,7 +386,7 @@ def judged(
     pasts: Sequence[Past],
     codes: Sequence[CodePlan],
     fitted: Sequence[dict[Part, Fitted]],
-    report: Report,
+    report: Progress,
 ) -> tuple[list[dict[Part, Fitted]], dict[str, Any]]:
     """Measures each code alone, cut down, and puts all spectra into the nats that it costs.
 

@@ -15,7 +15,7 @@ from kvtool.calibrate.bit_options import FP8, QuantizationOptions
 from kvtool.calibrate.projections import text_windows
 from kvtool.calibrate.statistics import WINDOW, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
-from kvtool.calibrate.stream import LayerStream, Report
+from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError
@@ -26,6 +26,7 @@ from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.layout import describe
 from kvtool.plan import Base, Plan, check_can_drop, provenance_of, whole_layers
+from kvtool.progress import Progress, silent
 from kvtool.states import CHUNKS, StatePlan
 
 _FITTED = {
@@ -72,7 +73,7 @@ def calibrate_quantization(
     budget_bytes: int | None,
     itemsize: int,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Plan:
     """The plan with bits for all that it keeps of every token.
 

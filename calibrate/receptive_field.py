@@ -18,11 +18,11 @@ from torch import Tensor
 
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.projections import text_windows
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError
 from kvtool.plan import Plan, provenance_of
+from kvtool.progress import Progress, silent
 from kvtool.states import StatePlan
 
 GLOBAL = 1e-3
@@ -38,7 +38,7 @@ def calibrate_receptive_field(
     tokens: int,
     seed: int,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Plan:
     """The plan with thresholds for the global heads of all states.
 

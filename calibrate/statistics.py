@@ -33,11 +33,12 @@ from torch import Tensor
 from kvtool import __version__
 from kvtool.calibrate.layer_sums import LayerSums, Seen, shapes, watched
 from kvtool.calibrate.statistics_file import FORMAT, Statistics, join
-from kvtool.calibrate.stream import LayerStream, Report, StreamedLayer
+from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint, check_disk
 from kvtool.corpus import Corpus, calibration_text, can_chat
 from kvtool.errors import UsageError
 from kvtool.layout import AttentionLayout
+from kvtool.progress import Progress, silent
 
 WINDOW = 2048
 """Tokens per window, if the model's context allows."""
@@ -76,7 +77,7 @@ class StatisticsOptions:
 def collect(
     checkpoint: Checkpoint,
     options: StatisticsOptions | None = None,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
     resume: bool = True,
 ) -> Statistics:
     """Statistics of the layers that have keys and values, from the cache if they are there.
@@ -226,7 +227,7 @@ class _Pass:
         size = shape[0] * shape[1] * shape[2]
         return torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(shape)
 
-    def run(self, report: Report) -> None:
+    def run(self, report: Progress) -> None:
         """Measures every layer that is not there yet, and joins them."""
         self.scratch.mkdir(parents=True, exist_ok=True)
         there = sum(file.stat().st_size for file in self.scratch.iterdir())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtool import __version__, fp8
-from kvtool.checkpoint import Checkpoint, sha256_file
+from kvtool.checkpoint import MANIFEST, Checkpoint, sha256_file
 from kvtool.corpus import Corpus
 from kvtool.errors import CheckpointError, UsageError
 from kvtool.quantised_weights import said_of_weights
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from kvtool.convert.mamba_planning import MambaOptions
     from kvtool.convert.options import ConvertOptions
 
-MANIFEST = "kvtool_manifest.json"
 PROBE = Path("kvtool") / "probe.safetensors"
 """In a folder of its own: some engines load every safetensors file beside the config."""
 HEALING = PROBE.with_name("healing.jsonl")

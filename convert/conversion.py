@@ -32,7 +32,7 @@ from torch import Tensor
 from kvtool import __version__, distill
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics_file import Statistics
-from kvtool.calibrate.stream import LayerStream, Report
+from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import (
     Checkpoint,
     Staging,
@@ -55,6 +55,7 @@ from kvtool.convert.options import ConvertOptions, shard_bytes, statistics_optio
 from kvtool.convert.planning import opened, plan
 from kvtool.corpus import calibration_text
 from kvtool.errors import CalibrationError
+from kvtool.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def convert(
     output: Path,
     options: ConvertOptions,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
     overwrite: bool = False,
     resume: bool = True,
     device: str = "cpu",
@@ -226,7 +227,7 @@ class _Work:
         options: ConvertOptions,
         planned: dict[str, Any],
         scratch: Path,
-        report: Report,
+        report: Progress,
     ) -> None:
         self.stream, self.options, self.planned = stream, options, planned
         self.scratch, self.report = scratch, report
@@ -314,7 +315,7 @@ def _heal(
     teacher: Checkpoint | None,
     scratch: Path,
     device: str,
-    report: Report,
+    report: Progress,
 ) -> None:
     """Trains all fitted layers together, unless that is done; every process takes part."""
     assert options.heal is not None

@@ -29,7 +29,6 @@ from kvtool import __version__, distill
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import (
     Checkpoint,
     Staging,
@@ -47,6 +46,7 @@ from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_
 from kvtool.hybrid import Arm, Judged
 from kvtool.layout import describe
 from kvtool.mamba import Mixer
+from kvtool.progress import Progress, silent
 from kvtool.replacements import mixer_shape
 
 SOLVE = 16
@@ -74,7 +74,7 @@ def convert(
     output: Path,
     options: MambaOptions,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
     overwrite: bool = False,
     resume: bool = True,
     device: str = "cpu",
@@ -159,7 +159,7 @@ def convert(
 def reaches(
     checkpoint: Checkpoint,
     options: MambaOptions,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> dict[int, Tensor]:
     """How far the heads of the layers look back, `[Q]` each, from the model's statistics."""
     found = statistics.collect(
@@ -194,7 +194,7 @@ class _Work:
         teacher: Checkpoint | None,
         device: str,
         scratch: Path,
-        report: Report,
+        report: Progress,
     ) -> None:
         self.checkpoint, self.options, self.scratch = checkpoint, options, scratch
         self.report, self.device = report, device

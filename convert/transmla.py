@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.attention import causal_attention
-from kvtool.calibrate.stream import Attention, LayerStream, Report, StreamedLayer
+from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.latent import LatentFactors, query_blocks
+from kvtool.progress import Progress
 from kvtool.rope import Rope, rotate
 
 NEGLIGIBLE = 1e-12
@@ -182,7 +183,7 @@ def measure_gram(stream: LayerStream, layer: StreamedLayer, hidden: Tensor) -> T
 
 
 def choose_freqfold(
-    stream: LayerStream, ids: Tensor, rope_dim: int, candidates: list[int], report: Report
+    stream: LayerStream, ids: Tensor, rope_dim: int, candidates: list[int], report: Progress
 ) -> int:
     """FreqFold's automatic F: doubled while the perplexity without the other RoPE improves.
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILTIN_MODEL",
+    "MANIFEST",
     "Checkpoint",
     "Shaped",
     "Staging",
@@ -68,6 +69,9 @@ __all__ = [
     "torch_dtype",
     "write_shards",
 ]
+
+MANIFEST = "kvtool_manifest.json"
+"""What a conversion leaves about itself, beside the weights."""
 
 # What tokenizers of transformers are read from; without one of them, it only guesses why.
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
@@ -207,6 +211,16 @@ class Checkpoint:
         """
         stats = [(file.name, file.stat()) for file in self.files]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """What the conversion says that made it; None if none did.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        file = self.path / MANIFEST
+        return read_json(file) if file.exists() else None
 
     @property
     def cache_scheme(self) -> dict[str, Any] | None:

@@ -78,9 +78,9 @@ def receptive_field(
 
 def _noted(checkpoint: Checkpoint) -> int | None:
     """The window that `convert --to mamba` taught with."""
-    from kvtool.convert.artifact import MANIFEST, read_manifest
+    from kvtool.convert.artifact import read_manifest
 
-    if not (checkpoint.path / MANIFEST).exists():
+    if checkpoint.manifest is None:
         return None
     manifest = read_manifest(checkpoint.path)
     healing = manifest["plan"].get("healing")

@@ -184,12 +184,12 @@ def native_bytes_per_token(scheduler: Scheduler, checkpoint: Checkpoint) -> floa
     """Bytes that a further token of a long text costs in the cache that this one is smaller than,
     in the same precision.
     """
-    from kvtool.convert.artifact import MANIFEST, read_manifest
+    from kvtool.convert.artifact import read_manifest
 
     engine, itemsize = scheduler.engine, scheduler.engine.dtype.itemsize
     if engine.plan is not None:
         return engine.plan.native_bytes_per_token(itemsize)
-    if (checkpoint.path / MANIFEST).exists():
+    if checkpoint.manifest is not None:
         before = read_manifest(checkpoint.path)["plan"]["bytes_per_token_before"]
         return float(before) / 2 * itemsize  # the manifest counts bf16
     return scheduler.memory.bytes_per_token

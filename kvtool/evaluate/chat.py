@@ -6,13 +6,14 @@ corpus of prose never shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtool.corpus import chat_tokens, start_tokens
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.evaluate.retrieval import Filler
+from kvtool.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +89,7 @@ def converse(
     prompts: int,
     max_new_tokens: int,
     max_context: int,
-    report: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> tuple[Chat | None, list[Sample]]:
     """Ask both models the first few of `PROMPTS`.
 

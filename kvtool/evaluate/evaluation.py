@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
-from typing import Any
 
 import torch
 
-from kvtool.checkpoint import Checkpoint
+from kvtool.checkpoint import MANIFEST, Checkpoint
 from kvtool.corpus import Corpus
 from kvtool.errors import CheckpointError, UnsupportedModelError, UsageError
 from kvtool.evaluate import layers, protocol, retrieval, throughput
@@ -21,11 +18,8 @@ from kvtool.evaluate.report import Report, plan_facts
 from kvtool.evaluate.retrieval import Result
 from kvtool.evaluate.throughput import Bandwidth, Speed
 from kvtool.plan import Plan
+from kvtool.progress import Progress, silent
 from kvtool.runtime import Engine
-
-MANIFEST = "kvtool_manifest.json"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class Settings:
 
 def manifest_base(checkpoint: Checkpoint) -> str | None:
     """The original that a conversion's manifest names, None where there is no manifest."""
-    manifest = _manifest(checkpoint)
+    manifest = checkpoint.manifest
     try:
         return None if manifest is None else str(manifest["base"]["source"])
     except (KeyError, TypeError) as error:
@@ -89,22 +83,9 @@ def manifest_base(checkpoint: Checkpoint) -> str | None:
 
 def conversion_cost(checkpoint: Checkpoint) -> dict[str, float] | None:
     """Seconds and peak memory of the conversion, as its manifest tells; None where none does."""
-    manifest = _manifest(checkpoint) or {}
+    manifest = checkpoint.manifest or {}
     known = {name: manifest.get(name) for name in ("seconds", "peak_memory_bytes")}
     return {name: n for name, n in known.items() if isinstance(n, int | float)} or None
-
-
-def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    file = checkpoint.path / MANIFEST
-    if not file.exists():
-        return None
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not a manifest: {error}") from error
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{file}: not a manifest: it holds no JSON object")
-    return manifest
 
 
 def evaluate(
@@ -116,7 +97,7 @@ def evaluate(
     settings: Settings = Settings(),
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    report: Progress = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Report:
     """Measure bytes, divergence, retrieval and speed of `checkpoint` beside `base`.
 

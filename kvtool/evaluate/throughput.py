@@ -28,6 +28,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
 from kvtool.evaluate.protocol import CacheSize, cache_size
 from kvtool.layout import experts_of
+from kvtool.progress import Progress, silent
 from kvtool.runtime.layers import LatentRuntimeAttention
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def compare_speed(
     repeats: int,
     bandwidth: Bandwidth,
     dense: Engine | None = None,
-    report: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Iterator[Speed]:
     """Time all sides at every context length.
 

@@ -28,7 +28,7 @@ def name_of(plan: Plan) -> str:
     if not plan.streaming_heads:
         return f"kvtool {methods}, {plan.policy}"
     sink, window = ring_of(plan)
-    heads = f"{plan.streaming_heads} of {plan.base.all_heads} heads stream"
+    heads = f"{plan.streaming_heads} of {plan.planned_heads} heads stream"
     return f"kvtool {methods}, {heads}, {sink}+{window}"
 
 

@@ -59,6 +59,8 @@ class ConvertOptions:
 
 
 OF_MLA = ("method", "target", "rope_dim", "rank", "freqfold")
+OF_FP8 = ("scales", "smooth", "turn_values")
+"""Options that only these conversions have."""
 
 
 def refuse(options: ConvertOptions, names: tuple[str, ...], why: str) -> None:

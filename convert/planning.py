@@ -15,6 +15,7 @@ from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import artifact, costs, fp8_planning, heal, targets
 from kvtool.convert.options import (
+    OF_FP8,
     OF_MLA,
     ConvertOptions,
     attention_dtype,
@@ -126,7 +127,7 @@ def _check_names(checkpoint: Checkpoint, options: ConvertOptions) -> None:
 
 def _size(checkpoint: Checkpoint, options: ConvertOptions, layout: AttentionLayout) -> Size:
     """The widths asked for; raises where other options do not go with them."""
-    refuse(options, ("scales", "smooth", "turn_values"), "is for --to fp8-kv")
+    refuse(options, OF_FP8, "is for --to fp8-kv")
     if options.to == "gqa":
         why = "is for --to mla; fewer KV heads are asked for with --kv-heads alone"
         refuse(options, (*OF_MLA, "kv_budget"), why)

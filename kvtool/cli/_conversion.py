@@ -17,7 +17,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from kvtool.cli import _console, _options
-from kvtool.errors import GateError, KvtoolError, ResourceError
+from kvtool.errors import GateError, KvtoolError
 from kvtool.fp8 import skip_flag
 
 if TYPE_CHECKING:
@@ -72,19 +72,14 @@ class Run:
         Raises:
             ResourceError: There is not enough.
         """
-        instead = "a smaller --shard-size, fewer --tokens"
-        needs = [("converting", plan["memory_bytes"], "cpu", instead)]
+        hint = "a smaller --shard-size, fewer --tokens"
+        _options.check_memory("converting", plan["memory_bytes"], "cpu", hint)
         if self.verify:
-            needs.append(("verifying", plan["verify_memory_bytes"], "cpu", "--no-verify"))
+            needed = plan["verify_memory_bytes"]
+            _options.check_memory("verifying", needed, "cpu", "--no-verify")
         if (healing := plan["healing"]) is not None:
-            without = "convert without --heal"
-            needs.append(("healing", healing["memory_bytes"], self.device, without))
-        for what, needed, where, instead in needs:
-            if (there := _options.memory_of(where)) is not None and needed > there:
-                raise ResourceError(
-                    f"{what} needs about {decimal(needed)} of memory, {where} has {decimal(there)}",
-                    hint=instead,
-                )
+            needed, hint = healing["memory_bytes"], "convert without --heal"
+            _options.check_memory("healing", needed, self.device, hint)
 
     def show(self, plan: dict[str, Any]) -> None:
         """Prints what a dry run found."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.filesize import decimal
 
-from kvtool.errors import UsageError
+from kvtool.errors import ResourceError, UsageError
 from kvtool.sizes import MAX_SEED
 
 if TYPE_CHECKING:
@@ -196,6 +197,16 @@ def memory_of(device: str) -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None
+
+
+def check_memory(what: str, needed: int, device: str, hint: str) -> None:
+    """Raises ResourceError where a device has less memory than needed."""
+    there = memory_of(device)
+    if there is not None and needed > there:
+        raise ResourceError(
+            f"{what} needs about {decimal(needed)} of memory, {device} has {decimal(there)}",
+            hint=hint,
+        )
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:

@@ -33,6 +33,8 @@ WORDED_BY_COMMAND |= {"--streaming-heads", "--bits", "--read", "--steps", "--ran
 # Which layers `convert` replaces; that `evaluate` measures layers one by one. What `convert`
 # writes; what others compute in.
 WORDED_BY_COMMAND |= {"--layers", "--dtype"}
+# What a calibration adds to; what others obey. Where `convert` teaches.
+WORDED_BY_COMMAND |= {"--plan", "--device"}
 # Not all methods of `calibrate retrieval-heads` can go on.
 WORDED_BY_COMMAND |= {"--resume"}
 

@@ -29,7 +29,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hugging Face folder, a hub id, a .gguf file, or the built-in 'smollm2'.",
+        help="A folder of Hugging Face, a hub id, a .gguf file, or the built-in 'smollm2'.",
     ),
 ]
 PlanFile = Annotated[
@@ -38,6 +38,15 @@ PlanFile = Annotated[
         "--plan",
         metavar="PLAN",
         help="What the cache keeps, from 'kvtool calibrate'; without one, everything.",
+        rich_help_panel=_INPUT,
+    ),
+]
+StartPlan = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="PLAN",
+        help="A plan to add this to, from 'kvtool calibrate'; default: one that keeps everything.",
         rich_help_panel=_INPUT,
     ),
 ]
@@ -54,7 +63,10 @@ Data = Annotated[
     ),
 ]
 Tokens = Annotated[
-    int, typer.Option("--tokens", min=1, help="Tokens of text to read.", rich_help_panel=_INPUT)
+    int,
+    typer.Option(
+        "--tokens", min=1, help="How many tokens of that text are read.", rich_help_panel=_INPUT
+    ),
 ]
 Output = Annotated[
     Path,
@@ -66,15 +78,21 @@ Overwrite = Annotated[
 ]
 ShardSize = Annotated[
     str,
-    typer.Option("--shard-size", help="Largest weight file, e.g. 2GB.", rich_help_panel=_OUTPUT),
+    typer.Option(
+        "--shard-size",
+        help="Size of the largest weight file, such as 2GB.",
+        rich_help_panel=_OUTPUT,
+    ),
 ]
 Json = Annotated[
     bool,
-    typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=_OUTPUT),
+    typer.Option(
+        "--json", help="Print one JSON object instead of tables.", rich_help_panel=_OUTPUT
+    ),
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_OUTPUT),
+    typer.Option("--quiet", "-q", help="Show no progress on stderr.", rich_help_panel=_OUTPUT),
 ]
 Dtype = Annotated[
     DtypeName,
@@ -97,7 +115,9 @@ Seed = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Say what would happen, write nothing.", rich_help_panel=_RUN),
+    typer.Option(
+        "--dry-run", help="Only say what would happen, and write nothing.", rich_help_panel=_RUN
+    ),
 ]
 Resume = Annotated[
     bool,
@@ -124,7 +144,8 @@ BudgetContext = Annotated[
     typer.Option(
         "--context",
         min=1,
-        help="Tokens of a sequence that the budget is for; 4096, or what the model can.",
+        help="Tokens of a sequence at which the budget counts; default: 4096, or the "
+        "model's context.",
         rich_help_panel="Method",
     ),
 ]

@@ -29,16 +29,18 @@ def budgets(
     method: Annotated[
         Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"],
         typer.Option(
-            help="How heads and layers share it. mass: so that the attention mass that is kept is "
-            "largest over all of them.",
+            help="How heads and layers share it. uniform: evenly. pyramidkv: along a line. "
+            "adakv: heads of a layer, by attention mass. prefixkv: layers, by one "
+            "threshold of it. compresskv: layers, by eviction error. uncomp: two to one, "
+            "by entropy. mass: all heads, so that most of it is kept.",
             rich_help_panel=_METHOD,
         ),
     ] = "adakv",
     policy: Annotated[
         Literal["snapkv", "expected"],
         typer.Option(
-            help="How tokens are chosen at the end of a prompt: by the attention of its last "
-            "queries, or expected from all of them.",
+            help="How tokens are chosen at the end of a prompt. snapkv: by the attention of its "
+            "last queries. expected: by what queries like its own would look at.",
             rich_help_panel=_METHOD,
         ),
     ] = "snapkv",

@@ -28,9 +28,9 @@ def retrieval_heads(
     method: Annotated[
         Literal["ablation", "duo", "attention", "semantic", "entropy"],
         typer.Option(
-            help="ablation: the effect of streaming each head alone. duo: trained gates "
-            "(DuoAttention). attention, semantic: scores read off the attention (Wu et al., "
-            "CompressKV). entropy: of the queries (UNComp).",
+            help="ablation: what streaming each head alone does to recall. duo: trained gates "
+            "(DuoAttention). attention, semantic: attention to what is recalled (Wu et "
+            "al., CompressKV). entropy: entropy of the queries, without a task (UNComp).",
             rich_help_panel=_METHOD,
         ),
     ] = "ablation",
@@ -82,11 +82,12 @@ def retrieval_heads(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Recall tasks to look at: 8.", rich_help_panel="Input"),
+        typer.Option(min=1, help="How many recall tasks; default: 8.", rich_help_panel="Input"),
     ] = None,
     data: _options.Data = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps: 200.", rich_help_panel=_TRAINING)
+        int | None,
+        typer.Option(min=1, help="Training steps; default: 200.", rich_help_panel=_TRAINING),
     ] = None,
     mix: Annotated[
         Literal["self", "teacher"] | None,
@@ -98,7 +99,9 @@ def retrieval_heads(
     ] = None,
     penalty: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Pull of the gates to 0: 0.05.", rich_help_panel=_TRAINING),
+        typer.Option(
+            min=0.0, help="Pull of the gates to 0; default: 0.05.", rich_help_panel=_TRAINING
+        ),
     ] = None,
     device: _options.Device = "auto",
     seed: _options.Seed = 0,
@@ -118,7 +121,7 @@ def retrieval_heads(
     revision: _options.Revision = None,
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
-    """Find the heads of MODEL that need the whole past; the others keep sinks and a window."""
+    """Find the heads of MODEL that need the whole past; others keep the first and last tokens."""
     import torch
 
     from kvtool.calibrate.heads import HeadOptions, calibrate_heads, check_options, memory_bytes

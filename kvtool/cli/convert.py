@@ -23,54 +23,63 @@ def convert(
         Literal["mla", "gqa", "mamba", "fp8-kv"],
         typer.Option(
             "--to",
-            help="The attention to convert to: a latent (mla), fewer KV heads (gqa), or in some "
-            "layers Mamba-2 (mamba); or the same, with scales for an fp8 cache (fp8-kv).",
+            help="What to convert to: a latent (mla), fewer KV heads (gqa), Mamba-2 in some "
+            "layers (mamba), or the model as it is with scales for an fp8 cache (fp8-kv).",
             rich_help_panel=_METHOD,
         ),
     ],
     method: Annotated[
         Literal["aware", "transmla", "exact"],
         typer.Option(
-            help="aware: a smaller cache, chosen by what attention loses. transmla: as published. "
-            "exact: lossless, same cache size.",
+            help="With --to mla. aware: a smaller cache, chosen by what attention loses. "
+            "transmla: a smaller cache, as published. exact: the same cache size, without "
+            "loss.",
             rich_help_panel=_METHOD,
         ),
     ] = "aware",
     target: Annotated[
         Literal["transformers", "vllm", "kvtool"],
-        typer.Option(help="The engine that has to load the result.", rich_help_panel=_METHOD),
+        typer.Option(
+            help="With --to mla: the engine that has to load the result.", rich_help_panel=_METHOD
+        ),
     ] = "transformers",
     kv_heads: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="With --to gqa: how many KV heads to merge those of a layer into.",
+            help="With --to gqa: how many KV heads each layer is left with.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
     kv_budget: Annotated[
         str | None,
         typer.Option(
-            help="Cache size to reach: a share such as 50%, or bytes per token.",
+            help="With --to mla and --layers auto: cache size to reach, a share such as 50%, or "
+            "bytes per token.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
     rope_dim: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Width of the part that keeps positions.", rich_help_panel=_METHOD
+            min=2,
+            help="With --to mla: width of the shared key that keeps positions; default: from "
+            "--kv-budget.",
+            rich_help_panel=_METHOD,
         ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Width of the latent; default: from --kv-budget.", rich_help_panel=_METHOD
+            min=1,
+            help="With --to mla: width of the latent; default: from --kv-budget.",
+            rich_help_panel=_METHOD,
         ),
     ] = None,
     freqfold: Annotated[
         str,
         typer.Option(
-            help="Neighbouring frequencies that share one: auto or a number.",
+            help="With --method transmla: how many neighbouring frequencies become one, or auto.",
             rich_help_panel=_METHOD,
         ),
     ] = "auto",
@@ -86,8 +95,9 @@ def convert(
         str | None,
         typer.Option(
             metavar="AMOUNT",
-            help="Let the original teach the result: tokens such as 200k, a time such as 20min, or "
-            "auto. With --to mamba always, unless it is 0, and each of two controls as long.",
+            help="Let the original teach the result: tokens such as 200k, a time such as 20min, "
+            "or auto. With --to mamba the default is auto, 0 is not at all, and two "
+            "controls are taught as long each.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -102,7 +112,8 @@ def convert(
     loss: Annotated[
         Literal["forward-kl", "reverse-kl"],
         typer.Option(
-            help="With --to mamba: what the result learns from predictions.",
+            help="With --to mamba: the divergence from the original's predictions that is made "
+            "small.",
             rich_help_panel=_METHOD,
         ),
     ] = "forward-kl",
@@ -117,7 +128,8 @@ def convert(
         bool,
         typer.Option(
             "--smooth",
-            help="With --to fp8-kv: fold SmoothAttention into the weights, for 4-bit caches.",
+            help="With --to fp8-kv: fold SmoothAttention into the weights; for 4-bit caches, of "
+            "no use to fp8.",
             rich_help_panel=_METHOD,
         ),
     ] = False,
@@ -125,7 +137,8 @@ def convert(
         bool,
         typer.Option(
             "--turn-values",
-            help="With --to fp8-kv: fold a Hadamard transform of the values, for 4-bit caches.",
+            help="With --to fp8-kv: fold a Hadamard transform of the values into the weights; "
+            "for 4-bit caches, too.",
             rich_help_panel=_METHOD,
         ),
     ] = False,
@@ -140,7 +153,13 @@ def convert(
             rich_help_panel="Output",
         ),
     ] = "auto",
-    device: _options.Device = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="With --heal and --to mamba, where it is taught: auto, cpu, cuda or cuda:N.",
+            rich_help_panel="Compute",
+        ),
+    ] = "auto",
     shard_size: _options.ShardSize = "2GB",
     overwrite: _options.Overwrite = False,
     resume: _options.Resume = True,

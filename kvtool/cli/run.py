@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in YAML.")]
 
-recipe_app = typer.Typer(name="recipe", help="Look at recipes.", no_args_is_help=True)
+recipe_app = typer.Typer(name="recipe", help="Check recipes.", no_args_is_help=True)
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
         typer.Option(
             "--output",
             "-o",
-            help="Where the result is written; default: what the recipe says.",
+            help="Where the result is written; default: where the recipe says.",
             rich_help_panel="Output",
         ),
     ] = None,

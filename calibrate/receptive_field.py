@@ -51,7 +51,7 @@ def calibrate_receptive_field(
     if not any(isinstance(layer.kept, StatePlan) for layer in plan.layers):
         raise UsageError(f"no layer of {checkpoint.source} keeps a state")
     if not 0 < taught < length:
-        raise UsageError(f"a text of {length} tokens is not beyond the {taught} that were taught")
+        raise UsageError(f"--length {length} is not beyond the {taught} tokens that were taught")
     windows, offsets = text_windows(checkpoint, data, tokens, seed)
     model = WholeModel(checkpoint)
     seen: list[list[Tensor]] = []

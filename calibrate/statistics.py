@@ -280,7 +280,7 @@ def _resolved(options: StatisticsOptions, limit: int) -> StatisticsOptions:
     if not 0 <= options.sinks < window:
         raise UsageError(f"--sinks {options.sinks} leaves nothing of a window of {window}")
     if not 0 <= options.chat <= 1:
-        raise UsageError(f"--chat {options.chat} is not a share between 0 and 1")
+        raise UsageError(f"--chat-share {options.chat} is not a share between 0 and 1")
     if options.tokens < window:
         raise UsageError(f"--tokens {options.tokens} is less than one window of {window}")
     tokens = options.tokens // window * window

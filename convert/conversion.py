@@ -305,7 +305,9 @@ class _Work:
         positions = artifact.probe_positions(len(ids))
         logits = self.stream.logits(self.probe[positions])
         if not bool(torch.isfinite(logits).all()):
-            raise CalibrationError("the final norm or the output head gives values not finite")
+            raise CalibrationError(
+                "the final norm or the output head gives values that are not finite"
+            )
         artifact.write_probe(folder, ids, positions, logits)
 
 

@@ -214,7 +214,7 @@ def check_options(stream: LayerStream, options: ConvertOptions) -> None:
         raise UnsupportedModelError(
             f"cannot give every head a scale: layers have {counts} KV heads, and vLLM takes scales "
             "by head of one number of them",
-            hint="--scales tensor",
+            hint="use --scales tensor",
         )
     if checkpoint.quantised is not None and (options.smooth or options.turn_values):
         raise UnsupportedModelError(

@@ -103,7 +103,7 @@ def plan(
     dtype = save_dtype(checkpoint, options)
     if teacher is not None:
         if options.amount is None:
-            raise UsageError("--teacher teaches: with --heal 0 nobody does")
+            raise UsageError("--teacher says who teaches, and with --heal 0 nobody does")
         check_teacher(teacher, checkpoint)
     shape = mixer_shape(layout)
     mixer = _mixer_values(layout)

@@ -255,7 +255,7 @@ def parse_budget(text: str, layout: AttentionLayout, layers: int) -> int:
     if factor and value * factor < 0.02 * 2 * layers * layout.cached_values:
         raise UsageError(
             f"--kv-budget {text} is {value * factor:g} bytes per token, of "
-            f"{2 * layers * layout.cached_values}",
+            f"{2 * layers * layout.cached_values} that the model keeps",
             hint=f"for a share, write --kv-budget {100 * value if value < 1 else value:g}%",
         )
     if factor == 0:

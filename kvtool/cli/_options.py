@@ -201,7 +201,7 @@ def resolve_device(name: str) -> str:
     if numbered is None:
         raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not '{name}'")
     if not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch finds no CUDA device", hint="--device cpu")
+        raise UsageError(f"--device {name}: torch finds no CUDA device", hint="use --device cpu")
     count = torch.cuda.device_count()
     if int(numbered[1] or 0) >= count:
         raise UsageError(f"--device {name}: the CUDA devices here end at cuda:{count - 1}")

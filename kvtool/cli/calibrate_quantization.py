@@ -152,7 +152,7 @@ def quantization(
     asked, rest = bit_options.parse_tiers(of_heads if of_heads or states is None else "4")
     of_group, of_sink, of_window = _RINGS.get(chosen, (64, 4, 64))
     if (asked is None) != (kv_budget is not None):
-        raise UsageError("--bits auto and --kv-budget come together: the one asks the other")
+        raise UsageError("--bits auto and --kv-budget come together: give both or neither")
     if asked is None and method != "aware":
         raise UsageError(
             f"--bits auto is for --method aware, {method} has the same bits everywhere"

@@ -210,7 +210,9 @@ def sampling_options(
     narrowing = {"--top-p": top_p < 1.0, "--top-k": top_k > 0, "--min-p": min_p > 0.0}
     for flag, given in narrowing.items():
         if given and temperature == 0.0:
-            raise UsageError(f"{flag} has no effect at temperature 0", hint="--temperature 1")
+            raise UsageError(
+                f"{flag} has no effect at temperature 0", hint="sample with --temperature 1"
+            )
     return {
         "temperature": temperature,
         "top_p": top_p,

@@ -211,7 +211,7 @@ def sampling_options(
     for flag, given in narrowing.items():
         if given and temperature == 0.0:
             raise UsageError(
-                f"{flag} has no effect at temperature 0", hint="sample with --temperature 1"
+                f"{flag} has no effect at temperature 0", hint="--temperature 1 samples"
             )
     return {
         "temperature": temperature,

@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,7 +53,7 @@ from kvtool.convert.options import ConvertOptions, shard_bytes, statistics_optio
 from kvtool.convert.planning import opened, plan
 from kvtool.corpus import calibration_text
 from kvtool.errors import CalibrationError
-from kvtool.progress import Progress, silent
+from kvtool.progress import Progress, peak_memory, silent
 
 
 @dataclass(frozen=True)
@@ -210,12 +208,6 @@ class _Cost:
         known = {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
         unfinished.write_text(json.dumps(known))
         unfinished.replace(self.file)
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class _Work:

@@ -37,7 +37,7 @@ from kvtool.checkpoint import (
     write_shards,
 )
 from kvtool.convert import artifact, granite
-from kvtool.convert.conversion import ConversionResult, peak_memory
+from kvtool.convert.conversion import ConversionResult
 from kvtool.convert.fitting import save
 from kvtool.convert.mamba_planning import WINDOW, MambaOptions, plan, save_dtype
 from kvtool.convert.options import PROBE, shard_bytes
@@ -46,7 +46,7 @@ from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_
 from kvtool.hybrid import Arm, Judged
 from kvtool.layout import describe
 from kvtool.mamba import Mixer
-from kvtool.progress import Progress, silent
+from kvtool.progress import Progress, peak_memory, silent
 from kvtool.replacements import mixer_shape
 
 SOLVE = 16

@@ -345,11 +345,11 @@ def latent_size(
     return LatentSize(rope_dim, rank, native)
 
 
-def freqfold_candidates(head_dim: int, rope_dim: int, limit: int = 8) -> list[int]:
-    """Values of F to try: the collapse c, doubled while it divides the N frequencies."""
+def freqfold_candidates(head_dim: int, rope_dim: int) -> list[int]:
+    """Values of F to try: the collapse c, doubled up to 8 c while it divides the N frequencies."""
     collapse = head_dim // rope_dim
     fold, candidates = collapse, []
-    while (head_dim // 2) % fold == 0 and fold <= limit * collapse:
+    while (head_dim // 2) % fold == 0 and fold <= 8 * collapse:
         candidates.append(fold)
         fold *= 2
     return candidates

@@ -91,22 +91,21 @@ def descending_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def latent_factors(
-    moment: Tensor, basis: RotatedBasis, rope: Rope, heads: int, rank: int, balance: float = 1.0
+    moment: Tensor, basis: RotatedBasis, rope: Rope, heads: int, rank: int
 ) -> LatentFactors:
-    """BKV and joint PCA.
+    """BKV, with norms of keys and values made equal, and joint PCA.
 
     Args:
         moment: `[2K, 2K]` float64, second moment of [k̂ ; v].
         heads: H.
         rank: r, at most 2K - d_r; equality loses nothing. Directions that carry only rounding
             noise are left out, so the result may be narrower.
-        balance: The paper's ratio between key and value norms.
     """
     width = moment.shape[0] // 2
     nope = complement(basis.rope)  # [K - d_r, K]
     keys_norm = _mean_column_norm(nope @ moment[:width, :width] @ nope.T)
     values_norm = _mean_column_norm(moment[width:, width:])
-    alpha = keys_norm / (values_norm * balance) if keys_norm and values_norm else 1.0
+    alpha = keys_norm / values_norm if keys_norm and values_norm else 1.0
     merge = torch.block_diag(nope / alpha, torch.eye(width, dtype=torch.float64))
     eigenvalues, vectors = descending_eigh(merge @ moment @ merge.T)
     used = int((eigenvalues > NEGLIGIBLE * eigenvalues[0]).sum())

@@ -15,7 +15,7 @@ import torch
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.evaluate import retrieval
-from kvtool.evaluate.protocol import Estimate, compare_logits
+from kvtool.evaluate.protocol import Estimate, judge, mean
 from kvtool.evaluate.retrieval import Case, Question
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan
@@ -65,9 +65,9 @@ def main() -> None:
         for window, (expected, full) in zip(content["windows"], base, strict=True):
             logits, size = run(engine, window, split)
             targets = torch.tensor(window[split + 1 :])
-            base_nll, nll, kl, _ = compare_logits(expected, logits, targets)
-            kls.append(kl)
-            ratios.append(nll - base_nll)
+            scores = mean(judge(logits, expected, targets))
+            kls.append(scores.kl)
+            ratios.append(scores.nll - scores.base_nll)
             sizes.append(size / full)
         correct = [retrieval.ask(engine, case) for case in cases]
         recalls = retrieval.summarise(list(zip(cases, correct, base_correct, strict=True)))

@@ -84,7 +84,7 @@ def statistics(
     """Measure queries, keys, values and attention of MODEL in one pass over text."""
     from kvtool.calibrate import statistics as measured
     from kvtool.checkpoint import Checkpoint
-    from kvtool.convert.conversion import peak_memory
+    from kvtool.progress import peak_memory
 
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code

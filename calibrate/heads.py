@@ -8,7 +8,6 @@ order is used.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -186,7 +185,7 @@ def memory_bytes(checkpoint: Checkpoint, options: HeadOptions) -> int:
         stream, tokens = LayerStream(checkpoint), StatisticsOptions().tokens
         return statistics_memory(stream, tokens)
     layouts = describe(checkpoint.hf_config())
-    weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    weights = checkpoint.parameters
     lengths = sample_lengths(options, int(checkpoint.hf_config().max_position_embeddings))
     tokens = sum(lengths[i % len(lengths)] for i in range(options.samples))
     kept = tokens * sum(layout.cached_values for layout in layouts)

@@ -24,7 +24,7 @@ from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
-from kvtool.corpus import calibration_text, can_chat
+from kvtool.corpus import calibration_text
 from kvtool.distill import Training
 from kvtool.divergence import kl_divergence
 from kvtool.errors import UnsupportedModelError, UsageError
@@ -226,7 +226,7 @@ def _align(
 ) -> None:
     """Read-outs in closed form, and mixers aligned for some steps."""
     tokenizer, window = checkpoint.tokenizer(), _window(checkpoint, hybrid.device.type)
-    chat = 0.25 if can_chat(tokenizer) else 0.0
+    chat = StatisticsOptions.chat
     solve = calibration_text(options.data).windows(tokenizer, window, SOLVE, options.seed, chat)
     report("closed form", 0, 1)
     hybrid.seed_own_tokens(solve)

@@ -6,7 +6,6 @@ of the same plan. Layers with a sliding window or a state keep that and have no 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -38,7 +37,7 @@ from kvtool.codes import (
     layers_of,
     share_budget,
 )
-from kvtool.corpus import calibration_text, can_chat
+from kvtool.corpus import calibration_text
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
 from kvtool.factored import model_config
@@ -468,8 +467,7 @@ def text_windows(
     if count < 1:
         raise UsageError(f"--tokens {tokens} is less than one window of {length}")
     tokenizer, corpus = checkpoint.tokenizer(), calibration_text(data)
-    chat = StatisticsOptions.chat if can_chat(tokenizer) else 0.0
-    ids = corpus.windows(tokenizer, length, count + more, seed, chat)
+    ids = corpus.windows(tokenizer, length, count + more, seed, StatisticsOptions.chat)
     generator = torch.Generator().manual_seed(seed)
     last = max(length, min(CONTEXT, limit)) - length
     return ids, torch.randint(0, last + 1, (len(ids),), generator=generator).tolist()
@@ -477,7 +475,7 @@ def text_windows(
 
 def memory_bytes(checkpoint: Checkpoint, start: Plan, options: ProjectionOptions) -> int:
     """About what a calibration holds at once, besides Python and its libraries."""
-    weights, base = 4 * sum(math.prod(x.shape) for x in checkpoint.tensors.values()), start.base
+    weights, base = 4 * checkpoint.parameters, start.base
     if options.method == "cskv" and options.bits is not None:
         width = int(checkpoint.hf_config().hidden_size) + 6 * base.channels
         return 4 * (options.tokens + JUDGED * WINDOW) * width

@@ -4,7 +4,6 @@ plan (`code_bits.py`), the latents of MLA (`latents.py`) and the states of Mamba
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -234,7 +233,7 @@ def memory_bytes(checkpoint: Checkpoint, options: QuantizationOptions) -> int:
         return 0
     if options.method != "aware":
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)
-    weights = 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    weights = 4 * checkpoint.parameters
     config = model_config(checkpoint)
     length = min(WINDOW, int(config.max_position_embeddings))
     return weights + 4 * 4 * sum(x.cached_values for x in describe(config)) * length

@@ -14,11 +14,6 @@ BASE_MEMORY = 500_000_000
 """Python, torch and transformers themselves."""
 
 
-def numbers(checkpoint: Checkpoint) -> int:
-    """In all its tensors."""
-    return sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-
-
 def memory_bytes(
     stream: LayerStream, options: ConvertOptions, output_bytes: int, *, measuring: int, fitting: int
 ) -> int:
@@ -40,7 +35,7 @@ def memory_bytes(
 
 def verify_memory_bytes(checkpoint: Checkpoint, added: int = 0) -> int:
     """About what verification holds: a model in fp32, with so many numbers more."""
-    return BASE_MEMORY + 4 * (numbers(checkpoint) + added)
+    return BASE_MEMORY + 4 * (checkpoint.parameters + added)
 
 
 def disk_bytes(stream: LayerStream, output_bytes: int, written: int, fitted: int) -> int:

@@ -42,7 +42,7 @@ from kvtool.convert.fitting import save
 from kvtool.convert.mamba_planning import WINDOW, MambaOptions, plan, save_dtype
 from kvtool.convert.options import PROBE, shard_bytes
 from kvtool.convert.teaching import ARMS, Lessons, Steps, Teacher, beats
-from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
+from kvtool.corpus import calibration_text, evaluation_text, training_text
 from kvtool.hybrid import Arm, Judged
 from kvtool.layout import describe
 from kvtool.mamba import Mixer
@@ -173,7 +173,7 @@ def reaches(
 def texts(checkpoint: Checkpoint, options: MambaOptions, window: int, learned: int) -> Lessons:
     """What read-outs are solved on, so many texts to learn from, and what arms are judged by."""
     tokenizer = checkpoint.tokenizer()
-    chat = 0.25 if can_chat(tokenizer) else 0.0
+    chat = StatisticsOptions.chat
     short = min(WINDOW, window)
     return Lessons(
         solve=calibration_text(options.data).windows(tokenizer, short, SOLVE, options.seed, chat),

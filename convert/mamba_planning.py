@@ -107,7 +107,7 @@ def plan(
         check_teacher(teacher, checkpoint)
     shape = mixer_shape(layout)
     mixer = _mixer_values(layout)
-    weights = costs.numbers(checkpoint)
+    weights = checkpoint.parameters
     taken = granite.other_tensors(checkpoint.tensors, options.layers)
     kept = sum(checkpoint.tensors[name].nbytes for parts in taken.values() for name in parts)
     output_bytes = kept + len(options.layers) * mixer * dtype.itemsize
@@ -127,7 +127,7 @@ def plan(
         activations += len(options.layers) * (4 * shape.projected + 8 * shape.inner)
         memory += 12 * trained + 4 * batch * window * activations + logits
         if teacher is not None:
-            memory += 4 * costs.numbers(teacher)
+            memory += 4 * teacher.parameters
         healing = {
             **dataclasses.asdict(amount),
             "window": window,

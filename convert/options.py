@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.checkpoint import Checkpoint, torch_dtype
-from kvtool.corpus import calibration_text, can_chat, evaluation_text
+from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.errors import UsageError
 
 WINDOW = 2048
@@ -97,9 +97,8 @@ def texts(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Tensor | Non
         used = statistics_options(checkpoint, options)
         assert used.window is not None
         count = used.tokens // used.window
-        chat = used.chat if can_chat(tokenizer) else 0.0
         corpus = calibration_text(options.data)
-        ids = corpus.windows(tokenizer, used.window, count, options.seed, chat)
+        ids = corpus.windows(tokenizer, used.window, count, options.seed, used.chat)
     length = min(PROBE, positions(checkpoint))
     probe = evaluation_text(options.data).windows(tokenizer, length, 1)[0]
     return ids, probe

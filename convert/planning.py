@@ -83,9 +83,9 @@ def plan(
     if healing is not None:
         trained = layers * _attention_values(layout, size, replace(options, target="kvtool"))
         disk_bytes += fitted + 2 * 3 * 4 * trained  # a state of values and moments, old and new
-        weights = costs.numbers(checkpoint)
+        weights = checkpoint.parameters
         needed = costs.BASE_MEMORY + heal.memory_bytes(checkpoint.hf_config(), weights, trained)
-        needed += 0 if teacher is None else 4 * costs.numbers(teacher)
+        needed += 0 if teacher is None else 4 * teacher.parameters
         healing["memory_bytes"] = needed
     if output is not None:
         costs.check_room(checkpoint, output, disk_bytes, overwrite=overwrite)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -185,6 +186,11 @@ class Checkpoint:
             return self
         config, tensors = read_json(self.path / "config.json"), read_headers(self.path)
         return replace(self, config=config, tensors=tensors, wrapper=None, quantised=None)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all its tensors."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     @property
     def total_bytes(self) -> int:

@@ -11,6 +11,7 @@ from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.checkpoint import Checkpoint, torch_dtype
 from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.errors import UsageError
+from kvtool.sizes import bytes_of
 
 WINDOW = 2048
 """Tokens per calibration window (TransMLA's converter: 256): rotations matter at long distances."""
@@ -113,15 +114,8 @@ def statistics_options(checkpoint: Checkpoint, options: ConvertOptions) -> Stati
 
 
 def shard_bytes(text: str) -> int:
-    """Bytes from `2GB` or `500MB`."""
-    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10}
-    for unit in ("GIB", "MIB", "KIB", "GB", "MB", "KB"):
-        if text.upper().endswith(unit):
-            try:
-                size = int(float(text[: -len(unit)]) * units[unit])
-            except (ValueError, OverflowError):
-                break
-            if size > 0:
-                return size
-            break
-    raise UsageError(f"--shard-size {text} is not a size such as 2GB or 500MB")
+    """Bytes from a size with its unit, such as `2GB` or `500MB`."""
+    size = bytes_of(text)
+    if size is None or text.strip()[-1].isdecimal():
+        raise UsageError(f"--shard-size {text} is not a size such as 2GB or 500MB")
+    return size

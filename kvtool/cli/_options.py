@@ -29,7 +29,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A folder of Hugging Face, a hub id, a .gguf file, or the built-in 'smollm2'.",
+        help="A Hugging Face folder, a hub id, a .gguf file, or the built-in 'smollm2'.",
     ),
 ]
 PlanFile = Annotated[

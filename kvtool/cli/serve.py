@@ -15,6 +15,7 @@ import typer
 from kvtool.cli import _options as options
 from kvtool.cli._console import counted, err
 from kvtool.errors import KvtoolError, ResourceError, UsageError
+from kvtool.sizes import bytes_of
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -216,14 +217,9 @@ def native_bytes_per_token(scheduler: Scheduler, checkpoint: Checkpoint) -> floa
 
 
 def _size(text: str, flag: str) -> int:
-    from kvtool.sizes import parse_budget
-
-    try:
-        if "%" in text:
-            raise UsageError("a share of what?")
-        return parse_budget(text, 0)
-    except UsageError as error:
-        raise UsageError(f"{flag} '{text}' is not a size such as 4GiB or 300MB") from error
+    if (size := bytes_of(text)) is None:
+        raise UsageError(f"{flag} '{text}' is not a size such as 4GiB or 300MB")
+    return size
 
 
 def _read(file: Path) -> str:

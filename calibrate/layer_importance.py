@@ -30,7 +30,7 @@ from kvtool.divergence import kl_divergence
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.hybrid import Alignment, HybridModel
 from kvtool.layout import PLAIN
-from kvtool.progress import Progress, silent
+from kvtool.progress import Progress, silent, telling
 from kvtool.replacements import seeded_mixer
 
 WINDOW, WINDOW_CUDA = 512, 1024
@@ -144,11 +144,8 @@ def rank_layers(
         checkpoint.load_transformers(torch.float32, device), range(layers), lambda *_: _Nothing()
     )
     judge = _Judge(alone, texts)
-    scores = []
-    for layer in range(layers):
-        report("leaving out", layer, layers)
-        scores.append(LayerScore(layer, *judge(alone, {layer})))
-    report("leaving out", layers, layers)
+    every = telling(report, "leaving out", range(layers), layers)
+    scores = [LayerScore(layer, *judge(alone, {layer})) for layer in every]
     del alone
     scores.sort(key=lambda score: score.left_out)
     count = layers // 2 if options.count is None else min(options.count, layers)

@@ -22,7 +22,7 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError
 from kvtool.plan import Plan, provenance_of
-from kvtool.progress import Progress, silent
+from kvtool.progress import Progress, silent, telling
 from kvtool.states import StatePlan
 
 GLOBAL = 1e-3
@@ -54,10 +54,8 @@ def calibrate_receptive_field(
         raise UsageError(f"--length {length} is not beyond the {taught} tokens that were taught")
     windows, offsets = text_windows(checkpoint, data, tokens, seed)
     model = WholeModel(checkpoint)
-    seen: list[list[Tensor]] = []
-    for done, (ids, offset) in enumerate(zip(windows, offsets, strict=True)):
-        report("measuring", done, len(windows))
-        seen.append(model.steps(ids, offset))
+    texts = zip(windows, offsets, strict=True)
+    seen = [model.steps(*text) for text in telling(report, "measuring", texts, len(windows))]
     layers, found = [], 0
     steps = iter([torch.cat(each) for each in zip(*seen, strict=True)])
     rates = iter(model.rates())

@@ -1,7 +1,10 @@
 """What long pieces of work tell: how far they are, and how much memory they took."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 Progress = Callable[[str, int, int], None]
 """`report(stage, done, total)`: `done` of `total` steps of a stage are finished."""
@@ -9,6 +12,14 @@ Progress = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """Tells nobody."""
+
+
+def telling(report: Progress, stage: str, items: Iterable[Item], total: int) -> Iterator[Item]:
+    """The items, telling of each when it is dealt with."""
+    report(stage, 0, total)
+    for done, item in enumerate(items, 1):
+        yield item
+        report(stage, done, total)
 
 
 def peak_memory() -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvtool.corpus import chat_tokens, start_tokens
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.evaluate.retrieval import Filler
-from kvtool.progress import Progress, silent
+from kvtool.progress import Progress, silent, telling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,11 +109,8 @@ def converse(
     if max_new_tokens < 1:
         return None, []
     engines = [engine] if base is None else [engine, base]
-    replies: list[list[Reply]] = []
-    report("chat", 0, len(engines))
-    for one in engines:
-        replies.append(greedy_replies(one, ids, max_new_tokens))
-        report("chat", len(replies), len(engines))
+    sides = telling(report, "chat", engines, len(engines))
+    replies = [greedy_replies(one, ids, max_new_tokens) for one in sides]
     ours = replies[0]
     theirs = [None] * len(ours) if base is None else replies[1]
     samples = [

@@ -18,7 +18,7 @@ from kvtool.evaluate.report import Report, plan_facts
 from kvtool.evaluate.retrieval import Result
 from kvtool.evaluate.throughput import Bandwidth, Speed
 from kvtool.plan import Plan
-from kvtool.progress import Progress, silent
+from kvtool.progress import Progress, silent, telling
 from kvtool.runtime import Engine
 
 
@@ -187,11 +187,8 @@ def _divergence(
     # One more than is fed: the last token is only the target of the one before.
     length = prefill + continuation + 1
     windows = corpus.windows(engine.tokenizer, length, settings.windows, settings.seed)
-    scores: list[protocol.WindowScores] = []
-    report("continuation", 0, len(windows))
-    for score in protocol.score_windows(engine, base, windows, prefill):
-        scores.append(score)
-        report("continuation", len(scores), len(windows))
+    judged = protocol.score_windows(engine, base, windows, prefill)
+    scores = list(telling(report, "continuation", judged, len(windows)))
     found = protocol.summarise(scores, prefill, continuation)
     ours, theirs = (
         None if one is None else protocol.bf16_bytes(one, prefill, prefill + continuation)
@@ -220,11 +217,8 @@ def _layers(
     elif settings.layers:
         length = settings.layer_prefill + settings.layer_continuation
         (window,) = corpus.windows(engine.tokenizer, length, 1, settings.seed)
-        damage = []
-        report("layers", 0, len(sizes))
-        for found in layers.layer_damage(engine, base, window, settings.layer_prefill):
-            damage.append(found)
-            report("layers", len(damage), len(sizes))
+        found = layers.layer_damage(engine, base, window, settings.layer_prefill)
+        damage = list(telling(report, "layers", found, len(sizes)))
     return layers.layer_results(sizes, layer_sizes(base), damage)
 
 
@@ -265,12 +259,8 @@ def _retrieval(
     if not needles:
         notes.append(f"no 4-key needle fits the model's context of {max_context}")
     cases += needles
-    results: list[Result] = []
-    report("retrieval", 0, len(cases))
-    for result in retrieval.run_cases(engine, base, cases):
-        results.append(result)
-        report("retrieval", len(results), len(cases))
-    return results
+    results = retrieval.run_cases(engine, base, cases)
+    return list(telling(report, "retrieval", results, len(cases)))
 
 
 def _chat(

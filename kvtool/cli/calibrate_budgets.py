@@ -32,7 +32,7 @@ def budgets(
             help="How heads and layers share it. uniform: evenly. pyramidkv: along a line. "
             "adakv: heads of a layer, by attention mass. prefixkv: layers, by one "
             "threshold of it. compresskv: layers, by eviction error. uncomp: two to one, "
-            "by entropy. mass: all heads, so that most of it is kept.",
+            "by entropy. mass: all heads, so that most attention mass is kept.",
             rich_help_panel=_METHOD,
         ),
     ] = "adakv",

@@ -178,9 +178,9 @@ def convert(
     revision: _options.Revision = None,
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
-    """Convert MODEL to a latent cache (MLA), fewer KV heads, or Mamba-2 in some layers.
+    """Convert MODEL to a latent cache (MLA), fewer KV heads or Mamba-2, or add scales for fp8.
 
-    The result is a stock checkpoint. Or add scales to it, by which vLLM keeps its cache in fp8.
+    The result is a stock checkpoint, but for that of --target kvtool.
     """
     from kvtool.checkpoint import Checkpoint
     from kvtool.cli.convert_mamba import convert_mamba

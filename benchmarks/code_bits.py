@@ -23,7 +23,8 @@ from kvtool.calibrate import cskv
 from kvtool.calibrate.levelled import levelled
 from kvtool.calibrate.past import measure, read_past
 from kvtool.calibrate.projections import ProjectionOptions, calibrate_projections, empty_codes
-from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions, collect
+from kvtool.calibrate.statistics import StatisticsOptions, collect
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint

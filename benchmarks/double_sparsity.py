@@ -34,7 +34,8 @@ from torch import Tensor
 from kvtool.calibrate.double_sparsity import label_orders, labelled
 from kvtool.calibrate.layer_sums import Seen, watched
 from kvtool.calibrate.projections import text_windows
-from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions, collect
+from kvtool.calibrate.statistics import StatisticsOptions, collect
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import evaluation_text

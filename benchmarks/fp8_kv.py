@@ -25,8 +25,8 @@ from kvtool import fp8
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import artifact, fp8_kv
-from kvtool.convert.planning import WINDOW
-from kvtool.corpus import calibration_text, can_chat, evaluation_text
+from kvtool.convert.options import WINDOW
+from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.kernels.hadamard import hadamard
 
 
@@ -119,8 +119,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every row, or those whose name has one of the words in `only`."""
     checkpoint = Checkpoint.open(options.model)
     stream, tokenizer = LayerStream(checkpoint), checkpoint.tokenizer()
-    chat = 0.25 if can_chat(tokenizer) else 0.0
-    text = calibration_text().windows(tokenizer, WINDOW, options.tokens // WINDOW, 0, chat)
+    text = calibration_text().windows(tokenizer, WINDOW, options.tokens // WINDOW, 0, 0.25)
     held_out = evaluation_text().windows(tokenizer, options.length, options.windows)
     rows = [r for r in ROWS if not options.only or any(w in r.name for w in options.only)]
     reference, original = stream.embed(text), stream.embed(held_out)

@@ -21,12 +21,13 @@ from mla_ablation import JUDGED, compare
 from torch import Tensor
 
 from kvtool.calibrate import statistics
-from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions
+from kvtool.calibrate.statistics import StatisticsOptions
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import artifact, aware, gqa
 from kvtool.convert.fitting import ConvertedLayer, converted_attention, converted_stages
-from kvtool.convert.planning import WINDOW
+from kvtool.convert.options import WINDOW
 from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.layout import AttentionLayout
 

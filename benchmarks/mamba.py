@@ -61,12 +61,12 @@ def prepare(args: argparse.Namespace) -> None:
     from kvtool.calibrate import statistics
     from kvtool.calibrate.lessons import lessons
     from kvtool.calibrate.statistics import StatisticsOptions
-    from kvtool.corpus import calibration_text, can_chat
+    from kvtool.corpus import calibration_text
 
     checkpoint = Checkpoint.open(args.model)
     tokenizer = checkpoint.tokenizer()
     amount = Amount.parse(args.tokens, "--tokens", 0)
-    chat = 0.25 if can_chat(tokenizer) else 0.0
+    chat = StatisticsOptions.chat
     found = statistics.collect(checkpoint, StatisticsOptions())
     reach = torch.stack([found.layer(i).reach for i in range(len(found))])
     say("statistics are there")

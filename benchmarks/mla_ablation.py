@@ -24,12 +24,13 @@ from torch import Tensor
 
 from kvtool import __version__
 from kvtool.calibrate import statistics
-from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions
+from kvtool.calibrate.statistics import StatisticsOptions
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import aware, transmla
 from kvtool.convert.fitting import ConvertedLayer, converted_attention, converted_stages
-from kvtool.convert.planning import WINDOW
+from kvtool.convert.options import WINDOW
 from kvtool.corpus import calibration_text, evaluation_text
 from kvtool.latent import LatentFactors
 from kvtool.rope import Rope

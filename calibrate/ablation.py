@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Reading, TailModel, Window, divergence
 from kvtool.layout import with_heads
+from kvtool.progress import Progress
 
 STATE = "ablation.safetensors"
 """Of a run that goes on: the sums so far."""
@@ -28,7 +28,7 @@ def ablation_scores(
     model: TailModel,
     readings: Sequence[Reading],
     window: Window,
-    report: Report,
+    report: Progress,
     folder: Path | None = None,
     key: str = "",
     *,

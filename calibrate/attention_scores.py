@@ -18,23 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Attend, Reading, TailModel
 from kvtool.kernels.sink_logits import softmax
 from kvtool.layout import with_heads
+from kvtool.progress import Progress, telling
 
 
 @torch.no_grad()
 def attention_scores(
-    model: TailModel, readings: Sequence[Reading], report: Report
+    model: TailModel, readings: Sequence[Reading], report: Progress
 ) -> tuple[Tensor, Tensor]:
     """Retrieval and semantic retrieval scores of every KV head, each `[L, H]` float64 in [0, 1]."""
     retrieval, semantic = (
         [torch.zeros(layout.heads, dtype=torch.float64) for layout in model.layouts]
         for _ in range(2)
     )
-    report("reading attention", 0, len(readings))
-    for number, reading in enumerate(readings):
+    for reading in telling(report, "reading attention", readings, len(readings)):
         rows, recalled = look(model, reading)
         sample = reading.sample
         text = torch.cat((sample.context, sample.tail)).to(model.device)
@@ -47,7 +46,6 @@ def attention_scores(
             for scores, found in ((retrieval, top & copied), (semantic, attention * needle)):
                 per_query = (found.sum(-1) * recalled).double().sum(-1)
                 scores[index] += per_query.cpu() / max(int(recalled.sum()), 1) / len(readings)
-        report("reading attention", number + 1, len(readings))
 
     def of_groups(scores: Sequence[Tensor]) -> Tensor:
         """0 of layers that see no whole past."""

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.calibrate import allocate
-from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect
-from kvtool.calibrate.stream import Report
+from kvtool.calibrate.statistics import StatisticsOptions, collect
+from kvtool.calibrate.statistics_file import Statistics
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
 from kvtool.plan import Plan, Policy, base_of, check_can_drop, provenance_of, whole_layers
+from kvtool.progress import Progress, silent
 
 Method = Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -54,7 +55,7 @@ def calibrate_budgets(
     budget_bytes: int,
     itemsize: int,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Plan:
     """A plan whose cache takes `budget_bytes` after a prompt of `context` tokens, to the token.
 

@@ -17,11 +17,11 @@ from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.felt import joined
 from kvtool.calibrate.levelled import levelled_rows
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Fitted, Part, Projection
 from kvtool.kernels.quantise import BITS, fake_quantise
 from kvtool.plan import Plan
+from kvtool.progress import Progress, telling
 
 
 def harms(
@@ -30,7 +30,7 @@ def harms(
     windows: Tensor,
     offsets: Sequence[int],
     seed: int,
-    report: Report,
+    report: Progress,
 ) -> tuple[Tensor, list[dict[Part, Fitted]]]:
     """Nats per prediction that all numbers of a code do with so many bits, `[codes, widths]`,
     float64; and the codes, levelled by the first window.
@@ -41,14 +41,14 @@ def harms(
     levels: list[dict[Part, Fitted]] = []
     harm = torch.zeros(len(plan.codes), len(BITS), dtype=torch.float64)
     predictions = 0
-    report("measuring", 0, len(windows))
-    for done, read in enumerate(model.far_reads(windows, offsets, ring, seed)):
+    reads = zip(offsets, model.far_reads(windows, offsets, ring, seed), strict=True)
+    for offset, read in telling(report, "measuring", reads, len(windows)):
         predictions += read.predictions
         for index, (code, own) in enumerate(zip(plan.codes, plan.coded_layers, strict=True)):
-            both = joined(model.ropes, read, own, offsets[done], code.kind)
+            both = joined(model.ropes, read, own, offset, code.kind)
             y, g = (x[ring[0] :] for x in both)
             places = torch.arange(y.shape[1]).chunk(len(code.parts))
-            if not done:
+            if index == len(levels):  # the first window
                 levels.append(
                     {
                         part: _levelled(one, y[:, at])
@@ -66,7 +66,6 @@ def harms(
                     error = fake_quantise(z, bits, code.group) - z
                     moved += (error * gradient).sum(dim=1).double()
                 harm[index, at] += float((moved * moved).sum()) / 2
-        report("measuring", done + 1, len(windows))
     return harm / predictions, levels
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvtool.calibrate.statistics import LayerStatistics
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.codes import Fitted, Part, Projection
 
 

@@ -23,11 +23,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions, collect
-from kvtool.calibrate.stream import Report
+from kvtool.calibrate.statistics import StatisticsOptions, collect
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
 from kvtool.plan import Plan, check_can_drop, provenance_of
+from kvtool.progress import Progress, silent
 from kvtool.sparse import SparseReading
 
 
@@ -38,7 +39,7 @@ def calibrate_double_sparsity(
     tokens: int,
     text: StatisticsOptions,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Plan:
     """The plan with label channels for all heads; those that keep everything use them.
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from kvtool.calibrate.far_reads import Kept, Reads, WholeModel
-from kvtool.calibrate.stream import Report
 from kvtool.codes import CodeKind
 from kvtool.errors import CalibrationError
+from kvtool.progress import Progress, telling
 from kvtool.rope import Rope, rotate
 
 
@@ -58,7 +58,7 @@ def feel(
     kind: CodeKind,
     ring: tuple[int, int],
     seed: int,
-    report: Report,
+    report: Progress,
 ) -> list[Felt]:
     """One :class:`Felt` per group of layers.
 
@@ -74,9 +74,9 @@ def feel(
         CalibrationError: A prediction is no number, or a gradient is not finite.
     """
     sums: list[Felt] = []
-    report("measuring", 0, len(windows))
     reads = model.far_reads(windows, offsets, ring, seed)
-    for done, (offset, read) in enumerate(zip(offsets, reads, strict=True)):
+    pairs = zip(offsets, reads, strict=True)
+    for offset, read in telling(report, "measuring", pairs, len(windows)):
         for index, layers in enumerate(groups):
             y, g = joined(model.ropes, read, layers, offset, kind)
             found = _sums(y[ring[0] :], g[ring[0] :], read.predictions)
@@ -86,7 +86,6 @@ def feel(
                 have = sums[index]
                 for name, value in vars(found).items():
                     setattr(have, name, getattr(have, name) + value)
-        report("measuring", done + 1, len(windows))
     if not all(bool(x.metric.isfinite().all() and x.second.isfinite().all()) for x in sums):
         raise CalibrationError("the model's gradients are not all finite numbers")
     return sums

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvtool.calibrate.statistics import LayerStatistics, Statistics
+from kvtool.calibrate.statistics_file import LayerStatistics, Statistics
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError
 from kvtool.fp8 import LIMIT, Scales, scale, stored_scales

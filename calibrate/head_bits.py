@@ -38,11 +38,11 @@ from torch import Tensor
 from kvtool.bits import Bits, Factors, Turned, read_keys, read_values, turn
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.far_reads import WholeModel
-from kvtool.calibrate.statistics import LayerStatistics
-from kvtool.calibrate.stream import Report
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.checkpoint import Checkpoint
 from kvtool.kernels.quantise import BITS
 from kvtool.plan import Base, Plan
+from kvtool.progress import Progress
 
 CLIPS = {2: (1.0, 0.85, 0.7), 3: (1.0, 0.85)}
 """Shares of a range to choose from: few codes are better spent on where most numbers are, if
@@ -102,7 +102,7 @@ def harms(
     windows: Tensor,
     offsets: Sequence[int],
     seed: int,
-    report: Report,
+    report: Progress,
 ) -> Tensor:
     """Nats per prediction that each option does to keys and to values, `[L, 2, options]`.
 

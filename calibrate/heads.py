@@ -8,7 +8,6 @@ order is used.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from kvtool.calibrate.attention_scores import attention_scores
 from kvtool.calibrate.duo import GatedModel, Mix, teach
 from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as statistics_memory
-from kvtool.calibrate.stream import LayerStream, Report
+from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import Reading, TailModel, Window
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
@@ -31,6 +30,7 @@ from kvtool.distill import Training, train
 from kvtool.errors import CalibrationError, UsageError
 from kvtool.layout import describe, with_heads
 from kvtool.plan import Plan, Prefill, base_of, check_can_drop, provenance_of, whole_layers
+from kvtool.progress import Progress, silent
 
 Method = Literal["ablation", "duo", "attention", "semantic", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -123,7 +123,7 @@ def calibrate_heads(
     device: str = "cpu",
     folder: Path | None = None,
     resume: bool = True,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Plan:
     """Scores the heads of a model; in the plan that comes back all of them are full still.
 
@@ -185,7 +185,7 @@ def memory_bytes(checkpoint: Checkpoint, options: HeadOptions) -> int:
         stream, tokens = LayerStream(checkpoint), StatisticsOptions().tokens
         return statistics_memory(stream, tokens)
     layouts = describe(checkpoint.hf_config())
-    weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    weights = checkpoint.parameters
     lengths = sample_lengths(options, int(checkpoint.hf_config().max_position_embeddings))
     tokens = sum(lengths[i % len(lengths)] for i in range(options.samples))
     kept = tokens * sum(layout.cached_values for layout in layouts)
@@ -216,7 +216,7 @@ def score_heads(
     device: str,
     folder: Path | None,
     resume: bool,
-    report: Report,
+    report: Progress,
 ) -> HeadScores:
     """The scores of one method."""
     if options.method == "entropy":
@@ -256,7 +256,7 @@ def read_samples(
     checkpoint: Checkpoint,
     corpus: Corpus,
     options: HeadOptions,
-    report: Report,
+    report: Progress,
 ) -> tuple[list[Reading], list[RecallCheck]]:
     """Samples of the tasks that the model can do: ordinals and names, or else repetition.
 
@@ -306,7 +306,7 @@ def _recalled(log_probabilities: Tensor, reading: Reading) -> Tensor:
     return torch.stack((nll[follows], right[follows].to(nll)))
 
 
-def _entropy(checkpoint: Checkpoint, options: HeadOptions, report: Report) -> HeadScores:
+def _entropy(checkpoint: Checkpoint, options: HeadOptions, report: Progress) -> HeadScores:
     """UNComp's truncated matrix entropy of the queries; of a group, the largest."""
     statistics = collect(
         checkpoint, StatisticsOptions(data=options.data, seed=options.seed), report=report

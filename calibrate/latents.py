@@ -21,11 +21,11 @@ from torch import Tensor
 
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.far_reads import WholeModel
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.kernels.quantise import BITS, fake_quantise
 from kvtool.latent_bits import LatentPlan
 from kvtool.plan import Plan
+from kvtool.progress import Progress, telling
 
 
 def harms(
@@ -34,7 +34,7 @@ def harms(
     windows: Tensor,
     offsets: Sequence[int],
     seed: int,
-    report: Report,
+    report: Progress,
 ) -> list[Tensor]:
     """Nats per prediction that each width of each number does, by layer `[R, widths]`, float64.
 
@@ -47,13 +47,11 @@ def harms(
     own = first.whole_blocks(windows.shape[1])
     sums = [torch.zeros(x.width, len(BITS), dtype=torch.float64) for x in kept]
     predictions = 0
-    report("measuring", 0, len(windows))
     reads = WholeModel(checkpoint).far_reads(windows, offsets, (first.sink, first.window), seed)
-    for done, (seen, felt, count) in enumerate(reads):
+    for seen, felt, count in telling(report, "measuring", reads, len(windows)):
         predictions += count
         for total, (y,), (g,) in zip(sums, seen, felt, strict=True):
             total += _harm(y[0, 0, own], g[0, 0, own], first.group)
-        report("measuring", done + 1, len(windows))
     return [total / predictions for total in sums]
 
 

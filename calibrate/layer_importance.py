@@ -22,15 +22,15 @@ from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
-from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tasks import Kind, RecallTask
 from kvtool.checkpoint import Checkpoint
-from kvtool.corpus import calibration_text, can_chat
+from kvtool.corpus import calibration_text
 from kvtool.distill import Training
 from kvtool.divergence import kl_divergence
 from kvtool.errors import UnsupportedModelError, UsageError
 from kvtool.hybrid import Alignment, HybridModel
 from kvtool.layout import PLAIN
+from kvtool.progress import Progress, silent, telling
 from kvtool.replacements import seeded_mixer
 
 WINDOW, WINDOW_CUDA = 512, 1024
@@ -126,7 +126,7 @@ def rank_layers(
     reach: Sequence[Tensor],
     *,
     device: str = "cpu",
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> list[LayerScore]:
     """All layers, the least important first.
 
@@ -144,11 +144,8 @@ def rank_layers(
         checkpoint.load_transformers(torch.float32, device), range(layers), lambda *_: _Nothing()
     )
     judge = _Judge(alone, texts)
-    scores = []
-    for layer in range(layers):
-        report("leaving out", layer, layers)
-        scores.append(LayerScore(layer, *judge(alone, {layer})))
-    report("leaving out", layers, layers)
+    every = telling(report, "leaving out", range(layers), layers)
+    scores = [LayerScore(layer, *judge(alone, {layer})) for layer in every]
     del alone
     scores.sort(key=lambda score: score.left_out)
     count = layers // 2 if options.count is None else min(options.count, layers)
@@ -165,7 +162,7 @@ def _probe(
     scores: list[LayerScore],
     judge: _Judge,
     count: int,
-    report: Report,
+    report: Progress,
 ) -> list[LayerScore]:
     """Ranks the first `count` anew."""
 
@@ -196,7 +193,7 @@ def _probe(
 
 
 def reaches(
-    checkpoint: Checkpoint, options: ImportanceOptions, report: Report = lambda *_: None
+    checkpoint: Checkpoint, options: ImportanceOptions, report: Progress = silent
 ) -> list[Tensor]:
     """How far the heads of all layers look back, from the model's statistics.
 
@@ -222,11 +219,11 @@ def _check_family(checkpoint: Checkpoint) -> None:
 
 
 def _align(
-    checkpoint: Checkpoint, options: ImportanceOptions, hybrid: HybridModel, report: Report
+    checkpoint: Checkpoint, options: ImportanceOptions, hybrid: HybridModel, report: Progress
 ) -> None:
     """Read-outs in closed form, and mixers aligned for some steps."""
     tokenizer, window = checkpoint.tokenizer(), _window(checkpoint, hybrid.device.type)
-    chat = 0.25 if can_chat(tokenizer) else 0.0
+    chat = StatisticsOptions.chat
     solve = calibration_text(options.data).windows(tokenizer, window, SOLVE, options.seed, chat)
     report("closed form", 0, 1)
     hybrid.seed_own_tokens(solve)

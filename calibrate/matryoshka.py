@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from kvtool.calibrate.past import Past, beside
-from kvtool.calibrate.stream import Report
 from kvtool.calibrate.students import CodeStudent
 from kvtool.calibrate.tail import Attend, TailModel, divergence
 from kvtool.codes import Fitted, Part, Projection
+from kvtool.progress import Progress
 
 PARTS: tuple[Part, ...] = ("keys", "values")
 TRUTH = 0.75
@@ -140,7 +140,7 @@ class MatryoshkaStudent(CodeStudent):
 
 
 @torch.no_grad()
-def greedy_ranks(student: MatryoshkaStudent, past: Past, report: Report) -> Tensor:
+def greedy_ranks(student: MatryoshkaStudent, past: Past, report: Progress) -> Tensor:
     """Step 3, down to D/8 everywhere.
 
     A trial changes one layer, so it starts there, from the hidden states below. Costs of all heads

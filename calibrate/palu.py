@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import projections
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Fitted
 from kvtool.layout import decoder_layers, describe, with_heads
+from kvtool.progress import Progress, telling
 
 
-def fisher(checkpoint: Checkpoint, windows: Tensor, report: Report) -> tuple[Tensor, Tensor]:
+def fisher(checkpoint: Checkpoint, windows: Tensor, report: Progress) -> tuple[Tensor, Tensor]:
     """F of the key and of the value projections of the layers that see the whole past, `[L]` each.
 
     Args:
@@ -31,12 +31,10 @@ def fisher(checkpoint: Checkpoint, windows: Tensor, report: Report) -> tuple[Ten
     parts = [part for module in modules for part in projections(module)[-2:]]
     weights = [part.weight.requires_grad_() for part in parts]
     squares = [torch.zeros_like(weight) for weight in weights]
-    report("measuring", 0, len(windows))
-    for done, ids in enumerate(windows):
+    for ids in telling(report, "measuring", windows, len(windows)):
         loss = model(ids[None], labels=ids[None], use_cache=False).loss
         for total, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
             total += gradient.square()
-        report("measuring", done + 1, len(windows))
     rows = [(x / len(windows)).sqrt().double().sum(dim=1) for x in squares]
     width = with_heads(layouts).cached_values  # rows for keys and values come last
     found = torch.cat(rows).view(len(modules), -1)[:, -width:]

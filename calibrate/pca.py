@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kvtool.calibrate.statistics import LayerStatistics, Moments
+from kvtool.calibrate.statistics_file import LayerStatistics, Moments
 from kvtool.codes import Fitted, Part, Projection
 
 

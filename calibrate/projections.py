@@ -6,7 +6,6 @@ of the same plan. Layers with a sliding window or a state keep that and have no 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -19,16 +18,10 @@ from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.felt import Felt, feel
 from kvtool.calibrate.levelled import levelled
 from kvtool.calibrate.past import Codes, Past, measure, read_past
-from kvtool.calibrate.statistics import (
-    CONTEXT,
-    WINDOW,
-    LayerStatistics,
-    Statistics,
-    StatisticsOptions,
-    collect,
-)
+from kvtool.calibrate.statistics import CONTEXT, WINDOW, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
-from kvtool.calibrate.stream import LayerStream, Report
+from kvtool.calibrate.statistics_file import LayerStatistics, Statistics
+from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.students import LENGTH, FreeStudent, train_codes
 from kvtool.calibrate.tail import TailModel
 from kvtool.calibrate.tuned import tokens_of, tune
@@ -44,12 +37,13 @@ from kvtool.codes import (
     layers_of,
     share_budget,
 )
-from kvtool.corpus import calibration_text, can_chat
+from kvtool.corpus import calibration_text
 from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
 from kvtool.factored import model_config
 from kvtool.layout import describe
 from kvtool.plan import Plan, base_of, check_can_drop, provenance_of, whole_layers
+from kvtool.progress import Progress, silent
 from kvtool.slices import cut
 
 Method = Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"]
@@ -113,7 +107,7 @@ def calibrate_projections(
     budget_bytes: int,
     itemsize: int,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Plan:
     """A plan whose cache takes at most `budget_bytes` for a sequence of `context` tokens.
 
@@ -216,7 +210,7 @@ def _even_codes(
     )  # fmt: skip
 
 
-def _statistics(checkpoint: Checkpoint, options: ProjectionOptions, report: Report) -> Statistics:
+def _statistics(checkpoint: Checkpoint, options: ProjectionOptions, report: Progress) -> Statistics:
     wanted = StatisticsOptions(
         data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
     )
@@ -224,7 +218,7 @@ def _statistics(checkpoint: Checkpoint, options: ProjectionOptions, report: Repo
 
 
 def _per_layer(
-    checkpoint: Checkpoint, start: Plan, options: ProjectionOptions, report: Report
+    checkpoint: Checkpoint, start: Plan, options: ProjectionOptions, report: Progress
 ) -> _Found:
     """The methods that look at one layer after the other."""
     method, layers = options.method, start.planned_layers
@@ -275,7 +269,7 @@ def _tuned(
     start: Plan,
     options: ProjectionOptions,
     budget: tuple[int, int],
-    report: Report,
+    report: Progress,
 ) -> _Found:
     """`cskv` with bits, at the widths of the budget, bytes and bytes per number."""
     codes = _even_codes(start, options, *budget)
@@ -308,7 +302,7 @@ def _felt(
     start: Plan,
     options: ProjectionOptions,
     budget: tuple[int, int],
-    report: Report,
+    report: Progress,
 ) -> _Found:
     """The methods that look at several layers together."""
     codes = empty_codes(start, options)
@@ -353,7 +347,7 @@ def _felt(
 
 
 def _matryoshka(
-    checkpoint: Checkpoint, start: Plan, options: ProjectionOptions, report: Report
+    checkpoint: Checkpoint, start: Plan, options: ProjectionOptions, report: Progress
 ) -> _Found:
     """Trained orthogonal bases, and ranks if they are searched."""
     statistics, heads = _statistics(checkpoint, options, report), start.base.kv_heads
@@ -391,7 +385,7 @@ def judged(
     pasts: Sequence[Past],
     codes: Sequence[CodePlan],
     fitted: Sequence[dict[Part, Fitted]],
-    report: Report,
+    report: Progress,
 ) -> tuple[list[dict[Part, Fitted]], dict[str, Any]]:
     """Measures each code alone, cut down, and puts all spectra into the nats that it costs.
 
@@ -473,8 +467,7 @@ def text_windows(
     if count < 1:
         raise UsageError(f"--tokens {tokens} is less than one window of {length}")
     tokenizer, corpus = checkpoint.tokenizer(), calibration_text(data)
-    chat = StatisticsOptions.chat if can_chat(tokenizer) else 0.0
-    ids = corpus.windows(tokenizer, length, count + more, seed, chat)
+    ids = corpus.windows(tokenizer, length, count + more, seed, StatisticsOptions.chat)
     generator = torch.Generator().manual_seed(seed)
     last = max(length, min(CONTEXT, limit)) - length
     return ids, torch.randint(0, last + 1, (len(ids),), generator=generator).tolist()
@@ -482,7 +475,7 @@ def text_windows(
 
 def memory_bytes(checkpoint: Checkpoint, start: Plan, options: ProjectionOptions) -> int:
     """About what a calibration holds at once, besides Python and its libraries."""
-    weights, base = 4 * sum(math.prod(x.shape) for x in checkpoint.tensors.values()), start.base
+    weights, base = 4 * checkpoint.parameters, start.base
     if options.method == "cskv" and options.bits is not None:
         width = int(checkpoint.hf_config().hidden_size) + 6 * base.channels
         return 4 * (options.tokens + JUDGED * WINDOW) * width

@@ -4,7 +4,6 @@ plan (`code_bits.py`), the latents of MLA (`latents.py`) and the states of Mamba
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,7 +14,7 @@ from kvtool.calibrate.bit_options import FP8, QuantizationOptions
 from kvtool.calibrate.projections import text_windows
 from kvtool.calibrate.statistics import WINDOW, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
-from kvtool.calibrate.stream import LayerStream, Report
+from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError
@@ -26,6 +25,7 @@ from kvtool.latent_bits import LatentPlan
 from kvtool.layer_plan import LayerPlan
 from kvtool.layout import describe
 from kvtool.plan import Base, Plan, check_can_drop, provenance_of, whole_layers
+from kvtool.progress import Progress, silent
 from kvtool.states import CHUNKS, StatePlan
 
 _FITTED = {
@@ -71,7 +71,7 @@ def calibrate_quantization(
     budget_bytes: int | None,
     itemsize: int,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Plan:
     """The plan with bits for all that it keeps of every token.
 
@@ -232,7 +232,7 @@ def memory_bytes(checkpoint: Checkpoint, options: QuantizationOptions) -> int:
         return 0
     if options.method != "aware":
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)
-    weights = 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    weights = 4 * checkpoint.parameters
     config = model_config(checkpoint)
     length = min(WINDOW, int(config.max_position_embeddings))
     return weights + 4 * 4 * sum(x.cached_values for x in describe(config)) * length

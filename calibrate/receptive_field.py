@@ -18,11 +18,11 @@ from torch import Tensor
 
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.projections import text_windows
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
 from kvtool.errors import UsageError
 from kvtool.plan import Plan, provenance_of
+from kvtool.progress import Progress, silent, telling
 from kvtool.states import StatePlan
 
 GLOBAL = 1e-3
@@ -38,7 +38,7 @@ def calibrate_receptive_field(
     tokens: int,
     seed: int,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Plan:
     """The plan with thresholds for the global heads of all states.
 
@@ -51,13 +51,11 @@ def calibrate_receptive_field(
     if not any(isinstance(layer.kept, StatePlan) for layer in plan.layers):
         raise UsageError(f"no layer of {checkpoint.source} keeps a state")
     if not 0 < taught < length:
-        raise UsageError(f"a text of {length} tokens is not beyond the {taught} that were taught")
+        raise UsageError(f"--length {length} is not beyond the {taught} tokens that were taught")
     windows, offsets = text_windows(checkpoint, data, tokens, seed)
     model = WholeModel(checkpoint)
-    seen: list[list[Tensor]] = []
-    for done, (ids, offset) in enumerate(zip(windows, offsets, strict=True)):
-        report("measuring", done, len(windows))
-        seen.append(model.steps(ids, offset))
+    texts = zip(windows, offsets, strict=True)
+    seen = [model.steps(*text) for text in telling(report, "measuring", texts, len(windows))]
     layers, found = [], 0
     steps = iter([torch.cat(each) for each in zip(*seen, strict=True)])
     rates = iter(model.rates())

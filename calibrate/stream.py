@@ -30,9 +30,6 @@ BATCH = 8
 IGNORED = ("rotary_emb.inv_freq", *SCALES)
 """Endings of tensors that nothing here reads: of old checkpoints, and for the cache of engines."""
 
-Report = Callable[[str, int, int], None]
-"""Told (stage, steps done, steps in all)."""
-
 Attention = Callable[[Tensor], Tensor]
 """Normed hidden states `[B, T, hidden]` to the attention's output, same shape."""
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.past import Past, read_again, read_past, through
-from kvtool.calibrate.stream import Report
 from kvtool.calibrate.tail import Attend, TailModel, divergence
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import STEP, Allocation, CodePlan, Fitted, Part, Projection, share_budget
 from kvtool.distill import Amount, Student, Training, fast_bfloat16, step_seconds, train
+from kvtool.progress import Progress
 
 LENGTH = 1024
 """Tokens of a window."""
@@ -137,7 +137,7 @@ def train_codes(
     learning_rate: float,
     data: str | None,
     seed: int,
-    report: Report,
+    report: Progress,
 ) -> dict[str, float]:
     """Trains in place; returns the number of steps, their tokens, and the last losses' mean."""
     length = min(LENGTH, int(checkpoint.hf_config().max_position_embeddings))

@@ -14,17 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtool import __version__, fp8
-from kvtool.checkpoint import Checkpoint, sha256_file
+from kvtool.checkpoint import MANIFEST, Checkpoint, sha256_file
 from kvtool.corpus import Corpus
 from kvtool.errors import CheckpointError, UsageError
+from kvtool.quantised_weights import said_of_weights
 from kvtool.recipe import dump_recipe
 
 if TYPE_CHECKING:
     from kvtool.convert.conversion import ConversionResult
     from kvtool.convert.mamba_planning import MambaOptions
-    from kvtool.convert.planning import ConvertOptions
+    from kvtool.convert.options import ConvertOptions
 
-MANIFEST = "kvtool_manifest.json"
 PROBE = Path("kvtool") / "probe.safetensors"
 """In a folder of its own: some engines load every safetensors file beside the config."""
 HEALING = PROBE.with_name("healing.jsonl")
@@ -35,6 +35,11 @@ REPLACED = ("q_proj", "k_proj", "v_proj", "rotary_emb")
 
 _PROBED = 8
 """Positions whose logits are kept: half from the start, half from the end."""
+
+
+def is_replaced(name: str, parts: list[str]) -> bool:
+    """Whether a tensor of the source is one of these parts of an attention module."""
+    return any(f".self_attn.{part}." in name for part in parts)
 
 
 def write(
@@ -243,10 +248,8 @@ def _to_load(folder: Path) -> str:
 def _flag(folder: Path) -> str:
     """What vLLM needs to use scales: beside weights of the method fp8 it does not by itself."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    said = config.get("quantization_config") or config.get("text_config", {}).get(
-        "quantization_config", {}
-    )
-    return "given `--kv-cache-dtype fp8`" if said.get("quant_method") == "fp8" else "without a flag"
+    method = said_of_weights(config).get("quant_method")
+    return "given `--kv-cache-dtype fp8`" if method == "fp8" else "without a flag"
 
 
 def _skipping(measured: dict[str, Any]) -> str:

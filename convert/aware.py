@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.attention import DenseAttention
-from kvtool.calibrate.statistics import LayerStatistics
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.calibrate.stream import BATCH, LayerStream, StreamedLayer
 from kvtool.convert.transmla import NEGLIGIBLE, descending_eigh, key_gram
 from kvtool.latent import FactoredAttention, LatentFactors, query_blocks

@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,8 +29,8 @@ from torch import Tensor
 
 from kvtool import __version__, distill
 from kvtool.calibrate import statistics
-from kvtool.calibrate.statistics import Statistics
-from kvtool.calibrate.stream import LayerStream, Report
+from kvtool.calibrate.statistics_file import Statistics
+from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import (
     Checkpoint,
     Staging,
@@ -51,19 +49,11 @@ from kvtool.convert.fitting import (
 from kvtool.convert.fp8_kv import ToFp8Kv
 from kvtool.convert.gqa import ToGqa
 from kvtool.convert.mla import ToMla
-from kvtool.convert.planning import (
-    ConvertOptions,
-    is_replaced,
-    opened,
-    plan,
-    replaced_parts,
-    shard_bytes,
-    statistics_options,
-    texts,
-)
+from kvtool.convert.options import ConvertOptions, shard_bytes, statistics_options, texts
+from kvtool.convert.planning import opened, plan
 from kvtool.corpus import calibration_text
 from kvtool.errors import CalibrationError
-from kvtool.layout import with_heads
+from kvtool.progress import Progress, peak_memory, silent
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,7 @@ def convert(
     output: Path,
     options: ConvertOptions,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
     overwrite: bool = False,
     resume: bool = True,
     device: str = "cpu",
@@ -152,8 +142,7 @@ def convert(
         _heal(checkpoint, options, teacher, staging.scratch, device, noted)
     work.emit()
     layers = [work.layer_file(i) for i in range(len(stream))]
-    replaced = replaced_parts(options, with_heads(stream.layouts), checkpoint)
-    tensors, infos = _all_tensors(checkpoint, options, replaced, layers)
+    tensors, infos = _all_tensors(checkpoint, options, work.to.replaced, layers)
     report("writing", 0, 1)
     write_shards(
         staging.path,
@@ -182,7 +171,16 @@ def convert(
         work.to.write_beside(staging.path)
     last = ConvertedLayer.load(work.converted_file(len(stream) - 1))
     config = work.to.config(last)
-    artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, replaced, result)
+    artifact.write(
+        staging.path,
+        checkpoint,
+        fingerprint,
+        options,
+        corpus,
+        config,
+        work.to.replaced,
+        result,
+    )
     staging.commit()
     return result
 
@@ -212,12 +210,6 @@ class _Cost:
         unfinished.replace(self.file)
 
 
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 class _Work:
     """The streaming pass of one conversion and what it leaves in the scratch folder."""
 
@@ -227,7 +219,7 @@ class _Work:
         options: ConvertOptions,
         planned: dict[str, Any],
         scratch: Path,
-        report: Report,
+        report: Progress,
     ) -> None:
         self.stream, self.options, self.planned = stream, options, planned
         self.scratch, self.report = scratch, report
@@ -305,7 +297,9 @@ class _Work:
         positions = artifact.probe_positions(len(ids))
         logits = self.stream.logits(self.probe[positions])
         if not bool(torch.isfinite(logits).all()):
-            raise CalibrationError("the final norm or the output head gives values not finite")
+            raise CalibrationError(
+                "the final norm or the output head gives values that are not finite"
+            )
         artifact.write_probe(folder, ids, positions, logits)
 
 
@@ -315,7 +309,7 @@ def _heal(
     teacher: Checkpoint | None,
     scratch: Path,
     device: str,
-    report: Report,
+    report: Progress,
 ) -> None:
     """Trains all fitted layers together, unless that is done; every process takes part."""
     assert options.heal is not None
@@ -363,7 +357,7 @@ def _all_tensors(
     if options.to == "fp8-kv":  # what is folded has the names that it had
         checkpoint, replaced = checkpoint.whole(), []
     for name, info in checkpoint.tensors.items():
-        if not is_replaced(name, replaced):
+        if not artifact.is_replaced(name, replaced):
             tensors[name], infos[name] = from_source(name), info
     for file in layers:
         converted = read_header(file)

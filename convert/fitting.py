@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtool.attention import DenseAttention, GroupedQueryAttention
-from kvtool.calibrate.stream import Attention, LayerStream, Report, StreamedLayer
+from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.convert import aware
 from kvtool.latent import FactoredAttention, LatentFactors
+from kvtool.progress import Progress
 from kvtool.rope import Rope
 
 
@@ -100,7 +101,7 @@ def fit_layers(
     stream: LayerStream,
     fit: Fit,
     folder: Path,
-    report: Report,
+    report: Progress,
     text: Tensor | None = None,
     refit: bool = True,
 ) -> None:

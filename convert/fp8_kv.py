@@ -48,12 +48,12 @@ from kvtool.convert.fitting import ConvertedLayer, Fit
 from kvtool.errors import CalibrationError, UnsupportedModelError
 from kvtool.fp8 import BESIDE, SCALES, scale
 from kvtool.kernels.hadamard import hadamard
-from kvtool.layout import GATES, INTERLEAVED, AttentionLayout
-from kvtool.quantised_weights import KEYS
+from kvtool.layout import GATES, INTERLEAVED, AttentionLayout, with_heads
+from kvtool.quantised_weights import said_of_weights, with_said_of_weights
 from kvtool.rope import channel_order, rotate
 
 if TYPE_CHECKING:
-    from kvtool.convert.planning import ConvertOptions
+    from kvtool.convert.options import ConvertOptions
 
 ALPHA = 0.5
 FUSED = "qkv_proj"
@@ -184,14 +184,12 @@ def _as_stored(smooth: Tensor, model_type: str, layout: AttentionLayout) -> Tens
     return smooth if order is None else smooth[:, order.argsort()]
 
 
-def folded_parts(
-    options: ConvertOptions, layout: AttentionLayout, checkpoint: Checkpoint
-) -> list[str]:
+def folded_parts(options: ConvertOptions, stream: LayerStream) -> list[str]:
     """Parts of an attention module that `fold` changes."""
-    fused, parts = any(f".{FUSED}." in name for name in checkpoint.tensors), []
+    fused, parts = any(f".{FUSED}." in name for name in stream.checkpoint.tensors), list[str]()
     if options.smooth:
-        parts += ["q_norm", "k_norm"] if layout.qk_norm else [FUSED if fused else "q_proj"]
-        parts += ["k_proj"] * (not fused and not layout.qk_norm)
+        normed = with_heads(stream.layouts).qk_norm
+        parts += ["q_norm", "k_norm"] if normed else [FUSED] if fused else ["q_proj", "k_proj"]
     if options.turn_values:
         parts += [FUSED if fused else "v_proj", "o_proj"]
     return list(dict.fromkeys(parts))
@@ -203,39 +201,41 @@ def scale_bytes(layouts: Iterable[AttentionLayout], options: ConvertOptions) -> 
     return 2 * 4 * (sum(heads) if options.scales == "head" else len(heads))
 
 
-def check_options(checkpoint: Checkpoint, stream: LayerStream, options: ConvertOptions) -> None:
+def check_options(stream: LayerStream, options: ConvertOptions) -> None:
     """Whether scales and foldings asked for can be had of this model.
 
     Raises:
         UnsupportedModelError: They cannot.
     """
+    checkpoint = stream.checkpoint
     heads = {x.kv_heads for x in stream.layouts if x.kind == "gqa"}
     if options.scales == "head" and len(heads) > 1:
         counts = " and ".join(map(str, sorted(heads)))
         raise UnsupportedModelError(
             f"cannot give every head a scale: layers have {counts} KV heads, and vLLM takes scales "
             "by head of one number of them",
-            hint="--scales tensor",
+            hint="use --scales tensor",
         )
     if checkpoint.quantised is not None and (options.smooth or options.turn_values):
         raise UnsupportedModelError(
             f"cannot fold anything into weights that are quantised ({checkpoint.quantised})",
             hint="leave --smooth and --turn-values out",
         )
-    if options.turn_values and (reason := _unturnable(checkpoint, stream)):
+    if options.turn_values and (reason := _unturnable(stream)):
         raise UnsupportedModelError(f"cannot turn values: {reason}", hint="leave --turn-values out")
 
 
-def _unturnable(checkpoint: Checkpoint, stream: LayerStream) -> str | None:
+def _unturnable(stream: LayerStream) -> str | None:
     """Why values of a model cannot be turned; None if they can."""
+    tensors = stream.checkpoint.tensors
     gate = GATES.get(stream.config.model_type)
     for index, layout in enumerate(stream.layouts):
         prefix = f"model.layers.{index}.self_attn."
-        own = checkpoint.tensors.get(f"{prefix}{gate}.weight")
+        own = tensors.get(f"{prefix}{gate}.weight")
         if layout.gated and (own is None or own.shape[0] != layout.heads):
             return f"a gate of layer {index} multiplies every channel of what heads give"
         parts = (f"{prefix}{part}.weight" for part in ("v_proj", FUSED))
-        if layout.kind == "gqa" and not any(part in checkpoint.tensors for part in parts):
+        if layout.kind == "gqa" and not any(part in tensors for part in parts):
             return f"the values of layer {index} are its keys before norm and RoPE"
     return None
 
@@ -257,6 +257,7 @@ class ToFp8Kv:
 
     def __init__(self, stream: LayerStream, options: ConvertOptions) -> None:
         self.stream, self.options = stream, options
+        self.replaced = folded_parts(options, stream)
 
     def method(self) -> Fit:
         """How a layer is fitted, given the hidden states of the calibration text before it, which
@@ -323,12 +324,9 @@ class ToFp8Kv:
         unless that lies in a file of its own.
         """
         own = self.stream.checkpoint.whole().config
-        for holder in (own, own.get("text_config", {})):
-            for key in KEYS:
-                if weights := holder.get(key):  # which goes before what a file beside it says
-                    changed = {**holder, key: self._quantization(weights)}
-                    return changed if holder is own else {**own, "text_config": changed}
-        return own if self.beside else {**own, "quantization_config": self._quantization()}
+        if weights := said_of_weights(own):  # which goes before what a file beside it says
+            return with_said_of_weights(own, self._quantization(weights))
+        return own if self.beside else with_said_of_weights(own, self._quantization())
 
     def write_beside(self, folder: Path) -> None:
         """Writes the file that says how the cache is quantised, where `config.json` does not."""

@@ -48,11 +48,12 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention
-from kvtool.calibrate.statistics import LayerStatistics, Statistics
+from kvtool.calibrate.statistics_file import LayerStatistics, Statistics
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.convert.aware import SINKS, square_root, value_weight
 from kvtool.convert.fitting import ConvertedLayer, Fit
-from kvtool.convert.planning import ConvertOptions, save_dtype
+from kvtool.convert.options import ConvertOptions
+from kvtool.convert.planning import replaced_parts, save_dtype
 from kvtool.convert.transmla import NEGLIGIBLE, descending_eigh
 from kvtool.layout import AttentionLayout
 
@@ -319,6 +320,7 @@ class ToGqa:
 
     def __init__(self, stream: LayerStream, options: ConvertOptions) -> None:
         self.stream, self.options = stream, options
+        self.replaced = replaced_parts(options)
 
     def method(self, measured: Statistics | None, text: Tensor | None) -> Fit:
         """How a layer is fitted, given statistics."""

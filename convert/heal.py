@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from kvtool import distill
 from kvtool.attention import DenseAttention, GroupedQueryAttention
 from kvtool.calibrate.lessons import lessons
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert.fitting import ConvertedLayer, converted_stages
 from kvtool.distill import Amount, Student, Training, fast_bfloat16
@@ -28,6 +27,7 @@ from kvtool.divergence import SLICE, divergence
 from kvtool.errors import UsageError
 from kvtool.latent import FactoredAttention, LatentFactors
 from kvtool.layout import PLAIN, decoder_layers
+from kvtool.progress import Progress
 from kvtool.rope import Rope
 
 WINDOW = 2048
@@ -160,7 +160,7 @@ def heal(
     teacher: Checkpoint | None,
     device: str,
     seed: int,
-    report: Report,
+    report: Progress,
 ) -> list[ConvertedLayer]:
     """Trains the converted layers; goes on where a killed run stopped that left its state.
 

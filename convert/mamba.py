@@ -29,7 +29,6 @@ from kvtool import __version__, distill
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import (
     Checkpoint,
     Staging,
@@ -38,15 +37,16 @@ from kvtool.checkpoint import (
     write_shards,
 )
 from kvtool.convert import artifact, granite
-from kvtool.convert.conversion import ConversionResult, peak_memory
+from kvtool.convert.conversion import ConversionResult
 from kvtool.convert.fitting import save
 from kvtool.convert.mamba_planning import WINDOW, MambaOptions, plan, save_dtype
-from kvtool.convert.planning import PROBE, shard_bytes
+from kvtool.convert.options import PROBE, shard_bytes
 from kvtool.convert.teaching import ARMS, Lessons, Steps, Teacher, beats
-from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
+from kvtool.corpus import calibration_text, evaluation_text, training_text
 from kvtool.hybrid import Arm, Judged
 from kvtool.layout import describe
 from kvtool.mamba import Mixer
+from kvtool.progress import Progress, peak_memory, silent
 from kvtool.replacements import mixer_shape
 
 SOLVE = 16
@@ -74,7 +74,7 @@ def convert(
     output: Path,
     options: MambaOptions,
     *,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
     overwrite: bool = False,
     resume: bool = True,
     device: str = "cpu",
@@ -159,7 +159,7 @@ def convert(
 def reaches(
     checkpoint: Checkpoint,
     options: MambaOptions,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> dict[int, Tensor]:
     """How far the heads of the layers look back, `[Q]` each, from the model's statistics."""
     found = statistics.collect(
@@ -173,7 +173,7 @@ def reaches(
 def texts(checkpoint: Checkpoint, options: MambaOptions, window: int, learned: int) -> Lessons:
     """What read-outs are solved on, so many texts to learn from, and what arms are judged by."""
     tokenizer = checkpoint.tokenizer()
-    chat = 0.25 if can_chat(tokenizer) else 0.0
+    chat = StatisticsOptions.chat
     short = min(WINDOW, window)
     return Lessons(
         solve=calibration_text(options.data).windows(tokenizer, short, SOLVE, options.seed, chat),
@@ -194,7 +194,7 @@ class _Work:
         teacher: Checkpoint | None,
         device: str,
         scratch: Path,
-        report: Report,
+        report: Progress,
     ) -> None:
         self.checkpoint, self.options, self.scratch = checkpoint, options, scratch
         self.report, self.device = report, device

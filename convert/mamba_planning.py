@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +12,10 @@ import torch
 from kvtool import distill
 from kvtool.calibrate import statistics
 from kvtool.calibrate.stream import LayerStream
-from kvtool.checkpoint import Checkpoint, check_disk, check_output, torch_dtype
-from kvtool.convert import granite, targets
+from kvtool.checkpoint import Checkpoint
+from kvtool.convert import costs, granite, targets
 from kvtool.convert.heal import check_teacher
+from kvtool.convert.options import attention_dtype
 from kvtool.corpus import training_text
 from kvtool.distill import Amount
 from kvtool.errors import UnsupportedModelError, UsageError
@@ -28,7 +28,6 @@ WINDOW = 1024
 """Tokens of a text on the CPU: many small steps teach more than few large ones."""
 WINDOW_CUDA, BATCH_CUDA = 2048, 8
 """On a GPU, and texts of a step there."""
-_BASE_MEMORY = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -104,11 +103,11 @@ def plan(
     dtype = save_dtype(checkpoint, options)
     if teacher is not None:
         if options.amount is None:
-            raise UsageError("--teacher teaches: with --heal 0 nobody does")
+            raise UsageError("--teacher says who teaches, and with --heal 0 nobody does")
         check_teacher(teacher, checkpoint)
     shape = mixer_shape(layout)
     mixer = _mixer_values(layout)
-    weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+    weights = checkpoint.parameters
     taken = granite.other_tensors(checkpoint.tensors, options.layers)
     kept = sum(checkpoint.tensors[name].nbytes for parts in taken.values() for name in parts)
     output_bytes = kept + len(options.layers) * mixer * dtype.itemsize
@@ -116,24 +115,19 @@ def plan(
     state = 0 if options.amount is None else 9 * 2 * 4 * trained  # three stages of three arms
     disk_bytes = 2 * output_bytes + state + 4 * 3 * trained
     if output is not None:
-        check_output(output, overwrite=overwrite, source=checkpoint.path)
-        check_disk(output, disk_bytes)
+        costs.check_room(checkpoint, output, disk_bytes, overwrite=overwrite)
     batch, window = options.sizes(checkpoint, device)
+    measuring = costs.BASE_MEMORY + statistics.memory_bytes(stream, options.tokens)
     healing = None
-    memory = _BASE_MEMORY + 4 * weights + 4 * trained
+    memory = costs.BASE_MEMORY + 4 * weights + 4 * trained
     if (amount := options.amount) is not None:
-        steps = amount and amount.tokens and amount.steps(batch * window * distill.processes()[1])
+        steps = amount.tokens and amount.steps(batch * window * distill.processes()[1])
         logits = 4 * 4 * 512 * int(config.vocab_size)
-        sizes = 8 * layout.hidden_size + 4 * int(config.intermediate_size)
-        activations = (
-            batch
-            * window
-            * 4
-            * (count * sizes + len(options.layers) * (4 * shape.projected + 8 * shape.inner))
-        )
-        memory += 12 * trained + activations + logits
+        activations = count * (8 * layout.hidden_size + 4 * int(config.intermediate_size))
+        activations += len(options.layers) * (4 * shape.projected + 8 * shape.inner)
+        memory += 12 * trained + 4 * batch * window * activations + logits
         if teacher is not None:
-            memory += sum(4 * math.prod(t.shape) for t in teacher.tensors.values())
+            memory += 4 * teacher.parameters
         healing = {
             **dataclasses.asdict(amount),
             "window": window,
@@ -158,8 +152,8 @@ def plan(
         "share": after / before,
         "output_bytes": output_bytes,
         "disk_bytes": disk_bytes,
-        "memory_bytes": max(memory, _BASE_MEMORY + statistics.memory_bytes(stream, options.tokens)),
-        "verify_memory_bytes": _BASE_MEMORY + 4 * (weights + trained),
+        "memory_bytes": max(memory, measuring),
+        "verify_memory_bytes": costs.verify_memory_bytes(checkpoint, trained),
         "attention_dtype": str(dtype).removeprefix("torch."),
         "healing": healing,
         "norm": "neutral: transformers may take its mean over all channels or by group",
@@ -183,8 +177,9 @@ def _check_layers(layers: tuple[int, ...], count: int) -> None:
 
 def save_dtype(checkpoint: Checkpoint, options: MambaOptions) -> torch.dtype:
     """Dtype of the mixers' matrices."""
-    own = torch_dtype(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].dtype)
-    dtype: torch.dtype = own if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = attention_dtype(checkpoint)
+    if options.dtype != "auto":
+        dtype = getattr(torch, options.dtype)
     if dtype == torch.float16:
         raise UnsupportedModelError(
             "the scaling that makes the mixer's norm linear underflows in float16",

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.calibrate.statistics import Statistics
-from kvtool.calibrate.stream import LayerStream, Report, StreamedLayer
+from kvtool.calibrate.statistics_file import Statistics
+from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.convert import aware, deepseek_v3, targets, transmla
 from kvtool.convert.exact import exact_factors
 from kvtool.convert.fitting import ConvertedLayer, Fit
-from kvtool.convert.planning import ConvertOptions, save_dtype
+from kvtool.convert.options import ConvertOptions
+from kvtool.convert.planning import replaced_parts, save_dtype
 from kvtool.factored import factor_tensors, factored_config
 from kvtool.latent import LatentFactors
+from kvtool.progress import Progress
 
 SEARCH_WINDOWS = 4
 """How many of them serve to choose FreqFold."""
@@ -39,10 +41,11 @@ class ToMla:
         options: ConvertOptions,
         planned: dict[str, Any],
         scratch: Path,
-        report: Report,
+        report: Progress,
     ) -> None:
         self.stream, self.options, self.planned = stream, options, planned
         self.scratch, self.report = scratch, report
+        self.replaced = replaced_parts(options)
         self.freqfold: int | None = None
 
     def method(self, measured: Statistics | None, text: Tensor | None) -> Fit:

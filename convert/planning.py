@@ -1,75 +1,33 @@
-"""What a conversion is asked to do, whether it can be done, and what it will cost."""
+"""Whether a checkpoint can be converted, and what that will cost: to MLA, or to fewer KV heads."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kvtool import distill
 from kvtool.calibrate import statistics
-from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.calibrate.stream import LayerStream
-from kvtool.checkpoint import Checkpoint, check_disk, check_output, scratch_folder, torch_dtype
-from kvtool.convert import artifact, fp8_kv, heal, targets
-from kvtool.corpus import calibration_text, can_chat, evaluation_text, training_text
+from kvtool.checkpoint import Checkpoint
+from kvtool.convert import artifact, costs, fp8_planning, heal, targets
+from kvtool.convert.options import (
+    OF_FP8,
+    OF_MLA,
+    ConvertOptions,
+    attention_dtype,
+    check_tokens,
+    refuse,
+    texts,
+)
+from kvtool.corpus import training_text
 from kvtool.errors import UnsupportedModelError, UsageError
-from kvtool.layout import AttentionLayout, with_heads
+from kvtool.layout import AttentionLayout
 
-WINDOW = 2048
-"""Tokens per calibration window (TransMLA's converter: 256): rotations matter at long distances."""
-PROBE = 2112
-"""Tokens of the probe: beyond 2048, where some engines switch their RoPE."""
-_BASE_MEMORY = 500_000_000
-"""Python, torch and transformers themselves."""
-
-Size = targets.LatentSize | targets.HeadsSize | targets.BytesSize
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """Everything that determines the output besides the model.
-
-    Attributes:
-        to: `mla`, `gqa` for fewer KV heads, or `fp8-kv` for the scales of an fp8 cache.
-        method: `exact`, `transmla` or `aware`; only the last one but for `mla`.
-        target: `transformers`, `vllm` or `kvtool`; only the first one but for `mla`.
-        kv_heads: Of the result, for `gqa`.
-        kv_budget, rope_dim, rank: Widths, see :func:`targets.latent_size`.
-        freqfold: F of TransMLA, or `auto`.
-        data: Calibration text; `None` is Python's own documentation, for healing with docstrings.
-        tokens: Calibration tokens.
-        heal: How long the original teaches the result, see :meth:`kvtool.distill.Amount.parse`.
-        teacher: Another model that teaches instead, with the same tokenizer.
-        scales: For `fp8-kv`, one for all heads (`tensor`) or one each (`head`).
-        smooth, turn_values: For `fp8-kv`, what is folded into the weights, see `fp8_kv.py`.
-        dtype: Of the attention tensors; `auto` keeps the source's.
-    """
-
-    to: str = "mla"
-    method: str = "aware"
-    target: str = "transformers"
-    kv_heads: int | None = None
-    kv_budget: str | None = None
-    rope_dim: int | None = None
-    rank: int | None = None
-    freqfold: str = "auto"
-    data: str | None = None
-    tokens: int = 16384
-    heal: str | None = None
-    teacher: str | None = None
-    scales: str = "tensor"
-    smooth: bool = False
-    turn_values: bool = False
-    seed: int = 0
-    dtype: str = "auto"
-    shard_size: str = "2GB"
+Size = targets.LatentSize | targets.HeadsSize
 
 
 def plan(
@@ -94,106 +52,60 @@ def plan(
         ResourceError: The disk is too small.
     """
     _check_names(checkpoint, options)
-    config = checkpoint.hf_config()
-    stream = LayerStream(checkpoint)
-    layout, layers = with_heads(stream.layouts), len(stream)
-    size = _size(checkpoint, options, stream)
-    # Layers that differ are counted together.
-    times = 1 if isinstance(size, targets.BytesSize) else layers
-    teacher = opened(options, teacher)
-    planned_healing = _check_healing(checkpoint, options, teacher)
-    dtype = save_dtype(checkpoint, options)
-    nope = 0 if options.method == "exact" else layout.head_dim
-    replaced = replaced_parts(options, layout, checkpoint)
-    gone = [t for n, t in checkpoint.tensors.items() if is_replaced(n, replaced)]
-    untied = config.tie_word_embeddings and options.target == "vllm"
-    head = checkpoint.tensors["model.embed_tokens.weight"]
-    if isinstance(size, targets.BytesSize):
-        scales = fp8_kv.scale_bytes(stream.layouts, options)
-        attention_bytes = sum(t.nbytes for t in gone) + scales
-        fitted = 4 * sum(math.prod(t.shape) for t in gone) + scales
-        before = checkpoint.whole().total_bytes
-    else:
-        values = layers * _attention_values(layout, size, nope, options, replaced)
-        attention_bytes, before = values * dtype.itemsize, checkpoint.total_bytes
-        fitted = layers * _fitted_bytes(layout, size, nope, options, replaced)
-    output_bytes = before - sum(t.nbytes for t in gone) + untied * head.nbytes + attention_bytes
-    probe = 4 * layout.hidden_size * min(PROBE, _context(checkpoint))
-    measuring = fitting = 0
     if options.to == "fp8-kv":
-        fitting = 4 * options.tokens * layout.hidden_size
-    elif options.method != "exact":
+        return fp8_planning.plan(checkpoint, options, output, overwrite=overwrite)
+    stream = LayerStream(checkpoint)
+    layout, layers = stream.layouts[0], len(stream)
+    size = _size(checkpoint, options, layout)
+    check_tokens(checkpoint, options)
+    teacher = opened(options, teacher)
+    healing = _check_healing(checkpoint, options, teacher)
+    dtype = save_dtype(checkpoint, options)
+    replaced = replaced_parts(options)
+    gone = (t.nbytes for n, t in checkpoint.tensors.items() if artifact.is_replaced(n, replaced))
+    written = layers * _attention_values(layout, size, options) * dtype.itemsize
+    output_bytes = checkpoint.total_bytes - sum(gone) + written
+    if checkpoint.hf_config().tie_word_embeddings and options.target == "vllm":
+        output_bytes += checkpoint.tensors["model.embed_tokens.weight"].nbytes  # untied
+    fitted = layers * _fitted_bytes(layout, size, options)
+    disk_bytes = costs.disk_bytes(stream, output_bytes, written, fitted)
+    measuring = fitting = 0
+    if options.method != "exact":
         measuring = statistics.memory_bytes(stream, options.tokens)
-    if options.to != "fp8-kv" and options.method == "aware":
-        # Two streams, their difference, the original's outputs, and what the projection reads.
-        numbers = 6 * layout.hidden_size + layout.heads * layout.head_dim
-        fitting = 4 * options.tokens * numbers
-    layer_bytes = max(
-        sum(t.nbytes for n, t in checkpoint.tensors.items() if n.startswith(f"model.layers.{i}."))
-        for i in range(layers)
-    )
-    # As stored, and in fp32; experts twice and more while they are put together, 6.3 in all.
-    copies = 7 if any(re.search(r"\.experts\.\d", name) for name in checkpoint.tensors) else 3
-    shard = min(output_bytes, shard_bytes(options.shard_size))
-    # Layer files lie beside the shards until the end, the states of the probe until the shards
-    # are written, and twice while they are replaced. Statistics have a place of their own.
-    disk_bytes = attention_bytes + probe + max(output_bytes, probe) + fitted
     if options.method == "aware":
+        # Two streams, their difference, the original's outputs, and what the projection reads.
+        read = 6 * layout.hidden_size + layout.heads * layout.head_dim
+        fitting = 4 * options.tokens * read
         disk_bytes += 4 * 4 * options.tokens * layout.hidden_size  # two streams, old and new
-    healing = 0
-    if options.heal is not None:
-        assert not isinstance(size, targets.BytesSize)
-        own = replace(options, target="kvtool")
-        parts = replaced_parts(own, layout, checkpoint)
-        trained = layers * _attention_values(layout, size, nope, own, parts)
+    memory_bytes = costs.memory_bytes(
+        stream, options, output_bytes, measuring=measuring, fitting=fitting
+    )
+    if healing is not None:
+        trained = layers * _attention_values(layout, size, replace(options, target="kvtool"))
         disk_bytes += fitted + 2 * 3 * 4 * trained  # a state of values and moments, old and new
-        weights = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        healing = _BASE_MEMORY + heal.memory_bytes(config, weights, trained)
-        if teacher is not None:
-            healing += sum(4 * math.prod(t.shape) for t in teacher.tensors.values())
+        weights = checkpoint.parameters
+        needed = costs.BASE_MEMORY + heal.memory_bytes(checkpoint.hf_config(), weights, trained)
+        needed += 0 if teacher is None else 4 * teacher.parameters
+        healing["memory_bytes"] = needed
     if output is not None:
-        check_output(output, overwrite=overwrite, source=checkpoint.path)
-        partial = scratch_folder(output).parent
-        there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        check_disk(output, max(0, disk_bytes - there))
+        costs.check_room(checkpoint, output, disk_bytes, overwrite=overwrite)
     texts(checkpoint, options)
     return {
         "to": options.to,
         "method": options.method,
         "target": options.target,
-        "text_of": None if options.to == "fp8-kv" else checkpoint.wrapper,
+        "text_of": checkpoint.wrapper,
         "layers": layers,
         **size.widths,
-        "bytes_per_token_before": 2 * times * size.native,
-        "bytes_per_token_after": 2 * times * size.kept,
+        "bytes_per_token_before": 2 * layers * size.native,
+        "bytes_per_token_after": 2 * layers * size.kept,
         "share": size.kept / size.native,
         "output_bytes": output_bytes,
         "disk_bytes": disk_bytes,
-        "memory_bytes": _BASE_MEMORY
-        + max(
-            measuring,
-            copies * layer_bytes + fitting,
-            # The logits of the probe take the output head as it is and in fp32.
-            2 * probe + max(shard, copies * layer_bytes, head.nbytes + 4 * math.prod(head.shape)),
-        ),
-        "verify_memory_bytes": _BASE_MEMORY
-        + 4 * sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
+        "memory_bytes": memory_bytes,
+        "verify_memory_bytes": costs.verify_memory_bytes(checkpoint),
         "attention_dtype": str(dtype).removeprefix("torch."),
-        "healing": planned_healing and {**planned_healing, "memory_bytes": healing},
-        **_about_fp8(checkpoint, options),
-    }
-
-
-def _about_fp8(checkpoint: Checkpoint, options: ConvertOptions) -> dict[str, Any]:
-    """What only an fp8 cache has in its plan."""
-    if options.to != "fp8-kv":
-        return {}
-    large = {str(i): round(x, 1) for i, x in fp8_kv.large_key_biases(checkpoint).items()}
-    return {
-        "scales": options.scales,
-        "smooth": options.smooth,
-        "turn_values": options.turn_values,
-        "large_key_biases": large,
+        "healing": healing,
     }
 
 
@@ -213,40 +125,14 @@ def _check_names(checkpoint: Checkpoint, options: ConvertOptions) -> None:
     targets.require(checkpoint.hf_config(), options.method, options.target, options.to)
 
 
-def _size(checkpoint: Checkpoint, options: ConvertOptions, stream: LayerStream) -> Size:
+def _size(checkpoint: Checkpoint, options: ConvertOptions, layout: AttentionLayout) -> Size:
     """The widths asked for; raises where other options do not go with them."""
-    size: Size
-    layout = with_heads(stream.layouts)
-    if options.to != "fp8-kv":
-        _check_none(options, ("scales", "smooth", "turn_values"), "is for --to fp8-kv")
+    refuse(options, OF_FP8, "is for --to fp8-kv")
     if options.to == "gqa":
         why = "is for --to mla; fewer KV heads are asked for with --kv-heads alone"
-        _check_none(options, (*_OF_MLA, "kv_budget"), why)
-        size = targets.heads_size(layout, options.kv_heads)
-    elif options.to == "fp8-kv":
-        why = "has no place in --to fp8-kv, which takes --scales, --smooth and --turn-values"
-        _check_none(options, (*_OF_MLA, "kv_budget", "kv_heads", "heal", "dtype"), why)
-        if options.scales not in ("tensor", "head"):
-            raise UsageError(f"--scales {options.scales} is unknown: choose tensor or head")
-        fp8_kv.check_options(checkpoint, stream, options)
-        size = targets.BytesSize(sum(x.cached_values for x in stream.layouts))
-    else:
-        size = _latent_size(checkpoint, options, layout)
-    window = min(WINDOW, _context(checkpoint))
-    if options.method != "exact" and options.tokens < window:
-        raise UsageError(f"--tokens {options.tokens} is less than one window of {window}")
-    return size
-
-
-_OF_MLA = ("method", "target", "rope_dim", "rank", "freqfold")
-
-
-def _check_none(options: ConvertOptions, names: tuple[str, ...], why: str) -> None:
-    """Refuses options of other conversions."""
-    defaults = ConvertOptions()
-    for name in names:
-        if getattr(options, name) != getattr(defaults, name):
-            raise UsageError(f"--{name.replace('_', '-')} {why}")
+        refuse(options, (*OF_MLA, "kv_budget"), why)
+        return targets.heads_size(layout, options.kv_heads)
+    return _latent_size(checkpoint, options, layout)
 
 
 def _latent_size(
@@ -298,54 +184,18 @@ def opened(options: ConvertOptions, teacher: Checkpoint | None) -> Checkpoint | 
     return teacher or (None if options.teacher is None else Checkpoint.open(options.teacher))
 
 
-def texts(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Tensor | None, Tensor]:
-    """Calibration windows `[N, T]`, unless the method needs none, and the probe `[T]`, held out."""
-    tokenizer = checkpoint.tokenizer()
-    ids = None
-    if options.method != "exact":
-        used = statistics_options(checkpoint, options)
-        assert used.window is not None
-        count = used.tokens // used.window
-        chat = used.chat if can_chat(tokenizer) else 0.0
-        corpus = calibration_text(options.data)
-        ids = corpus.windows(tokenizer, used.window, count, options.seed, chat)
-    length = min(PROBE, _context(checkpoint))
-    probe = evaluation_text(options.data).windows(tokenizer, length, 1)[0]
-    return ids, probe
-
-
-def statistics_options(checkpoint: Checkpoint, options: ConvertOptions) -> StatisticsOptions:
-    """The text that a conversion reads."""
-    window = min(WINDOW, _context(checkpoint))
-    return StatisticsOptions(
-        data=options.data, tokens=options.tokens, window=window, seed=options.seed
-    )
-
-
-def is_replaced(name: str, parts: list[str]) -> bool:
-    """Whether a tensor of the source is of the `replaced_parts`."""
-    return any(f".self_attn.{part}." in name for part in parts)
-
-
-def replaced_parts(
-    options: ConvertOptions, layout: AttentionLayout, checkpoint: Checkpoint
-) -> list[str]:
+def replaced_parts(options: ConvertOptions) -> list[str]:
     """Parts of an attention module of which the output does not hold the source's tensors."""
-    if options.to == "fp8-kv":
-        return fp8_kv.folded_parts(options, layout, checkpoint)
-    parts = list(artifact.REPLACED) if options.target != "kvtool" else []
     if options.heal is not None or options.to == "gqa":
-        parts = [*artifact.REPLACED, "o_proj"]
-    elif options.method == "aware":
-        parts.append("o_proj")
-    return parts
+        return [*artifact.REPLACED, "o_proj"]
+    parts = list(artifact.REPLACED) if options.target != "kvtool" else []
+    return [*parts, "o_proj"] if options.method == "aware" else parts
 
 
 def save_dtype(checkpoint: Checkpoint, options: ConvertOptions) -> torch.dtype:
     """Dtype of the attention tensors written."""
     if options.dtype == "auto":
-        outputs = (x for x in checkpoint.tensors if x.endswith(".self_attn.o_proj.weight"))
-        own = torch_dtype(checkpoint.tensors[next(outputs)].dtype)
+        own = attention_dtype(checkpoint)
         if own == torch.float16 and _neutral_norm(options):
             raise UnsupportedModelError(targets.FLOAT16)
         return own
@@ -363,55 +213,27 @@ def _neutral_norm(options: ConvertOptions) -> bool:
     return options.to == "mla" and options.target != "kvtool"
 
 
-def _context(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.hf_config().max_position_embeddings)
-
-
-def shard_bytes(text: str) -> int:
-    """Bytes from `2GB` or `500MB`."""
-    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10}
-    for unit in ("GIB", "MIB", "KIB", "GB", "MB", "KB"):
-        if text.upper().endswith(unit):
-            try:
-                size = int(float(text[: -len(unit)]) * units[unit])
-            except (ValueError, OverflowError):
-                break
-            if size > 0:
-                return size
-            break
-    raise UsageError(f"--shard-size {text} is not a size such as 2GB or 500MB")
-
-
-def _fitted_bytes(
-    layout: AttentionLayout,
-    size: targets.LatentSize | targets.HeadsSize,
-    nope: int,
-    options: ConvertOptions,
-    replaced: list[str],
-) -> int:
+def _fitted_bytes(layout: AttentionLayout, size: Size, options: ConvertOptions) -> int:
     """Of the file that keeps a fitted layer until it is written: float64 factors, and weights."""
     if not isinstance(size, targets.LatentSize):
-        return 4 * _attention_values(layout, size, nope, options, replaced)
+        return 4 * _attention_values(layout, size, options)
     width = layout.kv_heads * layout.head_dim
-    factors = 2 * size.rope_dim * width + size.rank * (3 * width + (nope and width))
+    ups = 3 if options.method == "exact" else 4
+    factors = 2 * size.rope_dim * width + size.rank * ups * width
     return 8 * factors + 4 * layout.hidden_size * (2 * layout.heads * layout.head_dim + 2 * width)
 
 
-def _attention_values(
-    layout: AttentionLayout,
-    size: targets.LatentSize | targets.HeadsSize,
-    nope: int,
-    options: ConvertOptions,
-    replaced: list[str],
-) -> int:
+def _attention_values(layout: AttentionLayout, size: Size, options: ConvertOptions) -> int:
     """Numbers in the attention tensors that one layer's conversion writes."""
+    replaced = replaced_parts(options)
     width, inner = layout.kv_heads * layout.head_dim, layout.heads * layout.head_dim
     output = inner * layout.hidden_size + int(layout.output_bias) * layout.hidden_size
     output *= "o_proj" in replaced
     if isinstance(size, targets.HeadsSize):
         return (inner + size.kept) * (layout.hidden_size + int(layout.qkv_bias)) + output
+    nope = 0 if options.method == "exact" else layout.head_dim  # of a key, without positions
     if options.target == "kvtool":
-        ups = (nope and width) + width
+        ups = layout.kv_heads * (nope + layout.head_dim)
         factors = 2 * size.rope_dim * width + size.rope_dim // 2 + size.rank * (2 * width + ups)
         rows = inner + 2 * width
         own = rows * (layout.hidden_size + int(layout.qkv_bias)) if "q_proj" in replaced else 0

@@ -18,7 +18,6 @@ and where vLLM runs the modules of transformers. `benchmarks/interop/families.sh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -214,23 +213,6 @@ class HeadsSize:
         return {"kv_heads": self.kv_heads}
 
 
-@dataclass(frozen=True)
-class BytesSize:
-    """Every number in one byte.
-
-    Attributes:
-        native: Numbers per token before, of all layers, which may differ.
-    """
-
-    native: int
-    widths = MappingProxyType[str, int]({})
-
-    @property
-    def kept(self) -> int:
-        """Numbers per token after, if each had two bytes."""
-        return self.native // 2
-
-
 def heads_size(layout: AttentionLayout, kv_heads: int | None) -> HeadsSize:
     """Checks how many KV heads are asked for.
 
@@ -273,7 +255,7 @@ def parse_budget(text: str, layout: AttentionLayout, layers: int) -> int:
     if factor and value * factor < 0.02 * 2 * layers * layout.cached_values:
         raise UsageError(
             f"--kv-budget {text} is {value * factor:g} bytes per token, of "
-            f"{2 * layers * layout.cached_values}",
+            f"{2 * layers * layout.cached_values} that the model keeps",
             hint=f"for a share, write --kv-budget {100 * value if value < 1 else value:g}%",
         )
     if factor == 0:
@@ -363,11 +345,11 @@ def latent_size(
     return LatentSize(rope_dim, rank, native)
 
 
-def freqfold_candidates(head_dim: int, rope_dim: int, limit: int = 8) -> list[int]:
-    """Values of F to try: the collapse c, doubled while it divides the N frequencies."""
+def freqfold_candidates(head_dim: int, rope_dim: int) -> list[int]:
+    """Values of F to try: the collapse c, doubled up to 8 c while it divides the N frequencies."""
     collapse = head_dim // rope_dim
     fold, candidates = collapse, []
-    while (head_dim // 2) % fold == 0 and fold <= limit * collapse:
+    while (head_dim // 2) % fold == 0 and fold <= 8 * collapse:
         candidates.append(fold)
         fold *= 2
     return candidates

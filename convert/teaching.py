@@ -21,7 +21,6 @@ from torch import Tensor
 
 from kvtool import distill
 from kvtool.attention import GroupedQueryAttention
-from kvtool.calibrate.stream import Report
 from kvtool.checkpoint import Checkpoint
 from kvtool.distill import Student, Training
 from kvtool.divergence import Loss
@@ -33,6 +32,7 @@ from kvtool.hybrid import (
     Judged,
     judge,
 )
+from kvtool.progress import Progress, silent
 from kvtool.replacements import Pointwise, random_mixer, seeded_mixer
 
 ARMS: tuple[Arm, ...] = ("mamba", "random", "pointwise")
@@ -124,7 +124,7 @@ class Teacher:
         seed: int = 0,
         rate: float = 1.0,
         folder: Path | None = None,
-        report: Report = lambda stage, done, total: None,
+        report: Progress = silent,
     ) -> None:
         self.checkpoint, self.reach, self.lessons, self.steps = checkpoint, reach, lessons, steps
         self.loss, self.teacher, self.device, self.seed = loss, teacher, device, seed

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.attention import causal_attention
-from kvtool.calibrate.stream import Attention, LayerStream, Report, StreamedLayer
+from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.latent import LatentFactors, query_blocks
+from kvtool.progress import Progress
 from kvtool.rope import Rope, rotate
 
 NEGLIGIBLE = 1e-12
@@ -90,22 +91,21 @@ def descending_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def latent_factors(
-    moment: Tensor, basis: RotatedBasis, rope: Rope, heads: int, rank: int, balance: float = 1.0
+    moment: Tensor, basis: RotatedBasis, rope: Rope, heads: int, rank: int
 ) -> LatentFactors:
-    """BKV and joint PCA.
+    """BKV, with norms of keys and values made equal, and joint PCA.
 
     Args:
         moment: `[2K, 2K]` float64, second moment of [k̂ ; v].
         heads: H.
         rank: r, at most 2K - d_r; equality loses nothing. Directions that carry only rounding
             noise are left out, so the result may be narrower.
-        balance: The paper's ratio between key and value norms.
     """
     width = moment.shape[0] // 2
     nope = complement(basis.rope)  # [K - d_r, K]
     keys_norm = _mean_column_norm(nope @ moment[:width, :width] @ nope.T)
     values_norm = _mean_column_norm(moment[width:, width:])
-    alpha = keys_norm / (values_norm * balance) if keys_norm and values_norm else 1.0
+    alpha = keys_norm / values_norm if keys_norm and values_norm else 1.0
     merge = torch.block_diag(nope / alpha, torch.eye(width, dtype=torch.float64))
     eigenvalues, vectors = descending_eigh(merge @ moment @ merge.T)
     used = int((eigenvalues > NEGLIGIBLE * eigenvalues[0]).sum())
@@ -182,7 +182,7 @@ def measure_gram(stream: LayerStream, layer: StreamedLayer, hidden: Tensor) -> T
 
 
 def choose_freqfold(
-    stream: LayerStream, ids: Tensor, rope_dim: int, candidates: list[int], report: Report
+    stream: LayerStream, ids: Tensor, rope_dim: int, candidates: list[int], report: Progress
 ) -> int:
     """FreqFold's automatic F: doubled while the perplexity without the other RoPE improves.
 

@@ -9,7 +9,6 @@ not neutral or a wrong scale shows there, however lossy the method is.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from transformers import DynamicCache
 from kvtool._transformers import quiet_transformers
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import artifact, fp8_kv, granite
-from kvtool.convert.planning import is_replaced
 from kvtool.divergence import kl_divergence
 from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
@@ -153,7 +151,7 @@ def _check_untouched(
 ) -> None:
     """Everything but the attention projections must be the original's, to the byte."""
     replaced, plan = manifest["replaced"], manifest["plan"]
-    gone = {name for name in against.tensors if is_replaced(name, replaced)}
+    gone = {name for name in against.tensors if artifact.is_replaced(name, replaced)}
     if plan.get("to") == "fp8-kv":  # of a wrapper, also what is beside its text
         gone = {against.tensors[name].name for name in gone}
         converted, against = converted.whole(), against.whole()
@@ -295,7 +293,7 @@ def _check_original(
 ) -> None:
     """How far from the original; a gate only for the lossless method."""
     kl = float(_kl(base, logits).mean())
-    losses = [float(_per_slice(x[:-1], ids[1:], F.cross_entropy)) for x in (base, logits)]
+    losses = [float(_nll(x[:-1], ids[1:])) for x in (base, logits)]
     furthest = float((base - logits).abs().max())
     perplexities = torch.tensor(losses, dtype=torch.float64).exp().tolist()
     report.measured |= {
@@ -360,12 +358,8 @@ def _kl(reference: Tensor, other: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _per_slice(
-    logits: Tensor, targets: Tensor, loss: Callable[..., Tensor], rows: int = 256
-) -> Tensor:
-    """Mean of a per-token loss without a float copy of all logits at once."""
-    parts = [
-        loss(a, b, reduction="sum")
-        for a, b in zip(logits.split(rows), targets.split(rows), strict=True)
-    ]
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood, without a float copy of all logits at once."""
+    pairs = zip(logits.split(256), targets.split(256), strict=True)
+    parts = [F.cross_entropy(x, wanted, reduction="sum") for x, wanted in pairs]
     return torch.stack(parts).sum() / len(targets)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILTIN_MODEL",
+    "MANIFEST",
     "Checkpoint",
     "Shaped",
     "Staging",
@@ -67,6 +70,9 @@ __all__ = [
     "torch_dtype",
     "write_shards",
 ]
+
+MANIFEST = "kvtool_manifest.json"
+"""What a conversion leaves about itself, beside the weights."""
 
 # What tokenizers of transformers are read from; without one of them, it only guesses why.
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
@@ -182,9 +188,22 @@ class Checkpoint:
         return replace(self, config=config, tensors=tensors, wrapper=None, quantised=None)
 
     @property
+    def parameters(self) -> int:
+        """Numbers in all its tensors."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
+    @property
     def total_bytes(self) -> int:
         """Size of all tensors on disk."""
         return sum(part.nbytes for info in self.tensors.values() for part in info.stored.values())
+
+    def largest_layer(self, layers: int) -> int:
+        """Size of the largest of its first layers, so many as it computes with."""
+        sizes = Counter[str]()
+        for name, info in self.tensors.items():
+            if name.startswith("model.layers."):
+                sizes[name.split(".", 3)[2]] += info.nbytes
+        return max(sizes[str(index)] for index in range(layers))
 
     @property
     def files(self) -> list[Path]:
@@ -198,6 +217,16 @@ class Checkpoint:
         """
         stats = [(file.name, file.stat()) for file in self.files]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """What the conversion says that made it; None if none did.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        file = self.path / MANIFEST
+        return read_json(file) if file.exists() else None
 
     @property
     def cache_scheme(self) -> dict[str, Any] | None:

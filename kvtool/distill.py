@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from kvtool._tensors import first_line
 from kvtool.errors import CalibrationError, CheckpointError, UsageError
+from kvtool.progress import Progress, silent
 
 LOG = "log.jsonl"
 STATE = "state.safetensors"
@@ -157,7 +158,7 @@ def train(
     *,
     key: str = "",
     resume: bool = True,
-    report: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    report: Progress = silent,
     stop: Callable[[int], bool] = lambda done: False,
 ) -> list[Record]:
     """Trains the student in place.
@@ -202,7 +203,7 @@ def train(
     log = state.load() if state is not None and resume else []
     accelerator.wait_for_everyone()  # the main process must not write while others read
     if not accelerator.is_main_process:
-        state, report = None, lambda stage, done, total: None
+        state, report = None, silent
     if state is not None:
         state.begin(log)
     _constrain(student)

@@ -104,37 +104,37 @@ class HybridModel(nn.Module):
         return states
 
     @torch.no_grad()
-    def seed_own_tokens(self, windows: Tensor, batch: int = 1) -> None:
+    def seed_own_tokens(self, windows: Tensor) -> None:
         """Chooses what the heads of seeded mixers that do not mix yet see of their token.
 
         Args:
             windows: Texts `[N, T]`.
         """
         sums = {index: OwnToken(slot.replacement) for index, slot in self.slots.items()}
-        self._watched(windows, batch, {i: found.see for i, found in sums.items()})
+        self._watched(windows, {i: found.see for i, found in sums.items()})
         for found in sums.values():
             found.seed()
 
     @torch.no_grad()
-    def fit_outputs(self, windows: Tensor, batch: int = 1) -> dict[int, float]:
+    def fit_outputs(self, windows: Tensor) -> dict[int, float]:
         """Solves the read-out of every replacement on texts `[N, T]`, in the original's states.
 
         Returns:
             By layer the squared error that is left, relative to that of giving nothing.
         """
         sums = {index: ReadOut(slot.replacement) for index, slot in self.slots.items()}
-        self._watched(windows, batch, {i: found.see for i, found in sums.items()})
+        self._watched(windows, {i: found.see for i, found in sums.items()})
         return {index: found.solve() for index, found in sums.items()}
 
     @torch.no_grad()
     def _watched(
-        self, windows: Tensor, batch: int, watch: Mapping[int, Callable[[Tensor, Tensor], None]]
+        self, windows: Tensor, watch: Mapping[int, Callable[[Tensor, Tensor], None]]
     ) -> None:
         """Takes texts through the original, telling what the replaced modules do."""
         for index, slot in self.slots.items():
             slot.watch = watch[index]
         try:
-            for piece in windows.split(batch):
+            for piece in windows.split(1):
                 self.states(piece.to(self.device), ())
         finally:
             for slot in self.slots.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -232,7 +231,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         rope=_rope(config),
         max_positions=getattr(config, "max_position_embeddings", None),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-        parameters=sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
+        parameters=checkpoint.parameters,
         dtypes=dtypes,
         applications=[
             Application(

@@ -39,7 +39,8 @@ from kvtool.sparse import SparseReading
 from kvtool.states import StatePlan
 from kvtool.windows import WindowPlan
 
-_NEWER = ("rest", "key_balance", "value_balance", "rank", "kept")  # of bits
+_NEWER_BITS = ("rest", "key_balance", "value_balance", "rank", "kept")
+"""Fields of bits that a file leaves out where they say nothing: its oldest readers lack them."""
 _KEPT: dict[str, type[StatePlan | LatentPlan | WindowPlan]] = {
     "state": StatePlan, "latent": LatentPlan, "window": WindowPlan,
 }  # fmt: skip
@@ -68,11 +69,6 @@ class Base:
     def channels(self) -> int:
         """K = H·D, numbers of the keys of one token and layer, and of its values."""
         return self.kv_heads * self.head_dim
-
-    @property
-    def all_heads(self) -> int:
-        """KV heads of all layers together, were they alike."""
-        return self.layers * self.kv_heads
 
     @property
     def shape(self) -> str:
@@ -456,7 +452,7 @@ def _document(plan: Plan) -> dict[str, Any]:
         return [ring if streams else {"kind": "full"} for streams in layer.streaming]
 
     document: dict[str, Any] = {
-        "format_version": 1,  # older ones read what they know
+        "format_version": _format(plan),
         "base": asdict(plan.base),
         "prefill": plan.prefill,
         "policy": plan.policy,
@@ -465,37 +461,35 @@ def _document(plan: Plan) -> dict[str, Any]:
     }
     if plan.codes:
         codes = [asdict(code) for code in plan.codes]
-        document["format_version"] = plan_file.CODES_VERSION
         document |= {"codes": codes, "allocation": plan.allocation}
-    if any(layer.bits is not None for layer in plan.layers):
-        document["format_version"] = plan_file.BITS_VERSION
-        for entry, layer in zip(document["layers"], plan.layers, strict=True):
-            if layer.bits is not None:
-                entry["bits"] = asdict(layer.bits)
-                newer = {name: entry["bits"].pop(name) for name in _NEWER}
-                if used := {name: x for name, x in newer.items() if x}:
-                    document["format_version"] = plan_file.KEPT_VERSION
-                    entry["bits"] |= used
-    if any(layer.kept is not None for layer in plan.layers):
-        document["format_version"] = max(document["format_version"], plan_file.KEPT_VERSION)
-        names = {kind: name for name, kind in _KEPT.items()}
-        for entry, layer in zip(document["layers"], plan.layers, strict=True):
-            if layer.kept is not None:
-                entry["kept"] = {"kind": names[type(layer.kept)], **asdict(layer.kept)}
-                if isinstance(layer.kept, StatePlan) and layer.kept.rule == "mamba2":
-                    del entry["kept"]["rule"]  # older versions know no other
-    if any(layer.sparse is not None for layer in plan.layers):
-        document["format_version"] = plan_file.SPARSE_VERSION
-        for entry, layer in zip(document["layers"], plan.layers, strict=True):
-            if layer.sparse is not None:
-                entry["sparse"] = asdict(layer.sparse)
-    if any(isinstance(layer.kept, WindowPlan) for layer in plan.layers):
-        document["format_version"] = plan_file.WINDOW_VERSION
-    if any(isinstance(x.kept, StatePlan) and x.kept.rule != "mamba2" for x in plan.layers):
-        document["format_version"] = plan_file.RULES_VERSION
-    if any(layer.scales is not None for layer in plan.layers):
-        document["format_version"] = plan_file.FORMAT_VERSION
-        for entry, layer in zip(document["layers"], plan.layers, strict=True):
-            if layer.scales is not None:
-                entry["scales"] = asdict(layer.scales)
+    names = {kind: name for name, kind in _KEPT.items()}
+    for entry, layer in zip(document["layers"], plan.layers, strict=True):
+        if layer.bits is not None:
+            said = asdict(layer.bits).items()
+            entry["bits"] = {name: x for name, x in said if x or name not in _NEWER_BITS}
+        if layer.kept is not None:
+            entry["kept"] = {"kind": names[type(layer.kept)], **asdict(layer.kept)}
+            if isinstance(layer.kept, StatePlan) and layer.kept.rule == "mamba2":
+                del entry["kept"]["rule"]  # older versions know no other
+        if layer.sparse is not None:
+            entry["sparse"] = asdict(layer.sparse)
+        if layer.scales is not None:
+            entry["scales"] = asdict(layer.scales)
     return document
+
+
+def _format(plan: Plan) -> int:
+    """The oldest format that knows what is in a plan, so that older versions of kvtool read it."""
+    bits = [layer.bits for layer in plan.layers if layer.bits is not None]
+    kept = [layer.kept for layer in plan.layers if layer.kept is not None]
+    tiers = any(x.rest or x.key_balance or x.value_balance or x.rank or x.kept for x in bits)
+    needed = {
+        3: bool(plan.codes),  # as they are now; 2 had others
+        4: bool(bits),
+        5: tiers or bool(kept),
+        6: any(layer.sparse is not None for layer in plan.layers),
+        7: any(isinstance(x, WindowPlan) for x in kept),
+        8: any(isinstance(x, StatePlan) and x.rule != "mamba2" for x in kept),  # Gated DeltaNet
+        9: any(layer.scales is not None for layer in plan.layers),
+    }
+    return max((version for version, there in needed.items() if there), default=1)

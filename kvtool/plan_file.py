@@ -23,11 +23,8 @@ from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 from kvtool.mamba import Rule
 
-FORMAT_VERSION, RULES_VERSION, WINDOW_VERSION, SPARSE_VERSION = 9, 8, 7, 6
-KEPT_VERSION, BITS_VERSION, CODES_VERSION = 5, 4, 3
-"""9 knows fp8; 8 states of Gated DeltaNet; 7 sliding windows; 6 heads that are read sparsely; 5
-layers without KV heads, and tiers, balances, factors and sparse values; 4 bits of heads, and 3
-codes. A file is of the oldest version that knows what is in it, 1 at least."""
+FORMAT_VERSION = 9
+"""The newest. A file is of the oldest one that knows what is in it, see `kvtool/plan.py`."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]

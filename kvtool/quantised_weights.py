@@ -37,7 +37,7 @@ METHODS = (
     *("modelopt_fp4", "mxfp4"),
 )
 """Values of `quant_method` whose codes are known here."""
-KEYS = ("quantization_config", "compression_config")
+_KEYS = ("quantization_config", "compression_config")
 """Where a config says it; the second is how the first compressed-tensors did."""
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _INTEGERS = ("I8", "U8", "I16", "I32", "I64")
@@ -58,6 +58,27 @@ _CACHE_SCALE = re.compile(
 Parts = dict[str, "Tensor"]
 
 
+def said_of_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """How `config.json` says that weights are quantised: by itself, or in the section of the text.
+    Empty, if it does not.
+    """
+    said: dict[str, Any] = _stated(config) or _stated(config.get("text_config", {})) or {}
+    return said
+
+
+def with_said_of_weights(config: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """The same `config.json` that says this instead, or for the first time."""
+    inside = config.get("text_config", {})
+    if _stated(inside) and not _stated(config):
+        return {**config, "text_config": with_said_of_weights(inside, said)}
+    key = next((key for key in _KEYS if config.get(key)), _KEYS[0])
+    return {**config, key: said}
+
+
+def _stated(config: dict[str, Any]) -> Any:
+    return next((config[key] for key in _KEYS if config.get(key)), None)
+
+
 def as_numbers(
     path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]
 ) -> tuple[dict[str, Any], dict[str, TensorInfo], str | None]:
@@ -75,7 +96,7 @@ def as_numbers(
         UnsupportedModelError: Weights are quantised in another way than is known here.
         CheckpointError: A part of a quantised matrix is missing or has the wrong shape.
     """
-    said = config.get("quantization_config") or config.get("compression_config") or {}
+    said = _stated(config) or {}
     if not isinstance(said, dict):
         raise CheckpointError(f"{path / 'config.json'}: quantization_config is not an object.")
     if cache_scheme(config) is not None:
@@ -93,7 +114,7 @@ def as_numbers(
             f"{path} holds quantised weights that kvtool cannot read: {reason}.",
             hint="Use the checkpoint it was quantised from, or its GGUF file.",
         )
-    plain = {key: value for key, value in config.items() if key not in KEYS}
+    plain = {key: value for key, value in config.items() if key not in _KEYS}
     if isinstance(said.get("kv_cache_scheme"), dict) and any(x.endswith(SCALES) for x in found):
         plain["quantization_config"] = {
             "quant_method": "compressed-tensors",

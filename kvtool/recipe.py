@@ -176,7 +176,7 @@ class QuantizationStep(_Strict):
     group: Positive | None = None
     read: Literal["absorbed", "rebuilt"] | None = None
     sink: Natural | None = None
-    window: Positive | None = None
+    window: Natural | None = None
     data: str | None = None
     tokens: Positive = 16384
     seed: Seed = 0
@@ -232,14 +232,6 @@ class EvaluateStep(_Strict):
     seed: Seed = 0
 
 
-_PLANS = (
-    *("retrieval-heads", "budgets", "projections", "quantization", "receptive-field"),
-    "double-sparsity",
-)
-_STEPS = (
-    *(ConvertStep, VerifyStep, StatisticsStep, HeadsStep, BudgetsStep, ProjectionsStep),
-    *(QuantizationStep, ReceptiveFieldStep, DoubleSparsityStep, EvaluateStep),
-)
 Step = Annotated[
     ConvertStep
     | VerifyStep
@@ -253,8 +245,11 @@ Step = Annotated[
     | EvaluateStep,
     Field(discriminator="uses"),
 ]
-USES: dict[str, type[_Strict]] = {get_args(s.model_fields["uses"].annotation)[0]: s for s in _STEPS}
+USES: dict[str, type[_Strict]] = {
+    get_args(step.model_fields["uses"].annotation)[0]: step for step in get_args(get_args(Step)[0])
+}
 """The step that each ``uses`` names."""
+_PLANNING = {uses for uses in USES if uses.startswith("calibrate ")} - {"calibrate statistics"}
 
 
 class Recipe(_Strict):
@@ -306,10 +301,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
         raise _first_error(error, document, name) from error
     made: set[str] = set()
     for index, step in enumerate(recipe.steps):
-        needed = {
-            "verify": {"convert"},
-            "evaluate": {"convert", *(f"calibrate {x}" for x in _PLANS)},
-        }.get(step.uses)
+        needed = {"verify": {"convert"}, "evaluate": {"convert", *_PLANNING}}.get(step.uses)
         if needed is not None and not needed & made:
             line, column = _position(document, ("steps", index))
             makers = " or ".join(f"'{maker}'" for maker in sorted(needed, reverse=True))

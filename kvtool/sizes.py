@@ -23,12 +23,19 @@ def parse_budget(text: str, native: int) -> int:
     value, unit = _number(text)
     if unit == "%" and 0 < value <= 100:
         return int(value * native / 100)
-    if unit not in _UNITS or value * _UNITS[unit] < 1:
+    if (size := bytes_of(text)) is None:
         raise UsageError(
             f"the budget '{text}' is neither a share of the native cache, above 0% and up to 100%, "
             "nor a size such as 300MB"
         )
-    return int(value * _UNITS[unit])
+    return size
+
+
+def bytes_of(text: str) -> int | None:
+    """A size such as `11520`, `1.5MiB` or `2GB` in bytes; None if it is none, or zero."""
+    value, unit = _number(text)
+    size = int(value * _UNITS.get(unit, 0))
+    return size if size > 0 else None
 
 
 def parse_share(text: str, total: int) -> int:

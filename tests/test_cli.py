@@ -23,7 +23,7 @@ from kvtool.errors import ResourceError
 
 COMMANDS = (
     *("inspect", "convert", "verify", "evaluate", "compare", "bench", "generate", "chat", "run"),
-    *("calibrate", "plan", "recipe", "serve-local"),
+    *("calibrate", "plan", "recipe", "serve-local", "doctor"),
 )
 CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 # Flags that say the same thing of different objects, and so are worded by each command.
@@ -33,6 +33,8 @@ WORDED_BY_COMMAND |= {"--streaming-heads", "--bits", "--read", "--steps", "--ran
 # Which layers `convert` replaces; that `evaluate` measures layers one by one. What `convert`
 # writes; what others compute in.
 WORDED_BY_COMMAND |= {"--layers", "--dtype"}
+# What a calibration adds to; what others obey. Where `convert` teaches.
+WORDED_BY_COMMAND |= {"--plan", "--device"}
 # Not all methods of `calibrate retrieval-heads` can go on.
 WORDED_BY_COMMAND |= {"--resume"}
 

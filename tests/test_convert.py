@@ -387,7 +387,7 @@ def test_the_plan_predicts_the_size_of_the_output(written):
 
 
 def test_the_recipe_replays_to_the_same_bits(converted, tmp_path, monkeypatch):
-    from kvtool.cli import convert as command
+    from kvtool.cli import _conversion
     from kvtool.cli.run import run
 
     model, output = converted("llama", {}, kv_budget="50%")
@@ -398,7 +398,7 @@ def test_the_recipe_replays_to_the_same_bits(converted, tmp_path, monkeypatch):
     assert isinstance(step, ConvertStep)
     assert (step.kv_budget, step.tokens, step.method) == ("50%", 1024, method)
     passed = {"passed": True, "checks": [], "measured": {}}
-    monkeypatch.setattr(command, "_verify_in_fresh_process", lambda *_, **__: passed)
+    monkeypatch.setattr(_conversion, "verify_in_fresh_process", lambda *_, **__: passed)
     run(output / "recipe.yaml", output=tmp_path / "replayed", quiet=True)
     assert digests(tmp_path / "replayed") == digests(output)
 

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from kvtool.checkpoint import Checkpoint
-from kvtool.convert import planning, targets
+from kvtool.convert import mamba_planning, planning, targets
+from kvtool.convert.mamba_planning import MambaOptions
 from kvtool.convert.verify import verify
 from kvtool.errors import (
     CalibrationError,
@@ -246,6 +247,23 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, needed))
     convert(tiny("llama"), tmp_path / "out", method="exact")
+
+
+@pytest.mark.parametrize("to", ["mla", "mamba"])
+def test_what_a_killed_run_left_is_of_the_disk_that_is_needed(tiny, tmp_path, monkeypatch, to):
+    checkpoint = Checkpoint.open(str(tiny("llama")))
+    ask: Any = mamba_planning.plan if to == "mamba" else planning.plan
+    options: Any = MambaOptions((1,)) if to == "mamba" else planning.ConvertOptions()
+    usage = namedtuple("usage", "total used free")
+    needed = ask(checkpoint, options)["disk_bytes"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, needed - 1000))
+    left = tmp_path / "out.partial" / "layer"
+    left.parent.mkdir()
+    left.write_bytes(bytes(1000))
+    ask(checkpoint, options, tmp_path / "out")
+    left.write_bytes(bytes(999))
+    with pytest.raises(ResourceError):
+        ask(checkpoint, options, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["exact", "transmla", "aware"])

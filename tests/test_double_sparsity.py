@@ -17,7 +17,8 @@ from kvtool.calibrate.double_sparsity import (
     labelled,
     ordered,
 )
-from kvtool.calibrate.statistics import Moments, StatisticsOptions
+from kvtool.calibrate.statistics import StatisticsOptions
+from kvtool.calibrate.statistics_file import Moments
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.layer_plan import LayerPlan

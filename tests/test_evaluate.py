@@ -241,21 +241,22 @@ def test_comparison_agrees_with_torch_across_its_slices() -> None:
     base = torch.randn(70, 50, generator=generator)
     other = torch.randn(70, 50, generator=generator)
     targets = torch.randint(50, (70,), generator=generator)
-    base_nll, nll, kl, top1 = protocol.compare_logits(base, other, targets)
+    scores = protocol.mean(protocol.judge(other, base, targets))
     p, q = base.double().log_softmax(-1), other.double().log_softmax(-1)
     expected = torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
-    assert kl == pytest.approx(expected.item(), rel=1e-12)
-    assert base_nll == pytest.approx(torch.nn.functional.nll_loss(p, targets).item(), rel=1e-12)
-    assert nll == pytest.approx(torch.nn.functional.nll_loss(q, targets).item(), rel=1e-12)
+    assert scores.kl == pytest.approx(expected.item(), rel=1e-12)
+    wanted = torch.nn.functional.nll_loss(p, targets).item()
+    assert scores.base_nll == pytest.approx(wanted, rel=1e-12)
+    assert scores.nll == pytest.approx(torch.nn.functional.nll_loss(q, targets).item(), rel=1e-12)
     alone = protocol.mean(protocol.judge(other, None, targets))
-    assert alone == protocol.Scores(70, nll)
-    assert top1 == pytest.approx((base.argmax(-1) == other.argmax(-1)).float().mean().item())
+    assert alone == protocol.Scores(70, scores.nll)
+    assert scores.top1 == pytest.approx((base.argmax(-1) == other.argmax(-1)).float().mean().item())
 
 
 def test_an_impossible_token_of_the_original_adds_nothing_to_the_divergence() -> None:
     base = torch.tensor([[0.0, 0.0, -math.inf]])
     other = torch.tensor([[0.0, 0.0, -math.inf]])
-    assert protocol.compare_logits(base, other, torch.tensor([0]))[2] == 0.0
+    assert protocol.mean(protocol.judge(other, base, torch.tensor([0]))).kl == 0.0
 
 
 def test_standard_errors_are_of_the_mean_over_windows() -> None:

@@ -31,7 +31,8 @@ from _convert_tools import (
 from torch import Tensor
 
 from kvtool.attention import DenseAttention
-from kvtool.calibrate.statistics import LayerStatistics, StatisticsOptions, collect
+from kvtool.calibrate.statistics import StatisticsOptions, collect
+from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command

@@ -570,12 +570,12 @@ def test_the_lowest_scores_stream_and_slices_are_nested(plan: Plan) -> None:
         return
     plan = replace(plan, policy=None, layers=tuple(replace(x, budget=None) for x in plan.layers))
     smaller: set[tuple[int, int]] = set()
-    for count in range(plan.base.all_heads + 1):
+    for count in range(plan.planned_heads + 1):
         sliced = stream_heads(plan, count, 4, 8)
         chosen = streaming(sliced)
         assert len(chosen) == sliced.streaming_heads == count
         assert smaller <= chosen
-        rest = {divmod(i, plan.base.kv_heads) for i in range(plan.base.all_heads)} - chosen
+        rest = {divmod(i, plan.base.kv_heads) for i in range(plan.planned_heads)} - chosen
         assert plan.scores is not None
         if chosen and rest:
             assert max(plan.scores[i] for i in chosen) <= min(plan.scores[i] for i in rest)

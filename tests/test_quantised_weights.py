@@ -21,11 +21,11 @@ from kvtool.checkpoint import Checkpoint, TensorInfo, dtype_name
 from kvtool.cli import run_command
 from kvtool.convert.fitting import ConvertedLayer
 from kvtool.convert.fp8_kv import ToFp8Kv
-from kvtool.convert.planning import ConvertOptions
+from kvtool.convert.options import ConvertOptions
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.fp8 import is_static
 from kvtool.inspection import inspect_checkpoint
-from kvtool.quantised_weights import as_numbers, fp4, unpack
+from kvtool.quantised_weights import as_numbers, fp4, said_of_weights, unpack, with_said_of_weights
 from kvtool.runtime import Engine
 
 GROUP = 16
@@ -699,6 +699,18 @@ def test_scales_are_told_where_the_weights_are(quantised: Any, tmp_path: Path) -
         conversion.write_beside(tmp_path)
         beside = json.loads((tmp_path / "hf_quant_config.json").read_text())
         assert beside["kv_cache_scheme"] == scheme
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_what_is_said_of_weights_is_changed_where_it_is_said(inside: bool, key: str) -> None:
+    own, other = {"quant_method": "fp8"}, {"quant_method": "fp8", "kv_cache_scheme": {}}
+    said, changed = ({"a": 1, key: x} for x in (own, other))
+    if inside:
+        said, changed = ({"b": 2, "text_config": x} for x in (said, changed))
+    assert said_of_weights(said) == own
+    assert with_said_of_weights(said, other) == changed
+    assert with_said_of_weights({"text_config": {}}, other)["quantization_config"] == other
 
 
 @pytest.mark.parametrize(

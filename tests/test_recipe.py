@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from kvtool.checkpoint import sha256_file
-from kvtool.cli import calibrate as calibrate_command
+from kvtool.cli import calibrate_budgets as budgets_command
 from kvtool.cli import calibrate_double_sparsity as double_sparsity_command
+from kvtool.cli import calibrate_heads as heads_command
 from kvtool.cli import calibrate_projections as projections_command
 from kvtool.cli import calibrate_quantization as quantization_command
 from kvtool.cli import calibrate_receptive_field as receptive_field_command
@@ -21,7 +22,7 @@ from kvtool.cli import convert as convert_command
 from kvtool.cli import evaluate as evaluate_command
 from kvtool.cli import run_command
 from kvtool.cli import verify as verify_command
-from kvtool.convert.planning import ConvertOptions
+from kvtool.convert.options import ConvertOptions
 from kvtool.errors import RecipeError
 from kvtool.recipe import (
     BudgetsStep,
@@ -54,8 +55,8 @@ steps:
 """
 COMMANDS = {
     StatisticsStep: statistics_command.statistics,
-    HeadsStep: calibrate_command.retrieval_heads,
-    BudgetsStep: calibrate_command.budgets,
+    HeadsStep: heads_command.retrieval_heads,
+    BudgetsStep: budgets_command.budgets,
     ProjectionsStep: projections_command.projections,
     QuantizationStep: quantization_command.quantization,
     ReceptiveFieldStep: receptive_field_command.receptive_field,

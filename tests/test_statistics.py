@@ -14,15 +14,19 @@ import pytest
 import torch
 import typer
 from _convert_tools import edited_copy
-from _family_cases import GPT_OSS
+from _family_cases import EXPERTS, GPT_OSS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kvtool.calibrate import layer_sums, statistics
 from kvtool.calibrate.layer_sums import matrix_entropy, pack, unpack
-from kvtool.calibrate.statistics import Statistics, StatisticsOptions, collect, join, plan
+from kvtool.calibrate.statistics import StatisticsOptions, collect, plan
+from kvtool.calibrate.statistics_file import Statistics, join
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli.calibrate_statistics import statistics as command
@@ -492,6 +496,39 @@ def test_predicted_sizes_are_the_real_ones(tiny, home):
     assert abs(measured.path.stat().st_size - header - planned["bytes"]) < 3 * 2000
 
 
+class Held(TorchDispatchMode):
+    """Looks at every operation for the storages that are in use.
+
+    Attributes:
+        most: Bytes of those that were in use together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self.storages = 0, dict[int, tuple[StorageWeakRef, int]]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            if isinstance(x, Tensor) and not x.is_meta:
+                storage = x.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {i: x for i, x in self.storages.items() if not x[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.storages.values()))
+        return out
+
+
+def test_the_memory_in_which_experts_are_put_together_is_foreseen(tiny):
+    wide = {**EXPERTS, "intermediate_size": 512, "dtype": "bfloat16"}
+    stream = LayerStream(Checkpoint.open(str(tiny("mixtral", **wide))))
+    with Held() as held:
+        stream.layer(0)
+    assert held.most <= statistics.layer_memory(stream) < 1.2 * held.most
+    assert held.most < statistics.memory_bytes(stream, tokens=1)
+
+
 # -------------------------------------------------------------------------------------- refused
 
 
@@ -502,8 +539,8 @@ def test_predicted_sizes_are_the_real_ones(tiny, home):
         ({"context": 513}, "--context 513 is more than the 512 positions"),
         ({"window": 513, "context": None}, "--window 513 is more than the 512 positions"),
         ({"sinks": 60}, "--sinks 60 leaves nothing of a window of 60"),
-        ({"chat": 1.5}, "--chat 1.5 is not a share between 0 and 1"),
-        ({"chat": float("nan")}, "--chat nan is not a share"),
+        ({"chat": 1.5}, "--chat-share 1.5 is not a share between 0 and 1"),
+        ({"chat": float("nan")}, "--chat-share nan is not a share"),
         ({"tokens": 59}, "--tokens 59 is less than one window of 60"),
         ({"tokens": 10**7}, "fewer than the"),
     ],

@@ -85,8 +85,8 @@ def score(arguments: argparse.Namespace) -> None:
     base = correct(answers["methods"][0])  # the uncompressed model
     rows = []
     for method in answers["methods"]:
-        kl = Estimate.of([kl for _, _, kl, _ in method["windows"]])
-        ratio = Estimate.of([nll - base_nll for base_nll, nll, _, _ in method["windows"]]).exp()
+        kl = Estimate.of([kl for _, _, kl in method["windows"]])
+        ratio = Estimate.of([nll - base_nll for base_nll, nll, _ in method["windows"]]).exp()
         recalls = retrieval.summarise(list(zip(cases, correct(method), base, strict=True)))
         rows.append(
             {

@@ -15,7 +15,7 @@ import torch
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.evaluate import retrieval
-from kvtool.evaluate.protocol import Estimate, compare_logits
+from kvtool.evaluate.protocol import Estimate, judge, mean
 from kvtool.evaluate.retrieval import Case, Question
 from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan
@@ -28,7 +28,7 @@ def name_of(plan: Plan) -> str:
     if not plan.streaming_heads:
         return f"kvtool {methods}, {plan.policy}"
     sink, window = ring_of(plan)
-    heads = f"{plan.streaming_heads} of {plan.base.all_heads} heads stream"
+    heads = f"{plan.streaming_heads} of {plan.planned_heads} heads stream"
     return f"kvtool {methods}, {heads}, {sink}+{window}"
 
 
@@ -65,9 +65,9 @@ def main() -> None:
         for window, (expected, full) in zip(content["windows"], base, strict=True):
             logits, size = run(engine, window, split)
             targets = torch.tensor(window[split + 1 :])
-            base_nll, nll, kl, _ = compare_logits(expected, logits, targets)
-            kls.append(kl)
-            ratios.append(nll - base_nll)
+            scores = mean(judge(logits, expected, targets))
+            kls.append(scores.kl)
+            ratios.append(scores.nll - scores.base_nll)
             sizes.append(size / full)
         correct = [retrieval.ask(engine, case) for case in cases]
         recalls = retrieval.summarise(list(zip(cases, correct, base_correct, strict=True)))

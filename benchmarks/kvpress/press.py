@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BatchEncoding, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from kvtool.evaluate.protocol import compare_logits
+from kvtool.evaluate.protocol import judge, mean
 
 SCORERS = {
     "StreamingLLM": StreamingLLMPress,
@@ -170,7 +170,8 @@ def measure(model: Any, presses: dict[str, BasePress | None], cases: dict[str, A
             if base is None:
                 base, full = logits, row["bytes"]
             row["frees_memory"] = row["bytes"] < full
-            row["windows"].append(compare_logits(base, logits, torch.tensor(window[split + 1 :])))
+            scores = mean(judge(logits, base, torch.tensor(window[split + 1 :])))
+            row["windows"].append((scores.base_nll, scores.nll, scores.kl))
         print(f"window {number + 1} of {len(cases['windows'])}", file=sys.stderr)
     for number, case in enumerate(cases["cases"]):
         length = len(case["context"])

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -13,11 +13,10 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from kvtool.errors import UsageError
+from kvtool.progress import Progress, silent
 
 # A pipe or a log file has no width; rich would assume 80 columns and break table rows there.
 _PIPE_WIDTH = 120
-Report = Callable[[str, int, int], None]
-"""``report(stage, done, total)``: *done* of *total* steps of *stage* are finished."""
 
 
 def _console(*, stderr: bool) -> Console:
@@ -50,7 +49,7 @@ err = _console(stderr=True)
 
 
 @contextmanager
-def progress(quiet: bool = False) -> Iterator[Report]:
+def progress(quiet: bool = False) -> Iterator[Progress]:
     """Yields the function that a long piece of work calls to say how far it is.
 
     On a terminal: a live bar per stage with elapsed seconds. Elsewhere, and if `quiet`: nothing.
@@ -59,7 +58,7 @@ def progress(quiet: bool = False) -> Iterator[Report]:
         with _bars() as report:
             yield report
     else:
-        yield lambda stage, done, total: None
+        yield silent
 
 
 @contextmanager
@@ -77,7 +76,7 @@ def _is_live() -> bool:
 
 
 @contextmanager
-def _bars() -> Iterator[Report]:
+def _bars() -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

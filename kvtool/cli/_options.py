@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.filesize import decimal
 
-from kvtool.errors import UsageError
+from kvtool.errors import ResourceError, UsageError
 from kvtool.sizes import MAX_SEED
 
 if TYPE_CHECKING:
@@ -40,6 +41,15 @@ PlanFile = Annotated[
         rich_help_panel=_INPUT,
     ),
 ]
+StartPlan = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="PLAN",
+        help="A plan to add this to, from 'kvtool calibrate'; default: one that keeps everything.",
+        rich_help_panel=_INPUT,
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option("--revision", help="Branch, tag or commit of a hub id.", rich_help_panel=_INPUT),
@@ -53,7 +63,10 @@ Data = Annotated[
     ),
 ]
 Tokens = Annotated[
-    int, typer.Option("--tokens", min=1, help="Tokens of text to read.", rich_help_panel=_INPUT)
+    int,
+    typer.Option(
+        "--tokens", min=1, help="How many tokens of that text are read.", rich_help_panel=_INPUT
+    ),
 ]
 Output = Annotated[
     Path,
@@ -65,15 +78,21 @@ Overwrite = Annotated[
 ]
 ShardSize = Annotated[
     str,
-    typer.Option("--shard-size", help="Largest weight file, e.g. 2GB.", rich_help_panel=_OUTPUT),
+    typer.Option(
+        "--shard-size",
+        help="Size of the largest weight file, such as 2GB.",
+        rich_help_panel=_OUTPUT,
+    ),
 ]
 Json = Annotated[
     bool,
-    typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=_OUTPUT),
+    typer.Option(
+        "--json", help="Print one JSON object instead of tables.", rich_help_panel=_OUTPUT
+    ),
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_OUTPUT),
+    typer.Option("--quiet", "-q", help="Show no progress on stderr.", rich_help_panel=_OUTPUT),
 ]
 Dtype = Annotated[
     DtypeName,
@@ -96,7 +115,9 @@ Seed = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Say what would happen, write nothing.", rich_help_panel=_RUN),
+    typer.Option(
+        "--dry-run", help="Only say what would happen, and write nothing.", rich_help_panel=_RUN
+    ),
 ]
 Resume = Annotated[
     bool,
@@ -123,7 +144,8 @@ BudgetContext = Annotated[
     typer.Option(
         "--context",
         min=1,
-        help="Tokens of a sequence that the budget is for; 4096, or what the model can.",
+        help="Tokens of a sequence at which the budget counts; default: 4096, or the "
+        "model's context.",
         rich_help_panel="Method",
     ),
 ]
@@ -179,7 +201,7 @@ def resolve_device(name: str) -> str:
     if numbered is None:
         raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not '{name}'")
     if not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch finds no CUDA device", hint="--device cpu")
+        raise UsageError(f"--device {name}: torch finds no CUDA device", hint="use --device cpu")
     count = torch.cuda.device_count()
     if int(numbered[1] or 0) >= count:
         raise UsageError(f"--device {name}: the CUDA devices here end at cuda:{count - 1}")
@@ -196,6 +218,16 @@ def memory_of(device: str) -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None
+
+
+def check_memory(what: str, needed: int, device: str, hint: str) -> None:
+    """Raises ResourceError where a device has less memory than needed."""
+    there = memory_of(device)
+    if there is not None and needed > there:
+        raise ResourceError(
+            f"{what} needs about {decimal(needed)} of memory, {device} has {decimal(there)}",
+            hint=hint,
+        )
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:

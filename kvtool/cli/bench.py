@@ -21,12 +21,15 @@ def bench(
         str | None,
         typer.Option(
             metavar="ORIGINAL",
-            help="What transformers runs; default: the manifest's base, or MODEL itself.",
+            help="The model that transformers runs; default: the one that MODEL's manifest "
+            "names, or MODEL.",
         ),
     ] = None,
     context: Annotated[
         str | None,
-        typer.Option(help="Lengths in tokens, comma-separated; 512,4096,8000 as far as they fit."),
+        typer.Option(
+            help="Lengths in tokens, comma-separated; default: 512,4096,8000, as far as they fit."
+        ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated per run.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,

@@ -20,18 +20,18 @@ def double_sparsity(
     channels: Annotated[
         int,
         typer.Option(
-            help="Channels of each key that are looked at to choose tokens.",
+            help="Channels of each key by which tokens are chosen.",
             rich_help_panel=_METHOD,
         ),
     ] = 16,
     tokens_read: Annotated[
         int,
         typer.Option(
-            help="Tokens that a new one reads, the first and the last ones included.",
+            help="Tokens that are read for each new one, the first and the last ones included.",
             rich_help_panel=_METHOD,
         ),
     ] = 256,
-    plan: _options.PlanFile = None,
+    plan: _options.StartPlan = None,
     data: _options.Data = None,
     tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
@@ -43,7 +43,7 @@ def double_sparsity(
     revision: _options.Revision = None,
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
-    """Plan which channels of keys tell MODEL the tokens to read: less is read, all is kept."""
+    """Plan by which channels of keys MODEL chooses the few tokens it reads; all are kept."""
     from kvtool.calibrate.double_sparsity import calibrate_double_sparsity, plan_ahead
     from kvtool.calibrate.statistics import StatisticsOptions, memory_bytes
     from kvtool.calibrate.stream import LayerStream

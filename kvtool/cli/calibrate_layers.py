@@ -22,7 +22,8 @@ def layer_importance(
         int | None,
         typer.Option(
             min=0,
-            help="Layers to rank by probes; default: half of them. 0 leaves them out alone.",
+            help="Layers to rank by replacing them for a trial; default: half of all. 0: rank "
+            "by leaving layers out alone.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -30,14 +31,14 @@ def layer_importance(
         int,
         typer.Option(
             min=1,
-            help="Layers chosen between two rankings of the others.",
+            help="Layers that are chosen before the others are ranked again.",
             rich_help_panel=_METHOD,
         ),
     ] = 4,
     steps: Annotated[
         int,
         typer.Option(
-            min=0, help="Steps that a layer's mixer is taught for a probe.", rich_help_panel=_METHOD
+            min=0, help="Steps that a mixer is taught in a trial.", rich_help_panel=_METHOD
         ),
     ] = 40,
     data: _options.Data = None,

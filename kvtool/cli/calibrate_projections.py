@@ -21,10 +21,12 @@ def projections(
     method: Annotated[
         Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"],
         typer.Option(
-            help="aware: keeps what predictions feel. matryoshka: trained orthogonal bases of each "
-            "head (MatryoshkaKV). cskv: keys before RoPE and values of a layer "
-            "(CSKV's optimum). xkv: the same of several layers. palu, asvd: other weights of "
-            "layers, or of directions. pca: head by head, after RoPE (where MatryoshkaKV starts).",
+            help="aware: keeps what predictions are most sensitive to. cskv: principal "
+            "directions of all heads of a layer together, keys before RoPE (the optimum of "
+            "CSKV). xkv: the same for several layers. palu: the same with widths by Fisher "
+            "information. asvd: directions by weights and the size of inputs. pca: each "
+            "head by itself, keys after RoPE. matryoshka: trained from there "
+            "(MatryoshkaKV).",
             rich_help_panel=_METHOD,
         ),
     ] = "aware",
@@ -41,8 +43,9 @@ def projections(
     read: Annotated[
         Literal["absorbed", "rebuilt"] | None,
         typer.Option(
-            help="Of aware: keys are read as they are stored (absorbed, the default), or rebuilt "
-            "and rotated at every step: less is lost, and more is computed.",
+            help="With --method aware: keys are read as they are stored (absorbed, the "
+            "default), or rebuilt and rotated at every step: less is lost, and more is "
+            "computed.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -50,16 +53,16 @@ def projections(
         int | None,
         typer.Option(
             min=1,
-            help="Neighbouring layers that share a code, of aware (1 if not given) and xkv (4): "
-            "less is lost, and more is read at every step.",
+            help="With --method aware (default: 1) and xkv (4): neighbouring layers that share "
+            "a code; with more, less is lost, and more is read at every step.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
     train: Annotated[
         str | None,
         typer.Option(
-            help="Distill the codes after the closed form (aware), or how long bases are trained "
-            "(matryoshka): tokens (200k), a time (20min), or auto.",
+            help="With --method aware: distil the codes further, for so many tokens (200k), a "
+            "time (20min), or auto. With matryoshka: how long the bases are trained.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -67,7 +70,7 @@ def projections(
         bool,
         typer.Option(
             "--search-ranks",
-            help="Of matryoshka: search a rank for every head, greedily.",
+            help="With --method matryoshka: search a rank for every head, greedily.",
             rich_help_panel=_METHOD,
         ),
     ] = False,

@@ -23,33 +23,34 @@ def quantization(
     bits: Annotated[
         str | None,
         typer.Option(
-            help="Of a number: 2, 3, 4 or 8, keys and values apart such as K4V2, or auto for what "
-            "--kv-budget allows. Of aware it is their mean: the bytes are those of such bits. Of "
-            "zipcache and mikv two such as 4/2, for tokens with more attention and for the others. "
-            "Of mustafar those of keys. By default 4, and 4/2. fp8: what an engine's static fp8 "
-            "cache keeps, by the scales of MODEL itself where it has some. States of Mamba-2 "
-            "layers have 8, or with S4 behind it 4; S8 alone packs only them. Latents of MLA "
-            "layers have them for each of their numbers.",
+            help="Of each number: 2, 3, 4 or 8; keys and values apart, such as K4V2; or auto, "
+            "what --kv-budget allows. aware takes it as a mean that layers share. zipcache "
+            "and mikv take two, such as 4/2, for tokens with more attention and for the "
+            "others; mustafar takes those of keys. Default: 4, or 4/2. fp8: what an "
+            "engine's static fp8 cache keeps, by the scales of MODEL itself where it has "
+            "some. States of Mamba-2 layers get 8, or 4 with S4 behind it, such as 4S4; S8 "
+            "alone packs nothing else. Latents of MLA layers get them number by number.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
     method: Annotated[
         Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear", "mustafar"],
         typer.Option(
-            help="aware: bits by what predictions feel of each layer's keys and values. kivi: the "
-            "same everywhere, keys with a scale per channel. rotatekv: scales per token, behind a "
-            "Hadamard transform and a reordering of channels. zipcache: as kivi, with more bits "
-            "for tokens that get more attention. mikv: the same with scales per token, and keys "
-            "balanced against queries. gear: as kivi, and what the codes leave out in thin "
-            "factors. mustafar: keys as kivi, and the largest numbers of each value exactly.",
+            help="aware: more bits where predictions are sensitive to a layer's keys or values. "
+            "kivi: the same everywhere, keys with a scale per channel. rotatekv: scales "
+            "per token, behind a Hadamard transform and a reordering of channels. "
+            "zipcache: as kivi, with more bits for tokens that get more attention. mikv: "
+            "the same with scales per token, and keys balanced against queries. gear: as "
+            "kivi, and thin factors for what the codes leave out. mustafar: keys as kivi, "
+            "and the largest numbers of each value exactly.",
             rich_help_panel=_METHOD,
         ),
     ] = "aware",
     salient: Annotated[
         str | None,
         typer.Option(
-            help="Share of tokens with more bits, by the attention they get: 60% of zipcache, 50% "
-            "of mikv.",
+            help="With --method zipcache (default: 60%) and mikv (50%): share of tokens with "
+            "more bits, by the attention they get.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -57,24 +58,26 @@ def quantization(
         int | None,
         typer.Option(
             min=1,
-            help="Of gear: rank of the factors of each block's keys, and of its values (2).",
+            help="With --method gear: rank of the factors of each block's keys, and of its "
+            "values; default: 2.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
     sparsity: Annotated[
         str | None,
         typer.Option(
-            help="Of mustafar: share of a value's numbers, the smallest, that are left out (50%).",
+            help="With --method mustafar: share of a value's numbers, the smallest, that are "
+            "left out; default: 50%.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
-    plan: _options.PlanFile = None,
+    plan: _options.StartPlan = None,
     kv_budget: Annotated[
         str | None,
         typer.Option(
             "--kv-budget",
-            help="Of --bits auto: size of the cache at --context, a share of the native one (20%) "
-            "or bytes (300MB); exact tokens included.",
+            help="With --bits auto: size of the cache at --context, a share of the native one "
+            "(20%) or bytes (300MB); exact tokens included.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -90,9 +93,9 @@ def quantization(
     read: Annotated[
         Literal["absorbed", "rebuilt"] | None,
         typer.Option(
-            help="Keys are stored after RoPE and read as they are (absorbed), or before it, and "
-            "rebuilt and rotated at every step: less is lost (rebuilt, the default of rotatekv; "
-            "not for two tiers).",
+            help="absorbed: keys are stored after RoPE and read as stored. rebuilt: they are "
+            "stored before it, and rebuilt and rotated at every step, with less loss; the "
+            "default of rotatekv, and not for zipcache and mikv.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -152,7 +155,7 @@ def quantization(
     asked, rest = bit_options.parse_tiers(of_heads if of_heads or states is None else "4")
     of_group, of_sink, of_window = _RINGS.get(chosen, (64, 4, 64))
     if (asked is None) != (kv_budget is not None):
-        raise UsageError("--bits auto and --kv-budget come together: the one asks the other")
+        raise UsageError("--bits auto and --kv-budget come together: give both or neither")
     if asked is None and method != "aware":
         raise UsageError(
             f"--bits auto is for --method aware, {method} has the same bits everywhere"

@@ -21,17 +21,21 @@ def receptive_field(
     model: _options.Model,
     output: _options.Output,
     length: Annotated[
-        int, typer.Option(min=2, help="Tokens of the texts to come.", rich_help_panel=_METHOD)
+        int,
+        typer.Option(
+            min=2, help="Tokens of the texts that MODEL is to read.", rich_help_panel=_METHOD
+        ),
     ],
     taught: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Tokens of the texts that MODEL was taught with; noted where kvtool taught it.",
+            help="Tokens of the texts that MODEL was taught with; default: what kvtool noted, "
+            "if it taught MODEL.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
-    plan: _options.PlanFile = None,
+    plan: _options.StartPlan = None,
     data: _options.Data = None,
     tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
@@ -42,7 +46,7 @@ def receptive_field(
     revision: _options.Revision = None,
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
-    """Plan which tokens the Mamba-2 heads of MODEL pass over behind the length they were taught."""
+    """Plan which tokens the Mamba-2 heads of MODEL skip in texts longer than it was taught with."""
     from kvtool.calibrate.bit_options import QuantizationOptions
     from kvtool.calibrate.quantization import everything
     from kvtool.calibrate.receptive_field import calibrate_receptive_field
@@ -61,7 +65,8 @@ def receptive_field(
         raise UnsupportedModelError(f"no layer of {checkpoint.source} keeps a state of Mamba-2")
     if taught is None and (taught := _noted(checkpoint)) is None:
         raise UsageError(
-            f"{checkpoint.source} does not say with how long texts it was taught", hint="--taught"
+            f"{checkpoint.source} does not say with how long texts it was taught",
+            hint="say it with --taught",
         )
     start = _options.read_plan(plan, checkpoint)
     if start is None:
@@ -78,9 +83,9 @@ def receptive_field(
 
 def _noted(checkpoint: Checkpoint) -> int | None:
     """The window that `convert --to mamba` taught with."""
-    from kvtool.convert.artifact import MANIFEST, read_manifest
+    from kvtool.convert.artifact import read_manifest
 
-    if not (checkpoint.path / MANIFEST).exists():
+    if checkpoint.manifest is None:
         return None
     manifest = read_manifest(checkpoint.path)
     healing = manifest["plan"].get("healing")

@@ -28,7 +28,8 @@ def statistics(
         typer.Option(
             "--output",
             "-o",
-            help="A file to copy the statistics to; they are in kvtool's cache in any case.",
+            help="A file that the statistics are copied to; they are kept in kvtool's cache in "
+            "any case.",
             rich_help_panel="Output",
         ),
     ] = None,
@@ -38,7 +39,7 @@ def statistics(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens read with one context; default: 2048, or what the model can.",
+            help="Tokens of a window; default: 2048, or the model's context.",
             rich_help_panel=_INPUT,
         ),
     ] = None,
@@ -46,14 +47,17 @@ def statistics(
         int | None,
         typer.Option(
             min=1,
-            help="Windows start at random positions within it; default: 8192, or the model's.",
+            help="Windows start at random positions and end within so many tokens; default: "
+            "8192, or the model's context.",
             rich_help_panel=_INPUT,
         ),
     ] = None,
     sinks: Annotated[
         int,
         typer.Option(
-            min=0, help="First positions of each window, kept apart.", rich_help_panel=_INPUT
+            min=0,
+            help="First tokens of each window, which are summed up apart.",
+            rich_help_panel=_INPUT,
         ),
     ] = 4,
     chat_share: Annotated[
@@ -62,7 +66,8 @@ def statistics(
             min=0,
             max=1,
             metavar="SHARE",
-            help="Share of the text put into conversations, if the model has a chat template.",
+            help="Share of the text that is put into conversations, if the model has a chat "
+            "template.",
             rich_help_panel=_INPUT,
         ),
     ] = 0.25,
@@ -79,7 +84,7 @@ def statistics(
     """Measure queries, keys, values and attention of MODEL in one pass over text."""
     from kvtool.calibrate import statistics as measured
     from kvtool.checkpoint import Checkpoint
-    from kvtool.convert.conversion import peak_memory
+    from kvtool.progress import peak_memory
 
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code

@@ -50,7 +50,7 @@ def chat(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Talk to a model. /reset forgets the conversation, /exit or Ctrl-D ends it."""
+    """Talk to MODEL. /reset forgets the conversation, /exit or Ctrl-D ends it."""
     from kvtool.checkpoint import Checkpoint
     from kvtool.runtime import Engine, Sampling
 

@@ -2,124 +2,88 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.filesize import decimal
-
-from kvtool.cli import _console, _options
 from kvtool.errors import GateError, UsageError
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
+    from kvtool.cli._conversion import Run
+    from kvtool.convert.options import ConvertOptions
 
 
 def convert_mamba(
-    model: str,
-    output: Path,
-    *,
+    run: Run,
+    asked: ConvertOptions,
     layers: str | None,
-    kv_budget: str | None,
-    heal: str | None,
-    teacher: str | None,
     loss: Literal["forward-kl", "reverse-kl"],
-    data: str | None,
-    tokens: int,
-    seed: int,
-    dtype: str,
-    device: str,
-    shard_size: str,
-    overwrite: bool,
-    resume: bool,
-    dry_run: bool,
-    verify: bool,
-    json: bool,
-    quiet: bool,
-    offline: bool,
-    revision: str | None,
-    trust_remote_code: bool,
-    misplaced: list[str],
 ) -> None:
-    """The options are those of ``kvtool convert``; `misplaced` are for other conversions."""
+    """`layers` and `loss` are those of the command, `asked` is what other conversions take too."""
     from kvtool.calibrate.layer_importance import ImportanceOptions, rank_layers, reaches
-    from kvtool.checkpoint import Checkpoint
-    from kvtool.cli.convert import add_plan, check_memory, finish, new_table
     from kvtool.convert import mamba, mamba_planning
-    from kvtool.distill import processes
 
-    if misplaced:
-        raise UsageError(f"{misplaced[0]} has no place in --to mamba")
-    checkpoint = Checkpoint.open(
-        model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
-    )
+    checkpoint = run.checkpoint
     mamba_planning.require(checkpoint)
-    device = _options.resolve_device(device)
-    opened = None
-    if teacher is not None:
-        opened = Checkpoint.open(teacher, offline=offline, trust_remote_code=trust_remote_code)
-    wanted = _Layers(checkpoint, layers, kv_budget)
-    # Until they are ranked, any layers stand in for those that will be replaced.
-    first = wanted.named or tuple(range(wanted.count))
-
-    def options(replaced: tuple[int, ...]) -> Any:
-        return mamba_planning.MambaOptions(
-            layers=replaced, heal=heal or "auto", teacher=teacher, loss=loss, data=data,
-            tokens=tokens, seed=seed, dtype=dtype, shard_size=shard_size,
-        )  # fmt: skip
-
-    main = processes()[0] == 0
-    planned = mamba_planning.plan(
-        checkpoint, options(first), output if main else None,
-        device=device, overwrite=overwrite, teacher=opened,
-    )  # fmt: skip
-    check_memory(planned, device, verify)
-    if dry_run:
-        if not wanted.named:
-            planned["replaced_layers"] = f"{wanted.count}, to be ranked"
-        if not main:
-            return
-        table = new_table(f"{model} to mamba: nothing written")
-        add_plan(table, {**planned, "replaced_layers": [planned["replaced_layers"]]})
-        table.add_row("disk needed", decimal(planned["disk_bytes"]))
-        table.add_row("memory to convert, about", decimal(planned["memory_bytes"]))
-        _console.emit(planned, json, table)
-        return
-    with _console.progress(quiet or not main) as report:
-        replaced = wanted.named
-        if not replaced:
-            ranking = ImportanceOptions(wanted.count, data=data, tokens=tokens, seed=seed)
-            reach = reaches(checkpoint, ranking, report)
-            ranked = rank_layers(checkpoint, ranking, reach, device=device, report=report)
-            replaced = tuple(sorted(score.layer for score in ranked[: wanted.count]))
-        result = mamba.convert(
+    wanted = _Layers(checkpoint, layers, asked.kv_budget)
+    options = mamba_planning.MambaOptions(
+        # Until they are ranked, any layers stand in for those that will be replaced.
+        layers=wanted.named or tuple(range(wanted.count)),
+        heal=asked.heal or "auto",
+        teacher=asked.teacher,
+        loss=loss,
+        data=asked.data,
+        tokens=asked.tokens,
+        seed=asked.seed,
+        dtype=asked.dtype,
+        shard_size=asked.shard_size,
+    )
+    if run.is_first:
+        planned = mamba_planning.plan(
             checkpoint,
-            output,
-            options(replaced),
-            report=report,
-            overwrite=overwrite,
-            resume=resume,
-            device=device,
-            teacher=opened,
+            options,
+            run.output,
+            device=run.device,
+            overwrite=run.overwrite,
+            teacher=run.teacher,
         )
+        run.check_memory(planned)
+        if run.dry_run and not wanted.named:
+            planned["replaced_layers"] = f"{wanted.count}, to be ranked"
+        if run.dry_run:
+            run.show(planned)
+    if run.dry_run:
+        return
+    with run.progress() as report:
+        if not wanted.named:
+            ranking = ImportanceOptions(
+                wanted.count, data=asked.data, tokens=asked.tokens, seed=asked.seed
+            )
+            reach = reaches(checkpoint, ranking, report)
+            ranked = rank_layers(checkpoint, ranking, reach, device=run.device, report=report)
+            best = sorted(score.layer for score in ranked[: wanted.count])
+            options = replace(options, layers=tuple(best))
+        result = mamba.convert(checkpoint, run.output, options, report=report, **run.conditions)
     if result is None:  # another process of accelerate launch writes
         return
-    table = new_table(f"{model} to mamba: {output}")
-    add_plan(table, result.plan)
-    table.add_row("seconds", f"{result.seconds:.1f}")
-    table.add_row("peak memory", decimal(result.peak_memory_bytes))
-    for arm, about in result.arms.items():
-        what = "result" if arm == "mamba" else f"control: {arm}"
-        told = f"KL {about['kl']:.4f}, perplexity x{about['perplexity_ratio']:.4f} on held-out text"
-        if heal != "0" and not about["learned"]:
-            told += "; taught so briefly it got worse, so this is the closed form"
-        table.add_row(what, told)
-    finish(output, checkpoint, result.to_dict(), table, verify=verify, json=json, quiet=quiet)
+    run.finish(result, _told(result.arms, taught=asked.heal != "0"))
     if lost := [arm for arm, beaten in result.beaten.items() if not beaten]:
         raise GateError(
-            f"{output}: the mixers are not clearly nearer to {model} than the control "
-            f"'{lost[0]}', so they are of no use",
+            f"{run.output}: the mixers are not clearly nearer to {checkpoint.source} than the "
+            f"control '{lost[0]}', so they are of no use",
             hint="replace other or fewer layers, or teach them longer with --heal",
         )
+
+
+def _told(arms: dict[str, dict[str, Any]], *, taught: bool) -> dict[str, str]:
+    """How good the result and its controls are, in words."""
+    rows = {}
+    for arm, about in arms.items():
+        told = f"KL {about['kl']:.4f}, perplexity x{about['perplexity_ratio']:.4f} on held-out text"
+        if taught and not about["learned"]:
+            told += "; taught so briefly it got worse, so this is the closed form"
+        rows["result" if arm == "mamba" else f"control: {arm}"] = told
+    return rows
 
 
 class _Layers:

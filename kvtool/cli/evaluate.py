@@ -25,23 +25,34 @@ def evaluate(
         typer.Option(
             metavar="BASE",
             help="The original; default: the one that MODEL's manifest names, or with --plan "
-            "MODEL itself without it.",
+            "MODEL itself without the plan.",
         ),
     ] = None,
     data: options.Data = None,
     windows: Annotated[
-        int | None, typer.Option(min=1, help="Windows of text; 8, or 4 with --quick.")
+        int | None, typer.Option(min=1, help="Windows of text; default: 8, or 4 with --quick.")
     ] = None,
     prefill: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens stored before judging; 1536, less in a short context."),
+        typer.Option(
+            min=1,
+            help="Tokens of a window that are stored first; default: 1536, less in a short "
+            "context.",
+        ),
     ] = None,
     continuation: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens judged through the cache; 256, less in a short context."),
+        typer.Option(
+            min=1,
+            help="Tokens behind them that are predicted from the cache; default: 256, less in a "
+            "short context.",
+        ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Less text and fewer lengths: a demonstration.")
+        bool,
+        typer.Option(
+            "--quick", help="Less text and fewer lengths: a first look, too little for a claim."
+        ),
     ] = False,
     lengths: Annotated[
         list[int] | None,
@@ -52,11 +63,12 @@ def evaluate(
             "and 2048 for the pass-key, 1400 and 700 for the needle.",
         ),
     ] = None,
-    layers: Annotated[bool, typer.Option(help="Measure what each layer alone breaks.")] = True,
+    layers: Annotated[bool, typer.Option(help="Measure what each layer alone loses.")] = True,
     chat_prompts: Annotated[bool, typer.Option(help="Ask a few questions in chat.")] = True,
     speed: Annotated[bool, typer.Option(help="Time generation as well.")] = True,
     max_kl: Annotated[
-        float | None, typer.Option(min=0.0, help="Fail (exit code 6) above this KL.")
+        float | None,
+        typer.Option(min=0.0, help="Fail (exit code 6) above this KL, in nats per token."),
     ] = None,
     max_ppl_ratio: Annotated[
         float | None, typer.Option(min=0.0, help="Fail above this ratio of perplexities.")
@@ -72,7 +84,8 @@ def evaluate(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="Fail below this share of the chat prompts that the original ends.",
+            help="Fail below this share of answers that end, among the chat prompts whose "
+            "answer the original ends.",
         ),
     ] = None,
     output: Annotated[
@@ -80,7 +93,7 @@ def evaluate(
         typer.Option(
             "--output",
             "-o",
-            help="Also write the report here, a .json or .html, in place of one that is there; "
+            help="Also write the report to this .json or .html file, in place of an older one; "
             "may be given more than once.",
         ),
     ] = None,

@@ -23,17 +23,31 @@ if TYPE_CHECKING:
 _SAMPLING = "Sampling"
 _LEAST_TEMPERATURE = 1e-3  # logits are divided by it: far below, they overflow
 
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate.")]
 Temperature = Annotated[
     float,
-    typer.Option(min=0.0, help="0 takes the likeliest token.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        min=0.0,
+        help="How random the choice is; 0: always the likeliest token.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 TopP = Annotated[
     float,
-    typer.Option(min=0.0, max=1.0, help="Share of probability kept.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Choose among the likeliest tokens that hold this share of the probability.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 TopK = Annotated[
-    int, typer.Option(min=0, help="Likeliest tokens kept; 0: all.", rich_help_panel=_SAMPLING)
+    int,
+    typer.Option(
+        min=0,
+        help="Choose among so many of the likeliest tokens; 0: all.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 MinP = Annotated[
     float,
@@ -46,11 +60,17 @@ MinP = Annotated[
 ]
 RepetitionPenalty = Annotated[
     float,
-    typer.Option(min=0.01, help="Above 1: avoid tokens seen.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        min=0.01,
+        help="Above 1: tokens that were there before become less likely.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(min=0, max=MAX_SEED, help="Same seed, same text.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        min=0, max=MAX_SEED, help="With the same seed, the same text.", rich_help_panel=_SAMPLING
+    ),
 ]
 
 
@@ -58,7 +78,10 @@ def generate(
     model: options.Model,
     prompt: Annotated[
         str,
-        typer.Argument(help="The text to continue; '-' reads it from stdin, less a last newline."),
+        typer.Argument(
+            metavar="PROMPT",
+            help="The text to continue; '-' reads it from stdin, without its last newline.",
+        ),
     ],
     plan: options.PlanFile = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -69,7 +92,7 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Ask through the model's chat template.")
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template first.")
     ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -79,7 +102,7 @@ def generate(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Continue a prompt; text streams to stdout, statistics go to stderr."""
+    """Continue PROMPT; text streams to stdout, speed and cache size go to stderr."""
     from kvtool.checkpoint import Checkpoint
     from kvtool.runtime import Engine, Sampling
 
@@ -187,7 +210,9 @@ def sampling_options(
     narrowing = {"--top-p": top_p < 1.0, "--top-k": top_k > 0, "--min-p": min_p > 0.0}
     for flag, given in narrowing.items():
         if given and temperature == 0.0:
-            raise UsageError(f"{flag} has no effect at temperature 0", hint="--temperature 1")
+            raise UsageError(
+                f"{flag} has no effect at temperature 0", hint="--temperature 1 samples"
+            )
     return {
         "temperature": temperature,
         "top_p": top_p,

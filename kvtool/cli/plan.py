@@ -31,17 +31,21 @@ _PLANNED_BYTES = {
     "memory_bytes": "memory needed, about",
 }
 
-plan_app = typer.Typer(name="plan", help="Look at plans, slice and compose.", no_args_is_help=True)
+plan_app = typer.Typer(
+    name="plan",
+    help="Show plans, cut other sizes from them, put two together.",
+    no_args_is_help=True,
+)
 
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.")]
 Context = Annotated[
-    int, typer.Option("--context", min=1, help="Tokens of a prompt that bytes are stated for.")
+    int, typer.Option("--context", min=1, help="Tokens of a prompt for which sizes are stated.")
 ]
 
 
 @plan_app.command("show")
 def show(plan: PlanFile, context: Context = 4096, json: _options.Json = False) -> None:
-    """Show what a plan keeps, head by head, and what its cache costs."""
+    """Show what PLAN keeps, head by head, and what its cache costs."""
     from kvtool.plan import Plan
 
     emit_plan(Plan.read(plan), plan, context, json)
@@ -54,18 +58,23 @@ def slice_(
     kv_budget: Annotated[
         str | None,
         typer.Option(
-            "--kv-budget", help="Share of the native cache at --context (55%), or bytes (300MB)."
+            "--kv-budget",
+            help="Size to cut to: a share of the native cache at --context (55%), or bytes "
+            "(300MB).",
         ),
     ] = None,
     streaming_heads: Annotated[
         str | None,
-        typer.Option("--streaming-heads", help="Share of all KV heads (50%), or their number."),
+        typer.Option(
+            "--streaming-heads",
+            help="How many heads stream: a share of all KV heads (50%), or their number.",
+        ),
     ] = None,
     context: Context = 4096,
     overwrite: _options.Overwrite = False,
     json: _options.Json = False,
 ) -> None:
-    """Cut another size from a plan: its streaming heads, or the width of its codes.
+    """Cut another size from PLAN: its streaming heads, or the width of its codes.
 
     Nothing is calibrated again: scores and full spectra are in the file.
     """

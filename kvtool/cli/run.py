@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in YAML.")]
 
-recipe_app = typer.Typer(name="recipe", help="Look at recipes.", no_args_is_help=True)
+recipe_app = typer.Typer(name="recipe", help="Check recipes.", no_args_is_help=True)
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
         typer.Option(
             "--output",
             "-o",
-            help="Where the result is written; default: what the recipe says.",
+            help="Where the result is written; default: where the recipe says.",
             rich_help_panel="Output",
         ),
     ] = None,
@@ -40,8 +40,9 @@ def run(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Run the steps of RECIPE. With --json every step prints one object."""
-    from kvtool.cli import calibrate
+    from kvtool.cli.calibrate_budgets import budgets
     from kvtool.cli.calibrate_double_sparsity import double_sparsity
+    from kvtool.cli.calibrate_heads import retrieval_heads
     from kvtool.cli.calibrate_projections import projections
     from kvtool.cli.calibrate_quantization import quantization
     from kvtool.cli.calibrate_receptive_field import receptive_field
@@ -65,8 +66,8 @@ def run(
 
     loaded = load_recipe(recipe)
     calibrations: dict[type, Callable[..., None]] = {
-        HeadsStep: calibrate.retrieval_heads,
-        BudgetsStep: calibrate.budgets,
+        HeadsStep: retrieval_heads,
+        BudgetsStep: budgets,
         ProjectionsStep: projections,
         QuantizationStep: quantization,
         ReceptiveFieldStep: receptive_field,

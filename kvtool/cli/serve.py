@@ -15,6 +15,7 @@ import typer
 from kvtool.cli import _options as options
 from kvtool.cli._console import counted, err
 from kvtool.errors import KvtoolError, ResourceError, UsageError
+from kvtool.sizes import bytes_of
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -30,26 +31,39 @@ def serve_local(
     plan: options.PlanFile = None,
     kv_memory: Annotated[
         str,
-        typer.Option(help="Bytes that all caches may take together.", rich_help_panel=_MEMORY),
+        typer.Option(
+            help="Memory that the caches of all requests may take together.",
+            rich_help_panel=_MEMORY,
+        ),
     ] = "4GiB",
     max_running: Annotated[
-        int, typer.Option(min=1, help="Requests decoded together.", rich_help_panel=_MEMORY)
+        int,
+        typer.Option(
+            min=1, help="The most requests that are decoded together.", rich_help_panel=_MEMORY
+        ),
     ] = 64,
     max_waiting: Annotated[
         int,
-        typer.Option(min=0, help="Requests that may wait; more get 429.", rich_help_panel=_MEMORY),
+        typer.Option(
+            min=0,
+            help="The most requests that wait; further ones get status 429.",
+            rich_help_panel=_MEMORY,
+        ),
     ] = 256,
     prefill_chunk: Annotated[
         int,
         typer.Option(
-            min=1, help="Tokens of a prompt between two decode steps.", rich_help_panel=_MEMORY
+            min=1,
+            help="Tokens of a prompt that are read between two decode steps.",
+            rich_help_panel=_MEMORY,
         ),
     ] = 128,
     prefix_cache: Annotated[
         bool,
         typer.Option(
             "--prefix-cache/--no-prefix-cache",
-            help="Keep prompts, while there is memory, for others that start alike.",
+            help="Keep what was read of a prompt, while there is memory, for others that start "
+            "alike.",
             rich_help_panel=_MEMORY,
         ),
     ] = True,
@@ -57,23 +71,28 @@ def serve_local(
         str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="0: any free one.", rich_help_panel=_SERVER)
+        int,
+        typer.Option(
+            min=0, max=65535, help="Port to listen on; 0: any free one.", rich_help_panel=_SERVER
+        ),
     ] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="KVTOOL_API_KEY",
-            help="Asked for on every route but /health.",
+            help="Key that clients must send, on every route but /health.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
     served_model_name: Annotated[
         str | None,
-        typer.Option(help="What clients call the model; MODEL.", rich_help_panel=_SERVER),
+        typer.Option(help="What clients call the model; default: MODEL.", rich_help_panel=_SERVER),
     ] = None,
     chat_template: Annotated[
         Path | None,
-        typer.Option(help="A Jinja file instead of the model's own.", rich_help_panel=_SERVER),
+        typer.Option(
+            help="A Jinja file to use instead of the model's own template.", rich_help_panel=_SERVER
+        ),
     ] = None,
     max_body: Annotated[
         str, typer.Option(help="Largest request body.", rich_help_panel=_SERVER)
@@ -81,12 +100,14 @@ def serve_local(
     drain: Annotated[
         int,
         typer.Option(
-            min=0, help="Seconds that running requests get at the end.", rich_help_panel=_SERVER
+            min=0,
+            help="Seconds that running requests get to end after SIGTERM.",
+            rich_help_panel=_SERVER,
         ),
     ] = 60,
     metrics_compat: Annotated[
         Literal["none", "vllm"],
-        typer.Option(help="vllm: /metrics under its names too.", rich_help_panel=_SERVER),
+        typer.Option(help="vllm: /metrics also under the names of vLLM.", rich_help_panel=_SERVER),
     ] = "none",
     quiet: options.Quiet = False,
     dtype: options.Dtype = "auto",
@@ -95,7 +116,7 @@ def serve_local(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Serve a model to OpenAI clients; SIGTERM lets running requests end."""
+    """Serve MODEL to OpenAI clients; SIGTERM lets running requests end."""
     memory, body = _size(kv_memory, "--kv-memory"), _size(max_body, "--max-body")
     if api_key == "":
         raise UsageError("the API key is empty, so that anybody would have it")
@@ -184,26 +205,21 @@ def native_bytes_per_token(scheduler: Scheduler, checkpoint: Checkpoint) -> floa
     """Bytes that a further token of a long text costs in the cache that this one is smaller than,
     in the same precision.
     """
-    from kvtool.convert.artifact import MANIFEST, read_manifest
+    from kvtool.convert.artifact import read_manifest
 
     engine, itemsize = scheduler.engine, scheduler.engine.dtype.itemsize
     if engine.plan is not None:
         return engine.plan.native_bytes_per_token(itemsize)
-    if (checkpoint.path / MANIFEST).exists():
+    if checkpoint.manifest is not None:
         before = read_manifest(checkpoint.path)["plan"]["bytes_per_token_before"]
         return float(before) / 2 * itemsize  # the manifest counts bf16
     return scheduler.memory.bytes_per_token
 
 
 def _size(text: str, flag: str) -> int:
-    from kvtool.sizes import parse_budget
-
-    try:
-        if "%" in text:
-            raise UsageError("a share of what?")
-        return parse_budget(text, 0)
-    except UsageError as error:
-        raise UsageError(f"{flag} '{text}' is not a size such as 4GiB or 300MB") from error
+    if (size := bytes_of(text)) is None:
+        raise UsageError(f"{flag} '{text}' is not a size such as 4GiB or 300MB")
+    return size
 
 
 def _read(file: Path) -> str:

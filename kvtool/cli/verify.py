@@ -56,4 +56,4 @@ def verify(
     _console.emit(report.to_dict(), json, table)
     if not report.passed:
         failed = ", ".join(check.name for check in report.checks if not check.passed)
-        raise GateError(f"{output} against {against}: failed {failed}")
+        raise GateError(f"{output} against {against}: these checks failed: {failed}")

@@ -6,13 +6,14 @@ corpus of prose never shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtool.corpus import chat_tokens, start_tokens
 from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.evaluate.retrieval import Filler
+from kvtool.progress import Progress, silent, telling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +89,7 @@ def converse(
     prompts: int,
     max_new_tokens: int,
     max_context: int,
-    report: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> tuple[Chat | None, list[Sample]]:
     """Ask both models the first few of `PROMPTS`.
 
@@ -108,11 +109,8 @@ def converse(
     if max_new_tokens < 1:
         return None, []
     engines = [engine] if base is None else [engine, base]
-    replies: list[list[Reply]] = []
-    report("chat", 0, len(engines))
-    for one in engines:
-        replies.append(greedy_replies(one, ids, max_new_tokens))
-        report("chat", len(replies), len(engines))
+    sides = telling(report, "chat", engines, len(engines))
+    replies = [greedy_replies(one, ids, max_new_tokens) for one in sides]
     ours = replies[0]
     theirs = [None] * len(ours) if base is None else replies[1]
     samples = [

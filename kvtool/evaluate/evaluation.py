@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
-from typing import Any
 
 import torch
 
-from kvtool.checkpoint import Checkpoint
+from kvtool.checkpoint import MANIFEST, Checkpoint
 from kvtool.corpus import Corpus
 from kvtool.errors import CheckpointError, UnsupportedModelError, UsageError
 from kvtool.evaluate import layers, protocol, retrieval, throughput
@@ -21,11 +18,8 @@ from kvtool.evaluate.report import Report, plan_facts
 from kvtool.evaluate.retrieval import Result
 from kvtool.evaluate.throughput import Bandwidth, Speed
 from kvtool.plan import Plan
+from kvtool.progress import Progress, silent, telling
 from kvtool.runtime import Engine
-
-MANIFEST = "kvtool_manifest.json"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class Settings:
 
 def manifest_base(checkpoint: Checkpoint) -> str | None:
     """The original that a conversion's manifest names, None where there is no manifest."""
-    manifest = _manifest(checkpoint)
+    manifest = checkpoint.manifest
     try:
         return None if manifest is None else str(manifest["base"]["source"])
     except (KeyError, TypeError) as error:
@@ -89,22 +83,9 @@ def manifest_base(checkpoint: Checkpoint) -> str | None:
 
 def conversion_cost(checkpoint: Checkpoint) -> dict[str, float] | None:
     """Seconds and peak memory of the conversion, as its manifest tells; None where none does."""
-    manifest = _manifest(checkpoint) or {}
+    manifest = checkpoint.manifest or {}
     known = {name: manifest.get(name) for name in ("seconds", "peak_memory_bytes")}
     return {name: n for name, n in known.items() if isinstance(n, int | float)} or None
-
-
-def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    file = checkpoint.path / MANIFEST
-    if not file.exists():
-        return None
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not a manifest: {error}") from error
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{file}: not a manifest: it holds no JSON object")
-    return manifest
 
 
 def evaluate(
@@ -116,7 +97,7 @@ def evaluate(
     settings: Settings = Settings(),
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    report: Progress = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Report:
     """Measure bytes, divergence, retrieval and speed of `checkpoint` beside `base`.
 
@@ -206,11 +187,8 @@ def _divergence(
     # One more than is fed: the last token is only the target of the one before.
     length = prefill + continuation + 1
     windows = corpus.windows(engine.tokenizer, length, settings.windows, settings.seed)
-    scores: list[protocol.WindowScores] = []
-    report("continuation", 0, len(windows))
-    for score in protocol.score_windows(engine, base, windows, prefill):
-        scores.append(score)
-        report("continuation", len(scores), len(windows))
+    judged = protocol.score_windows(engine, base, windows, prefill)
+    scores = list(telling(report, "continuation", judged, len(windows)))
     found = protocol.summarise(scores, prefill, continuation)
     ours, theirs = (
         None if one is None else protocol.bf16_bytes(one, prefill, prefill + continuation)
@@ -239,11 +217,8 @@ def _layers(
     elif settings.layers:
         length = settings.layer_prefill + settings.layer_continuation
         (window,) = corpus.windows(engine.tokenizer, length, 1, settings.seed)
-        damage = []
-        report("layers", 0, len(sizes))
-        for found in layers.layer_damage(engine, base, window, settings.layer_prefill):
-            damage.append(found)
-            report("layers", len(damage), len(sizes))
+        found = layers.layer_damage(engine, base, window, settings.layer_prefill)
+        damage = list(telling(report, "layers", found, len(sizes)))
     return layers.layer_results(sizes, layer_sizes(base), damage)
 
 
@@ -284,12 +259,8 @@ def _retrieval(
     if not needles:
         notes.append(f"no 4-key needle fits in {' or '.join(map(str, lengths))} tokens")
     cases += needles
-    results: list[Result] = []
-    report("retrieval", 0, len(cases))
-    for result in retrieval.run_cases(engine, base, cases):
-        results.append(result)
-        report("retrieval", len(results), len(cases))
-    return results
+    results = retrieval.run_cases(engine, base, cases)
+    return list(telling(report, "retrieval", results, len(cases)))
 
 
 def _chat(

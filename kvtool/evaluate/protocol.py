@@ -305,22 +305,6 @@ def mean(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def compare_logits(
-    base: torch.Tensor, other: torch.Tensor, targets: torch.Tensor
-) -> tuple[float, float, float, float]:
-    """Compare two models' logits [C, V] position by position, in float64.
-
-    Returns:
-        Mean negative log-likelihood of `targets` [C] under base and other, mean
-        KL(base || other), and the share of positions whose argmax agrees.
-    """
-    scores = mean(judge(other, base, targets))
-    assert scores.base_nll is not None
-    assert scores.kl is not None
-    assert scores.top1 is not None
-    return scores.base_nll, scores.nll, scores.kl, scores.top1
-
-
 def score_windows(
     engine: Engine, base: Engine | None, windows: torch.Tensor, prefill: int
 ) -> Iterator[WindowScores]:

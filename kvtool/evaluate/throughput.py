@@ -28,6 +28,8 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
 from kvtool.evaluate.protocol import CacheSize, cache_size
 from kvtool.layout import experts_of
+from kvtool.progress import Progress, silent
+from kvtool.progress import peak_memory as peak_of_process
 from kvtool.runtime.layers import LatentRuntimeAttention
 
 if TYPE_CHECKING:
@@ -261,7 +263,7 @@ def compare_speed(
     repeats: int,
     bandwidth: Bandwidth,
     dense: Engine | None = None,
-    report: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    report: Progress = silent,
 ) -> Iterator[Speed]:
     """Time all sides at every context length.
 
@@ -317,10 +319,7 @@ def compare_speed(
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Peak bytes so far: of the whole process, and of the device where it has its own memory."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
-    peak = {"process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"process_bytes": peak_of_process()}
     if device.type == "cuda":
         peak["device_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak

@@ -23,11 +23,13 @@ from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 from kvtool.mamba import Rule
 
-FORMAT_VERSION, WINDOW_VERSION, SPARSE_VERSION, KEPT_VERSION, BITS_VERSION = 8, 7, 6, 5, 4
+FORMAT_VERSION, DELTA_VERSION, WINDOW_VERSION = 9, 8, 7
+SPARSE_VERSION, KEPT_VERSION, BITS_VERSION = 6, 5, 4
 CODES_VERSION = 3
-"""8 knows states of Gated DeltaNet; 7 sliding windows; 6 fp8, and heads that are read sparsely; 5
-layers without KV heads, and tiers, balances, factors and sparse values; 4 bits of heads, and 3
-codes. A file is of the oldest version that knows what is in it, 1 at least."""
+"""9 knows layers that share keys and values; 8 states of Gated DeltaNet; 7 sliding windows; 6 fp8,
+and heads that are read sparsely; 5 layers without KV heads, and tiers, balances, factors and sparse
+values; 4 bits of heads, and 3 codes. A file is of the oldest version that knows what is in it, 1 at
+least."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""
 Prefill = Literal["dense", "streamed"]
@@ -129,6 +131,14 @@ class WindowEntry(_Strict):
     window: _Count
 
 
+class SharedEntry(_Strict):
+    """A layer whose past others read, or that reads another's."""
+
+    kind: Literal["shared"]
+    heads: _Count
+    head_dim: _Count
+
+
 class SparseEntry(_Strict):
     """How few tokens of full heads a query reads."""
 
@@ -138,7 +148,7 @@ class SparseEntry(_Strict):
     window: _Count
 
 
-_Kept = StateEntry | LatentEntry | WindowEntry
+_Kept = StateEntry | LatentEntry | WindowEntry | SharedEntry
 
 
 class LayerEntry(_Strict):

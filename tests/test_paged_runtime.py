@@ -37,7 +37,7 @@ KINDS = [
     "qwen3_5_text", "qwen3_5_text, budgets", "qwen3_5_text, packed", "gemma4_text, keys are values",
     "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
     "smollm3", "glm4", "ministral3", "gpt_oss, budgets", "gpt_oss, codes", "gpt_oss, packed",
-    "deepseek_v2", "minicpm3",
+    "deepseek_v2", "minicpm3", "gemma4_text, shared",
 ]  # fmt: skip
 
 
@@ -224,7 +224,8 @@ def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "streaming", "packed", "mla-packed", "gemma3_text, codes"]
+    "kind",
+    ["llama", "streaming", "packed", "mla-packed", "gemma3_text, codes", "gemma4_text, shared"],
 )
 def test_what_a_row_takes_of_shared_pages_is_foreseen(engines, monkeypatch, kind):
     """Pages have room for packed blocks: they are not counted again, nor is what a row takes."""

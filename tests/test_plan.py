@@ -372,7 +372,7 @@ def test_a_document_with_anything_anywhere_is_refused_or_works(
 @pytest.mark.parametrize(
     ("where", "value", "complaint"),
     [
-        ("format_version", "9", "newer kvtool"),
+        ("format_version", "10", "newer kvtool"),
         ("format_version", "2", "whose codes are not read"),
         ("format_version", "0", "no kvtool has written"),
         ("allocation", '"even"', "come together"),

@@ -12,12 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import GroupedQueryAttention, causal_attention
+from kvtool.attention import (
+    BorrowingAttention,
+    GroupedQueryAttention,
+    causal_attention,
+    grouped_attention,
+)
 from kvtool.checkpoint import Checkpoint
 from kvtool.delta_net import DeltaNet
 from kvtool.errors import CalibrationError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
-from kvtool.factors import embedding_factor, finish_of
+from kvtool.factors import embedding_factor, finish_of, input_of, layer_inputs
 from kvtool.kernels.sink_logits import softmax
 from kvtool.latent import LatentAttention
 from kvtool.layout import decoder_layers, mixer_of, put_in, ropes_of
@@ -140,33 +145,56 @@ class _Reader(nn.Module):
 
 
 class _Heads(_Reader):
+    """Of a layer with KV heads.
+
+    Attributes:
+        kept: Keys and values that the tokens of the pass see.
+    """
+
+    kept: Kept = ()
+
     def __init__(self, stages: GroupedQueryAttention, now: _Now, rope: Rope) -> None:
         super().__init__(now, rope)
         self.stages = stages
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        stages, scaling, logits = self.stages, self.stages.layout.scaling, self.stages.sink_logits
+        stages = self.stages
         q, k, v = stages.project(hidden_states)
         q, k = stages.normalise(q, k)
         q, k = stages.rotate(stages.temper(q, self.now.positions), k, *self.tables())
-        if (window := stages.layout.sliding_window) is not None:
-            return stages.output(self._windowed(q, k, v, window), hidden_states), None
-        keys, values = self.take(k, v)
-        if self.now.ring is None:
-            whole = causal_attention(q, keys, values, scaling, sink_logits=logits)
-            return stages.output(whole, hidden_states), None
-        read: Tensor = FarRead.apply(  # type: ignore[no-untyped-call]
-            q, keys, values, *self.far, scaling, *self.now.ring, logits
-        )
-        return stages.output(read, hidden_states), None
+        self.kept = self.take(k, v)
+        return stages.output(self.read(q), hidden_states), None
 
-    def _windowed(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Of a layer that has no far reads, `[B, Q, T, D]`."""
-        past = self.seen or (k[:, :, :0], v[:, :, :0])
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
-        self.seen = keys[:, :, -window:].detach(), values[:, :, -window:].detach()
-        scaling, logits = self.stages.layout.scaling, self.stages.sink_logits
-        return causal_attention(q, keys, values, scaling, window, logits)
+    def take(self, *new: Tensor) -> Kept:
+        if (window := self.stages.layout.sliding_window) is None:
+            return super().take(*new)
+        past = self.seen or tuple(x[:, :, :0] for x in new)  # there are no far reads
+        kept = tuple(torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
+        self.seen = tuple(x[:, :, -window:].detach() for x in kept)
+        return kept
+
+    def read(self, q: Tensor) -> Tensor:
+        """What rotated queries of the tokens just taken read, `[1, Q, T, D]`."""
+        layout, logits, (keys, values) = self.stages.layout, self.stages.sink_logits, self.kept
+        if layout.sliding_window is not None or self.now.ring is None:
+            scaling, window = layout.scaling, layout.sliding_window
+            return causal_attention(q, keys, values, scaling, window, logits)
+        read: Tensor = FarRead.apply(  # type: ignore[no-untyped-call]
+            q, keys, values, *self.far, layout.scaling, *self.now.ring, logits
+        )
+        return read
+
+
+class _Borrowing(_Reader):
+    """Of a layer that reads what an earlier one keeps."""
+
+    def __init__(self, stages: BorrowingAttention, lender: _Heads, now: _Now, rope: Rope) -> None:
+        super().__init__(now, rope)
+        self.stages, self.lender = stages, (lender,)  # no module of this one
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        q = rotate(self.stages.queries(hidden_states), *self.tables())
+        return self.stages.output(self.lender[0].read(q), hidden_states), None
 
 
 class _Latent(_Reader):
@@ -235,11 +263,19 @@ class WholeModel:
             module, name = layer.self_attn, f"model.layers.{index}.self_attn"
             latent = latent_stages(module, name, rope.inv_freq, factors_in, index)
             if latent is None:
-                layer.self_attn = _Heads(GroupedQueryAttention(module, name), self._now, rope)
+                layer.self_attn = self._heads(grouped_attention(module, name), rope)
             else:
                 self.shapes[-1] = latent.rank, latent.rope_dim
                 layer.self_attn = _Latent(latent, self._now, rope)
             self._readers.append(layer.self_attn)
+
+    def _heads(self, stages: GroupedQueryAttention, rope: Rope) -> _Reader:
+        if not isinstance(stages, BorrowingAttention):
+            return _Heads(stages, self._now, rope)
+        assert stages.layout.reads is not None
+        lender = self._readers[stages.layout.reads]
+        assert isinstance(lender, _Heads)
+        return _Borrowing(stages, lender, self._now, rope)
 
     def far_reads(
         self, windows: Tensor, offsets: Sequence[int], ring: tuple[int, int], seed: int
@@ -309,6 +345,7 @@ class WholeModel:
         self._now.positions = torch.arange(start, start + len(ids))
         hidden: Tensor = self.model.model.embed_tokens(ids[None])
         hidden = hidden * embedding_factor(self.config)
+        inputs = layer_inputs(self.model, ids[None], hidden)
         for layer in decoder_layers(self.model):
-            hidden = layer(hidden, position_embeddings=None)
+            hidden = layer(hidden, position_embeddings=None, **input_of(inputs, layer))
         return hidden

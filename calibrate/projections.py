@@ -477,7 +477,7 @@ def memory_bytes(checkpoint: Checkpoint, start: Plan, options: ProjectionOptions
     """About what a calibration holds at once, besides Python and its libraries."""
     weights, base = 4 * checkpoint.parameters, start.base
     if options.method == "cskv" and options.bits is not None:
-        width = int(checkpoint.hf_config().hidden_size) + 6 * base.channels
+        width = LayerStream(checkpoint).columns.width + 6 * base.channels
         return 4 * (options.tokens + JUDGED * WINDOW) * width
     if options.method in ("pca", "cskv"):
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)

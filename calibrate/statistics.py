@@ -135,8 +135,8 @@ def file_bytes(stream: LayerStream) -> int:
 
 
 def _sums_bytes(layout: AttentionLayout) -> int:
-    """Of one layer; one with a state has none."""
-    if layout.kind == "state":
+    """Of one layer; one without keys and values of its own has none."""
+    if layout.kind == "state" or layout.reads is not None:
         return 0
     width = {kind: (g, w) for kind, (g, w) in shapes(layout).items()}
     squares = [*width.values(), width["joint"], width["joint"]]  # sinks', attended
@@ -146,7 +146,7 @@ def _sums_bytes(layout: AttentionLayout) -> int:
 
 def memory_bytes(stream: LayerStream, tokens: int) -> int:
     """About what a pass over `tokens` tokens holds at once, besides Python and its libraries."""
-    states = 2 * 4 * tokens * stream.layouts[0].hidden_size
+    states = 2 * 4 * tokens * stream.columns.width
     embedding = stream.checkpoint.tensors["model.embed_tokens.weight"].nbytes
     # What goes through a layer takes about as much as it does on disk.
     passing = stream.checkpoint.largest_layer(len(stream))
@@ -212,18 +212,18 @@ class _Pass:
     @property
     def disk_bytes(self) -> int:
         """Needed at the same time: all layers twice while they are joined, and hidden states."""
-        states = 2 * 4 * self.ids.numel() * self.stream.layouts[0].hidden_size
+        states = 2 * 4 * self.ids.numel() * self.stream.columns.width
         return 2 * file_bytes(self.stream) + states
 
     def _layer_file(self, index: int) -> Path:
         return self.scratch / f"layer-{index:05d}.safetensors"
 
     def _hidden(self, index: int) -> Path:
-        """Where the states `[N, T, hidden]` that go into a layer lie, float32."""
+        """Where the states `[N, T, width]` that go into a layer lie, float32."""
         return self.scratch / f"hidden-{index:05d}"
 
     def _map(self, file: Path) -> Tensor:
-        shape = (*self.ids.shape, self.stream.layouts[0].hidden_size)
+        shape = (*self.ids.shape, self.stream.columns.width)
         size = shape[0] * shape[1] * shape[2]
         return torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(shape)
 
@@ -254,10 +254,13 @@ class _Pass:
         shutil.rmtree(self.scratch)
 
     def _measure(self, layer: StreamedLayer, hidden: Tensor) -> dict[str, Tensor]:
-        """Takes `hidden [N, T, hidden]` through a layer, in place; returns what it leaves."""
+        """Takes `hidden [N, T, width]` through a layer, in place; returns what it leaves."""
         batch = max(1, _BATCH // hidden.shape[1])
         if layer.mixer is not None:  # which has no keys, and nothing to be measured
             layer.run(hidden, layer.mixer, batch)
+            return {}
+        if layer.attention.layout.reads is not None:
+            layer.run(hidden, self.stream.exact_attention(layer), batch)
             return {}
         sums = LayerSums(layer.attention.layout, self.options.sinks, self.budgets)
         for piece, starts in zip(hidden.split(batch), self.starts.split(batch), strict=True):

@@ -93,10 +93,10 @@ class TailModel:
         if not stream.config.tie_word_embeddings:
             self.head = checkpoint.read("lm_head.weight").float().to(self.device)
         self.embedding_factor = stream.embedding_factor
-        self.finish_logits = stream.finish
+        self.finish_logits, self.columns = stream.finish, stream.columns
 
     def embed(self, ids: Tensor) -> Tensor:
-        """`[M]` to `[1, M, hidden]`.
+        """`[M]` to `[1, M, width]`, see `Columns`.
 
         Raises:
             CheckpointError: The tokenizer knows more tokens than the embedding.
@@ -105,7 +105,8 @@ class TailModel:
             raise CheckpointError(
                 f"the tokenizer gives id {int(ids.max())}, the embedding has {len(self.table)} rows"
             )
-        return self.table[ids.to(self.device)][None] * self.embedding_factor
+        ids = ids.to(self.device)[None]
+        return self.columns.first(self.table[ids] * self.embedding_factor, ids)
 
     @torch.no_grad()
     def read(self, sample: RecallSample, prefill: Prefill = "dense") -> Reading:
@@ -133,7 +134,7 @@ class TailModel:
         return Reading(keys, values, *where, sample, states=states)
 
     def layer(self, index: int, hidden: Tensor, reading: Behind | None, attend: Attend) -> Tensor:
-        """Hidden states `[B, M, hidden]` behind a context through one layer; differentiable."""
+        """Hidden states `[B, M, width]` behind a context through one layer; differentiable."""
         layer = self.layers[index]
         if layer.mixer is not None:
             past = None if reading is None else reading.states.get(index)
@@ -215,15 +216,15 @@ class TailModel:
         return attend
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """The final norm."""
-        normed: Tensor = self.norm(hidden)
+        """The final norm of `[..., width]`, `[..., hidden]`."""
+        normed: Tensor = self.norm(self.columns.states(hidden))
         return normed
 
     def log_probabilities(self, hidden: Tensor, reading: Reading) -> Tensor:
         """Of the whole vocabulary at every token to be recalled.
 
         Args:
-            hidden: `[B, M, hidden]` behind the last layer.
+            hidden: `[B, M, width]` behind the last layer.
 
         Returns:
             `[B, A, V]` fp32.
@@ -231,7 +232,7 @@ class TailModel:
         return self.predictions(hidden[:, reading.answers - 1])
 
     def predictions(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities `[B, M, V]` fp32 behind `hidden [B, M, hidden]` of the last layer."""
+        """Log-probabilities `[B, M, V]` fp32 behind `hidden [B, M, width]` of the last layer."""
         logits = self.finish_logits(self.finish(hidden) @ self.head.T)
         return torch.log_softmax(logits, dim=-1)
 

@@ -221,6 +221,12 @@ def check_options(stream: LayerStream, options: ConvertOptions) -> None:
             f"cannot fold anything into weights that are quantised ({checkpoint.quantised})",
             hint="leave --smooth and --turn-values out",
         )
+    shared = any(layout.shares for layout in stream.layouts)
+    if shared and (options.smooth or options.turn_values):
+        raise UnsupportedModelError(
+            "cannot fold anything where several layers read the same keys and values",
+            hint="leave --smooth and --turn-values out",
+        )
     if options.turn_values and (reason := _unturnable(stream)):
         raise UnsupportedModelError(f"cannot turn values: {reason}", hint="leave --turn-values out")
 
@@ -261,7 +267,8 @@ class ToFp8Kv:
 
     def method(self) -> Fit:
         """How a layer is fitted, given the hidden states of the calibration text before it, which
-        it takes through the layer; one with a state has no scales.
+        it takes through the layer; one with a state has no scales, and one that reads another's
+        keys and values the same as that.
         """
         options, stream = self.options, self.stream
 

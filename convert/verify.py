@@ -219,10 +219,10 @@ class Fp8Cache(DynamicCache):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Fp8Cache:
-        """With all the scales that a checkpoint holds."""
+        """With the scales that a checkpoint holds for layers with keys and values of their own."""
         config = checkpoint.hf_config()
-        layers = (i for i, layout in enumerate(describe(config)) if layout.kind != "state")
-        return cls({i: stored_scales(checkpoint, i) for i in layers}, config)
+        own = (i for i, x in enumerate(describe(config)) if x.kind != "state" and x.reads is None)
+        return cls({i: stored_scales(checkpoint, i) for i in own}, config)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -249,6 +249,11 @@ def _check_fp8(report: VerifyReport, converted: Checkpoint, ids: Tensor, exact: 
     """Scales as they were written, and what they cost; the logits `[T, V]` through fp8."""
     scales = Fp8Cache.of(converted).scales
     wrong = fp8_kv.check_scales(s for pair in scales.values() for s in pair)
+    layouts = enumerate(describe(converted.hf_config()))
+    readers = {i: layout.reads for i, layout in layouts if layout.reads is not None}
+    for i, lender in readers.items():  # an engine reads what that one has stored by its own
+        if not all(map(torch.equal, stored_scales(converted, i), scales[lender])):
+            wrong = wrong or f"layer {i} has other scales than layer {lender}, which it reads"
     shape = list(next(iter(scales.values()))[0].shape)
     report.add("scales", wrong is None, wrong or f"{2 * len(scales)} of shape {shape}")
     model = _stock(converted)
@@ -266,6 +271,7 @@ def _check_fp8(report: VerifyReport, converted: Checkpoint, ids: Tensor, exact: 
     alone = {i: float(_kl(exact[: len(few)], through([i], few)[0]).mean()) for i in scales}
     median = float(torch.tensor(list(alone.values())).median())
     skip = [i for i, kl in alone.items() if kl > max(MUCH_WORSE * median, SEEN)]
+    skip += [i for i, lender in readers.items() if lender in skip]
     report.measured |= {"layer_kl": list(alone.values()), "skip_layers": skip}
     worst = max(scales, key=alone.__getitem__)
     detail = f"layer {worst} alone costs most, KL {alone[worst]:.1e}; the median {median:.1e}"

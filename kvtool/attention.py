@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from kvtool.kernels.streaming_attention import streaming_attention
-from kvtool.layout import GATES, INTERLEAVED, recognise
+from kvtool.layout import GATES, INTERLEAVED, borrows, recognise
 from kvtool.rope import Rope, channel_order, rotate
 
 
@@ -225,6 +225,41 @@ class GroupedQueryAttention(nn.Module):
         return heads * gate.sigmoid()
 
 
+class BorrowingAttention(GroupedQueryAttention):
+    """The stages of a layer that has queries alone, and reads what an earlier layer makes.
+
+    Attributes:
+        lent: The keys and values that `project` gives, `[B, H, T, D]` each: normed, before RoPE.
+    """
+
+    lent: tuple[Tensor, Tensor] | None = None
+
+    def _projections(self, module: Any) -> tuple[list[int], list[Tensor], list[Tensor]]:
+        weight, *biases = module.q_proj.parameters()
+        return [len(weight)], [weight], biases
+
+    def queries(self, hidden: Tensor) -> Tensor:
+        """`[B, T, hidden]` to `[B, Q, T, D]`, normed, before RoPE."""
+        q = self.qkv(hidden).unflatten(-1, (-1, self.layout.head_dim)).transpose(1, 2)
+        queries: Tensor = q if self.q_norm is None else self.q_norm(q)
+        return queries
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, which are normed already, and what was lent."""
+        assert self.lent is not None
+        return self.queries(hidden), *self.lent
+
+    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing is left to be normed."""
+        return q, k
+
+
+def grouped_attention(module: Any, name: str) -> GroupedQueryAttention:
+    """The stages of a GQA attention module, with keys and values of its own or without."""
+    kind = BorrowingAttention if borrows(module) else GroupedQueryAttention
+    return kind(module, name)
+
+
 class DenseAttention(nn.Module):
     """A GQA module over whole windows from position 0, with its keys and values as they are.
 
@@ -259,9 +294,13 @@ class DenseAttention(nn.Module):
 
 
 def projections(module: Any) -> list[nn.Linear]:
-    """Of a transformers module, to queries, keys and values; or the one to all of them."""
+    """Of a transformers module, to queries, keys and values; or the one to all of them, or to
+    queries where there is no other.
+    """
     if hasattr(module, "qkv_proj"):
         return [module.qkv_proj]
+    if borrows(module):
+        return [module.q_proj]
     values = module.k_proj if module.v_proj is None else module.v_proj  # Gemma 4 has one for both
     return [module.q_proj, module.k_proj, values]
 

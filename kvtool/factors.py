@@ -1,4 +1,4 @@
-"""What a model multiplies its embeddings by, and what it makes of its logits."""
+"""What a model makes of tokens in front of its layers, and of its logits behind them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,27 @@ def embedding_factor(config: Any) -> float:
     if config.model_type == "afmoe":
         return float(config.hidden_size**0.5) if config.mup_enabled else 1.0
     return float(config.embedding_multiplier) if config.model_type in _MUP else 1.0
+
+
+def layer_inputs(model: Any, ids: Tensor, embedded: Tensor) -> Tensor | None:
+    """What each of L layers is given of tokens beside the hidden states, `[B, T, L, P]`; None in
+    all models but small ones of Gemma 4.
+
+    Args:
+        ids: `[B, T]`.
+        embedded: `[B, T, hidden]`, what the first layer is given.
+    """
+    inner = model.model
+    if not getattr(inner, "hidden_size_per_layer_input", 0):
+        return None
+    own = inner.get_per_layer_inputs(ids, embedded)
+    inputs: Tensor = inner.project_per_layer_inputs(embedded, own)
+    return inputs
+
+
+def input_of(inputs: Tensor | None, layer: Any) -> dict[str, Tensor]:
+    """The part of these for one decoder layer, as that is called with it."""
+    return {} if inputs is None else {"per_layer_input": inputs[:, :, layer.layer_idx]}
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ class LayerRun:
         text += ", sink logits" if layout.sink_logits else ""
         text += ", bias" if layout.qkv_bias or layout.output_bias else ""
         text += f", window of {layout.sliding_window} tokens" if layout.sliding_window else ""
+        text += f", reads layer {layout.reads}" if layout.reads is not None else ""
+        text += ", read by later layers" if layout.read else ""
         return f"{self.layers} x {text}"
 
 

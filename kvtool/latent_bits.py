@@ -85,6 +85,6 @@ class LatentPlan(Blocks):
         exact = itemsize * self.width * (self.sink + self.ring)
         return self.blocks(tokens) * self.block_bytes() + exact
 
-    def token_bytes(self) -> Fraction:
+    def token_bytes(self, itemsize: int) -> Fraction:
         """What a further token costs."""
         return Fraction(self.block_bytes(), self.group)

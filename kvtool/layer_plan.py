@@ -12,6 +12,7 @@ from kvtool.bits import Bits
 from kvtool.errors import PlanError
 from kvtool.fp8 import Scales
 from kvtool.latent_bits import LatentPlan
+from kvtool.sharing import SharedPlan
 from kvtool.sparse import SparseReading
 from kvtool.states import StatePlan
 from kvtool.windows import WindowPlan
@@ -30,8 +31,8 @@ class LayerPlan:
         budget: Tokens of the prompt that each KV head keeps after it, chosen by the plan's policy;
             `None` for a head that keeps everything, and for a streaming one.
         bits: How the heads that keep everything pack it; None for the dtype of the model.
-        kept: What a layer without KV heads keeps, or one whose heads have a sliding window anyway;
-            `streaming` is empty then.
+        kept: What a layer without KV heads keeps, or one whose heads have a sliding window anyway
+            or share their past with other layers; `streaming` is empty then.
         sparse: How few tokens a query reads of the heads that keep everything; None for all.
         scales: Of the heads that keep everything in e4m3, a byte per number; None for the dtype of
             the model.
@@ -45,14 +46,15 @@ class LayerPlan:
     window: int = 0
     budget: tuple[int | None, ...] | None = None
     bits: Bits | None = None
-    kept: StatePlan | LatentPlan | WindowPlan | None = None
+    kept: StatePlan | LatentPlan | WindowPlan | SharedPlan | None = None
     sparse: SparseReading | None = None
     scales: Scales | None = None
 
     def __post_init__(self) -> None:
         if self.kept is not None and (self.streaming or self.bits is not None):
             raise PlanError(
-                "a layer that keeps a state, a latent or a sliding window has no KV heads to plan"
+                "a layer that keeps a state, a latent, a sliding window or a shared past has no KV "
+                "heads to plan"
             )
         if self.sparse is not None:
             self._check_sparse()
@@ -160,7 +162,7 @@ class LayerPlan:
     def token_bytes(self, head_dim: int, itemsize: int) -> Fraction:
         """Bytes that every further token costs the layer: streaming heads overwrite."""
         if self.kept is not None:
-            return self.kept.token_bytes()
+            return self.kept.token_bytes(itemsize)
         exact, packed = self.streaming.count(False), Fraction(0)
         if self.packed:
             exact -= len(self.full_heads)

@@ -64,15 +64,11 @@ HYBRID = "granitemoehybrid"
 """The model type of attention in some layers and Mamba-2 in the others."""
 _MIXERS: dict[str, type[Mixer] | type[DeltaNet]] = {"mamba": Mixer, "linear_attn": DeltaNet}
 """By the name of the module in a decoder layer."""
-_SHARED = {
-    "num_kv_shared_layers": "layers that use keys and values of others",
-    "hidden_size_per_layer_input": "inputs of their own for all layers",
-}
-"""Fields that say so, of the small models of Gemma 4."""
 GATES = {"afmoe": "gate_proj", "laguna": "g_proj"}
 """The projection to a gate on what heads give, of those that have one beside `q_proj`."""
 _OTHERS = {
     **dict.fromkeys(("gemma2", "vaultgemma"), "its attention caps scores"),
+    "gemma3n_text": "its layers carry several streams of hidden states",
     "mimo_v2_flash": "its values are narrower than its keys",
     **dict.fromkeys(
         ("hunyuan_v1_dense", "hunyuan_v1_moe"), "it norms queries and keys behind RoPE"
@@ -98,6 +94,9 @@ class AttentionLayout:
         rotary_dim: Channels of a head that RoPE turns, of a `gqa` layer.
         turned_scale: What RoPE multiplies those by, where they are a part of a head.
         sliding_window: Window in tokens, `None` if the layer sees everything.
+        reads: The layer whose keys and values it reads, having none of its own (small Gemma 4);
+            `kv_heads` are those of that layer.
+        read: Later layers read its keys and values, too.
         temper: β and L, if a query at position p is multiplied by 1 + β ln(1 + ⌊p / L⌋) (Llama 4).
         rank, rope_dim, nope_dim, value_dim: Of an `mla` layer; 0 otherwise.
         interleaved: RoPE turns neighbouring channels together, of an `mla` layer.
@@ -119,6 +118,8 @@ class AttentionLayout:
     rotary_dim: int = 0
     turned_scale: float = 1.0
     sliding_window: int | None = None
+    reads: int | None = None
+    read: bool = False
     temper: tuple[float, int] | None = None
     rank: int = 0
     rope_dim: int = 0
@@ -129,13 +130,20 @@ class AttentionLayout:
 
     @property
     def sees_all(self) -> bool:
-        """Whether its heads see the whole past, so that they can be given less."""
-        return self.kind == "gqa" and self.sliding_window is None
+        """Whether its heads see the whole past, and nobody else reads it, so that they can be given
+        less.
+        """
+        return self.kind == "gqa" and self.sliding_window is None and not self.shares
+
+    @property
+    def shares(self) -> bool:
+        """Whether it reads the keys and values of another layer, or another reads its own."""
+        return self.read or self.reads is not None
 
     @property
     def cached_values(self) -> int:
         """Numbers kept per token by a runtime that stores what this layer really needs."""
-        if self.kind == "state":
+        if self.kind == "state" or self.reads is not None:
             return 0
         if self.kind == "mla":
             return self.rank + self.rope_dim
@@ -159,6 +167,8 @@ def recognise(module: nn.Module, name: str) -> AttentionLayout:
         needed = {"o_proj"} | ({"qkv_proj"} & present or {"q_proj", "k_proj", "v_proj"})
         if getattr(module, "use_alternative_attention", False):  # keys are the values, too
             needed -= {"v_proj"}
+        if borrows(module):
+            needed -= {"k_proj", "v_proj"}
         optional = {"q_norm", "k_norm", "v_norm", "sinks"}
         family = getattr(getattr(module, "config", None), "model_type", "")
         needed |= {GATES[family]} if family in GATES else set()
@@ -184,8 +194,12 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
     # Both may differ by layer (Laguna, Gemma 4).
     heads = getattr(config, "num_attention_heads_per_layer", None) or config.num_attention_heads
     heads = heads if isinstance(heads, int) else heads[module.layer_idx]
-    kv_heads = config.num_key_value_heads if fused else module.k_proj.out_features // head_dim
-    if hasattr(module, "q_norm"):
+    reads, read = _sharing(module)
+    if reads is not None:
+        kv_heads = heads // module.num_key_value_groups
+    else:
+        kv_heads = config.num_key_value_heads if fused else module.k_proj.out_features // head_dim
+    if hasattr(module, "q_norm") and reads is None:
         sizes = [tuple(getattr(module, x).weight.shape) for x in ("q_norm", "k_norm")]
         over_heads = sizes == [(heads * head_dim,), (kv_heads * head_dim,)] != [(head_dim,)] * 2
         if not over_heads and sizes != [(head_dim,)] * 2:
@@ -197,7 +211,7 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         raise UnsupportedModelError(f"{name} clips queries, keys and values (clip_qkv)")
     rotary_dim = _rotary_dim(module, head_dim)
     scale = _rope_scale(module) if 0 < rotary_dim < head_dim else 1.0
-    first = module.qkv_proj if fused else module.k_proj
+    first = module.qkv_proj if fused else module.q_proj if borrows(module) else module.k_proj
     queries = heads * head_dim if fused else module.q_proj.out_features
     return AttentionLayout(
         kind="gqa",
@@ -208,15 +222,35 @@ def _gqa_layout(module: Any, name: str) -> AttentionLayout:
         scaling=float(module.scaling),
         qkv_bias=first.bias is not None,
         output_bias=module.o_proj.bias is not None,
-        qk_norm=hasattr(module, "k_norm"),
+        qk_norm=hasattr(module, "q_norm"),
         norm_over_heads=over_heads,
         gated=queries == 2 * heads * head_dim or config.model_type in GATES,
         sink_logits=getattr(module, "sinks", None) is not None,
         rotary_dim=rotary_dim,
         turned_scale=scale,
         sliding_window=_sliding_window(module),
+        reads=reads,
+        read=read,
         temper=_temper(module.config),
     )
+
+
+def borrows(module: Any) -> bool:
+    """Whether an attention module reads the keys and values of an earlier layer."""
+    return bool(getattr(module, "is_kv_shared_layer", False))
+
+
+def _sharing(module: Any) -> tuple[int | None, bool]:
+    """The layer whose keys and values it reads, and whether later layers read its own: the last
+    layers read those of the last one before them of their type.
+    """
+    if not hasattr(module, "is_kv_shared_layer"):
+        return None, False
+    config, at = module.config, module.layer_idx
+    kinds = config.layer_types[: config.num_hidden_layers]
+    own = len(kinds) - config.num_kv_shared_layers
+    lender = max(i for i in range(own) if kinds[i] == kinds[at])
+    return (lender, False) if borrows(module) else (None, at == lender and kinds[at] in kinds[own:])
 
 
 def _rotary_dim(module: Any, head_dim: int) -> int:
@@ -368,9 +402,6 @@ def describe(config: Any) -> list[AttentionLayout]:
             + (f": {_OTHERS[config.model_type]}" if config.model_type in _OTHERS else ""),
             hint=f"supported: {', '.join((*FAMILIES, *LATENT))}",
         )
-    for field, what in _SHARED.items():
-        if getattr(config, field, 0):
-            raise UnsupportedModelError(f"{config.model_type} with {what} is not supported")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

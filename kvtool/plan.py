@@ -35,14 +35,15 @@ from kvtool.layout import describe, with_heads
 from kvtool.plan_file import SCORE, Document, LayerEntry, short
 from kvtool.plan_file import Policy as Policy
 from kvtool.plan_file import Prefill as Prefill
+from kvtool.sharing import SharedPlan
 from kvtool.sparse import SparseReading
 from kvtool.states import StatePlan
 from kvtool.windows import WindowPlan
 
 _NEWER_BITS = ("rest", "key_balance", "value_balance", "rank", "kept")
 """Fields of bits that a file leaves out where they say nothing: its oldest readers lack them."""
-_KEPT: dict[str, type[StatePlan | LatentPlan | WindowPlan]] = {
-    "state": StatePlan, "latent": LatentPlan, "window": WindowPlan,
+_KEPT: dict[str, type[StatePlan | LatentPlan | WindowPlan | SharedPlan]] = {
+    "state": StatePlan, "latent": LatentPlan, "window": WindowPlan, "shared": SharedPlan,
 }  # fmt: skip
 _LONG = 2**40  # tokens: longer than every sliding window
 _VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
@@ -85,7 +86,8 @@ def base_of(checkpoint: Checkpoint) -> Base:
     layouts = describe(model_config(checkpoint))
     layout = with_heads(layouts)
     shape = layout.kv_heads, layout.head_dim
-    like = [x for x in layouts if x.kind == layout.kind and x.sees_all == layout.sees_all]
+    kind = layout.kind, layout.sees_all, layout.shares
+    like = [x for x in layouts if (x.kind, x.sees_all, x.shares) == kind]
     if any((x.kv_heads, x.head_dim) != shape for x in like):
         raise UnsupportedModelError(f"{checkpoint.source} has layers of different shapes.")
     config = {key: value for key, value in checkpoint.config.items() if key not in _VOLATILE}
@@ -103,7 +105,8 @@ def whole_layers(checkpoint: Checkpoint) -> tuple[LayerPlan, ...]:
     """The layers of a plan that keeps all that the model looks at, which has no latents."""
     layers = []
     for layout in describe(model_config(checkpoint)):
-        kept: StatePlan | WindowPlan | None = WindowPlan.of(layout)
+        kept: StatePlan | WindowPlan | SharedPlan | None
+        kept = WindowPlan.of(layout) or SharedPlan.of(layout)
         if layout.mixer is not None:
             kept = StatePlan.of(layout.mixer)
         heads = 0 if kept is not None else layout.kv_heads
@@ -124,7 +127,12 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
             "read less alone",
             hint="calibrate quantization packs latents.",
         )
-    if all(layout.sliding_window is not None for layout in layouts):
+    if all(layout.shares or layout.sliding_window is not None for layout in layouts):
+        if any(layout.read and layout.sliding_window is None for layout in layouts):
+            raise UnsupportedModelError(
+                f"{checkpoint.source} has no layer that sees the whole past and whose keys and "
+                "values no other layer reads: only such layers are planned"
+            )
         raise UnsupportedModelError(
             f"{checkpoint.source} has a sliding window in all layers: what they keep is bounded, "
             "and streaming heads, token budgets, codes, few bits and sparse reading are not for "
@@ -369,7 +377,9 @@ class Plan:
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that every further token costs: streaming heads overwrite, all others append."""
         if self.codes:
-            return sum(code.token_bytes(itemsize) for code in self.codes)
+            kept = [layer.kept for layer in self.layers if layer.kept is not None]
+            bounded = sum(one.token_bytes(itemsize) for one in kept)
+            return sum(code.token_bytes(itemsize) for code in self.codes) + int(bounded)
         size = self.base.head_dim
         return math.ceil(sum(layer.token_bytes(size, itemsize) for layer in self.layers))
 
@@ -438,7 +448,7 @@ def _layer(layer: LayerEntry) -> LayerPlan:
         said = layer.bits.model_dump()
         rest = said.pop("rest")
         bits = Bits(**said, rest=None if rest is None else Tier(**rest))
-    kept: StatePlan | LatentPlan | WindowPlan | None = None
+    kept: StatePlan | LatentPlan | WindowPlan | SharedPlan | None = None
     if layer.kept is not None:
         kept = _KEPT[layer.kept.kind](**layer.kept.model_dump(exclude={"kind"}))
     sparse = None if layer.sparse is None else SparseReading(**layer.sparse.model_dump())
@@ -490,6 +500,7 @@ def _format(plan: Plan) -> int:
         6: any(layer.sparse is not None for layer in plan.layers),
         7: any(isinstance(x, WindowPlan) for x in kept),
         8: any(isinstance(x, StatePlan) and x.rule != "mamba2" for x in kept),  # Gated DeltaNet
-        9: any(layer.scales is not None for layer in plan.layers),
+        9: any(layer.scales is not None for layer in plan.layers)
+        or any(isinstance(x, SharedPlan) for x in kept),
     }
     return max((version for version, there in needed.items() if there), default=1)

@@ -125,6 +125,14 @@ class WindowEntry(_Strict):
     window: _Count
 
 
+class SharedEntry(_Strict):
+    """A layer whose past others read, or that reads another's."""
+
+    kind: Literal["shared"]
+    heads: _Count
+    head_dim: _Count
+
+
 class SparseEntry(_Strict):
     """How few tokens of full heads a query reads."""
 
@@ -142,7 +150,7 @@ class ScalesEntry(_Strict):
     window: _Count
 
 
-_Kept = StateEntry | LatentEntry | WindowEntry
+_Kept = StateEntry | LatentEntry | WindowEntry | SharedEntry
 
 
 class LayerEntry(_Strict):

@@ -90,7 +90,7 @@ class StatePlan:
         convolved = self.heads * self.head_dim + 2 * self.groups * self.state
         return _FLOAT * values + itemsize * convolved * (self.taps - 1)
 
-    def token_bytes(self) -> Fraction:
+    def token_bytes(self, itemsize: int) -> Fraction:
         """What a further token costs."""
         return Fraction(0)
 

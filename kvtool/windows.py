@@ -34,8 +34,8 @@ class WindowPlan:
 
     @classmethod
     def of(cls, layout: AttentionLayout) -> WindowPlan | None:
-        """Of a layer; None if it has no such window."""
-        if layout.sliding_window is None:
+        """Of a layer; None if it has no such window, or keeps nothing of its own."""
+        if layout.sliding_window is None or layout.reads is not None:
             return None
         return cls(layout.kv_heads, layout.head_dim, layout.sliding_window)
 
@@ -52,6 +52,6 @@ class WindowPlan:
         """The same without a plan."""
         return self.cache_bytes(tokens, itemsize)
 
-    def token_bytes(self) -> Fraction:
+    def token_bytes(self, itemsize: int) -> Fraction:
         """Bytes that every further token costs: the window rolls."""
         return Fraction(0)

@@ -92,6 +92,19 @@ GEMMA4 = {
 }  # fmt: skip
 
 
+SHARED = {
+    **GEMMA4,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 300,
+    "num_hidden_layers": 8,
+    "num_kv_shared_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 4,
+    "sliding_window": 24,
+    "use_double_wide_mlp": True,
+}
+"""As Gemma 4 E2B: of 8 layers the last 4 read layers 2 and 3."""
+
+
 SINKS = {
     "attention_bias": True,
     "rope_parameters": {
@@ -191,7 +204,17 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in
         "gemma4_text",
         {**MIXED, **GEMMA4, "attention_k_eq_v": True, "num_key_value_heads": 4},
     ),
+    "gemma4_text, shared": ("gemma4_text", SHARED),
+    "gemma4_text, shared by few": (
+        "gemma4_text",
+        {
+            **{**SHARED, **EXPERTS, "enable_moe_block": True, "num_experts_per_tok": None},
+            **{"num_kv_shared_layers": 1, "use_double_wide_mlp": False},
+            **{"attention_k_eq_v": True, "num_key_value_heads": 4, "attention_bias": True},
+        },
+    ),
     "gemma4_unified_text": ("gemma4_unified_text", {**MIXED, **GEMMA4}),
+    "gemma4_unified_text, shared": ("gemma4_unified_text", SHARED),
     "glm": ("glm", {"attention_bias": True, **PARTIAL}),
     "glm4": ("glm4", PARTIAL),
     "glm4_moe": ("glm4_moe", {**EXPERTS, **PARTIAL, "use_qk_norm": True}),

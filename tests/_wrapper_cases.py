@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from _family_cases import EXPERTS, GEMMA4, MIXED, MUP, TWO_ROPES
+from _family_cases import EXPERTS, GEMMA4, MIXED, MUP, SHARED, TWO_ROPES
 from conftest import make_config, make_tokenizer, randomise
 from safetensors.torch import save_file
 from torch import nn
@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
     ),
     "gemma3": ("gemma3", "Gemma3", "gemma3_text", {**MIXED, "rope_parameters": TWO_ROPES}, {}),
     "gemma4": ("gemma4", "Gemma4", "gemma4_text", {**MIXED, **GEMMA4}, {}),
+    "gemma4, shared": ("gemma4", "Gemma4", "gemma4_text", SHARED, {}),
     "gemma4_unified": (
         "gemma4_unified",
         "Gemma4Unified",

@@ -198,6 +198,7 @@ def test_layers_that_transformers_passes_over_are_passed_over(tiny, tmp_path):
         ("stablelm", {"qk_layernorm": True}, "q_layernorm"),
         ("hunyuan_v1_dense", {}, "'hunyuan_v1_dense' is not supported: it norms .* behind RoPE"),
         ("phimoe", {"rope_parameters": PHI_LONG}, "changes its frequencies"),
+        ("gemma3n_text", {}, "its layers carry several streams of hidden states"),
         ("mimo_v2_flash", {}, "its values are narrower than its keys"),
     ],
 )

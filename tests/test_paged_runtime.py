@@ -39,7 +39,7 @@ KINDS = [
     "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
     "smollm3", "glm4", "ministral3", "gpt_oss, budgets", "gpt_oss, codes", "gpt_oss, packed",
     "deepseek_v2", "minicpm3", "fp8", "fp8, streamed", "fp8 alone", "fp8, window", "gpt_oss, fp8",
-    "gpt_oss, fp8, window",
+    "gpt_oss, fp8, window", "gemma4_text, shared",
 ]  # fmt: skip
 
 
@@ -242,7 +242,16 @@ def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    ["llama", "streaming", "packed", "mla-packed", "gemma3_text, codes", "fp8", "fp8, window"],
+    [
+        "llama",
+        "streaming",
+        "packed",
+        "mla-packed",
+        "gemma3_text, codes",
+        "gemma4_text, shared",
+        "fp8",
+        "fp8, window",
+    ],
 )
 def test_what_a_row_takes_of_shared_pages_is_foreseen(engines, monkeypatch, kind):
     """Pages have room for packed blocks: they are not counted again, nor is what a row takes."""

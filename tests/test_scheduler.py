@@ -9,6 +9,7 @@ import pytest
 import torch
 from _code_tools import WINDOWED, coded
 from _convert_tools import one_thread
+from _family_tools import open_case
 from _hybrid_tools import write_hybrid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -46,8 +47,8 @@ PLANS = (
     "fp8, window",
 )
 MLA = ("mla", "kvtool-mla", "packed mla")
-KINDS = ("dense", "windowed", "some windows", *PLANS, *MLA, "packed states")
-MARKED = ("windowed", "some windows", "hybrid")
+KINDS = ("dense", "windowed", "some windows", "shared layers", *PLANS, *MLA, "packed states")
+MARKED = ("windowed", "some windows", "shared layers", "hybrid")
 PIECE = 16
 GIGABYTE = 2**30
 RING, HEADS = SINK + WINDOW, 6  # of a streaming head, and of all layers of the plans
@@ -70,6 +71,8 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
         if kind == "some windows":
             family, more = WINDOWED["gemma3_text"]
             return Engine.load(Checkpoint.open(str(tiny(family, **more))))
+        if kind == "shared layers":
+            return Engine.load(open_case(tiny, "gemma4_text, shared"))
         if kind == "hybrid":
             path = tmp_path_factory.mktemp("hybrid")
             write_hybrid(tiny("llama", intermediate_size=1536), path, [0, 2])

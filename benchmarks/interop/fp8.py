@@ -27,7 +27,8 @@ def simulated(folder: str, ids: Any, truncated: bool) -> dict[str, Any]:
 
     from kvtool.checkpoint import Checkpoint
     from kvtool.convert import verify
-    from kvtool.fp8 import encode
+    from kvtool.fp8 import encode, stored_scales
+    from kvtool.layout import describe
 
     def towards_zero(x: Any, scale: Any) -> Any:
         codes = encode(x, scale)
@@ -38,7 +39,9 @@ def simulated(folder: str, ids: Any, truncated: bool) -> dict[str, Any]:
         verify.encode = towards_zero
     checkpoint = Checkpoint.open(folder)
     model, cache = checkpoint.load_transformers(torch.float32), verify.Fp8Cache.of(checkpoint)
-    scales = [[s.flatten().tolist() for s in pair] for pair in cache.scales.values()]
+    layouts = enumerate(describe(checkpoint.hf_config()))
+    pairs = (stored_scales(checkpoint, i) for i, layout in layouts if layout.kind != "state")
+    scales = [[s.flatten().tolist() for s in pair] for pair in pairs]
     return {"scales": scales, "logprobs": logprobs(model, ids, cache)}
 
 

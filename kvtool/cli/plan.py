@@ -329,6 +329,17 @@ def _describe_windows(table: Table, layers: list[dict[str, Any]]) -> None:
         table.add_row("sliding windows", f"{counted(len(windows), 'layer')}: {last}")
 
 
+def _describe_shared(table: Table, layers: list[dict[str, Any]]) -> None:
+    """A row for layers that read what others keep, and for those of them that keep everything."""
+    kept = [layer["kept"] or {} for layer in layers]
+    if heads := [one["heads"] for one in kept if one.keys() == {"heads", "head_dim"}]:
+        whole, none = len(heads) - heads.count(0), heads.count(0)
+        said = f"{counted(none, 'layer')} without a cache"
+        if whole:
+            said += f"; {counted(whole, 'layer')} that they read: all tokens, as without a plan"
+        table.add_row("shared", said)
+
+
 def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:
     """Rows for codes of one kind and ring, which those of a calibration are."""
     one = codes[0]
@@ -377,6 +388,7 @@ def _facts(result: dict[str, Any]) -> Table:
             _describe_latents(table, latents)
     _describe_states(table, result["layers"])
     _describe_windows(table, result["layers"])
+    _describe_shared(table, result["layers"])
     native = result["native_bytes_per_token"]
     per_token = f"{result['bytes_per_token']:,} bytes per further token (native {native:,})"
     table.add_row("cache, bf16", per_token)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kvtool.divergence import kl_divergence
 from kvtool.evaluate.protocol import SLICE, CacheSize
+from kvtool.factors import layer_inputs
 from kvtool.layout import decoder_layers
 from kvtool.plan import Plan
 from kvtool.rope import rotate
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 Parts = tuple[Tensor, Tensor]
 """Hidden states of the prompt and of the rest: `[1, P, hidden]`, `[1, C, hidden]`."""
+_Stored = tuple[Any, list[tuple[Tensor, Tensor] | None]]
+"""The store of a layer, and what each step has seen of it, see `Step`."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,9 @@ def layer_damage(engine: Engine, base: Engine, ids: Tensor, prefill: int) -> Ite
         ids: `[P + C]`, the text.
         prefill: P.
     """
-    ours, theirs = _Walk(engine, len(ids), prefill), _Walk(base, len(ids), prefill)
-    embedded = base.embed(ids.to(base.device)[None])
+    ids = ids.to(base.device)[None]
+    ours, theirs = _Walk(engine, ids, prefill), _Walk(base, ids, prefill)
+    embedded = base.embed(ids)
     hidden: Parts = (embedded[:, :prefill], embedded[:, prefill:])
     expected = _log_probabilities(base, theirs.run(hidden, 0))
     for i, attention in enumerate(engine.attentions):
@@ -121,7 +125,11 @@ def layer_damage(engine: Engine, base: Engine, ids: Tensor, prefill: int) -> Ite
         kl = 0.0
         if not all(map(torch.equal, after, changed)):
             # What this writes into the stores above, the walk itself will write over.
+            own = theirs.stored(i)
+            theirs.put(i, ours.stored(i))
             kl = _kl(expected, _log_probabilities(base, theirs.run(changed, i + 1)))
+            theirs.put(i, own)
+        ours.put(i, theirs.stored(i))  # a later layer that reads this one is judged by itself
         yield Damage(kl, _relative_error(true.output, tested.output), scores)
         hidden = after
 
@@ -129,13 +137,27 @@ def layer_damage(engine: Engine, base: Engine, ids: Tensor, prefill: int) -> Ite
 class _Walk:
     """Layers of a model, each with its own store, as hidden states of a text come to them."""
 
-    def __init__(self, engine: Engine, length: int, prefill: int) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, ids: Tensor, prefill: int) -> None:
+        self.engine, length = engine, ids.shape[1]
         self.layers = decoder_layers(engine.model)
         # Contiguous ones, also where the engine has pages: planes are read as they lie.
         stores = [attention.new_store(1, length) for attention in engine.attentions]
         self.stores = KVCache(stores, 1).stores
         self.steps = [self._step(0, prefill, prefill), self._step(prefill, length, None)]
+        inputs = layer_inputs(engine.model, ids, engine.embed(ids))
+        if inputs is not None:
+            self.steps[0].inputs, self.steps[1].inputs = inputs[:, :prefill], inputs[:, prefill:]
+
+    def stored(self, index: int) -> _Stored:
+        """What a layer that has run leaves for others that read it."""
+        return self.stores[index], [step.seen.get(index) for step in self.steps]
+
+    def put(self, index: int, stored: _Stored) -> None:
+        """Puts what another walk's layer has left in that one's place."""
+        self.stores[index] = stored[0]
+        for step, seen in zip(self.steps, stored[1], strict=True):
+            if seen is not None:
+                step.seen[index] = seen
 
     def _step(self, start: int, end: int, prompt: int | None) -> Step:
         positions = torch.arange(start, end, device=self.engine.device)[None]

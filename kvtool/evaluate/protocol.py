@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvtool.layer_plan import LayerPlan
 from kvtool.runtime import Engine
 from kvtool.runtime.stores import whole_pages
+from kvtool.sharing import SharedPlan
 from kvtool.states import StatePlan
 
 PREFILL, CONTINUATION = 1536, 256
@@ -174,7 +175,10 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
         sizes.append(CacheSize(slope, slope / item * BFLOAT16_BYTES, constant))
     if plan is not None:
         # Integers of few bits take the same in any dtype; rings do not grow.
-        packed = [layer.packed or layer.kept is not None for layer in plan.layers]
+        packed = [
+            layer.packed or (layer.kept is not None and not isinstance(layer.kept, SharedPlan))
+            for layer in plan.layers
+        ]
         for code, own in zip(plan.codes, plan.coded_layers, strict=True):
             for layer in own:
                 packed[layer] = code.bits is not None
@@ -202,7 +206,7 @@ def bf16_bytes(engine: Engine, prompt: int, tokens: int) -> int:
             size += attention.window.cache_bytes(tokens, BFLOAT16_BYTES)
         elif layer.bytes_per_token:
             size += round(layer.bytes_per_token_bf16 * tokens)
-        else:
+        elif layer.constant_bytes:
             shape = attention.stages.shape
             size += StatePlan.of(shape).cache_bytes(tokens, BFLOAT16_BYTES)
     return size

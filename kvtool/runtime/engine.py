@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError, UsageError
-from kvtool.factors import embedding_factor, finish_of
+from kvtool.factors import embedding_factor, finish_of, layer_inputs
 from kvtool.kernels.dispatch import use_triton
 from kvtool.kernels.linear import LEAST_ROWS
 from kvtool.latent import FactoredAttention
@@ -26,6 +26,7 @@ from kvtool.runtime.layers import DecodeLinear, Step, through
 from kvtool.runtime.pages import Pages
 from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
+from kvtool.runtime.shared import SharedAttention
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE, Rows, whole_pages
 from kvtool.runtime.windowed import WindowedAttention
@@ -60,6 +61,8 @@ class Engine:
         self._finish = finish_of(self.config)
         limits = [x.most_tokens for x in attentions if x.most_tokens is not None]
         self._most_tokens = min(limits, default=sys.maxsize)
+        stores = [i for i, x in enumerate(attentions) if not isinstance(x, SharedAttention)]
+        self._storing = stores[-1] + 1  # behind the last layer that stores something
         self._ropes: list[Rope] = []
         for attention in attentions:
             attention.table = self._table_of(Rope(attention.inv_freq, attention.scale))
@@ -157,7 +160,7 @@ class Engine:
             positions = torch.arange(start, end, device=self.device)[None]
             place, tables = cache.place_of(row), self.tables(positions)
             step = Step(cache.stores, place, [start], [end], prompt, tables, positions=positions)
-            hidden = self.run(step, piece[None])
+            hidden = self.run(step, piece[None], only_last=not all_logits)
             if all_logits:
                 collected.append(self.logits(hidden[:, (begin - start) % every :: every])[0])
             start = end
@@ -319,10 +322,18 @@ class Engine:
         logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
         return self._finish(logits.float())
 
-    def run(self, step: Step, ids: Tensor) -> Tensor:
-        """Token ids `[B, T]` through the decoder layers to hidden states `[B, T, hidden]`."""
+    def run(self, step: Step, ids: Tensor, *, only_last: bool = False) -> Tensor:
+        """Token ids `[B, T]` through the decoder layers to hidden states `[B, T, hidden]`.
+
+        Args:
+            only_last: Nobody asks for those of other tokens than the last: layers that store
+                nothing are spared them, and `[B, 1, hidden]` is what comes out.
+        """
         hidden = self.embed(ids)
-        for layer in decoder_layers(self.model):
+        step.inputs = layer_inputs(self.model, ids, hidden)
+        for index, layer in enumerate(decoder_layers(self.model)):
+            if only_last and index == self._storing:
+                hidden, step = hidden[:, -1:], step.last()
             hidden = through(layer, hidden, step)
         return hidden
 

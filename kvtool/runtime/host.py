@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import GroupedQueryAttention
+from kvtool.attention import BorrowingAttention, grouped_attention
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Code, Positions, load_code
 from kvtool.errors import PlanError, UnsupportedModelError
@@ -37,9 +37,11 @@ from kvtool.runtime.layers import (
 from kvtool.runtime.packed import PackedAttention
 from kvtool.runtime.packed_latents import PackedLatentAttention
 from kvtool.runtime.recurrent import RuntimeMixer
+from kvtool.runtime.shared import SharedAttention
 from kvtool.runtime.sparse import SparseAttention
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.windowed import WindowedAttention
+from kvtool.sharing import SharedPlan
 from kvtool.states import StatePlan
 from kvtool.windows import WindowPlan
 
@@ -48,7 +50,9 @@ _KEPT = {
     "mla": "latents",
     "state": "states",
     "window": "the window that it sees",
+    "shared": "a past that several layers read",
 }
+_PLANNED = {StatePlan: "state", LatentPlan: "mla", WindowPlan: "window", SharedPlan: "shared"}
 
 
 def load_host(
@@ -110,13 +114,17 @@ def swap_attention(
         if (stages := latent_stages(module, name, inv_freq, factors_in, i)) is not None:
             attention = _latent_attention(stages, i, rope.scale, plan)
         else:
-            grouped = GroupedQueryAttention(module, name)
-            if grouped.layout.sliding_window is not None:
+            grouped = grouped_attention(module, name)
+            if isinstance(grouped, BorrowingAttention):
+                attention = SharedAttention(grouped, i, inv_freq, rope.scale)
+            elif grouped.layout.sliding_window is not None:
                 attention = WindowedAttention(grouped, i, inv_freq, rope.scale)
-            elif plan is not None and plan.codes:
+            elif plan is None or isinstance(kept, SharedPlan):
+                attention = DenseAttention(grouped, i, inv_freq, rope.scale)
+            elif plan.codes:
                 dense = plan.prefill == "dense"
                 attention = CodedAttention(grouped, i, inv_freq, rope.scale, *codes[i], dense)
-            elif plan is None or (plan.layers[i].plain and plan.policy is None):
+            elif plan.layers[i].plain and plan.policy is None:
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
             elif plan.layers[i].bits is not None:
                 attention = PackedAttention(grouped, i, plan, exact[i])
@@ -180,12 +188,12 @@ def _check_plan(
     positions = int(config.max_position_embeddings)
     for i, (kept, ring, layout) in enumerate(zip(plan.layers, plan.rings, layouts, strict=True)):
         kind: str = "mla" if factored else layout.kind
-        if layout.sliding_window is not None:
+        if WindowPlan.of(layout) is not None:
             kind = "window"
+        elif SharedPlan.of(layout) is not None:
+            kind = "shared"
         other = kept.kept
-        planned = {StatePlan: "state", LatentPlan: "mla", WindowPlan: "window"}.get(
-            type(other), "gqa"
-        )
+        planned = _PLANNED.get(type(other), "gqa")
         if planned != kind:
             raise PlanError(
                 f"layer {i} of {checkpoint.source} keeps {_KEPT[kind]}, and the plan is for "
@@ -212,4 +220,8 @@ def _check_plan(
             raise PlanError(
                 f"layer {i} of {checkpoint.source} has a sliding window of {own}, and {other} is "
                 "planned"
+            )
+        if isinstance(other, SharedPlan) and other != (shared := SharedPlan.of(layout)):
+            raise PlanError(
+                f"layer {i} of {checkpoint.source} shares {shared}, and {other} is planned"
             )

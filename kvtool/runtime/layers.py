@@ -7,7 +7,7 @@ positions come in as `past_key_values`, a :class:`Step`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.attention import GroupedQueryAttention
+from kvtool.factors import input_of
 from kvtool.kernels.grouped_linear import grouped_linear
 from kvtool.kernels.linear import linear, pack, packed_linear
 from kvtool.latent import LatentAttention
@@ -72,6 +73,10 @@ class Step:
         prompt: Tokens of the row's prompt, of which this call is a piece; `None` for later tokens.
         tables: Cos and sin `[B, T, d]` per distinct RoPE of the model.
         place: Where a step of a paged memory reads and writes; `starts` and `lengths` are empty.
+        inputs: What each layer is given of the tokens themselves, `[B, T, L, P]`; None in models
+            without such inputs.
+        seen: By layer with a ring that other layers read: keys and values `[1, H, ·, D]` that the
+            tokens of a row see, which the ring itself has overwritten.
         positions: Of the tokens, `[B, T]`.
     """
 
@@ -82,7 +87,16 @@ class Step:
     prompt: int | None = None
     tables: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     place: Place | None = None
+    inputs: Tensor | None = None
+    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     positions: Tensor = field(kw_only=True)
+
+    def last(self) -> Step:
+        """Of one row: for its last token alone, whose layers store nothing."""
+        tables = [(cos[:, -1:], sin[:, -1:]) for cos, sin in self.tables]
+        inputs = None if self.inputs is None else self.inputs[:, -1:]
+        starts, positions = [n - 1 for n in self.lengths], self.positions[:, -1:]
+        return replace(self, tables=tables, inputs=inputs, starts=starts, positions=positions)
 
 
 class NewTokens(NamedTuple):
@@ -146,7 +160,8 @@ class RuntimeAttention(nn.Module):
 
 def through(layer: Any, hidden: Tensor, step: Step) -> Tensor:
     """Hidden states `[B, T, hidden]` through a decoder layer of the host that has such a module."""
-    result: Tensor = layer(hidden, past_key_values=step, position_embeddings=None)
+    own = input_of(step.inputs, layer)
+    result: Tensor = layer(hidden, past_key_values=step, position_embeddings=None, **own)
     return result
 
 

@@ -69,7 +69,7 @@ class RowMemory:
                 for layer in self.layers
                 if layer.bits is not None
             )
-            packed += sum(float(latent.token_bytes()) for latent in self.latents)
+            packed += sum(float(latent.token_bytes(self.itemsize)) for latent in self.latents)
         return self.page_bytes / PAGE + packed + len(self.budgets) * self.head_bytes
 
     @property

@@ -112,7 +112,7 @@ def quantization(
         typer.Option(
             min=0,
             help="Last tokens that are kept exactly, at least: 64, of kivi 128. Of fp8 none, as in "
-            "engines; 16 make its loss much smaller.",
+            "engines; with 64 it loses much less.",
             rich_help_panel=_METHOD,
         ),
     ] = None,

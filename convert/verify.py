@@ -43,11 +43,16 @@ SKETCH = 256
 
 @dataclass(frozen=True)
 class Check:
-    """One question, its answer, and the number or file it rests on."""
+    """One question, its answer, and the number or file it rests on.
+
+    Attributes:
+        judged: Whether it could fail; what is only measured cannot.
+    """
 
     name: str
     passed: bool
     detail: str
+    judged: bool = True
 
 
 @dataclass
@@ -62,9 +67,9 @@ class VerifyReport:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
-    def add(self, name: str, passed: bool, detail: str) -> None:
+    def add(self, name: str, passed: bool, detail: str, judged: bool = True) -> None:
         """Appends a check."""
-        self.checks.append(Check(name, passed, detail))
+        self.checks.append(Check(name, passed, detail, judged))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -318,6 +323,7 @@ def _check_original(
         passed,
         f"KL {kl:.3g}, perplexity {perplexities[0]:.2f} -> {perplexities[1]:.2f} "
         f"(x{perplexities[1] / perplexities[0]:.4f})",
+        judged=lossless,
     )
 
 

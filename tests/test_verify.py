@@ -355,6 +355,14 @@ def test_another_base_model_is_noticed(outputs, tmp_path, kind):
     assert {"base model", "untouched tensors"} <= names
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_lossy_method_lost_is_measured_and_not_judged(outputs, tiny, kind):
+    report = verify(outputs[kind], Checkpoint.open(str(tiny("llama"))))
+    judged = {check.name: check.judged for check in report.checks}
+    assert judged.pop("against the original") == (kind == "exact")
+    assert all(judged.values())
+
+
 def test_measured_results_in_the_manifest_change_no_hash(copy_of, failed):
     folder = copy_of("exact")
     artifact.record(folder, {"kl": 0.5, "ppl": 20.0})

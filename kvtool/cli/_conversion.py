@@ -17,6 +17,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from kvtool.cli import _console, _options
+from kvtool.cli.verify import result_of
 from kvtool.errors import GateError, KvtoolError
 from kvtool.fp8 import skip_flag
 
@@ -108,8 +109,8 @@ class Run:
             if checked["passed"]:
                 artifact.record(self.output, checked["measured"])
             for check in checked["checks"]:
-                passed = "ok" if check["passed"] else "FAILED"
-                table.add_row(f"verify: {check['name']}", f"{passed}  {check['detail']}")
+                told = f"{result_of(check)}  {check['detail']}"
+                table.add_row(f"verify: {check['name']}", told)
         _console.emit(summary, self.json, table)
         if checked is not None and not checked["passed"]:
             raise GateError(

@@ -1,7 +1,7 @@
 """``kvtool verify``: is a converted checkpoint still the model that it was made from?"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -9,6 +9,13 @@ from rich.table import Table
 
 from kvtool.cli import _console, _options
 from kvtool.errors import GateError
+
+
+def result_of(check: dict[str, Any]) -> str:
+    """How a check went, in a word."""
+    if not check["passed"]:
+        return "FAILED"
+    return "ok" if check["judged"] else "measured"
 
 
 def verify(
@@ -52,7 +59,7 @@ def verify(
     table.add_column("result")
     table.add_column("measured")
     for check in report.checks:
-        table.add_row(check.name, "ok" if check.passed else "FAILED", check.detail)
+        table.add_row(check.name, result_of(vars(check)), check.detail)
     _console.emit(report.to_dict(), json, table)
     if not report.passed:
         failed = ", ".join(check.name for check in report.checks if not check.passed)

@@ -231,6 +231,8 @@ def test_a_plan_comes_back_from_its_file(llama, tmp_path):
         ((1.0, 0.0), (1.0, 1.0), "above 0 and finite"),
         ((1.0, 1.0), (1.0, float("inf")), "above 0 and finite"),
         ((1.0, 1.0), (1.0, float("nan")), "above 0 and finite"),
+        ((1.0, 1e-50), (1.0, 1.0), "above 0 and finite in float32"),  # 0 there
+        ((1e37, 1.0), (1.0, 1.0), "as is 448 times it"),
         ((1.0, 1.0), (1.0,), "2 scales of keys for 1 of values"),
         ((1.0,), (1.0,), "scales of 1 heads for 2"),
     ],

@@ -223,7 +223,7 @@ class FloatAttention(SplitAttention):
         planned, device = self.layer.scales, stages.qkv.weight.device
         assert planned is not None
         keys, values = (
-            torch.tensor([scales[head] for head in self.full], device=device)
+            torch.tensor([scales[head] for head in self.full], dtype=torch.float32, device=device)
             for scales in (planned.keys, planned.values)
         )
         self.scales, self.exact = (keys, values), planned.window

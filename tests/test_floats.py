@@ -29,6 +29,7 @@ from kvtool.runtime import Engine
 from kvtool.runtime.floats import FloatHeads
 from kvtool.runtime.memory import RowMemory
 from kvtool.slices import compose
+from kvtool.windows import WindowPlan
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -242,6 +243,11 @@ def test_impossible_scales_are_refused(keys, values, message):
         LayerPlan((False, False), scales=Scales(keys, values))
     with pytest.raises(PlanError, match="a window of -1 exact tokens"):
         replace(SCALES, window=-1)
+
+
+def test_a_layer_without_heads_has_no_scales():
+    with pytest.raises(PlanError, match="has no KV heads to plan"):
+        LayerPlan((), kept=WindowPlan(2, 16, 8), scales=Scales((), ()))
 
 
 def test_what_lies_in_fp8_has_no_other_bits_and_is_not_composed(llama):

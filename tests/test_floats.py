@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from _convert_tools import one_thread, random_ids
+from _family_cases import CASES
 from _packed import (
     assert_same,
     check_arrival,
@@ -24,7 +25,7 @@ from kvtool.errors import PlanError
 from kvtool.fp8 import Scales
 from kvtool.kernels.decode_attention import decode_attention, decode_attention_e4m3, widen
 from kvtool.layer_plan import LayerPlan
-from kvtool.plan import Plan, base_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.floats import FloatHeads
 from kvtool.runtime.memory import RowMemory
@@ -98,6 +99,18 @@ def test_all_but_the_window_is_read_as_an_fp8_cache_holds_it(llama, window, pois
 def test_the_same_however_tokens_arrive(llama, window, poison):
     planned = partial(floats, llama, window=window)
     check_arrival(llama, lambda prefill: planned(prefill), random_ids(LENGTH))
+
+
+@windows
+def test_sink_logits_join_however_tokens_arrive(tiny, window, poison):
+    checkpoint, ids = Checkpoint.open(str(tiny("gpt_oss", **CASES["gpt_oss"][1]))), random_ids(60)
+    scales = replace(SCALES, window=window)
+    layers = [replace(x, scales=scales) if x.full_heads else x for x in whole_layers(checkpoint)]
+    engine = Engine.load(checkpoint, plan=Plan(base_of(checkpoint), tuple(layers), "streamed"))
+    expected, exact = logits(engine, ids, 1), logits(Engine.load(checkpoint), ids, 1)
+    for pieces in ((60,), (20, 1, 30)):
+        apart = (logits(engine, ids, *pieces) - expected).abs().mean()
+        assert apart < (exact - expected).abs().mean() / 20
 
 
 def test_queries_of_a_long_call_see_their_own_windows(llama):

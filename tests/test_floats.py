@@ -20,10 +20,12 @@ from _packed import (
 )
 from torch import Tensor
 
+from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import PlanError
 from kvtool.fp8 import Scales
 from kvtool.kernels.decode_attention import decode_attention, decode_attention_e4m3, widen
+from kvtool.kernels.dispatch import VARIABLE
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
@@ -214,8 +216,23 @@ def test_every_number_is_read_as_torch_converts_it():
     assert decode_attention_e4m3(q, broken, codes, 0.3, tuple(scales))[3:].isnan().all()
 
 
-def test_budgets_drop_tokens_of_other_heads(llama):
-    """Heads with a token budget keep them exactly, beside heads in fp8."""
+def test_a_scale_belongs_to_its_head(llama):
+    """Also where the heads of a layer are sorted by what they keep."""
+    ids, streams = random_ids(LENGTH), ((True, False), (False, True), (True, False))
+
+    def read(first, second):
+        scales = Scales((first, second), (first, second))
+        layers = [LayerPlan(heads, 3, 8, scales=scales) for heads in streams]
+        layers[1] = replace(layers[1], scales=Scales(scales.keys[::-1], scales.values[::-1]))
+        plan = Plan(base_of(llama), tuple(layers), "streamed")
+        return logits(Engine.load(llama, plan=plan), ids, 60)
+
+    assert torch.equal(read(1.0, 0.01), read(0.003, 0.01))
+    assert not torch.equal(read(1.0, 0.01), read(1.0, 0.003))
+
+
+def test_budgets_drop_tokens_of_other_heads(llama, monkeypatch):
+    """Heads with a token budget keep them exactly, beside heads in fp8; not in shared pages."""
     right = Scales((0.01,) * 2, (0.01,) * 2)
     plan = floats(llama, "dense", scales=right)
     layers = tuple(replace(x, budget=(20, None)) for x in plan.layers)
@@ -226,6 +243,8 @@ def test_budgets_drop_tokens_of_other_heads(llama):
     exact = logits(Engine.load(llama), ids, 60, 20)
     assert 1e-3 < (found - expected).abs().mean() < (found - exact)[60:].abs().mean() / 2
     assert isinstance(Engine.load(llama, plan=both).new_cache(1, 60).stores[0].full, FloatHeads)
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert not Engine.load(llama, plan=both).paged
 
 
 # ---------------------------------------------------------------------------------- the plan
@@ -261,6 +280,15 @@ def test_impossible_scales_are_refused(keys, values, message):
 def test_a_layer_without_heads_has_no_scales():
     with pytest.raises(PlanError, match="has no KV heads to plan"):
         LayerPlan((), kept=WindowPlan(2, 16, 8), scales=Scales((), ()))
+
+
+def test_prefixes_are_kept_where_nothing_depends_on_what_comes_behind(llama):
+    plan = floats(llama, window=5)
+    assert plan.keeps_prefixes
+    assert not replace(plan, prefill="dense").keeps_prefixes
+    assert not floats(llama, streaming=SOME_STREAM).keeps_prefixes
+    packed = replace(plan.layers[0], scales=None, bits=Bits(4, 4, 64))
+    assert not replace(plan, layers=(*plan.layers[:2], packed)).keeps_prefixes
 
 
 def test_what_lies_in_fp8_has_no_other_bits_and_is_not_composed(llama):

@@ -74,7 +74,8 @@ def any_scales(plan: Plan, window: int) -> Plan:
 
 def _with(plan: Plan, scales_of: Callable[[int], Scales]) -> Plan:
     layers = [
-        replace(layer, scales=scales_of(index)) if layer.full_heads else layer
+        # Where all heads stream, too: another slice of the plan may have some keep everything.
+        replace(layer, scales=scales_of(index)) if layer.streaming else layer
         for index, layer in enumerate(plan.layers)
     ]
     return replace(plan, layers=tuple(layers))

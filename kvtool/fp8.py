@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
 LIMIT = 448.0
 """Largest number of e4m3."""
+_LEAST, _MOST = 2.0**-126, 2.0**128 / LIMIT
+"""Between them, float32 has a scale as precisely as others, and what it is multiplied with."""
 SCALES = ("k_scale", "v_scale")
 """Of a layer's keys and values, tensors beside its projections: `[1]`, or `[H, 1, 1]` by head."""
 
@@ -43,8 +44,8 @@ class Scales:
             raise PlanError(f"a window of {self.window} exact tokens is impossible")
         if len(self.keys) != len(self.values):
             raise PlanError(f"{len(self.keys)} scales of keys for {len(self.values)} of values")
-        if not all(0 < x < math.inf for x in (*self.keys, *self.values)):
-            raise PlanError("a scale of fp8 is above 0 and finite")
+        if not all(_LEAST <= x < _MOST for x in (*self.keys, *self.values)):
+            raise PlanError("a scale of fp8 is above 0 and finite in float32, as is 448 times it")
 
     def cache_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
         """Of one head of a sequence; the room for exact tokens counts whole even if unfilled."""

@@ -51,7 +51,7 @@ class LayerPlan:
     scales: Scales | None = None
 
     def __post_init__(self) -> None:
-        if self.kept is not None and (self.streaming or self.bits is not None):
+        if self.kept is not None and (self.streaming or self.packed):
             raise PlanError(
                 "a layer that keeps a state, a latent, a sliding window or a shared past has no KV "
                 "heads to plan"

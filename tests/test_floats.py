@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from _convert_tools import one_thread, random_ids
+from _family_cases import CASES
 from _packed import (
     assert_same,
     check_arrival,
@@ -19,16 +20,19 @@ from _packed import (
 )
 from torch import Tensor
 
+from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import PlanError
 from kvtool.fp8 import Scales
 from kvtool.kernels.decode_attention import decode_attention, decode_attention_e4m3, widen
+from kvtool.kernels.dispatch import VARIABLE
 from kvtool.layer_plan import LayerPlan
-from kvtool.plan import Plan, base_of
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.floats import FloatHeads
 from kvtool.runtime.memory import RowMemory
 from kvtool.slices import compose
+from kvtool.windows import WindowPlan
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -97,6 +101,18 @@ def test_all_but_the_window_is_read_as_an_fp8_cache_holds_it(llama, window, pois
 def test_the_same_however_tokens_arrive(llama, window, poison):
     planned = partial(floats, llama, window=window)
     check_arrival(llama, lambda prefill: planned(prefill), random_ids(LENGTH))
+
+
+@windows
+def test_sink_logits_join_however_tokens_arrive(tiny, window, poison):
+    checkpoint, ids = Checkpoint.open(str(tiny("gpt_oss", **CASES["gpt_oss"][1]))), random_ids(60)
+    scales = replace(SCALES, window=window)
+    layers = [replace(x, scales=scales) if x.full_heads else x for x in whole_layers(checkpoint)]
+    engine = Engine.load(checkpoint, plan=Plan(base_of(checkpoint), tuple(layers), "streamed"))
+    expected, exact = logits(engine, ids, 1), logits(Engine.load(checkpoint), ids, 1)
+    for pieces in ((60,), (20, 1, 30)):
+        apart = (logits(engine, ids, *pieces) - expected).abs().mean()
+        assert apart < (exact - expected).abs().mean() / 20
 
 
 def test_queries_of_a_long_call_see_their_own_windows(llama):
@@ -200,8 +216,23 @@ def test_every_number_is_read_as_torch_converts_it():
     assert decode_attention_e4m3(q, broken, codes, 0.3, tuple(scales))[3:].isnan().all()
 
 
-def test_budgets_drop_tokens_of_other_heads(llama):
-    """Heads with a token budget keep them exactly, beside heads in fp8."""
+def test_a_scale_belongs_to_its_head(llama):
+    """Also where the heads of a layer are sorted by what they keep."""
+    ids, streams = random_ids(LENGTH), ((True, False), (False, True), (True, False))
+
+    def read(first, second):
+        scales = Scales((first, second), (first, second))
+        layers = [LayerPlan(heads, 3, 8, scales=scales) for heads in streams]
+        layers[1] = replace(layers[1], scales=Scales(scales.keys[::-1], scales.values[::-1]))
+        plan = Plan(base_of(llama), tuple(layers), "streamed")
+        return logits(Engine.load(llama, plan=plan), ids, 60)
+
+    assert torch.equal(read(1.0, 0.01), read(0.003, 0.01))
+    assert not torch.equal(read(1.0, 0.01), read(1.0, 0.003))
+
+
+def test_budgets_drop_tokens_of_other_heads(llama, monkeypatch):
+    """Heads with a token budget keep them exactly, beside heads in fp8; not in shared pages."""
     right = Scales((0.01,) * 2, (0.01,) * 2)
     plan = floats(llama, "dense", scales=right)
     layers = tuple(replace(x, budget=(20, None)) for x in plan.layers)
@@ -212,6 +243,8 @@ def test_budgets_drop_tokens_of_other_heads(llama):
     exact = logits(Engine.load(llama), ids, 60, 20)
     assert 1e-3 < (found - expected).abs().mean() < (found - exact)[60:].abs().mean() / 2
     assert isinstance(Engine.load(llama, plan=both).new_cache(1, 60).stores[0].full, FloatHeads)
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert not Engine.load(llama, plan=both).paged
 
 
 # ---------------------------------------------------------------------------------- the plan
@@ -231,6 +264,8 @@ def test_a_plan_comes_back_from_its_file(llama, tmp_path):
         ((1.0, 0.0), (1.0, 1.0), "above 0 and finite"),
         ((1.0, 1.0), (1.0, float("inf")), "above 0 and finite"),
         ((1.0, 1.0), (1.0, float("nan")), "above 0 and finite"),
+        ((1.0, 1e-50), (1.0, 1.0), "above 0 and finite in float32"),  # 0 there
+        ((1e37, 1.0), (1.0, 1.0), "as is 448 times it"),
         ((1.0, 1.0), (1.0,), "2 scales of keys for 1 of values"),
         ((1.0,), (1.0,), "scales of 1 heads for 2"),
     ],
@@ -240,6 +275,20 @@ def test_impossible_scales_are_refused(keys, values, message):
         LayerPlan((False, False), scales=Scales(keys, values))
     with pytest.raises(PlanError, match="a window of -1 exact tokens"):
         replace(SCALES, window=-1)
+
+
+def test_a_layer_without_heads_has_no_scales():
+    with pytest.raises(PlanError, match="has no KV heads to plan"):
+        LayerPlan((), kept=WindowPlan(2, 16, 8), scales=Scales((), ()))
+
+
+def test_prefixes_are_kept_where_nothing_depends_on_what_comes_behind(llama):
+    plan = floats(llama, window=5)
+    assert plan.keeps_prefixes
+    assert not replace(plan, prefill="dense").keeps_prefixes
+    assert not floats(llama, streaming=SOME_STREAM).keeps_prefixes
+    packed = replace(plan.layers[0], scales=None, bits=Bits(4, 4, 64))
+    assert not replace(plan, layers=(*plan.layers[:2], packed)).keeps_prefixes
 
 
 def test_what_lies_in_fp8_has_no_other_bits_and_is_not_composed(llama):

@@ -187,8 +187,9 @@ def test_rows_decode_as_in_contiguous_memory(engines, monkeypatch, kind):
     torch.testing.assert_close(found[1], found[0], atol=2e-3, rtol=1e-3)
 
 
-def test_a_paged_memory_grows_and_keeps_what_it_has(engines, monkeypatch):
-    contiguous, paged = engines("streaming")
+@pytest.mark.parametrize("kind", ["streaming", "fp8, window"])
+def test_a_paged_memory_grows_and_keeps_what_it_has(engines, monkeypatch, kind):
+    contiguous, paged = engines(kind)
     ids = tokens(3 * PAGE + 5)
     expected = contiguous.extend(contiguous.new_cache(1, 1), ids, all_logits=True)
     monkeypatch.setenv(VARIABLE, "triton")
@@ -198,6 +199,10 @@ def test_a_paged_memory_grows_and_keeps_what_it_has(engines, monkeypatch):
     more = paged.extend(cache, ids[PAGE:], all_logits=True, prompt=len(ids))
     torch.testing.assert_close(torch.cat((found, more)), expected, atol=2e-3, rtol=1e-3)
     assert cache.capacity >= len(ids)
+    count = cache.memory.pages.rows  # more rows than there are, which have rings of their own
+    other = cache.memory.new_cache(count, PAGE)
+    last = paged.extend(other, ids[:PAGE], count - 1)
+    torch.testing.assert_close(last, expected[PAGE - 1], atol=2e-3, rtol=1e-3)
 
 
 def test_rows_and_pages_return_with_the_cache(engines, monkeypatch):
@@ -260,6 +265,8 @@ def test_what_a_row_takes_of_shared_pages_is_foreseen(engines, monkeypatch, kind
     memory = RowMemory(paged)
     for length in (PAGE, 5 * PAGE):
         assert memory.holding(length, length) == paged.new_cache(1, length).allocated_bytes
+        if kind.startswith("fp8"):
+            assert memory.holding(length, length) == paged.plan.cache_bytes(length, 4)
         paged.memory = None
     assert memory.bytes_per_token * PAGE == memory.page_bytes
     scheduler = Scheduler(paged, 20 * memory.holding(4 * PAGE, 4 * PAGE), max_running=4)

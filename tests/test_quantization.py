@@ -33,6 +33,7 @@ from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.packed import PackedHeads
+from kvtool.slices import stream_heads
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -309,6 +310,17 @@ def test_a_head_whose_values_are_all_zero_has_any_scale(llama):
     assert scales.values == pytest.approx([9 / 448, 1.0])
 
 
+def test_another_slice_of_a_plan_has_every_head_in_fp8(llama):
+    """Also in layers that had none that kept everything."""
+    heads = (LayerPlan((True, True), 3, 8), LayerPlan((True, False), 3, 8), LayerPlan((False,) * 2))
+    plan = replace(dense(llama), layers=heads, scores=torch.arange(6.0).view(3, 2))
+    found = calibrated(llama, plan, method="fp8", bits=(8, 8), window=0)
+    whole = stream_heads(found, 0, 3, 8)
+    assert whole.cache_bytes(64, 2) == 3 * 2 * 2 * 16 * 64
+    assert found.cache_bytes(64, 2) == 3 * 2 * 16 * 64 + 3 * 2 * 2 * 16 * 11
+    Engine.load(llama, plan=found).new_cache(1, 64)
+
+
 def test_scales_that_are_none_are_refused(converted, tmp_path, capsys):
     output = converted("llama", {}, to="fp8-kv")[1]
     name = "model.layers.1.self_attn.k_scale"
@@ -422,6 +434,7 @@ def test_the_command_writes_a_plan_that_runs(llama, tmp_path, capsys):
          "bits of keys 4 bits of values 16 kept the 8 numbers of largest magnitude, and a bitmap"),
         (["aware", "--bits", "fp8"], "fp8",
          "fp8 (e4m3) 3 layers: every number of the heads that keep everything"),
+        (["aware", "--bits", "fp8", "--window", "5"], "fp8", "exact the last 5 tokens as well"),
         (["mikv", "--bits", "K8V4/4", "--salient", "25%"], "mikv",
          "bits of keys 8/4 bits of values 4/4 tiers 4 of 16 tokens"),
     ],

@@ -256,6 +256,8 @@ def _describe_scales(table: Table, layers: list[dict[str, Any]]) -> None:
     if stored := [layer for layer in layers if layer["scales"] is not None]:
         full = "every number of the heads that keep everything, by a scale per head"
         table.add_row("fp8 (e4m3)", f"{counted(len(stored), 'layer')}: {full}")
+        if window := stored[0]["scales"]["window"]:
+            table.add_row("  exact", f"the last {counted(window, 'token')} as well")
 
 
 def _tiers(bits: dict[str, Any], part: str) -> str:

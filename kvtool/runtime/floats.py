@@ -30,7 +30,7 @@ from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages, Place
 from kvtool.runtime.split import DroppingHeads, StreamingHeads
 from kvtool.runtime.split_attention import SplitAttention
-from kvtool.runtime.stores import Store, whole_pages
+from kvtool.runtime.stores import Store
 from kvtool.runtime.streams import at_once
 
 Scales = tuple[Tensor, Tensor]
@@ -69,9 +69,6 @@ class FloatHeads(DroppingHeads):
     @property
     def allocated_bytes(self) -> int:
         return super().allocated_bytes + (self.exact.allocated_bytes if self.exact else 0)
-
-    def grown(self, length: int) -> int:
-        return whole_pages(super().grown(length))
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return self.exact is None or self.exact.can_crop(row, stored, length)
@@ -223,7 +220,7 @@ class FloatAttention(SplitAttention):
         planned, device = self.layer.scales, stages.qkv.weight.device
         assert planned is not None
         keys, values = (
-            torch.tensor([scales[head] for head in self.full], device=device)
+            torch.tensor([scales[head] for head in self.full], dtype=torch.float32, device=device)
             for scales in (planned.keys, planned.values)
         )
         self.scales, self.exact = (keys, values), planned.window

@@ -141,7 +141,8 @@ def _append(
 def _put(to, x, scale, there):
     """Writes numbers, divided by a scale if there is one, in the dtype that lies there."""
     if scale is not None:
-        x = tl.clamp(tl.div_rn(x.to(tl.float32), scale), -_LARGEST, _LARGEST)
+        x = tl.div_rn(x.to(tl.float32), scale)
+        x = tl.clamp(x, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
         tl.store(to, rounded(x, to.dtype.element_ty), there)
     else:
         tl.store(to, x.to(to.dtype.element_ty), there)

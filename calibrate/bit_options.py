@@ -88,19 +88,20 @@ class QuantizationOptions:
                 "--method mustafar keeps numbers of values exactly: --bits are those of keys, "
                 "such as 4"
             )
+        if method == FP8:  # which has no blocks
+            return
         try:
             self.everywhere()
         except PlanError as error:
             raise UsageError(f"{self.named}: {error}") from error
 
     def everywhere(self) -> Bits:
-        """The same for every layer, at 4 bits if there are none.
+        """The same for every layer, at 4 bits if there are none; of all methods but fp8.
 
         Raises:
             PlanError: They are out of range.
         """
         keys, values = self.bits or (4, 4)
-        window = 1 if self.method == FP8 else self.window  # that has no blocks
         turned: Turned = "both" if self.method == "rotatekv" else "none"
         rest = None
         if self.method in SALIENT:
@@ -116,7 +117,7 @@ class QuantizationOptions:
             "unrotated" if self.read == "rebuilt" else "rotated",
             turned,
             sink=self.sink,
-            window=window,
+            window=self.window,
             rest=rest,
             rank=(RANK if self.rank is None else self.rank) if self.method == "gear" else 0,
             kept=self.kept,

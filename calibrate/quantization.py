@@ -14,6 +14,7 @@ from kvtool.calibrate.bit_options import FP8, QuantizationOptions
 from kvtool.calibrate.projections import text_windows
 from kvtool.calibrate.statistics import WINDOW, StatisticsOptions, collect
 from kvtool.calibrate.statistics import memory_bytes as memory_of_statistics
+from kvtool.calibrate.statistics_file import Statistics
 from kvtool.calibrate.stream import LayerStream
 from kvtool.checkpoint import Checkpoint
 from kvtool.corpus import calibration_text
@@ -86,7 +87,6 @@ def calibrate_quantization(
     """
     check_can_drop(checkpoint, other=True)
     plan_ahead(plan, options, budget_bytes, itemsize)
-    first = options.everywhere()
     before, plan = plan.provenance, _with_states(plan, options)
     method: str = options.method
     corpus, tokens = None, 0
@@ -97,21 +97,15 @@ def calibrate_quantization(
         plan = fp8_scales.of_checkpoint(checkpoint, plan, options.window)
         found = {"scales": "of the checkpoint"}
         options = replace(options, data=None, tokens=0)
-    elif method in _FITTED or method == FP8:
+    elif method == FP8 or method in _FITTED:
         wanted = StatisticsOptions(
             data=options.data, tokens=options.tokens, sinks=options.sink, seed=options.seed
         )
         statistics = collect(checkpoint, wanted, report=report)
         corpus, tokens = str(statistics.metadata["corpus"]), statistics.tokens
-        if method == FP8:
-            plan = fp8_scales.of_statistics(statistics, plan, options.window)
-        else:
-            fitted, fit = [first] * len(plan.layers), _FITTED[method]
-            for index in (i for i, layer in enumerate(plan.layers) if layer.full_heads):
-                fitted[index] = fit(first, statistics.layer(index), plan.base)
-            plan = packed(plan, fitted)
+        plan = _fitted(plan, options, statistics)
     elif method != "aware":
-        plan = alike(plan, first)
+        plan = alike(plan, options.everywhere())
     else:
         windows, offsets = text_windows(checkpoint, options.data, options.tokens, options.seed)
         corpus, tokens = calibration_text(options.data).id, windows.numel()
@@ -123,13 +117,24 @@ def calibrate_quantization(
             measured = code_bits.harms(checkpoint, plan, *texts)
             plan, found = code_bits.shared(plan, *measured, allowed, itemsize)
         else:
-            offered = head_bits.offered(first)
+            offered = head_bits.offered(options.everywhere())
             harm = head_bits.harms(checkpoint, plan, offered, *texts)
             bits, found = head_bits.shared(plan, offered, harm, allowed)
             plan = packed(plan, bits)
     asked = {**asdict(options), "budget_bytes": budget_bytes, "itemsize": itemsize}
     said = provenance_of(method, asked, corpus, tokens, **found)
     return replace(plan, provenance=(*before, said))
+
+
+def _fitted(plan: Plan, options: QuantizationOptions, statistics: Statistics) -> Plan:
+    """The plan with what a method makes of statistics, for the heads that keep everything."""
+    if options.method == FP8:
+        return fp8_scales.of_statistics(statistics, plan, options.window)
+    first, fit = options.everywhere(), _FITTED[options.method]
+    bits = [first] * len(plan.layers)
+    for index in (i for i, layer in enumerate(plan.layers) if layer.full_heads):
+        bits[index] = fit(first, statistics.layer(index), plan.base)
+    return packed(plan, bits)
 
 
 def packed(plan: Plan, bits: Sequence[Bits]) -> Plan:
@@ -165,13 +170,12 @@ def plan_ahead(
     if any(layer.sparse is not None for layer in plan.layers):
         raise UsageError("the plan of --plan reads sparsely, which few bits do not go with yet")
     options.check()
-    first = options.everywhere()
     plan = _with_states(plan, options)
     if not options.heads:
         return plan.cache_bytes(options.context, itemsize)
     if options.method in (FP8, *_FITTED) and latents.latents_of(plan):
         raise UsageError(f"{options.named} is for keys and values of heads, and not for latents")
-    same = options.bits is None or first.keys == first.values
+    same = options.bits is None or options.bits[0] == options.bits[1]
     if latents.latents_of(plan):
         if options.method not in ("aware", "kivi") or options.read != "absorbed":
             raise UsageError(
@@ -195,6 +199,7 @@ def plan_ahead(
     if options.method == FP8:
         planned = fp8_scales.any_scales(plan, options.window)
         return planned.cache_bytes(options.context, itemsize)
+    first = options.everywhere()
     if budget_bytes is None:
         return alike(plan, first).cache_bytes(options.context, itemsize)
     fewest = replace(first, keys=min(BITS), values=min(BITS), kept=None)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from _code_tools import coded
 from _convert_tools import one_thread, random_ids
 from _family_cases import CASES
 from _packed import (
@@ -289,6 +290,7 @@ def test_prefixes_are_kept_where_nothing_depends_on_what_comes_behind(llama):
     assert not floats(llama, streaming=SOME_STREAM).keeps_prefixes
     packed = replace(plan.layers[0], scales=None, bits=Bits(4, 4, 64))
     assert not replace(plan, layers=(*plan.layers[:2], packed)).keeps_prefixes
+    assert not replace(coded(llama), prefill="streamed").keeps_prefixes
 
 
 def test_what_lies_in_fp8_has_no_other_bits_and_is_not_composed(llama):

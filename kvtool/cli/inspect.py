@@ -98,6 +98,8 @@ def _applications(inspection: Inspection) -> Table:
         why = items[0].reasons
         if why and len(items) > 1 and all(item.reasons == why for item in items):
             items = [replace(items[0], method="any", target="any")]
+        elif len(items) == 1:  # nothing to choose
+            items = [replace(items[0], method="", target="")]
         for item in items:
             verdict, reasons = "no" if item.reasons else "yes", "; ".join(item.reasons)
             table.add_row(command, item.method, item.target, verdict, reasons)

@@ -283,6 +283,13 @@ def test_a_layer_without_heads_has_no_scales():
         LayerPlan((), kept=WindowPlan(2, 16, 8), scales=Scales((), ()))
 
 
+def test_a_window_longer_than_the_context_is_refused(llama):
+    most = int(llama.config["max_position_embeddings"])
+    Engine.load(llama, plan=floats(llama, window=most))
+    with pytest.raises(PlanError, match=f"the last {most + 1} tokens exactly, more than"):
+        Engine.load(llama, plan=floats(llama, window=most + 1))
+
+
 def test_prefixes_are_kept_where_nothing_depends_on_what_comes_behind(llama):
     plan = floats(llama, window=5)
     assert plan.keeps_prefixes

@@ -216,6 +216,11 @@ def _check_plan(
                 f"layer {i} has exact room for {kept.bits.sink + kept.bits.ring} tokens, more than "
                 f"the {positions} positions of {checkpoint.source}"
             )
+        if kept.scales is not None and kept.scales.window > positions:
+            raise PlanError(
+                f"layer {i} keeps the last {kept.scales.window} tokens exactly, more than the "
+                f"{positions} positions of {checkpoint.source}"
+            )
         if isinstance(other, WindowPlan) and other != (own := WindowPlan.of(layout)):
             raise PlanError(
                 f"layer {i} of {checkpoint.source} has a sliding window of {own}, and {other} is "

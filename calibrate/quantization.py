@@ -40,11 +40,17 @@ _FITTED = {
 def everything(checkpoint: Checkpoint, base: Base, options: QuantizationOptions) -> Plan:
     """The plan that every layer keeps what it keeps without one; latents with 8 bits."""
     if sizes := latent_sizes(checkpoint):
+        _check_for_latents(options)
         ring = options.group, options.sink, options.window
         kept = [LatentPlan(r, rope, (max(BITS),) * (r + rope), *ring) for r, rope in sizes]
         return Plan(base, tuple(LayerPlan((), kept=one) for one in kept))
     # An engine with an fp8 cache reads it in prompts as well.
     return Plan(base, whole_layers(checkpoint), "streamed" if options.method == FP8 else "dense")
+
+
+def _check_for_latents(options: QuantizationOptions) -> None:
+    if options.method in (FP8, *_FITTED):
+        raise UsageError(f"{options.named} is for keys and values of heads, and not for latents")
 
 
 def with_states(plan: Plan, bits: int | None) -> Plan:
@@ -173,8 +179,8 @@ def plan_ahead(
     plan = _with_states(plan, options)
     if not options.heads:
         return plan.cache_bytes(options.context, itemsize)
-    if options.method in (FP8, *_FITTED) and latents.latents_of(plan):
-        raise UsageError(f"{options.named} is for keys and values of heads, and not for latents")
+    if latents.latents_of(plan):
+        _check_for_latents(options)
     same = options.bits is None or options.bits[0] == options.bits[1]
     if latents.latents_of(plan):
         if options.method not in ("aware", "kivi") or options.read != "absorbed":

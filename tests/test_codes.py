@@ -350,7 +350,7 @@ def test_a_plan_may_keep_fewer_rows_than_a_code_has(llama, ids, tmp_path):
         token_by_token(Engine.load(llama, plan=plan), ids[:20])
         for plan in (Plan.read(tmp_path / "p.plan"), whole)
     )
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # strides differ, and sums
 
 
 def test_damage_is_judged_behind_the_exact_tokens(llama):

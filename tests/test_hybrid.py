@@ -63,7 +63,7 @@ def test_the_closed_form_is_the_best_read_out_and_own_tokens_make_it_better(tiny
     after = hybrid.fit_outputs(TEXTS)[1]
     assert after < before < 1
     seen = []
-    hybrid._watched(TEXTS, 1, {1: lambda hidden, told: seen.append((hidden, told))})
+    hybrid._watched(TEXTS, {1: lambda hidden, told: seen.append((hidden, told))})
     with torch.no_grad():
         made = [(hybrid.slots[1].replacement(hidden), told) for hidden, told in seen]
     wrong = sum(float((a - b).square().sum()) for a, b in made)

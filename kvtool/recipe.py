@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -18,10 +19,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from kvtool.errors import RecipeError
-from kvtool.sizes import MAX_SEED
+from kvtool.errors import RecipeError, UsageError
+from kvtool.sizes import MAX_SEED, parse_budget
 
 SCHEMA_VERSION = 1
+_MOST_VALUES = 10_000  # few lines of YAML whose aliases name aliases stand for billions
 
 
 def _number_as_text(value: Any) -> Any:
@@ -40,6 +42,14 @@ def _check_reports(files: list[str]) -> list[str]:
     return files
 
 
+def _check_budget(text: str) -> str:
+    try:
+        parse_budget(text, native=100)
+    except UsageError as error:
+        raise ValueError(error) from error
+    return text
+
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -47,6 +57,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 TextOrNumber = Annotated[str, BeforeValidator(_number_as_text)]
+Budget = Annotated[TextOrNumber, AfterValidator(_check_budget)]
 ReportFiles = Annotated[list[str], BeforeValidator(_one_as_list), AfterValidator(_check_reports)]
 
 
@@ -63,7 +74,7 @@ class ConvertStep(_Strict):
     method: Literal["aware", "transmla", "exact"] = "aware"
     target: Literal["transformers", "vllm", "kvtool"] = "transformers"
     kv_heads: Positive | None = None
-    kv_budget: TextOrNumber | None = None
+    kv_budget: Budget | None = None
     rope_dim: Annotated[int, Field(ge=2)] | None = None
     rank: Positive | None = None
     freqfold: TextOrNumber = "auto"
@@ -109,7 +120,7 @@ class HeadsStep(_Strict):
     output: str | None = None
     method: Literal["ablation", "duo", "attention", "semantic", "entropy"] = "ablation"
     streaming_heads: TextOrNumber | None = None
-    kv_budget: TextOrNumber | None = None
+    kv_budget: Budget | None = None
     context: Positive | None = None
     sink: Natural = 16
     window: Positive = 256
@@ -129,7 +140,7 @@ class BudgetsStep(_Strict):
 
     uses: Literal["calibrate budgets"]
     output: str | None = None
-    kv_budget: TextOrNumber
+    kv_budget: Budget
     method: Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"] = (
         "adakv"
     )
@@ -147,7 +158,7 @@ class ProjectionsStep(_Strict):
     uses: Literal["calibrate projections"]
     output: str | None = None
     method: Literal["aware", "matryoshka", "cskv", "xkv", "palu", "asvd", "pca"] = "aware"
-    kv_budget: TextOrNumber = "50%"
+    kv_budget: Budget = "50%"
     context: Positive | None = None
     read: Literal["absorbed", "rebuilt"] | None = None
     layers_together: Positive | None = None
@@ -171,7 +182,7 @@ class QuantizationStep(_Strict):
     salient: TextOrNumber | None = None
     rank: Positive | None = None
     sparsity: TextOrNumber | None = None
-    kv_budget: TextOrNumber | None = None
+    kv_budget: Budget | None = None
     context: Positive | None = None
     group: Positive | None = None
     read: Literal["absorbed", "rebuilt"] | None = None
@@ -296,9 +307,11 @@ def parse_recipe(text: str, name: str) -> Recipe:
             f"{name}:1:1: a recipe is a mapping with the keys {_listed(_keys(Recipe))}"
         )
     try:
-        recipe = Recipe.model_validate(_plain(document))
+        recipe = Recipe.model_validate(_plain(document, itertools.count()))
     except ValidationError as error:
         raise _first_error(error, document, name) from error
+    except OverflowError as error:
+        raise RecipeError(f"{name}: not a recipe: {error}") from error
     made: set[str] = set()
     for index, step in enumerate(recipe.steps):
         needed = {"verify": {"convert"}, "evaluate": {"convert", *_PLANNING}}.get(step.uses)
@@ -343,12 +356,18 @@ def _absolute(source: str) -> str:
     return str(path.resolve()) if path.exists() else source
 
 
-def _plain(node: Any) -> Any:
-    """The same document in the built-in types that a strict schema insists on."""
+def _plain(node: Any, seen: Iterator[int]) -> Any:
+    """The same document in the built-in types that a strict schema insists on.
+
+    Raises:
+        OverflowError: Aliases of aliases make it larger than any recipe.
+    """
+    if next(seen) >= _MOST_VALUES:
+        raise OverflowError(f"with its aliases written out it has over {_MOST_VALUES} values")
     if isinstance(node, Mapping):
-        return {key: _plain(value) for key, value in node.items()}
+        return {key: _plain(value, seen) for key, value in node.items()}
     if isinstance(node, list):
-        return [_plain(value) for value in node]
+        return [_plain(value, seen) for value in node]
     for builtin in (bool, int, float, str):
         if isinstance(node, builtin):
             return builtin(node)
@@ -382,7 +401,8 @@ def _message(details: ErrorDetails) -> str:
         return f"unknown step '{given}' (known are {_listed(USES)})"
     if key == "kvtool":
         return f"this kvtool reads recipes of version {SCHEMA_VERSION}, not {details['input']!r}"
-    wanted = details["msg"][:1].lower() + details["msg"][1:]
+    wanted = details["msg"].removeprefix("Value error, ")
+    wanted = wanted[:1].lower() + wanted[1:]
     return f"'{key}' is {details['input']!r}: {wanted}"
 
 

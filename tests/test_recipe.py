@@ -131,6 +131,13 @@ def test_what_is_wrong_is_said_with_its_place(old: str, new: str, message: str) 
     assert error_of(VALID.replace(old, new)).startswith(message)
 
 
+@pytest.mark.parametrize("budget", ["150%", "0%", "half", "0", "-5%"])
+def test_a_budget_that_no_step_takes_is_refused_with_its_line(budget: str) -> None:
+    message = error_of(VALID.replace("50%", budget))
+    assert message.startswith("r.yaml:7:5: 'kv_budget' is")
+    assert "neither a share of the native cache" in message
+
+
 @pytest.mark.parametrize("given", ["r.html", "[r.html]", "\n      - r.html"])
 def test_one_report_or_several_may_be_written(given: str) -> None:
     step = parse_recipe(VALID + f"    output: {given}\n", "r.yaml").steps[-1]
@@ -425,3 +432,9 @@ def test_a_plan_of_codes_can_be_evaluated() -> None:
 
 def test_a_recipe_that_is_nested_too_deeply_is_refused() -> None:
     assert error_of("[" * 100_000) == "r.yaml: not a recipe: it is nested too deeply"
+
+
+def test_aliases_of_aliases_are_refused_before_they_are_written_out() -> None:
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
+    text = "\n".join(["a0: &a0 [x]", *lines])
+    assert "with its aliases written out it has over 10000 values" in error_of(text)

@@ -63,6 +63,7 @@ def append(
         num_warps=4 if coded else 1,
         # An encoder is all that comes from memory: where there is room, it is asked for at once.
         num_stages=8 if rows < 64 and k.element_size() == 2 else 3,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

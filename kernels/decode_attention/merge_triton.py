@@ -20,6 +20,7 @@ def merge(parts: Sequence[Tensor], masses: Sequence[Tensor]) -> Tensor:
             tuple(masses), *zip(*(x.stride() for x in masses), strict=True),
             out, heads, COUNT=len(parts), WIDTH=width, BLOCK=triton.next_power_of_2(width),
             num_warps=1, **dependent_launch(out.device),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

@@ -376,6 +376,7 @@ class Cut:
             self.rows, self.heads, self.group, self.first // self.config.block_n, self.items,
             WIDTH=width, COLUMNS=columns, BLOCK=4096 // columns, num_warps=4, **self.constants,
             **({"launch_pdl": True} if self.overlap else {}),
+            enable_fp_fusion=True,
         )  # fmt: skip
         return self.out, self.lse
 
@@ -426,5 +427,6 @@ def paged_decode_attention(
         VALUES_IN_KEYS=in_keys, HAS_BIAS=bias is not None,
         PAGED=table is not None, PAGE=page, PRECISION=precision(q.dtype),
         BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages, **cut.constants,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return cut.merge(sink_logits)

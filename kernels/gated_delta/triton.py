@@ -45,5 +45,6 @@ def gated_delta_step(
         q, k, v, g, beta, state, y, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *g.stride(),
         *beta.stride(), *state.stride()[:3], heads, heads // groups, P=p, N=n, BLOCK_P=block_p,
         BLOCK_N=block_n, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y

@@ -39,6 +39,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
             0 if bias is None else bias.stride(0), out.stride(0), INNER=inner,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, PRECISION=precision(x.dtype),
             num_warps=4, num_stages=4, **dependent_launch(x.device),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

@@ -20,8 +20,9 @@ def hadamard(x: Tensor) -> Tensor:
     block = _TILE // width
     if rows:
         _hadamard[(triton.cdiv(rows, block),)](
-            x, out, rows, width**-0.5, WIDTH=width, STAGES=count, BLOCK=block, num_warps=4
-        )
+            x, out, rows, width**-0.5, WIDTH=width, STAGES=count, BLOCK=block, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 

@@ -369,5 +369,6 @@ def packed_attention(
         VALUE_BITS=blocks.value_bits, VALUE_LINE=blocks.values.shape[-1], PIECES=pieces,
         COLUMNS=max(16, triton.next_power_of_2(width // pieces)), PRECISION=precision(q.dtype),
         BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages, **cut.constants,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return cut.merge(sink_logits)[0]

@@ -184,5 +184,6 @@ def rebuild_decode_attention(
         V_WIDTH=v_width, V0=v0, V1=v1, PAGED=table is not None, PAGE=codes.shape[2],
         PRECISION=precision(q.dtype), BLOCK_M=cut.block_m,
         num_warps=config.warps, num_stages=config.stages, **cut.constants,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return cut.merge()

@@ -49,6 +49,7 @@ def _launch(x: Tensor, other: Tensor | None, weight: Tensor, eps: float) -> tupl
             WIDTH=width, BLOCK=block, ROWS=together, ADDED=other is not None,
             num_warps=min(16, max(1, together * block // 256)),
             **dependent_launch(x.device),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return both, out
 

@@ -213,6 +213,7 @@ def ssd_chunked(
         *x.stride()[:3], *dt.stride(), *b.stride()[:3],
         *((0, 0, 0) if state is None else state.stride()[:3]),
         *cut, BLOCK_P=block_p, num_warps=4, num_stages=3, **shape,
+        enable_fp_fusion=True,
     )  # fmt: skip
     inherited, end = None, finals[:, :, 0]
     if segments > 1:
@@ -220,11 +221,13 @@ def ssd_chunked(
         _pass_on[(triton.cdiv(p * n, 1024), batch * heads)](
             dt, A, finals, inherited, end, *dt.stride(), tokens, heads, segments,
             segment_chunks * _CHUNK, SIZE=p * n, BLOCK=1024, TOKENS=1024,
+            enable_fp_fusion=True,
         )  # fmt: skip
     _outputs[(triton.cdiv(p, wide_p), chunks, batch * heads)](
         x, dt, A, b, c, before, elapsed, inherited, y,
         *x.stride()[:3], *dt.stride(), *b.stride()[:3], *c.stride()[:3],
         *cut, BLOCK_P=wide_p, SEGMENTED=segments > 1, num_warps=4, num_stages=2, **shape,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y, end
 
@@ -263,6 +266,7 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tens
         x, dt, A, b, c, state, y, *x.stride()[:2], *dt.stride(), *b.stride()[:2], *c.stride()[:2],
         *state.stride()[:3], heads, heads // groups, P=p, N=n, BLOCK_P=block_p, BLOCK_N=block_n,
         num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -327,5 +331,6 @@ def causal_conv(
         x, weight, bias, state, y, after, *x.stride()[:2], *weight.stride(), *state.stride(),
         tokens, channels, K=taps, BLOCK_T=block_t, BLOCK_C=128,
         BLOCK_K=triton.next_power_of_2(max(1, taps - 1)), num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y, after

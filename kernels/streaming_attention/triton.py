@@ -108,5 +108,6 @@ def streaming_attention(
         scaling * math.log2(math.e), WIDTH=width, W0=w0, W1=w1, PRECISION=precision(q.dtype),
         BLOCK_M=block, BLOCK_N=block, num_warps=8 if width > 128 else 4,
         num_stages=2 if width > 128 else 3,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return out

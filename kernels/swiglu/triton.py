@@ -20,6 +20,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         _swiglu[(rows * blocks,)](
             gate_up, out, width, blocks, BLOCK=_BLOCK, num_warps=4,
             **dependent_launch(out.device),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

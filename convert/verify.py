@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvtool._transformers import quiet_transformers
+from kvtool._transformers import cache_argument, quiet_transformers
 from kvtool.checkpoint import Checkpoint, sha256_file
 from kvtool.convert import artifact, fp8_kv, granite
 from kvtool.divergence import kl_divergence
@@ -265,7 +265,8 @@ def _check_fp8(report: VerifyReport, converted: Checkpoint, ids: Tensor, exact: 
 
     def through(chosen: list[int], tokens: Tensor) -> tuple[Tensor, Fp8Cache]:
         cache = Fp8Cache({i: scales[i] for i in chosen}, model.config)
-        return model(tokens[None], past_key_values=cache, use_cache=True).logits[0], cache
+        own = {cache_argument(): cache}
+        return model(tokens[None], use_cache=True, **own).logits[0], cache
 
     logits, cache = through(list(scales), ids)
     clipped = cache.clipped / cache.numbers

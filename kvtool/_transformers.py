@@ -1,8 +1,10 @@
-"""Running transformers without its noise."""
+"""Running transformers without its noise, and in more than one version."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 
 
@@ -20,3 +22,12 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@functools.cache
+def cache_argument() -> str:
+    """What transformers calls the cache of a model: `cache` since 5.24, else `past_key_values`."""
+    from transformers import LlamaForCausalLM
+
+    known = inspect.signature(LlamaForCausalLM.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"

@@ -1,7 +1,7 @@
 """The attention modules that take the place of transformers' own inside the host model.
 
 Each is called by the host's decoder layer exactly as the module it replaces; the store and the
-positions come in as `past_key_values`, a :class:`Step`.
+positions come in as its cache, a :class:`Step`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kvtool._transformers import cache_argument
 from kvtool.attention import GroupedQueryAttention
 from kvtool.factors import input_of
 from kvtool.kernels.grouped_linear import grouped_linear
@@ -148,20 +149,18 @@ class RuntimeAttention(nn.Module):
         """`[B, T, hidden]` to `[B, T, hidden]`, storing the new tokens on the way."""
         raise NotImplementedError  # pragma: no cover
 
-    def forward(
-        self, hidden_states: Tensor, past_key_values: Step, **_: Any
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, **given: Any) -> tuple[Tensor, None]:
         """The signature under which transformers' decoder layers call their attention."""
-        store = past_key_values.stores[self.layer_index]
-        return self.attention(hidden_states, past_key_values, store), None
+        step: Step = given[cache_argument()]
+        return self.attention(hidden_states, step, step.stores[self.layer_index]), None
 
     layer_index: int
 
 
 def through(layer: Any, hidden: Tensor, step: Step) -> Tensor:
     """Hidden states `[B, T, hidden]` through a decoder layer of the host that has such a module."""
-    own = input_of(step.inputs, layer)
-    result: Tensor = layer(hidden, past_key_values=step, position_embeddings=None, **own)
+    own = {cache_argument(): step, **input_of(step.inputs, layer)}
+    result: Tensor = layer(hidden, position_embeddings=None, **own)
     return result
 
 

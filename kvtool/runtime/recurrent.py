@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtool._transformers import cache_argument
 from kvtool.delta_net import DeltaNet
 from kvtool.kernels.quantise import dequantise_rows, packed_bytes, quantise_rows
 from kvtool.kernels.ssd import ssd_chunked
@@ -220,7 +221,8 @@ class RuntimeMixer(RuntimeAttention):
         return raw.masked_fill(late & (self.stages.steps(raw) < least), -torch.inf)
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, cache_params: Step, **_: Any
+        self, hidden_states: Tensor, **given: Any
     ) -> Tensor:
         """The signature under which transformers' hybrid layers call their mixer."""
-        return self.attention(hidden_states, cache_params, cache_params.stores[self.layer_index])
+        step: Step = given["cache" if cache_argument() == "cache" else "cache_params"]
+        return self.attention(hidden_states, step, step.stores[self.layer_index])

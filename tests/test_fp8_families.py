@@ -13,6 +13,7 @@ from _family_tools import open_case, tokens
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
+from kvtool._transformers import cache_argument
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import planning, targets
 from kvtool.convert.verify import verify
@@ -78,7 +79,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 def observed(checkpoint: Checkpoint, model: Any) -> dict[str, Tensor]:
     text, _ = planning.texts(checkpoint, planning.ConvertOptions(to="fp8-kv", tokens=1024))
     cache = Peaks(model.config)
-    model(text, past_key_values=cache, use_cache=True)
+    model(text, use_cache=True, **{cache_argument(): cache})
     return cache.found
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from _hybrid_tools import MULTIPLIERS, write_hybrid
 
+from kvtool._transformers import cache_argument
 from kvtool.calibrate.past import read_past
 from kvtool.calibrate.stream import LayerStream
 from kvtool.calibrate.tail import TailModel
@@ -119,8 +120,8 @@ def test_what_stock_transformers_makes_of_tokens_appended_together(hybrid):
     """It once dropped the state before them without a word; whatever it does, ours is right."""
     model = Checkpoint.open(str(hybrid)).load_transformers(torch.float32)
     with torch.inference_mode():
-        first = model(IDS[None, :40], use_cache=True)
-        appended = model(IDS[None, 40:], past_key_values=first.past_key_values).logits[0]
+        own, first = cache_argument(), model(IDS[None, :40], use_cache=True)
+        appended = model(IDS[None, 40:], **{own: first[own]}).logits[0]
     whole = stock_logits(hybrid)
     engine = Engine.load(Checkpoint.open(str(hybrid)))
     cache = engine.new_cache(1, 90)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from _convert_tools import YARN, edited_copy, one_thread, random_ids
 
+from kvtool._transformers import cache_argument
 from kvtool.bits import Bits, Tier, read_keys, read_values, turn
 from kvtool.calibrate import fp8_scales
 from kvtool.calibrate.allocate import choose
@@ -286,7 +287,7 @@ def test_fp8_has_the_scales_that_a_conversion_writes_and_takes_those_of_its_outp
     with torch.inference_mode():
         exact = stock(ids[None]).logits[0, -20:].log_softmax(-1)
         cache = Fp8Cache.of(output)
-        engines = stock(ids[None], past_key_values=cache).logits[0, -20:].log_softmax(-1)
+        engines = stock(ids[None], **{cache_argument(): cache}).logits[0, -20:].log_softmax(-1)
     engine = Engine.load(output, plan=replace(taken, prefill="streamed"))
     store = engine.new_cache(1, 400)
     engine.extend(store, ids[:380])

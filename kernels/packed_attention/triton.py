@@ -95,7 +95,7 @@ def _three_bits(words, third, upper, SHIFT: tl.constexpr, FIELD: tl.constexpr):
         upper: 255 where that lies in bit FIELD + 1, and not in bit FIELD.
     """
     if INTERPRETED:
-        high = ((third >> FIELD) & ~upper) | ((third >> (FIELD + 1)) & upper)
+        high = tl.where(upper == 0, third >> FIELD, third >> (FIELD + 1))
         found = ((words >> SHIFT) & 3) | ((high & 1) << 2)
     else:
         found = tl.inline_asm_elementwise(

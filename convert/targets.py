@@ -26,7 +26,8 @@ from torch import Tensor
 from kvtool.convert import granite
 from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
 from kvtool.fp8 import SCALES
-from kvtool.layout import LATENT, PLAIN, AttentionLayout, describe, rope_of, ropes_of
+from kvtool.layout import LATENT, PLAIN, AttentionLayout, describe
+from kvtool.rope import rope_of, ropes_of
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint

@@ -15,16 +15,9 @@ from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
 from kvtool.latent import LatentAttention
 from kvtool.latent_bits import LatentPlan
-from kvtool.layout import (
-    AttentionLayout,
-    decoder_layers,
-    describe,
-    mixer_of,
-    put_in,
-    ropes_of,
-)
+from kvtool.layout import AttentionLayout, decoder_layers, describe, mixer_of, put_in
 from kvtool.plan import Plan
-from kvtool.rope import Rope
+from kvtool.rope import Rope, ropes_of
 from kvtool.runtime.coded import CodedAttention
 from kvtool.runtime.floats import FloatAttention
 from kvtool.runtime.fused import fuse

@@ -265,7 +265,7 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
         return 0
     if config.model_type in ROPE_BY_LAYER and not config.layer_rope_theta[module.layer_idx]:
         return 0
-    by_kind = rope_parameters(config)
+    by_kind = rope_by_layer_type(config)
     first: dict[str, Any] = next(iter(by_kind.values()), {})
     kinds = getattr(config, "layer_types", None)
     parameters = by_kind.get(kinds[module.layer_idx], first) if kinds else first
@@ -278,7 +278,7 @@ def _rope_scale(module: Any) -> float:
     """What yarn and LongRoPE multiply cos and sin by in a layer."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config, by_kind = module.config, rope_parameters(module.config)
+    config, by_kind = module.config, rope_by_layer_type(module.config)
     own = {} if "" in by_kind else {"layer_type": config.layer_types[module.layer_idx]}
     rope_type = by_kind[own.get("layer_type", "")].get("rope_type", "default")
     if rope_type == "default":
@@ -286,7 +286,7 @@ def _rope_scale(module: Any) -> float:
     return float(ROPE_INIT_FUNCTIONS[rope_type](config, **own)[1])
 
 
-def rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
+def rope_by_layer_type(config: Any) -> dict[str, dict[str, Any]]:
     """By type of layer; under an empty name if there is one for all."""
     parameters, kinds = config.rope_parameters, getattr(config, "layer_types", None) or ()
     return {kind: parameters[kind] for kind in parameters if kind in kinds} or {"": parameters}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.errors import UnsupportedModelError
-from kvtool.layout import HYBRID, ROPE_BY_LAYER, AttentionLayout, describe, rope_parameters
+from kvtool.layout import HYBRID, ROPE_BY_LAYER, AttentionLayout, describe, rope_by_layer_type
 
 _CHANGES = "RoPE of type '{}' changes its frequencies with the length of the text"
 
@@ -114,7 +114,7 @@ def ropes_of(config: Any) -> list[Rope]:
 def _built(rotary: Any, config: Any) -> dict[str, Rope]:
     """What transformers builds, by type of layer; under an empty name if there is one for all."""
     module, found = rotary(config=config), {}
-    for kind, parameters in rope_parameters(config).items():
+    for kind, parameters in rope_by_layer_type(config).items():
         prefix = f"{kind}_" if kind else ""
         rope_type = parameters.get("rope_type", "default")
         if config.model_type == "phimoe" and rope_type != "default":  # its scale changes, too
@@ -135,7 +135,7 @@ def rope_of(config: Any) -> Rope:
     Raises:
         UnsupportedModelError: They do not, or the frequencies depend on the length of the text.
     """
-    for parameters in rope_parameters(config).values():
+    for parameters in rope_by_layer_type(config).values():
         if (kind := parameters.get("rope_type")) == "dynamic":
             raise UnsupportedModelError(_CHANGES.format(kind))
     first, *others = ropes_of(config)

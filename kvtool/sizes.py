@@ -7,6 +7,8 @@ from fractions import Fraction
 
 from kvtool.errors import UsageError
 
+BF16 = 2
+"""Bytes per number of the cache that shares and budgets are stated of."""
 # Generators take 64 bits, and layers, steps and choices add their number to a seed.
 MAX_SEED = 2**62
 

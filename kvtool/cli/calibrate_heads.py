@@ -12,14 +12,14 @@ from rich import box
 from rich.table import Table
 
 from kvtool.cli import _console, _options
-from kvtool.cli.plan import emit_plan, planned_facts, score_picture
+from kvtool.cli.plan import emit_plan, emit_planned, score_picture
 from kvtool.errors import UsageError
+from kvtool.sizes import BF16
 
 if TYPE_CHECKING:
     from kvtool.plan import Plan
 
 _METHOD, _TRAINING = "Method", "Training (--method duo)"
-_BF16 = 2
 
 
 def retrieval_heads(
@@ -168,18 +168,15 @@ def retrieval_heads(
     _options.check_memory(f"calibrating {checkpoint.source}", needed, device, hint)
     if dry_run:
         found = {
-            "plan": str(output),
-            "model": checkpoint.source,
             "prefill": prefill,
             "streaming_heads": planned.streaming_heads,
             "kv_heads": planned.planned_heads,
             "context": context,
-            "bytes": planned.cache_bytes(context, _BF16),
-            "native_bytes": planned.native_bytes(context, _BF16),
+            "bytes": planned.cache_bytes(context, BF16),
+            "native_bytes": planned.native_bytes(context, BF16),
             "memory_bytes": needed,
-            "dry_run": True,
         }
-        _console.emit(found, json, planned_facts("nothing written", found))
+        emit_planned(output, checkpoint.source, found, json)
         return
     folder = output.with_name(output.name + ".partial")
     resumes = method in ("ablation", "duo")
@@ -241,9 +238,9 @@ class _Size:
         if self.budget is None:
             count = parse_share(self.share or "", heads)
             return stream_heads(plan, count, self.sink, self.window)
-        allowed = parse_budget(self.budget, plan.native_bytes(self.context, _BF16))
+        allowed = parse_budget(self.budget, plan.native_bytes(self.context, BF16))
         streaming = stream_heads(plan, heads, self.sink, self.window)
-        return cut(streaming, allowed, self.context, _BF16)
+        return cut(streaming, allowed, self.context, BF16)
 
 
 def compare_heads(

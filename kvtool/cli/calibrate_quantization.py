@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
 
-from kvtool.cli import _console, _options
-from kvtool.cli.plan import emit_plan, planned_facts
+from kvtool.cli import _options
+from kvtool.cli.plan import emit_made, emit_planned
 from kvtool.errors import UsageError
+from kvtool.sizes import BF16
 
 _METHOD = "Method"
-_BF16 = 2
 
 
 def quantization(
@@ -165,28 +164,23 @@ def quantization(
     states = [x.kept for x in start.layers if isinstance(x.kept, StatePlan)]
     if options.states is not None and not any(x.rule == "mamba2" for x in states):
         raise UsageError(f"--bits {bits}: no layer of {checkpoint.source} keeps a state of Mamba-2")
-    native = start.native_bytes(context, _BF16)
+    native = start.native_bytes(context, BF16)
     budget = None if kv_budget is None else parse_budget(kv_budget, native)
-    planned = method_of.plan_ahead(start, options, budget, _BF16)
+    planned = method_of.plan_ahead(start, options, budget, BF16)
     if dry_run:
         facts = {
-            "plan": str(output),
-            "model": checkpoint.source,
             "method": options.method,
             "bits": bits,
             "context": context,
             "bytes_at_most": planned,
             "native_bytes": native,
             "memory_bytes": method_of.memory_bytes(checkpoint, options),
-            "dry_run": True,
         }
-        _console.emit(facts, json, planned_facts("nothing written", facts))
+        emit_planned(output, checkpoint.source, facts, json)
         return
-    with _console.progress(quiet) as report:
-        started = time.perf_counter()
-        made = method_of.calibrate_quantization(
-            checkpoint, options, start, budget, _BF16, report=report
-        )
-        seconds = time.perf_counter() - started
-    made.write(output, overwrite=overwrite)
-    emit_plan(made, output, context, json, {"seconds": seconds})
+    emit_made(
+        lambda report: method_of.calibrate_quantization(
+            checkpoint, options, start, budget, BF16, report=report
+        ),
+        output, context, overwrite=overwrite, json=json, quiet=quiet,
+    )  # fmt: skip

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kvtool import __version__, distill
+from kvtool._staging import write_file
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
@@ -238,9 +239,7 @@ class _Work:
                 self.checkpoint, reach, lesson, None, teacher=taught, device=self.device
             )
             steps = max(3, int(seconds / trial.step_seconds()))
-            unfinished = self.scratch / "steps.unfinished"
-            unfinished.write_text(str(steps))
-            unfinished.replace(noted)
+            write_file(noted, str(steps).encode())
         distill.wait_for_everyone()
         return int(noted.read_text())
 
@@ -251,14 +250,12 @@ class _Work:
             taught = self.teacher.teach(arm)
             if distill.processes()[0] == 0:
                 self._save(taught.hybrid.slots, weights)
-                unfinished = about.with_suffix(".unfinished")
                 what = {
                     "judged": dataclasses.asdict(taught.judged),
                     "error": taught.error,
                     "learned": taught.learned,
                 }
-                unfinished.write_text(json.dumps(what))
-                unfinished.replace(about)
+                write_file(about, json.dumps(what).encode())
             distill.wait_for_everyone()
         found = json.loads(about.read_text())
         judged = Judged(**found["judged"])

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from kvtool.cli import _options as options
 from kvtool.cli._console import counted, emit, err, stdin
 from kvtool.errors import UnsupportedModelError, UsageError
-from kvtool.sizes import MAX_SEED
+from kvtool.sizes import LEAST_TEMPERATURE, MAX_SEED
 from kvtool.text import TextStream, check_text
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from kvtool.corpus import Messages
 
 _SAMPLING = "Sampling"
-_LEAST_TEMPERATURE = 1e-3  # logits are divided by it: far below, they overflow
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate.")]
 Temperature = Annotated[
@@ -201,10 +200,10 @@ def sampling_options(
     Raises:
         UsageError: The temperature is as good as 0, or is 0 and something else asks to sample.
     """
-    if 0.0 < temperature < _LEAST_TEMPERATURE:
+    if 0.0 < temperature < LEAST_TEMPERATURE:
         raise UsageError(
             f"a temperature of {temperature:g} is too low to sample with; "
-            f"the least is {_LEAST_TEMPERATURE:g}",
+            f"the least is {LEAST_TEMPERATURE:g}",
             hint="--temperature 0 takes the likeliest token",
         )
     narrowing = {"--top-p": top_p < 1.0, "--top-k": top_k > 0, "--min-p": min_p > 0.0}

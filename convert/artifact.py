@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,19 @@ def is_replaced(name: str, parts: list[str]) -> bool:
     return any(f".self_attn.{part}." in name for part in parts)
 
 
+def key_of(models: Sequence[Checkpoint], *more: Any) -> str:
+    """Of what an output's bytes depend on: a killed run goes on where all of it is the same.
+
+    Args:
+        more: Options and texts, as JSON has them.
+    """
+    known = [[model.fingerprint(), model.stamps()] for model in models]
+    return hashlib.sha256(json.dumps([versions(), known, *more]).encode()).hexdigest()
+
+
 def write(
     folder: Path,
     checkpoint: Checkpoint,
-    fingerprint: str,
     options: ConvertOptions | MambaOptions,
     corpus: Corpus,
     config: dict[str, Any],
@@ -74,7 +84,7 @@ def write(
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     manifest = {
         "manifest": 1,
-        "base": {"source": _absolute(checkpoint.source), "fingerprint": fingerprint},
+        "base": {"source": _absolute(checkpoint.source), "fingerprint": checkpoint.fingerprint()},
         "method": options.method,
         "target": options.target,
         "options": dataclasses.asdict(options),

@@ -13,7 +13,6 @@ logits are what the written checkpoint must reproduce in any engine; `verify` ho
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -115,17 +113,11 @@ def convert(
     planned = plan(checkpoint, options, output, overwrite=overwrite, teacher=teacher)
     stream = LayerStream(checkpoint)
     corpus = calibration_text(options.data)
-    fingerprint = checkpoint.fingerprint()
-    versions = [__version__, torch.__version__, transformers.__version__]
-    made_of = [*versions, fingerprint, checkpoint.stamps(), corpus.id]
-    if planned["healing"] is not None:
-        made_of.append(planned["healing"]["text"])
-    if teacher is not None:
-        made_of += [teacher.fingerprint(), teacher.stamps()]
-    key = json.dumps([*made_of, dataclasses.asdict(options)])
+    models = [checkpoint] if teacher is None else [checkpoint, teacher]
+    lessons = None if planned["healing"] is None else planned["healing"]["text"]
     staging = Staging(
         output,
-        key=hashlib.sha256(key.encode()).hexdigest(),
+        key=artifact.key_of(models, corpus.id, lessons, dataclasses.asdict(options)),
         overwrite=overwrite,
         resume=resume,
         source=checkpoint.path,
@@ -172,7 +164,6 @@ def convert(
     artifact.write(
         staging.path,
         checkpoint,
-        fingerprint,
         options,
         corpus,
         config,

@@ -11,7 +11,6 @@ The whole model is in memory, twice while another teacher teaches.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import Tensor
 
@@ -103,18 +101,13 @@ def convert(
         checkpoint, options, output if first else None,
         device=device, overwrite=overwrite, teacher=teacher,
     )  # fmt: skip
-    fingerprint, staging = checkpoint.fingerprint(), None
-    corpus = calibration_text(options.data)
+    staging, corpus = None, calibration_text(options.data)
     if first:
-        text = training_text(options.data).id
-        versions = [__version__, torch.__version__, transformers.__version__]
-        key = json.dumps([
-            *versions, text, *([x.fingerprint(), x.stamps()] for x in (checkpoint, teacher) if x),
-            options.sizes(checkpoint, device), dataclasses.asdict(options),
-        ])  # fmt: skip
+        models = [checkpoint] if teacher is None else [checkpoint, teacher]
+        made_of = (training_text(options.data).id, options.sizes(checkpoint, device))
         staging = Staging(
             output,
-            key=hashlib.sha256(key.encode()).hexdigest(),
+            key=artifact.key_of(models, *made_of, dataclasses.asdict(options)),
             overwrite=overwrite,
             resume=resume,
             source=checkpoint.path,
@@ -152,7 +145,7 @@ def convert(
     config = granite.stock_config(
         checkpoint.hf_config(), describe(checkpoint.hf_config())[0], options.layers, dtype
     )
-    artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, [], result)
+    artifact.write(staging.path, checkpoint, options, corpus, config, [], result)
     staging.commit()
     return result
 

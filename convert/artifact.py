@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtool import __version__, fp8
-from kvtool.checkpoint import MANIFEST, Checkpoint, sha256_file
+from kvtool.checkpoint import MANIFEST, Checkpoint, sha256_file, write_shards
+from kvtool.convert.options import shard_bytes
 from kvtool.corpus import Corpus
 from kvtool.errors import CheckpointError, UsageError
+from kvtool.progress import Progress
 from kvtool.quantised_weights import said_of_weights
 from kvtool.recipe import dump_recipe
 
@@ -51,6 +53,20 @@ def key_of(models: Sequence[Checkpoint], *more: Any) -> str:
     """
     known = [[model.fingerprint(), model.stamps()] for model in models]
     return hashlib.sha256(json.dumps([versions(), known, *more]).encode()).hexdigest()
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, Callable[[], Tensor]],
+    infos: Mapping[str, Any],
+    options: ConvertOptions | MambaOptions,
+    report: Progress,
+) -> None:
+    """Writes tensors as shards, made one by one, given their shapes and dtypes."""
+    size, made_by = shard_bytes(options.shard_size), {"kvtool_version": __version__}
+    report("writing", 0, 1)
+    write_shards(folder, tensors, infos, shard_size=size, metadata=made_by)
+    report("writing", 1, 1)
 
 
 def write(

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvtool import __version__, distill
+from kvtool import distill
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics_file import Statistics
 from kvtool.calibrate.stream import LayerStream
@@ -34,7 +34,6 @@ from kvtool.checkpoint import (
     Staging,
     read_header,
     scratch_folder,
-    write_shards,
 )
 from kvtool.convert import artifact, fitting, heal
 from kvtool.convert.fitting import (
@@ -47,7 +46,7 @@ from kvtool.convert.fitting import (
 from kvtool.convert.fp8_kv import ToFp8Kv
 from kvtool.convert.gqa import ToGqa
 from kvtool.convert.mla import ToMla
-from kvtool.convert.options import ConvertOptions, shard_bytes, statistics_options, texts
+from kvtool.convert.options import ConvertOptions, statistics_options, texts
 from kvtool.convert.planning import opened, plan, replaced_parts
 from kvtool.corpus import calibration_text
 from kvtool.errors import CalibrationError
@@ -134,16 +133,7 @@ def convert(
         _heal(checkpoint, options, teacher, staging.scratch, device, noted)
     work.emit()
     layers = [work.layer_file(i) for i in range(len(stream))]
-    tensors, infos = _all_tensors(work.to, layers)
-    report("writing", 0, 1)
-    write_shards(
-        staging.path,
-        tensors,
-        infos,
-        shard_size=shard_bytes(options.shard_size),
-        metadata={"kvtool_version": __version__},
-    )
-    report("writing", 1, 1)
+    artifact.write_weights(staging.path, *_all_tensors(work.to, layers), options, report)
     about = [_read_metadata(file) for file in layers]
     ranks = [int(metadata["rank"]) for metadata in about if "rank" in metadata]
     result = ConversionResult(

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kvtool import __version__, distill
+from kvtool import distill
 from kvtool._staging import write_file
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
@@ -33,13 +33,12 @@ from kvtool.checkpoint import (
     Staging,
     scratch_folder,
     torch_dtype,
-    write_shards,
 )
 from kvtool.convert import artifact, granite
 from kvtool.convert.conversion import ConversionResult
 from kvtool.convert.fitting import save
 from kvtool.convert.mamba_planning import WINDOW, MambaOptions, plan, save_dtype
-from kvtool.convert.options import PROBE, shard_bytes
+from kvtool.convert.options import PROBE
 from kvtool.convert.teaching import ARMS, Lessons, Steps, Teacher, beats
 from kvtool.corpus import calibration_text, evaluation_text, training_text
 from kvtool.hybrid import Arm, Judged
@@ -118,16 +117,7 @@ def convert(
     judged = {arm: work.arm(arm) for arm in ARMS}
     if staging is None:
         return None
-    report("writing", 0, 1)
-    tensors, infos = work.tensors()
-    write_shards(
-        staging.path,
-        tensors,
-        infos,
-        shard_size=shard_bytes(options.shard_size),
-        metadata={"kvtool_version": __version__},
-    )
-    report("writing", 1, 1)
+    artifact.write_weights(staging.path, *work.tensors(), options, report)
     work.write_probe(staging.path)
     work.write_log(staging.path / artifact.HEALING)
     checkpoint.copy_side_files(staging.path)

@@ -132,10 +132,7 @@ def retrieval_heads(
 
     if kv_budget is not None and streaming_heads is not None:
         raise UsageError("--kv-budget and --streaming-heads both say how many heads stream")
-    named = {"steps": steps, "mix": mix, "penalty": penalty}
-    training: dict[str, Any] = {name: x for name, x in named.items() if x is not None}
-    if training and method != "duo":
-        raise UsageError(f"--{next(iter(training))} is for --method duo: {method} trains nothing")
+    training = _training(method, steps=steps, mix=mix, penalty=penalty)
     if method == "entropy" and (lengths or samples is not None):
         raise UsageError("--length and --samples are of recall tasks, which entropy does not need")
     is_first = processes()[0] == 0  # under accelerate launch, one process writes
@@ -200,11 +197,23 @@ def retrieval_heads(
     if resumes:
         shutil.rmtree(folder, ignore_errors=True)
     if not json:
-        for check in scored.provenance[0]["recall"]:
-            how = "counts" if check["passed"] else "is too little to judge heads by"
-            accuracy = f"{check['accuracy']:.0%} of the tokens of '{check['kind']}'"
-            _console.out.print(f"the model itself recalls {accuracy}, which {how}")
+        _print_recall(scored)
     emit_plan(plan, output, context, json, {"seconds": seconds})
+
+
+def _training(method: str, **named: Any) -> dict[str, Any]:
+    """The options of a training that were given; UsageError where there is none."""
+    given = {name: x for name, x in named.items() if x is not None}
+    if given and method != "duo":
+        raise UsageError(f"--{next(iter(given))} is for --method duo: {method} trains nothing")
+    return given
+
+
+def _print_recall(scored: Plan) -> None:
+    for check in scored.provenance[0]["recall"]:
+        how = "counts" if check["passed"] else "is too little to judge heads by"
+        accuracy = f"{check['accuracy']:.0%} of the tokens of '{check['kind']}'"
+        _console.out.print(f"the model itself recalls {accuracy}, which {how}")
 
 
 def _check_is_ours(folder: Path) -> None:

@@ -110,6 +110,8 @@ class CodedStore(DroppingHeads):
         layer: Which of the layers of the code it is.
     """
 
+    exact: StreamingHeads
+
     def __init__(
         self, layer: int, codes: SharedCodes, exact: StreamingHeads, dense_prompt: bool
     ) -> None:
@@ -132,15 +134,6 @@ class CodedStore(DroppingHeads):
     def allocated_bytes(self) -> int:
         own = self.exact.allocated_bytes + (self.prompt.allocated_bytes if self.prompt else 0)
         return own if self.layer else own + self.codes.allocated_bytes
-
-    def can_crop(self, row: int, stored: int, length: int) -> bool:
-        return self.exact.can_crop(row, stored, length)
-
-    def snapshot(self, row: int) -> list[Tensor]:
-        return self.exact.snapshot(row)
-
-    def restore(self, row: int, saved: list[Tensor]) -> None:
-        self.exact.restore(row, saved)
 
     def add(self, new: Tokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""

@@ -50,7 +50,6 @@ class FloatHeads(DroppingHeads):
     """
 
     scales: Scales
-    exact: StreamingHeads | None = None
 
     def __init__(
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
@@ -66,20 +65,6 @@ class FloatHeads(DroppingHeads):
             )
         self.scaling, self.scales = scaling, scales
         self.dense_prompt, self.sink_logits = dense_prompt, sink_logits
-
-    @property
-    def allocated_bytes(self) -> int:
-        return super().allocated_bytes + (self.exact.allocated_bytes if self.exact else 0)
-
-    def can_crop(self, row: int, stored: int, length: int) -> bool:
-        return self.exact is None or self.exact.can_crop(row, stored, length)
-
-    def snapshot(self, row: int) -> list[Tensor]:
-        return self.exact.snapshot(row) if self.exact else []
-
-    def restore(self, row: int, saved: list[Tensor]) -> None:
-        if self.exact:
-            self.exact.restore(row, saved)
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""

@@ -10,7 +10,7 @@ from typing import Any
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import targets
 from kvtool.errors import CheckpointError, UnsupportedModelError
-from kvtool.factored import MODEL_TYPE, base_config
+from kvtool.factored import MODEL_TYPE, model_config
 from kvtool.layout import AttentionLayout, describe
 from kvtool.plan import check_can_drop
 from kvtool.replacements import mixer_shape
@@ -207,7 +207,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Looks at a checkpoint without reading its weights."""
     family = str(checkpoint.config.get("model_type"))
     factored = family == MODEL_TYPE
-    config = base_config(checkpoint.config) if factored else checkpoint.hf_config()
+    config = model_config(checkpoint)
     unsupported, runs = None, []
     try:
         layouts = describe(config)

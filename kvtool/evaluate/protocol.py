@@ -14,15 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from kvtool.divergence import kl_divergence
 from kvtool.errors import UsageError
-
-if TYPE_CHECKING:
-    from kvtool.layer_plan import LayerPlan
+from kvtool.layer_plan import LayerPlan
 from kvtool.runtime import Engine
 from kvtool.runtime.stores import whole_pages
 from kvtool.sharing import SharedPlan

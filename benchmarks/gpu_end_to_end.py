@@ -18,8 +18,9 @@ from kvtool.bits import Bits
 from kvtool.codes import CodePlan, code_shapes
 from kvtool.fp8 import Scales
 from kvtool.layer_plan import LayerPlan
-from kvtool.layout import decoder_layers, ropes_of
+from kvtool.layout import decoder_layers
 from kvtool.plan import Base, Plan
+from kvtool.rope import ropes_of
 from kvtool.runtime import Engine
 from kvtool.runtime.host import swap_attention
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from kvtool.bits import Bits, Tier, Turned
 from kvtool.calibrate.projections import Read
 from kvtool.errors import PlanError, UsageError
 from kvtool.kernels.quantise import BITS
+from kvtool.sizes import parse_share
 from kvtool.states import CHUNKS
 
 Method = Literal["aware", "kivi", "rotatekv", "zipcache", "mikv", "gear", "mustafar", "fp8"]
@@ -22,6 +23,8 @@ RANK = 2
 """Of gear, as GEAR's code has for blocks that come while it decodes."""
 AUTO = "auto"
 """As many bits as a budget allows."""
+_RINGS = {"kivi": (64, 0, 128), "zipcache": (128, 4, 64), "mikv": (128, 4, 64), "fp8": (64, 4, 0)}
+"""Of methods with others than most, `group`, `sink` and `window` if they are not given."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,55 @@ class QuantizationOptions:
     states: int | None = None
     heads: bool = True
     kept: int | None = None
+
+    @classmethod
+    def asked(
+        cls, method: Method, bits: str, *, group: int | None = None, read: Read | None = None,
+        sink: int | None = None, window: int | None = None, salient: str | None = None,
+        **others: Any,
+    ) -> QuantizationOptions:  # fmt: skip
+        """What the words of a user mean, before a model is known.
+
+        Args:
+            bits: Such as `auto`, `K4V2`, `4/2`, `fp8` or `4S8`; of `S8` alone, heads are left as
+                they are.
+            group, read, sink, window: None for what is usual with the method.
+            salient: A share of a group.
+            others: Fields that need no reading.
+
+        Raises:
+            UsageError: They mean nothing.
+        """
+        of_heads, states = split_states(bits)
+        if of_heads == FP8:
+            if method != "aware":
+                raise UsageError(
+                    f"--bits fp8 is a method of its own, and --method {method} another"
+                )
+            blocks = {"--group": group, "--read": read, "--sink": sink}
+            if given := [name for name, value in blocks.items() if value is not None]:
+                raise UsageError(f"--bits fp8 stores every token alike, and has no {given[0]}")
+            method, of_heads = "fp8", "8"
+        upper, rest = parse_tiers(of_heads if of_heads or states is None else "4")
+        if upper is None and method != "aware":
+            raise UsageError(
+                f"--bits auto is for --method aware, {method} has the same bits everywhere"
+            )
+        of_group, of_sink, of_window = _RINGS.get(method, (64, 4, 64))
+        group = of_group if group is None else group
+        return cls(
+            method,
+            upper,
+            group,
+            read or ("rebuilt" if method == "rotatekv" else "absorbed"),
+            sink=of_sink if sink is None else sink,
+            window=of_window if window is None else window,
+            rest=rest,
+            salient=None if salient is None else parse_share(salient, group),
+            states=states,
+            heads=bool(of_heads),
+            **others,
+        )
 
     @property
     def named(self) -> str:

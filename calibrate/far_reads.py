@@ -25,9 +25,9 @@ from kvtool.factored import is_factored, latent_stages, load_model, model_config
 from kvtool.factors import embedding_factor, finish_of, input_of, layer_inputs
 from kvtool.kernels.sink_logits import softmax
 from kvtool.latent import LatentAttention
-from kvtool.layout import decoder_layers, mixer_of, put_in, ropes_of
+from kvtool.layout import decoder_layers, mixer_of, put_in
 from kvtool.mamba import Mixer, Past
-from kvtool.rope import Rope, rotate
+from kvtool.rope import Rope, ropes_of, rotate
 
 END = 256
 """Tokens at the end of each window whose predictions are looked at."""

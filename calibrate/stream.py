@@ -22,16 +22,9 @@ from kvtool.delta_net import DeltaNet
 from kvtool.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from kvtool.factors import embedding_factor, finish_of
 from kvtool.fp8 import SCALES
-from kvtool.layout import (
-    AttentionLayout,
-    decoder_layers,
-    describe,
-    mixer_of,
-    put_in,
-    ropes_of,
-)
+from kvtool.layout import AttentionLayout, decoder_layers, describe, mixer_of, put_in
 from kvtool.mamba import Mixer
-from kvtool.rope import Rope
+from kvtool.rope import Rope, ropes_of
 
 BATCH = 8
 """Windows that go through a layer together."""

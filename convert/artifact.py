@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtool import __version__, fp8
-from kvtool.checkpoint import MANIFEST, Checkpoint, sha256_file
+from kvtool.checkpoint import MANIFEST, Checkpoint, sha256_file, write_shards
+from kvtool.convert.options import shard_bytes
 from kvtool.corpus import Corpus
 from kvtool.errors import CheckpointError, UsageError
+from kvtool.progress import Progress
 from kvtool.quantised_weights import said_of_weights
 from kvtool.recipe import dump_recipe
 
@@ -42,10 +45,33 @@ def is_replaced(name: str, parts: list[str]) -> bool:
     return any(f".self_attn.{part}." in name for part in parts)
 
 
+def key_of(models: Sequence[Checkpoint], *more: Any) -> str:
+    """Of what an output's bytes depend on: a killed run goes on where all of it is the same.
+
+    Args:
+        more: Options and texts, as JSON has them.
+    """
+    known = [[model.fingerprint(), model.stamps()] for model in models]
+    return hashlib.sha256(json.dumps([versions(), known, *more]).encode()).hexdigest()
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, Callable[[], Tensor]],
+    infos: Mapping[str, Any],
+    options: ConvertOptions | MambaOptions,
+    report: Progress,
+) -> None:
+    """Writes tensors as shards, made one by one, given their shapes and dtypes."""
+    size, made_by = shard_bytes(options.shard_size), {"kvtool_version": __version__}
+    report("writing", 0, 1)
+    write_shards(folder, tensors, infos, shard_size=size, metadata=made_by)
+    report("writing", 1, 1)
+
+
 def write(
     folder: Path,
     checkpoint: Checkpoint,
-    fingerprint: str,
     options: ConvertOptions | MambaOptions,
     corpus: Corpus,
     config: dict[str, Any],
@@ -74,7 +100,7 @@ def write(
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     manifest = {
         "manifest": 1,
-        "base": {"source": _absolute(checkpoint.source), "fingerprint": fingerprint},
+        "base": {"source": _absolute(checkpoint.source), "fingerprint": checkpoint.fingerprint()},
         "method": options.method,
         "target": options.target,
         "options": dataclasses.asdict(options),
@@ -238,25 +264,41 @@ _ARMS = {
 }
 
 
-def _to_load(folder: Path) -> str:
-    """What transformers needs for a folder with scales."""
-    if (folder / fp8.BESIDE).exists():
-        return f"`{fp8.BESIDE}` says so; transformers passes over it and the scales"
-    return "transformers needs the package compressed-tensors to load it"
+_STOCK = {
+    "transformers": "It is a stock `deepseek_v3` checkpoint: transformers loads it without custom "
+    "code.",
+    "vllm": "It is a stock `deepseek_v3` checkpoint with the conventions of vLLM.",
+    "kvtool": "Only kvtool loads it (`kvtool generate`, `kvtool evaluate`).",
+}
+"""What loads MLA, by target."""
 
 
-def _flag(folder: Path) -> str:
-    """What vLLM needs to use scales: beside weights of the method fp8 it does not by itself."""
+def _loading(folder: Path, manifest: dict[str, Any], to: str, source: str) -> str:
+    """What loads a folder, and what that needs."""
+    if to == "gqa":
+        return f"It is a stock checkpoint of the same class as {source}, with fewer KV heads."
+    if to == "mamba":
+        return (
+            "It is a stock `granitemoehybrid` checkpoint: transformers loads it without custom "
+            "code; vLLM should be given `--mamba-ssm-cache-dtype float32`."
+        )
+    if to != "fp8-kv":
+        return _STOCK[manifest["target"]]
+    # vLLM does not use scales by itself beside weights of the method fp8.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    method = said_of_weights(config).get("quant_method")
-    return "given `--kv-cache-dtype fp8`" if method == "fp8" else "without a flag"
-
-
-def _skipping(measured: dict[str, Any]) -> str:
-    """The flag of vLLM for layers that fp8 hurts."""
-    if not (layers := measured.get("skip_layers")):
-        return ""
-    return f" Some layers lose much: give vLLM `{fp8.skip_flag(layers)}`."
+    flagged = said_of_weights(config).get("quant_method") == "fp8"
+    flag = "given `--kv-cache-dtype fp8`" if flagged else "without a flag"
+    needs = "transformers needs the package compressed-tensors to load it"
+    if (folder / fp8.BESIDE).exists():
+        needs = f"`{fp8.BESIDE}` says so; transformers passes over it and the scales"
+    words = (
+        f"It is `{manifest['base']['source']}` with `k_scale` and `v_scale` beside its weights, as "
+        f"compressed-tensors names them: vLLM stores the cache in fp8 (e4m3) by them, {flag}. "
+        f"{needs}; kvtool leaves the scales aside."
+    )
+    if layers := manifest["measured"].get("skip_layers"):
+        words += f" Some layers lose much: give vLLM `{fp8.skip_flag(layers)}`."
+    return words
 
 
 def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
@@ -266,26 +308,7 @@ def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
     kind, title, rows = _WORDS[to]
     wrapper = plan.get("text_of")
     source = f"`{base}`" if wrapper is None else f"the text of `{base}` ({wrapper}) alone"
-    load = (
-        f"It is a stock checkpoint of the same class as {source}, with fewer KV heads."
-        if to == "gqa"
-        else f"It is `{base}` with `k_scale` and `v_scale` beside its weights, as "
-        "compressed-tensors names them: vLLM stores the cache in fp8 (e4m3) by them, "
-        + _flag(folder)
-        + ". "
-        + _to_load(folder)
-        + "; kvtool leaves the scales aside."
-        + _skipping(measured)
-        if to == "fp8-kv"
-        else "It is a stock `granitemoehybrid` checkpoint: transformers loads it without custom "
-        "code; vLLM should be given `--mamba-ssm-cache-dtype float32`."
-        if to == "mamba"
-        else "It is a stock `deepseek_v3` checkpoint: transformers loads it without custom code."
-        if manifest["target"] == "transformers"
-        else "It is a stock `deepseek_v3` checkpoint with the conventions of vLLM."
-        if manifest["target"] == "vllm"
-        else "Only kvtool loads it (`kvtool generate`, `kvtool evaluate`)."
-    )
+    load = _loading(folder, manifest, to, source)
     lines = [
         "---",
         f"base_model: {base}",

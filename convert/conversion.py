@@ -13,7 +13,6 @@ logits are what the written checkpoint must reproduce in any engine; `verify` ho
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -22,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvtool import __version__, distill
+from kvtool import distill
 from kvtool.calibrate import statistics
 from kvtool.calibrate.statistics_file import Statistics
 from kvtool.calibrate.stream import LayerStream
@@ -36,12 +34,11 @@ from kvtool.checkpoint import (
     Staging,
     read_header,
     scratch_folder,
-    write_shards,
 )
 from kvtool.convert import artifact, fitting, heal
 from kvtool.convert.fitting import (
+    Conversion,
     ConvertedLayer,
-    converted_attention,
     fitted_file,
     healed_file,
     save,
@@ -49,8 +46,8 @@ from kvtool.convert.fitting import (
 from kvtool.convert.fp8_kv import ToFp8Kv
 from kvtool.convert.gqa import ToGqa
 from kvtool.convert.mla import ToMla
-from kvtool.convert.options import ConvertOptions, shard_bytes, statistics_options, texts
-from kvtool.convert.planning import opened, plan
+from kvtool.convert.options import ConvertOptions, statistics_options, texts
+from kvtool.convert.planning import opened, plan, replaced_parts
 from kvtool.corpus import calibration_text
 from kvtool.errors import CalibrationError
 from kvtool.progress import Progress, peak_memory, silent
@@ -115,17 +112,11 @@ def convert(
     planned = plan(checkpoint, options, output, overwrite=overwrite, teacher=teacher)
     stream = LayerStream(checkpoint)
     corpus = calibration_text(options.data)
-    fingerprint = checkpoint.fingerprint()
-    versions = [__version__, torch.__version__, transformers.__version__]
-    made_of = [*versions, fingerprint, checkpoint.stamps(), corpus.id]
-    if planned["healing"] is not None:
-        made_of.append(planned["healing"]["text"])
-    if teacher is not None:
-        made_of += [teacher.fingerprint(), teacher.stamps()]
-    key = json.dumps([*made_of, dataclasses.asdict(options)])
+    models = [checkpoint] if teacher is None else [checkpoint, teacher]
+    lessons = None if planned["healing"] is None else planned["healing"]["text"]
     staging = Staging(
         output,
-        key=hashlib.sha256(key.encode()).hexdigest(),
+        key=artifact.key_of(models, corpus.id, lessons, dataclasses.asdict(options)),
         overwrite=overwrite,
         resume=resume,
         source=checkpoint.path,
@@ -142,16 +133,7 @@ def convert(
         _heal(checkpoint, options, teacher, staging.scratch, device, noted)
     work.emit()
     layers = [work.layer_file(i) for i in range(len(stream))]
-    tensors, infos = _all_tensors(checkpoint, options, work.to.replaced, layers)
-    report("writing", 0, 1)
-    write_shards(
-        staging.path,
-        tensors,
-        infos,
-        shard_size=shard_bytes(options.shard_size),
-        metadata={"kvtool_version": __version__},
-    )
-    report("writing", 1, 1)
+    artifact.write_weights(staging.path, *_all_tensors(work.to, layers), options, report)
     about = [_read_metadata(file) for file in layers]
     ranks = [int(metadata["rank"]) for metadata in about if "rank" in metadata]
     result = ConversionResult(
@@ -165,16 +147,13 @@ def convert(
     work.write_probe(staging.path)
     if options.heal is not None:
         _copy_log(staging.scratch / distill.LOG, staging.path / artifact.HEALING)
-    source = checkpoint.whole() if options.to == "fp8-kv" else checkpoint
-    source.copy_side_files(staging.path)
-    if isinstance(work.to, ToFp8Kv):
-        work.to.write_beside(staging.path)
+    work.to.source.copy_side_files(staging.path)
+    work.to.write_beside(staging.path)
     last = ConvertedLayer.load(work.converted_file(len(stream) - 1))
     config = work.to.config(last)
     artifact.write(
         staging.path,
         checkpoint,
-        fingerprint,
         options,
         corpus,
         config,
@@ -224,13 +203,14 @@ class _Work:
         self.stream, self.options, self.planned = stream, options, planned
         self.scratch, self.report = scratch, report
         self.checkpoint = stream.checkpoint
-        self.to: ToMla | ToGqa | ToFp8Kv
-        if options.to == "gqa":
-            self.to = ToGqa(stream, options)
-        elif options.to == "fp8-kv":
+        self.to: Conversion
+        if options.to == "fp8-kv":
             self.to = ToFp8Kv(stream, options)
+        elif options.to == "gqa":
+            self.to = ToGqa(stream, options, replaced_parts(options))
         else:
-            self.to = ToMla(stream, options, planned, scratch, report)
+            replaced = replaced_parts(options)
+            self.to = ToMla(stream, options, replaced, planned, scratch, report)
 
     def layer_file(self, index: int) -> Path:
         """Where the finished tensors of a layer wait for the shards."""
@@ -238,17 +218,15 @@ class _Work:
 
     def fit(self, resume: bool) -> None:
         """Fits every layer that is not there yet."""
-        text, _ = texts(self.checkpoint, self.options)
-        if isinstance(self.to, ToFp8Kv):
-            fit = self.to.method()
-            fitting.fit_layers(self.stream, fit, self.scratch, self.report, text, refit=False)
-            files = (fitted_file(self.scratch, i) for i in range(len(self.stream)))
-            self.to.check(map(ConvertedLayer.load, files))
-            return
-        measured = None if text is None else self._statistics(resume)
+        (text, _), measured = texts(self.checkpoint, self.options), None
+        by_text = not self.to.by_statistics
+        if text is not None and not by_text:
+            measured = self._statistics(resume)
         fit = self.to.method(measured, text)
-        refit = text if self.options.method == "aware" else None
-        fitting.fit_layers(self.stream, fit, self.scratch, self.report, refit)
+        read = text if by_text or self.options.method == "aware" else None
+        fitting.fit_layers(self.stream, fit, self.scratch, self.report, read, refit=not by_text)
+        files = (fitted_file(self.scratch, i) for i in range(len(self.stream)))
+        self.to.check(map(ConvertedLayer.load, files))
 
     def _statistics(self, resume: bool) -> Statistics:
         options = statistics_options(self.checkpoint, self.options)
@@ -269,21 +247,13 @@ class _Work:
         self.report("converting", first, total)
         for index in range(first, total):
             converted = ConvertedLayer.load(self.converted_file(index))
-            self._run(index, converted, probe)
+            self.to.run(index, converted, probe)
             factors = converted.factors
             rank = {} if factors is None else {"rank": str(factors.rank)}
             save(self.to.tensors(index, converted), self.layer_file(index), rank)
             save({"probe": probe}, state_file, {"next_layer": str(index + 1)})
             self.report("converting", index + 1, total)
         self.probe = probe[0]
-
-    def _run(self, index: int, converted: ConvertedLayer, probe: Tensor) -> None:
-        """Takes hidden states `[N, T, hidden]` through a layer as it is converted, in place."""
-        if isinstance(self.to, ToFp8Kv):
-            self.to.run(index, converted, probe)
-            return
-        layer = self.stream.layer(index)
-        layer.run(probe, converted_attention(layer, converted, self.stream.rope))
 
     def converted_file(self, index: int) -> Path:
         """The layer as it is to be written: healed, or as fitted."""
@@ -345,28 +315,26 @@ def _copy_log(log: Path, target: Path) -> None:
 
 
 def _all_tensors(
-    checkpoint: Checkpoint, options: ConvertOptions, replaced: list[str], layers: list[Path]
+    to: Conversion, layers: list[Path]
 ) -> tuple[Mapping[str, Callable[[], Tensor]], Mapping[str, Any]]:
     """How to get each tensor of the output, and its shape and dtype."""
     tensors: dict[str, Callable[[], Tensor]] = {}
     infos: dict[str, Any] = {}
 
     def from_source(name: str) -> Callable[[], Tensor]:
-        return lambda: checkpoint.read(name)
+        return lambda: to.source.read(name)
 
-    if options.to == "fp8-kv":  # what is folded has the names that it had
-        checkpoint, replaced = checkpoint.whole(), []
-    for name, info in checkpoint.tensors.items():
-        if not artifact.is_replaced(name, replaced):
+    for name, info in to.source.tensors.items():
+        if to.stays(name):
             tensors[name], infos[name] = from_source(name), info
     for file in layers:
         converted = read_header(file)
         for name, info in converted.items():
             tensors[name], infos[name] = artifact.reader(file, name), info
-    if options.target == "vllm" and "lm_head.weight" not in tensors:
+    if to.options.target == "vllm" and "lm_head.weight" not in tensors:
         # vLLM's class does not tie the output head to the embedding.
         tensors["lm_head.weight"] = from_source("model.embed_tokens.weight")
-        infos["lm_head.weight"] = checkpoint.tensors["model.embed_tokens.weight"]
+        infos["lm_head.weight"] = to.source.tensors["model.embed_tokens.weight"]
     return tensors, infos
 
 

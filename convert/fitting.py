@@ -8,9 +8,10 @@ the original has them, one as the layers converted so far do.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,8 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtool.attention import DenseAttention, GroupedQueryAttention
+from kvtool.calibrate.statistics_file import Statistics
 from kvtool.calibrate.stream import Attention, LayerStream, StreamedLayer
 from kvtool.convert import aware
+from kvtool.convert.artifact import is_replaced
+from kvtool.convert.options import ConvertOptions
 from kvtool.latent import FactoredAttention, LatentFactors
 from kvtool.progress import Progress
 from kvtool.rope import Rope
@@ -85,6 +89,52 @@ def converted_attention(layer: StreamedLayer, converted: ConvertedLayer, rope: R
     """The layer as its conversion defines it, in fp32, over whole windows."""
     stages = converted_stages(layer.attention, converted, rope)
     return lambda hidden: stages.output(stages.context(hidden, rope.scale))
+
+
+class Conversion:
+    """What one kind of conversion makes of layers, and of the checkpoint around them.
+
+    Attributes:
+        by_statistics: Layers are fitted by statistics of the model; else by the hidden states of
+            the text, which a fit takes through its layer.
+        source: Whose tensors and files stay, but for those that are replaced.
+        replaced: Parts of an attention module that change.
+        freqfold: F, where TransMLA uses one.
+    """
+
+    by_statistics = True
+    freqfold: int | None = None
+
+    def __init__(self, stream: LayerStream, options: ConvertOptions, replaced: list[str]) -> None:
+        self.stream, self.options, self.replaced = stream, options, replaced
+        self.source = stream.checkpoint
+
+    def method(self, measured: Statistics | None, text: Tensor | None) -> Fit:
+        """How a layer is fitted, given statistics and the calibration text `[N, T]`."""
+        raise NotImplementedError  # pragma: no cover
+
+    def tensors(self, index: int, converted: ConvertedLayer) -> dict[str, Tensor]:
+        """The tensors of one layer under their full names, in the dtypes of the output."""
+        raise NotImplementedError  # pragma: no cover
+
+    def config(self, last: ConvertedLayer) -> dict[str, Any]:
+        """`config.json` of the output; `last` is its last layer."""
+        raise NotImplementedError  # pragma: no cover
+
+    def check(self, layers: Iterable[ConvertedLayer]) -> None:
+        """Told all layers when they are fitted; may refuse them."""
+
+    def run(self, index: int, converted: ConvertedLayer, states: Tensor) -> None:
+        """Takes hidden states `[N, T, hidden]` through a layer as it is converted, in place."""
+        layer = self.stream.layer(index)
+        layer.run(states, converted_attention(layer, converted, self.stream.rope))
+
+    def stays(self, name: str) -> bool:
+        """Whether a tensor of the source is one of the output's, unless a layer has it anew."""
+        return not is_replaced(name, self.replaced)
+
+    def write_beside(self, folder: Path) -> None:
+        """Writes what the output has in files of its own."""
 
 
 def fitted_file(folder: Path, index: int) -> Path:

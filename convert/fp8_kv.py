@@ -42,9 +42,10 @@ from torch import Tensor, nn
 
 from kvtool._tensors import read_json
 from kvtool.attention import GroupedQueryAttention
+from kvtool.calibrate.statistics_file import Statistics
 from kvtool.calibrate.stream import BATCH, LayerStream, StreamedLayer
 from kvtool.checkpoint import Checkpoint, torch_dtype
-from kvtool.convert.fitting import ConvertedLayer, Fit
+from kvtool.convert.fitting import Conversion, ConvertedLayer, Fit
 from kvtool.errors import CalibrationError, UnsupportedModelError
 from kvtool.fp8 import BESIDE, SCALES, scale
 from kvtool.kernels.hadamard import hadamard
@@ -256,19 +257,18 @@ def large_key_biases(checkpoint: Checkpoint) -> dict[int, float]:
     return {i: norm / median for i, norm in sorted(norms.items()) if norm > LARGE_BIAS * median > 0}
 
 
-class ToFp8Kv:
+class ToFp8Kv(Conversion):
     """A conversion that leaves the model as it is, but for the scales and what is folded."""
 
-    freqfold = None
+    by_statistics = False
 
     def __init__(self, stream: LayerStream, options: ConvertOptions) -> None:
-        self.stream, self.options = stream, options
-        self.replaced = folded_parts(options, stream)
+        super().__init__(stream, options, folded_parts(options, stream))
+        self.source = stream.checkpoint.whole()
 
-    def method(self) -> Fit:
-        """How a layer is fitted, given the hidden states of the calibration text before it, which
-        it takes through the layer; one with a state has no scales, and one that reads another's
-        keys and values the same as that.
+    def method(self, measured: Statistics | None, text: Tensor | None) -> Fit:
+        """One with a state has no scales, and one that reads another's keys and values the same as
+        that.
         """
         options, stream = self.options, self.stream
 
@@ -295,11 +295,13 @@ class ToFp8Kv:
 
         return fit
 
-    def run(self, index: int, converted: ConvertedLayer, probe: Tensor) -> None:
-        """Takes hidden states `[N, T, hidden]` through a layer with what is folded, in place."""
+    def run(self, index: int, converted: ConvertedLayer, states: Tensor) -> None:
         changed = {f"self_attn.{name}": x for name, x in converted.weights.items()}
         layer = self.stream.layer(index, changed)
-        layer.run(probe, self.stream.exact_attention(layer))
+        layer.run(states, self.stream.exact_attention(layer))
+
+    def stays(self, name: str) -> bool:
+        return True  # what is folded has the names that it had
 
     def check(self, layers: Iterable[ConvertedLayer]) -> None:
         """Refuses scales that no calibration gives.
@@ -327,10 +329,10 @@ class ToFp8Kv:
         return found
 
     def config(self, last: ConvertedLayer) -> dict[str, Any]:
-        """`config.json` of the output: the model's own, with what compressed-tensors calls it,
-        unless that lies in a file of its own.
+        """The model's own, with what compressed-tensors calls it, unless that lies in a file of its
+        own.
         """
-        own = self.stream.checkpoint.whole().config
+        own = self.source.config
         if weights := said_of_weights(own):  # which goes before what a file beside it says
             return with_said_of_weights(own, self._quantization(weights))
         return own if self.beside else with_said_of_weights(own, self._quantization())

@@ -51,9 +51,8 @@ from kvtool.attention import GroupedQueryAttention
 from kvtool.calibrate.statistics_file import LayerStatistics, Statistics
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.convert.aware import SINKS, square_root, value_weight
-from kvtool.convert.fitting import ConvertedLayer, Fit
-from kvtool.convert.options import ConvertOptions
-from kvtool.convert.planning import replaced_parts, save_dtype
+from kvtool.convert.fitting import Conversion, ConvertedLayer, Fit
+from kvtool.convert.planning import save_dtype
 from kvtool.convert.transmla import NEGLIGIBLE, descending_eigh
 from kvtool.layout import AttentionLayout
 
@@ -313,17 +312,10 @@ def _channels(components: Tensor) -> Tensor:
     return torch.cat((components.real, components.imag), dim=-2)
 
 
-class ToGqa:
+class ToGqa(Conversion):
     """A conversion to fewer KV heads, of the model's own class."""
 
-    freqfold = None
-
-    def __init__(self, stream: LayerStream, options: ConvertOptions) -> None:
-        self.stream, self.options = stream, options
-        self.replaced = replaced_parts(options)
-
     def method(self, measured: Statistics | None, text: Tensor | None) -> Fit:
-        """How a layer is fitted, given statistics."""
         assert measured is not None
         kv_heads = self.options.kv_heads
         assert kv_heads is not None
@@ -337,13 +329,12 @@ class ToGqa:
         return fit
 
     def tensors(self, index: int, converted: ConvertedLayer) -> dict[str, Tensor]:
-        """The tensors of one layer under their full names, in the dtype of the output."""
         dtype = save_dtype(self.stream.checkpoint, self.options)
         prefix = f"model.layers.{index}.self_attn."
         return {prefix + name: tensor.to(dtype) for name, tensor in converted.weights.items()}
 
     def config(self, last: ConvertedLayer) -> dict[str, Any]:
-        """`config.json` of the output: the model's own, with fewer KV heads."""
+        """The model's own, with fewer KV heads."""
         config = dict(self.stream.checkpoint.config)
         config.pop("torch_dtype", None)  # the older name
         dtype = str(save_dtype(self.stream.checkpoint, self.options)).removeprefix("torch.")

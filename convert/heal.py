@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtool import distill
+from kvtool._staging import write_file
 from kvtool.attention import DenseAttention, GroupedQueryAttention
 from kvtool.calibrate.lessons import lessons
 from kvtool.checkpoint import Checkpoint
@@ -256,6 +257,4 @@ def _measure_steps(
         return
     ids = lessons(checkpoint, data, BATCH, length, seed)
     one = distill.step_seconds(student, ids, student.model.device)
-    unfinished = folder / f"{STEPS}.unfinished"
-    unfinished.write_text(str(max(1, int(seconds / one))))
-    unfinished.replace(folder / STEPS)
+    write_file(folder / STEPS, str(max(1, int(seconds / one))).encode())

@@ -11,7 +11,6 @@ The whole model is in memory, twice while another teacher teaches.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -21,11 +20,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from kvtool import __version__, distill
+from kvtool import distill
+from kvtool._staging import write_file
 from kvtool.calibrate import statistics
 from kvtool.calibrate.lessons import lessons
 from kvtool.calibrate.statistics import StatisticsOptions
@@ -34,13 +33,12 @@ from kvtool.checkpoint import (
     Staging,
     scratch_folder,
     torch_dtype,
-    write_shards,
 )
 from kvtool.convert import artifact, granite
 from kvtool.convert.conversion import ConversionResult
 from kvtool.convert.fitting import save
 from kvtool.convert.mamba_planning import WINDOW, MambaOptions, plan, save_dtype
-from kvtool.convert.options import PROBE, shard_bytes
+from kvtool.convert.options import PROBE
 from kvtool.convert.teaching import ARMS, Lessons, Steps, Teacher, beats
 from kvtool.corpus import calibration_text, evaluation_text, training_text
 from kvtool.hybrid import Arm, Judged
@@ -102,18 +100,13 @@ def convert(
         checkpoint, options, output if first else None,
         device=device, overwrite=overwrite, teacher=teacher,
     )  # fmt: skip
-    fingerprint, staging = checkpoint.fingerprint(), None
-    corpus = calibration_text(options.data)
+    staging, corpus = None, calibration_text(options.data)
     if first:
-        text = training_text(options.data).id
-        versions = [__version__, torch.__version__, transformers.__version__]
-        key = json.dumps([
-            *versions, text, *([x.fingerprint(), x.stamps()] for x in (checkpoint, teacher) if x),
-            options.sizes(checkpoint, device), dataclasses.asdict(options),
-        ])  # fmt: skip
+        models = [checkpoint] if teacher is None else [checkpoint, teacher]
+        made_of = (training_text(options.data).id, options.sizes(checkpoint, device))
         staging = Staging(
             output,
-            key=hashlib.sha256(key.encode()).hexdigest(),
+            key=artifact.key_of(models, *made_of, dataclasses.asdict(options)),
             overwrite=overwrite,
             resume=resume,
             source=checkpoint.path,
@@ -124,16 +117,7 @@ def convert(
     judged = {arm: work.arm(arm) for arm in ARMS}
     if staging is None:
         return None
-    report("writing", 0, 1)
-    tensors, infos = work.tensors()
-    write_shards(
-        staging.path,
-        tensors,
-        infos,
-        shard_size=shard_bytes(options.shard_size),
-        metadata={"kvtool_version": __version__},
-    )
-    report("writing", 1, 1)
+    artifact.write_weights(staging.path, *work.tensors(), options, report)
     work.write_probe(staging.path)
     work.write_log(staging.path / artifact.HEALING)
     checkpoint.copy_side_files(staging.path)
@@ -151,7 +135,7 @@ def convert(
     config = granite.stock_config(
         checkpoint.hf_config(), describe(checkpoint.hf_config())[0], options.layers, dtype
     )
-    artifact.write(staging.path, checkpoint, fingerprint, options, corpus, config, [], result)
+    artifact.write(staging.path, checkpoint, options, corpus, config, [], result)
     staging.commit()
     return result
 
@@ -238,9 +222,7 @@ class _Work:
                 self.checkpoint, reach, lesson, None, teacher=taught, device=self.device
             )
             steps = max(3, int(seconds / trial.step_seconds()))
-            unfinished = self.scratch / "steps.unfinished"
-            unfinished.write_text(str(steps))
-            unfinished.replace(noted)
+            write_file(noted, str(steps).encode())
         distill.wait_for_everyone()
         return int(noted.read_text())
 
@@ -251,14 +233,12 @@ class _Work:
             taught = self.teacher.teach(arm)
             if distill.processes()[0] == 0:
                 self._save(taught.hybrid.slots, weights)
-                unfinished = about.with_suffix(".unfinished")
                 what = {
                     "judged": dataclasses.asdict(taught.judged),
                     "error": taught.error,
                     "learned": taught.learned,
                 }
-                unfinished.write_text(json.dumps(what))
-                unfinished.replace(about)
+                write_file(about, json.dumps(what).encode())
             distill.wait_for_everyone()
         found = json.loads(about.read_text())
         judged = Judged(**found["judged"])

@@ -96,7 +96,6 @@ def plan(
         ResourceError: The disk is too small.
     """
     require(checkpoint)
-    config = checkpoint.hf_config()
     stream = LayerStream(checkpoint)
     layout, count = stream.layouts[0], len(stream)
     _check_layers(options.layers, count)
@@ -122,12 +121,8 @@ def plan(
     memory = costs.BASE_MEMORY + 4 * weights + 4 * trained
     if (amount := options.amount) is not None:
         steps = amount.tokens and amount.steps(batch * window * distill.processes()[1])
-        logits = 4 * 4 * 512 * int(config.vocab_size)
-        activations = count * (8 * layout.hidden_size + 4 * int(config.intermediate_size))
-        activations += len(options.layers) * (4 * shape.projected + 8 * shape.inner)
-        memory += 12 * trained + 4 * batch * window * activations + logits
-        if teacher is not None:
-            memory += 4 * teacher.parameters
+        memory += 12 * trained + _step_bytes(stream, len(options.layers), batch * window)
+        memory += 0 if teacher is None else 4 * teacher.parameters
         healing = {
             **dataclasses.asdict(amount),
             "window": window,
@@ -159,6 +154,14 @@ def plan(
         "norm": "neutral: transformers may take its mean over all channels or by group",
         "vllm": "mamba_ssm_cache_dtype float32; on a CPU, no prefix caching (seen with 0.32)",
     }
+
+
+def _step_bytes(stream: LayerStream, replaced: int, tokens: int) -> int:
+    """Of activations and logits of a step of so many tokens."""
+    config, shape = stream.config, mixer_shape(stream.layouts[0])
+    activations = len(stream) * (8 * shape.hidden_size + 4 * int(config.intermediate_size))
+    activations += replaced * (4 * shape.projected + 8 * shape.inner)
+    return 4 * tokens * activations + 4 * 4 * 512 * int(config.vocab_size)
 
 
 def _check_layers(layers: tuple[int, ...], count: int) -> None:

@@ -16,9 +16,9 @@ from kvtool.calibrate.statistics_file import Statistics
 from kvtool.calibrate.stream import LayerStream, StreamedLayer
 from kvtool.convert import aware, deepseek_v3, targets, transmla
 from kvtool.convert.exact import exact_factors
-from kvtool.convert.fitting import ConvertedLayer, Fit
+from kvtool.convert.fitting import Conversion, ConvertedLayer, Fit
 from kvtool.convert.options import ConvertOptions
-from kvtool.convert.planning import replaced_parts, save_dtype
+from kvtool.convert.planning import save_dtype
 from kvtool.factored import factor_tensors, factored_config
 from kvtool.latent import LatentFactors
 from kvtool.progress import Progress
@@ -27,7 +27,7 @@ SEARCH_WINDOWS = 4
 """How many of them serve to choose FreqFold."""
 
 
-class ToMla:
+class ToMla(Conversion):
     """A conversion to MLA.
 
     Args:
@@ -39,17 +39,15 @@ class ToMla:
         self,
         stream: LayerStream,
         options: ConvertOptions,
+        replaced: list[str],
         planned: dict[str, Any],
         scratch: Path,
         report: Progress,
     ) -> None:
-        self.stream, self.options, self.planned = stream, options, planned
-        self.scratch, self.report = scratch, report
-        self.replaced = replaced_parts(options)
-        self.freqfold: int | None = None
+        super().__init__(stream, options, replaced)
+        self.planned, self.scratch, self.report = planned, scratch, report
 
     def method(self, measured: Statistics | None, text: Tensor | None) -> Fit:
-        """How a layer is fitted, given statistics and the calibration text `[N, T]`."""
         factors = self._factors(measured, text)
         return lambda layer, _: ConvertedLayer(factors(layer))
 
@@ -108,7 +106,6 @@ class ToMla:
         return int(chosen.read_text())
 
     def tensors(self, index: int, converted: ConvertedLayer) -> dict[str, Tensor]:
-        """The tensors of one layer under their full names, in the dtype of the output."""
         factors, dtype = converted.factors, save_dtype(self.stream.checkpoint, self.options)
         assert factors is not None
         prefix = f"model.layers.{index}."
@@ -143,7 +140,6 @@ class ToMla:
         }
 
     def config(self, last: ConvertedLayer) -> dict[str, Any]:
-        """`config.json` of the output; `last` is its last layer."""
         if self.options.target == "kvtool":
             return factored_config(self.stream.checkpoint.config)
         layout, planned = self.stream.layouts[0], self.planned

@@ -26,7 +26,8 @@ from torch import Tensor
 from kvtool.convert import granite
 from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
 from kvtool.fp8 import SCALES
-from kvtool.layout import LATENT, PLAIN, AttentionLayout, describe, rope_of, ropes_of
+from kvtool.layout import LATENT, PLAIN, AttentionLayout, describe
+from kvtool.rope import rope_of, ropes_of
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -307,24 +308,16 @@ def latent_size(
             f"token and layer, the model keeps {native}"
         )
     if rope_dim is None:
-        rope_dim = head
-        if total is not None and rank is not None:
-            rope_dim = total - rank
-        elif total is not None and free:
-            step = 8 if total >= 32 else 2
-            rope_dim = max(2, step * round(ROPE_SHARE[target] * total / step))
-        elif total is not None:
-            widths = (x for x in range(head, 1, -1) if head % x == 0 and x % 2 == 0)
-            rope_dim = next((x for x in widths if x <= total - x), 2)
+        rope_dim = _rope_dim(head, total, rank, ROPE_SHARE[target] if free else None)
     if rope_dim < 2 or rope_dim % 2 or (head % rope_dim and not free):
         divide = "" if free else f" and divide the head size {head}"
         raise UsageError(f"--rope-dim {rope_dim} is impossible: it must be even{divide}")
     if rope_dim > width:
         raise UsageError(f"--rope-dim {rope_dim} is impossible: all keys together have {width}")
+    limit = 2 * width - rope_dim
     if rank is None:
         assert total is not None
-        rank = min(total - rope_dim, 2 * width - rope_dim)
-    limit = 2 * width - rope_dim
+        rank = min(total - rope_dim, limit)
     if rank < 1:
         raise UsageError(
             f"nothing is left for the latent: the budget allows {total} numbers per token and "
@@ -343,6 +336,24 @@ def latent_size(
             hint="use --method exact for a change of format without loss",
         )
     return LatentSize(rope_dim, rank, native)
+
+
+def _rope_dim(head: int, total: int | None, rank: int | None, share: float | None) -> int:
+    """Width of the shared key where it is not asked for.
+
+    Args:
+        head: D. total: Numbers per token and layer, where a budget says them.
+        share: Of them; None where the key has one component per frequency.
+    """
+    if total is None:
+        return head
+    if rank is not None:
+        return total - rank
+    if share is not None:
+        step = 8 if total >= 32 else 2
+        return max(2, step * round(share * total / step))
+    widths = (x for x in range(head, 1, -1) if head % x == 0 and x % 2 == 0)
+    return next((x for x in widths if x <= total - x), 2)
 
 
 def freqfold_candidates(head_dim: int, rope_dim: int) -> list[int]:

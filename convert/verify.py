@@ -25,7 +25,8 @@ from kvtool.divergence import kl_divergence
 from kvtool.errors import CheckpointError, KvtoolError
 from kvtool.factored import MODEL_TYPE
 from kvtool.fp8 import LIMIT, decode, encode, skip_flag, stored_scales
-from kvtool.layout import apply_latent_eps, apply_long_factors, describe
+from kvtool.layout import apply_latent_eps, describe
+from kvtool.rope import apply_long_factors
 
 PROBE_KL = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3}
 """Largest mean KL to the conversion's logits, by the dtype that the attention was rounded to."""

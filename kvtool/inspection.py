@@ -10,14 +10,14 @@ from typing import Any
 from kvtool.checkpoint import Checkpoint
 from kvtool.convert import targets
 from kvtool.errors import CheckpointError, UnsupportedModelError
-from kvtool.factored import MODEL_TYPE, base_config
+from kvtool.factored import MODEL_TYPE, model_config
 from kvtool.layout import AttentionLayout, describe
 from kvtool.plan import check_can_drop
 from kvtool.replacements import mixer_shape
+from kvtool.sizes import BF16
 
 CONTEXTS = (4096, 32768, 131072)
 """Lengths, in tokens, that cache sizes are stated for."""
-_BF16 = 2
 _PLANS: dict[str, dict[str, bool]] = {  # and what is no hindrance to them
     "retrieval-heads": {},
     "budgets": {},
@@ -43,7 +43,7 @@ class LayerRun:
     @property
     def bytes_per_token(self) -> int:
         """Cache of one of the layers, in bf16."""
-        return _BF16 * self.layout.cached_values
+        return BF16 * self.layout.cached_values
 
     @property
     def summary(self) -> str:
@@ -154,7 +154,7 @@ class Inspection:
         """Cache of one sequence in bf16."""
         return sum(
             run.layers * run.bytes_per_token * min(tokens, run.layout.sliding_window or tokens)
-            + run.layers * (run.layout.mixer.constant_bytes(_BF16) if run.layout.mixer else 0)
+            + run.layers * (run.layout.mixer.constant_bytes(BF16) if run.layout.mixer else 0)
             for run in self.runs
         )
 
@@ -167,7 +167,7 @@ class Inspection:
         if not applies or not layers:
             return None
         run = self.runs[0]  # there is one kind of layer
-        constant = mixer_shape(run.layout).constant_bytes(_BF16)
+        constant = mixer_shape(run.layout).constant_bytes(BF16)
         return HybridForecast(
             layers,
             constant,
@@ -207,7 +207,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Looks at a checkpoint without reading its weights."""
     family = str(checkpoint.config.get("model_type"))
     factored = family == MODEL_TYPE
-    config = base_config(checkpoint.config) if factored else checkpoint.hf_config()
+    config = model_config(checkpoint)
     unsupported, runs = None, []
     try:
         layouts = describe(config)

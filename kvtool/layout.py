@@ -16,7 +16,6 @@ Everything else is refused by name, with the reason.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from kvtool.delta_net import DeltaNet
 from kvtool.errors import UnsupportedModelError
 from kvtool.factors import finish_of
 from kvtool.mamba import Mixer, MixerShape
-from kvtool.rope import Rope
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers are attention and a gated MLP, each behind an RMSNorm, and no more."""
@@ -58,7 +56,7 @@ _INTERLEAVES = {"deepseek_v2": True, "minicpm3": False}
 _WINDOW_IN_CONFIG = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2")
 """Those whose attention reads its sliding window from the config; the config of others may have
 one that nothing reads."""
-_ROPE_BY_LAYER = ("granite_swa", "granitemoe_swa")
+ROPE_BY_LAYER = ("granite_swa", "granitemoe_swa")
 """Those whose layers have a base of RoPE each, and 0 if they have no positions."""
 HYBRID = "granitemoehybrid"
 """The model type of attention in some layers and Mamba-2 in the others."""
@@ -75,7 +73,6 @@ _OTHERS = {
     ),
 }
 """Why some others are not."""
-_CHANGES = "RoPE of type '{}' changes its frequencies with the length of the text"
 
 
 @dataclass(frozen=True)
@@ -266,9 +263,9 @@ def _rotary_dim(module: Any, head_dim: int) -> int:
     }
     if not turned.get(config.model_type, True):
         return 0
-    if config.model_type in _ROPE_BY_LAYER and not config.layer_rope_theta[module.layer_idx]:
+    if config.model_type in ROPE_BY_LAYER and not config.layer_rope_theta[module.layer_idx]:
         return 0
-    by_kind = _rope_parameters(config)
+    by_kind = rope_by_layer_type(config)
     first: dict[str, Any] = next(iter(by_kind.values()), {})
     kinds = getattr(config, "layer_types", None)
     parameters = by_kind.get(kinds[module.layer_idx], first) if kinds else first
@@ -281,12 +278,18 @@ def _rope_scale(module: Any) -> float:
     """What yarn and LongRoPE multiply cos and sin by in a layer."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config, by_kind = module.config, _rope_parameters(module.config)
+    config, by_kind = module.config, rope_by_layer_type(module.config)
     own = {} if "" in by_kind else {"layer_type": config.layer_types[module.layer_idx]}
     rope_type = by_kind[own.get("layer_type", "")].get("rope_type", "default")
     if rope_type == "default":
         return 1.0
     return float(ROPE_INIT_FUNCTIONS[rope_type](config, **own)[1])
+
+
+def rope_by_layer_type(config: Any) -> dict[str, dict[str, Any]]:
+    """By type of layer; under an empty name if there is one for all."""
+    parameters, kinds = config.rope_parameters, getattr(config, "layer_types", None) or ()
+    return {kind: parameters[kind] for kind in parameters if kind in kinds} or {"": parameters}
 
 
 def _sliding_window(module: Any) -> int | None:
@@ -442,98 +445,3 @@ def apply_latent_eps(model: nn.Module, config: dict[str, Any]) -> None:
         for name in ("kv_a_layernorm", "q_a_layernorm"):
             if (norm := getattr(layer.self_attn, name, None)) is not None:
                 norm.variance_epsilon = config["rms_norm_eps"]
-
-
-def apply_long_factors(model: Any) -> None:
-    """Gives all texts the long factors of a model with LongRoPE, as :func:`ropes_of` does."""
-    rope, last = model.model.rotary_emb, model.config.max_position_embeddings - 1
-    if getattr(rope, "rope_type", None) == "longrope":
-        rope(torch.zeros(1), torch.tensor([[last]]))
-        rope.original_inv_freq = rope.inv_freq.clone()
-
-
-def ropes_of(config: Any) -> list[Rope]:
-    """The rotary embedding of every layer, read from the module that transformers builds.
-
-    LongRoPE has two sets of frequencies. Which of them transformers takes depends on the length of
-    the text; here all texts have those of one as long as the model's context, as vLLM does it: a
-    cache could not change them later.
-
-    Raises:
-        UnsupportedModelError: The frequencies depend on the length of the text in another way, and
-            not only beyond the context of the model, where nothing here reads.
-    """
-    from transformers import AutoModelForCausalLM
-
-    layouts = describe(config)
-    if config.model_type == HYBRID and config.position_embedding_type != "rope":
-        pairs = (config.hidden_size // config.num_attention_heads) // 2
-        return [Rope(torch.zeros(pairs))] * len(layouts)  # no positions: nothing is turned
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    rotary = type(model.model.rotary_emb)
-    if config.model_type in _ROPE_BY_LAYER:
-        found = {}
-        for base in set(kinds := config.layer_rope_theta[: len(layouts)]):
-            own = copy.deepcopy(config)
-            # What a base of 0 turns is nothing; the layout says so.
-            own.rope_parameters = {**config.rope_parameters, "rope_theta": base or 1.0}
-            found[base] = _built(rotary, own)[""]
-    else:
-        found = _built(rotary, config)
-        kinds = [""] * len(layouts) if "" in found else config.layer_types
-    return [_own_rope(found[kind], layout) for kind, layout in zip(kinds, layouts, strict=True)]
-
-
-def _built(rotary: Any, config: Any) -> dict[str, Rope]:
-    """What transformers builds, by type of layer; under an empty name if there is one for all."""
-    module, found = rotary(config=config), {}
-    for kind, parameters in _rope_parameters(config).items():
-        prefix = f"{kind}_" if kind else ""
-        rope_type = parameters.get("rope_type", "default")
-        if config.model_type == "phimoe" and rope_type != "default":  # its scale changes, too
-            raise UnsupportedModelError(_CHANGES.format(rope_type))
-        if rope_type == "longrope":
-            last = torch.tensor([[config.max_position_embeddings - 1]])
-            module(torch.zeros(1), last, *([kind] if kind else []))
-        if not hasattr(module, f"{prefix}inv_freq"):
-            raise UnsupportedModelError(f"{config.model_type} has no RoPE by type of layer")
-        inv_freq, scale = (getattr(module, prefix + x) for x in ("inv_freq", "attention_scaling"))
-        found[kind] = Rope(inv_freq.float(), float(scale))
-    return found
-
-
-def rope_of(config: Any) -> Rope:
-    """The rotary embedding of a model whose layers share one.
-
-    Raises:
-        UnsupportedModelError: They do not, or the frequencies depend on the length of the text.
-    """
-    for parameters in _rope_parameters(config).values():
-        if (kind := parameters.get("rope_type")) == "dynamic":
-            raise UnsupportedModelError(_CHANGES.format(kind))
-    first, *others = ropes_of(config)
-    if not all(rope.equals(first) for rope in others):
-        raise UnsupportedModelError("its layers have different RoPE")
-    return first
-
-
-def _rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
-    """By type of layer; under an empty name if there is one for all."""
-    parameters, kinds = config.rope_parameters, getattr(config, "layer_types", None) or ()
-    return {kind: parameters[kind] for kind in parameters if kind in kinds} or {"": parameters}
-
-
-def _own_rope(rope: Rope, layout: AttentionLayout) -> Rope:
-    """What one layer makes of the model's RoPE."""
-    if layout.kind != "gqa":
-        return rope
-    if not layout.rotary_dim:
-        return Rope(torch.zeros(layout.head_dim // 2))
-    if layout.rotary_dim != 2 * len(rope.inv_freq):
-        raise UnsupportedModelError(
-            f"RoPE has {len(rope.inv_freq)} frequencies for {layout.rotary_dim} channels of a head"
-        )
-    if layout.rotary_dim < layout.head_dim:
-        return Rope(rope.inv_freq).over(layout.head_dim)  # its scale is the layout's
-    return rope

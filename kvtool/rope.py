@@ -4,15 +4,24 @@ Frequency `l` turns channels `l` and `l + D/2` of a head of size D. Models that 
 (neighbours, as Cohere and GLM do), or turn only some of them, get the channels of their queries and
 keys into an order in which that is so (:func:`channel_order`), and frequency 0 for what is not
 turned. A score is a sum over channels: it does not ask in which order they lie.
+
+:func:`ropes_of` reads it from what transformers builds for a config.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kvtool.errors import UnsupportedModelError
+from kvtool.layout import HYBRID, ROPE_BY_LAYER, AttentionLayout, describe, rope_by_layer_type
+
+_CHANGES = "RoPE of type '{}' changes its frequencies with the length of the text"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,3 +76,92 @@ def channel_order(head_dim: int, turned: int, interleaved: bool) -> Tensor | Non
     pairs = own.view(-1, 2).T if interleaved else own.view(2, -1)
     order = torch.cat((pairs, rest.view(2, -1)), dim=1).flatten()
     return None if torch.equal(order, channels) else order
+
+
+def ropes_of(config: Any) -> list[Rope]:
+    """The rotary embedding of every layer, read from the module that transformers builds.
+
+    LongRoPE has two sets of frequencies. Which of them transformers takes depends on the length of
+    the text; here all texts have those of one as long as the model's context, as vLLM does it: a
+    cache could not change them later.
+
+    Raises:
+        UnsupportedModelError: The frequencies depend on the length of the text in another way, and
+            not only beyond the context of the model, where nothing here reads.
+    """
+    from transformers import AutoModelForCausalLM
+
+    layouts = describe(config)
+    if config.model_type == HYBRID and config.position_embedding_type != "rope":
+        pairs = (config.hidden_size // config.num_attention_heads) // 2
+        return [Rope(torch.zeros(pairs))] * len(layouts)  # no positions: nothing is turned
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    rotary = type(model.model.rotary_emb)
+    if config.model_type in ROPE_BY_LAYER:
+        found = {}
+        for base in set(kinds := config.layer_rope_theta[: len(layouts)]):
+            own = copy.deepcopy(config)
+            # What a base of 0 turns is nothing; the layout says so.
+            own.rope_parameters = {**config.rope_parameters, "rope_theta": base or 1.0}
+            found[base] = _built(rotary, own)[""]
+    else:
+        found = _built(rotary, config)
+        kinds = [""] * len(layouts) if "" in found else config.layer_types
+    return [_own_rope(found[kind], layout) for kind, layout in zip(kinds, layouts, strict=True)]
+
+
+def _built(rotary: Any, config: Any) -> dict[str, Rope]:
+    """What transformers builds, by type of layer; under an empty name if there is one for all."""
+    module, found = rotary(config=config), {}
+    for kind, parameters in rope_by_layer_type(config).items():
+        prefix = f"{kind}_" if kind else ""
+        rope_type = parameters.get("rope_type", "default")
+        if config.model_type == "phimoe" and rope_type != "default":  # its scale changes, too
+            raise UnsupportedModelError(_CHANGES.format(rope_type))
+        if rope_type == "longrope":
+            last = torch.tensor([[config.max_position_embeddings - 1]])
+            module(torch.zeros(1), last, *([kind] if kind else []))
+        if not hasattr(module, f"{prefix}inv_freq"):
+            raise UnsupportedModelError(f"{config.model_type} has no RoPE by type of layer")
+        inv_freq, scale = (getattr(module, prefix + x) for x in ("inv_freq", "attention_scaling"))
+        found[kind] = Rope(inv_freq.float(), float(scale))
+    return found
+
+
+def rope_of(config: Any) -> Rope:
+    """The rotary embedding of a model whose layers share one.
+
+    Raises:
+        UnsupportedModelError: They do not, or the frequencies depend on the length of the text.
+    """
+    for parameters in rope_by_layer_type(config).values():
+        if (kind := parameters.get("rope_type")) == "dynamic":
+            raise UnsupportedModelError(_CHANGES.format(kind))
+    first, *others = ropes_of(config)
+    if not all(rope.equals(first) for rope in others):
+        raise UnsupportedModelError("its layers have different RoPE")
+    return first
+
+
+def _own_rope(rope: Rope, layout: AttentionLayout) -> Rope:
+    """What one layer makes of the model's RoPE."""
+    if layout.kind != "gqa":
+        return rope
+    if not layout.rotary_dim:
+        return Rope(torch.zeros(layout.head_dim // 2))
+    if layout.rotary_dim != 2 * len(rope.inv_freq):
+        raise UnsupportedModelError(
+            f"RoPE has {len(rope.inv_freq)} frequencies for {layout.rotary_dim} channels of a head"
+        )
+    if layout.rotary_dim < layout.head_dim:
+        return Rope(rope.inv_freq).over(layout.head_dim)  # its scale is the layout's
+    return rope
+
+
+def apply_long_factors(model: Any) -> None:
+    """Gives all texts the long factors of a model with LongRoPE, as :func:`ropes_of` does."""
+    rope, last = model.model.rotary_emb, model.config.max_position_embeddings - 1
+    if getattr(rope, "rope_type", None) == "longrope":
+        rope(torch.zeros(1), torch.tensor([[last]]))
+        rope.original_inv_freq = rope.inv_freq.clone()

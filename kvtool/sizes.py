@@ -7,8 +7,12 @@ from fractions import Fraction
 
 from kvtool.errors import UsageError
 
+BF16 = 2
+"""Bytes per number of the cache that shares and budgets are stated of."""
 # Generators take 64 bits, and layers, steps and choices add their number to a seed.
 MAX_SEED = 2**62
+LEAST_TEMPERATURE = 1e-3
+"""Above 0: logits are divided by it, and far below they overflow."""
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}

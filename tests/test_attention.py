@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from kvtool.attention import GroupedQueryAttention, causal_attention
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UnsupportedModelError
-from kvtool.layout import describe, recognise, rope_of, ropes_of
-from kvtool.rope import rotate
+from kvtool.layout import describe, recognise
+from kvtool.rope import rope_of, ropes_of, rotate
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},

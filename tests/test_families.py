@@ -26,8 +26,9 @@ from kvtool.errors import CheckpointError, UnsupportedModelError
 from kvtool.factors import finish_of
 from kvtool.layer_plan import LayerPlan
 from kvtool.layout import FAMILIES as ALL
-from kvtool.layout import LATENT, experts_of, ropes_of
+from kvtool.layout import LATENT, experts_of
 from kvtool.plan import Plan, base_of, whole_layers
+from kvtool.rope import ropes_of
 from kvtool.runtime import Engine
 from kvtool.wrappers import WRAPPERS
 

@@ -20,7 +20,7 @@ from kvtool.convert.verify import verify
 from kvtool.errors import UnsupportedModelError
 from kvtool.fp8 import BESIDE
 from kvtool.inspection import inspect_checkpoint
-from kvtool.layout import apply_long_factors
+from kvtool.rope import apply_long_factors
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 READ = [name for name, (family, _) in CASES.items() if family not in targets.UNREAD]

@@ -161,10 +161,10 @@ def reference(checkpoint, plan: Plan, ids: Tensor) -> Tensor:
                     x = torch.empty_like(x).scatter_(-1, order.expand(x.shape), x)
                 x = hadamard(x) if bits.hadamard == "both" else x
                 if bits.kind == "unrotated":
-                    x = rotate(x / attention.scale, cos[0], sin[0])
+                    x = rotate(x / attention.rope.scale, cos[0], sin[0])
                 return x
 
-            x = k[0] * attention.scale if bits.kind == "unrotated" else rotated[0]
+            x = k[0] * attention.rope.scale if bits.kind == "unrotated" else rotated[0]
             x = hadamard(x) if bits.hadamard == "both" else x
             values = v[0] if bits.hadamard == "none" else hadamard(v[0])
             x = x if order is None else x.gather(-1, order.expand(x.shape))

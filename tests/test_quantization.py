@@ -128,6 +128,30 @@ def test_bits_as_users_write_them():
             parse_tiers(wrong)
 
 
+@pytest.mark.parametrize(
+    ("method", "bits", "words", "meant"),
+    [
+        ("aware", "4", {}, {}),
+        ("aware", "auto", {"tokens": 9}, {"bits": None, "tokens": 9}),
+        ("aware", "K4V2S8", {}, {"bits": (4, 2), "states": 8}),
+        ("aware", "S4", {}, {"states": 4, "heads": False}),
+        ("aware", "fp8", {}, {"method": "fp8", "bits": (8, 8), "window": 0}),
+        ("aware", "fp8", {"window": 64}, {"method": "fp8", "bits": (8, 8), "window": 64}),
+        ("kivi", "4", {}, {"sink": 0, "window": 128}),
+        ("kivi", "4", {"sink": 4, "window": 0}, {"sink": 4, "window": 0}),
+        ("rotatekv", "2", {}, {"bits": (2, 2), "read": "rebuilt"}),
+        ("rotatekv", "2", {"read": "absorbed"}, {"bits": (2, 2), "read": "absorbed"}),
+        ("zipcache", "4/2", {"salient": "25%"}, {"group": 128, "rest": (2, 2), "salient": 32}),
+        ("mikv", "4/2", {"salient": "25%", "group": 64},
+         {"group": 64, "rest": (2, 2), "salient": 16}),
+        ("gear", "4", {"rank": 3}, {"rank": 3}),
+    ],
+)  # fmt: skip
+def test_what_is_not_given_is_usual_with_the_method(method, bits, words, meant):
+    expected = replace(QuantizationOptions(method), **meant)
+    assert QuantizationOptions.asked(method, bits, **words) == expected
+
+
 # -------------------------------------------------------------------------------- the methods
 
 

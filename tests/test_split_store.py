@@ -12,9 +12,9 @@ from kvtool.convert import conversion, planning
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.evaluate import retrieval
 from kvtool.layer_plan import LayerPlan
-from kvtool.layout import decoder_layers, rope_of
+from kvtool.layout import decoder_layers
 from kvtool.plan import Plan, base_of
-from kvtool.rope import Rope
+from kvtool.rope import Rope, rope_of
 from kvtool.runtime import Engine
 from kvtool.runtime.selection import keep, selector
 from kvtool.runtime.split import SplitStore

@@ -11,7 +11,7 @@ from kvtool.cli._console import emit, err, progress
 from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvtool.checkpoint import Checkpoint
+    pass
 
 
 def bench(
@@ -54,6 +54,7 @@ def bench(
     from kvtool.evaluate import throughput
     from kvtool.evaluate.evaluation import manifest_base
     from kvtool.evaluate.report import plan_facts, speed_table
+    from kvtool.factored import model_config
     from kvtool.runtime import Engine
 
     device = options.resolve_device(device)
@@ -68,7 +69,8 @@ def bench(
         else Checkpoint.open(source, offline=offline, trust_remote_code=trust_remote_code)
     )
     lengths = None if context is None else _lengths(context)
-    max_context = min(_max_context(opened) for opened in (checkpoint, original))
+    configs = [model_config(opened) for opened in (checkpoint, original)]
+    max_context = min(int(config.max_position_embeddings) for config in configs)
     contexts, note = throughput.fit_contexts(lengths, new_tokens, max_context)
     if note is not None and not quiet:
         err.print(note)
@@ -111,15 +113,6 @@ def bench(
         f"torch {environment['versions']['torch']}, memory read at {bandwidth.best / 1e9:.1f} GB/s"
     )
     emit(result, json, speed_table(speeds, title))
-
-
-def _max_context(checkpoint: Checkpoint) -> int:
-    """The model's context, known before any weights are read."""
-    from kvtool.factored import MODEL_TYPE, base_config
-
-    factored = checkpoint.config.get("model_type") == MODEL_TYPE
-    config = base_config(checkpoint.config) if factored else checkpoint.hf_config()
-    return int(config.max_position_embeddings)
 
 
 def _lengths(text: str) -> list[int]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Literal
 
 import typer
 
-from kvtool.cli import _console, _options
-from kvtool.cli.plan import emit_plan, planned_facts
+from kvtool.cli import _options
+from kvtool.cli.plan import emit_made, emit_planned
+from kvtool.sizes import BF16
 
 _METHOD = "Method"
-_BF16 = 2
 
 
 def budgets(
@@ -74,27 +73,22 @@ def budgets(
     context = _options.context_of(checkpoint, context)
     check_can_drop(checkpoint)
     whole = Plan(base_of(checkpoint), whole_layers(checkpoint))
-    native = whole.native_bytes(context, _BF16)
+    native = whole.native_bytes(context, BF16)
     options = BudgetOptions(method, policy, context, minimum, data, tokens, seed)
     allowed = parse_budget(kv_budget, native)
-    kept = budget_tokens(whole, options, allowed, _BF16)
+    kept = budget_tokens(whole, options, allowed, BF16)
     if dry_run:
         dropped = whole.planned_heads * context - kept
         planned = {
-            "plan": str(output),
-            "model": checkpoint.source,
             "method": method,
             "policy": policy,
             "context": context,
-            "bytes": native - dropped * 2 * _BF16 * whole.base.head_dim,
+            "bytes": native - dropped * 2 * BF16 * whole.base.head_dim,
             "native_bytes": native,
-            "dry_run": True,
         }
-        _console.emit(planned, json, planned_facts("nothing written", planned))
+        emit_planned(output, checkpoint.source, planned, json)
         return
-    with _console.progress(quiet) as report:
-        started = time.perf_counter()
-        plan = calibrate_budgets(checkpoint, options, allowed, _BF16, report=report)
-        seconds = time.perf_counter() - started
-    plan.write(output, overwrite=overwrite)
-    emit_plan(plan, output, context, json, {"seconds": seconds})
+    emit_made(
+        lambda report: calibrate_budgets(checkpoint, options, allowed, BF16, report=report),
+        output, context, overwrite=overwrite, json=json, quiet=quiet,
+    )  # fmt: skip

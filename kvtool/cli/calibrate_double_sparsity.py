@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated
 
 import typer
 
-from kvtool.cli import _console, _options
-from kvtool.cli.plan import emit_plan, planned_facts
+from kvtool.cli import _options
+from kvtool.cli.plan import emit_made, emit_planned
+from kvtool.sizes import BF16
 
 _METHOD = "Method"
-_BF16 = 2
 
 
 def double_sparsity(
@@ -64,24 +63,19 @@ def double_sparsity(
     context = _options.context_of(checkpoint, None)
     if dry_run:
         facts = {
-            "plan": str(output),
-            "model": checkpoint.source,
             "channels": channels,
             "tokens_read": tokens_read,
             "context": context,
-            "bytes": ahead.cache_bytes(context, _BF16),
-            "bytes_read": ahead.read_bytes(context, _BF16),
-            "native_bytes": ahead.native_bytes(context, _BF16),
+            "bytes": ahead.cache_bytes(context, BF16),
+            "bytes_read": ahead.read_bytes(context, BF16),
+            "native_bytes": ahead.native_bytes(context, BF16),
             "memory_bytes": memory_bytes(LayerStream(checkpoint), text.tokens),
-            "dry_run": True,
         }
-        _console.emit(facts, json, planned_facts("nothing written", facts))
+        emit_planned(output, checkpoint.source, facts, json)
         return
-    with _console.progress(quiet) as report:
-        started = time.perf_counter()
-        made = calibrate_double_sparsity(
+    emit_made(
+        lambda report: calibrate_double_sparsity(
             checkpoint, start, channels, tokens_read, text, report=report
-        )
-        seconds = time.perf_counter() - started
-    made.write(output, overwrite=overwrite)
-    emit_plan(made, output, context, json, {"seconds": seconds})
+        ),
+        output, context, overwrite=overwrite, json=json, quiet=quiet,
+    )  # fmt: skip

@@ -12,14 +12,14 @@ from rich import box
 from rich.table import Table
 
 from kvtool.cli import _console, _options
-from kvtool.cli.plan import emit_plan, planned_facts, score_picture
+from kvtool.cli.plan import emit_plan, emit_planned, score_picture
 from kvtool.errors import UsageError
+from kvtool.sizes import BF16
 
 if TYPE_CHECKING:
     from kvtool.plan import Plan
 
 _METHOD, _TRAINING = "Method", "Training (--method duo)"
-_BF16 = 2
 
 
 def retrieval_heads(
@@ -132,10 +132,7 @@ def retrieval_heads(
 
     if kv_budget is not None and streaming_heads is not None:
         raise UsageError("--kv-budget and --streaming-heads both say how many heads stream")
-    named = {"steps": steps, "mix": mix, "penalty": penalty}
-    training: dict[str, Any] = {name: x for name, x in named.items() if x is not None}
-    if training and method != "duo":
-        raise UsageError(f"--{next(iter(training))} is for --method duo: {method} trains nothing")
+    training = _training(method, steps=steps, mix=mix, penalty=penalty)
     if method == "entropy" and (lengths or samples is not None):
         raise UsageError("--length and --samples are of recall tasks, which entropy does not need")
     is_first = processes()[0] == 0  # under accelerate launch, one process writes
@@ -168,18 +165,15 @@ def retrieval_heads(
     _options.check_memory(f"calibrating {checkpoint.source}", needed, device, hint)
     if dry_run:
         found = {
-            "plan": str(output),
-            "model": checkpoint.source,
             "prefill": prefill,
             "streaming_heads": planned.streaming_heads,
             "kv_heads": planned.planned_heads,
             "context": context,
-            "bytes": planned.cache_bytes(context, _BF16),
-            "native_bytes": planned.native_bytes(context, _BF16),
+            "bytes": planned.cache_bytes(context, BF16),
+            "native_bytes": planned.native_bytes(context, BF16),
             "memory_bytes": needed,
-            "dry_run": True,
         }
-        _console.emit(found, json, planned_facts("nothing written", found))
+        emit_planned(output, checkpoint.source, found, json)
         return
     folder = output.with_name(output.name + ".partial")
     resumes = method in ("ablation", "duo")
@@ -203,11 +197,23 @@ def retrieval_heads(
     if resumes:
         shutil.rmtree(folder, ignore_errors=True)
     if not json:
-        for check in scored.provenance[0]["recall"]:
-            how = "counts" if check["passed"] else "is too little to judge heads by"
-            accuracy = f"{check['accuracy']:.0%} of the tokens of '{check['kind']}'"
-            _console.out.print(f"the model itself recalls {accuracy}, which {how}")
+        _print_recall(scored)
     emit_plan(plan, output, context, json, {"seconds": seconds})
+
+
+def _training(method: str, **named: Any) -> dict[str, Any]:
+    """The options of a training that were given; UsageError where there is none."""
+    given = {name: x for name, x in named.items() if x is not None}
+    if given and method != "duo":
+        raise UsageError(f"--{next(iter(given))} is for --method duo: {method} trains nothing")
+    return given
+
+
+def _print_recall(scored: Plan) -> None:
+    for check in scored.provenance[0]["recall"]:
+        how = "counts" if check["passed"] else "is too little to judge heads by"
+        accuracy = f"{check['accuracy']:.0%} of the tokens of '{check['kind']}'"
+        _console.out.print(f"the model itself recalls {accuracy}, which {how}")
 
 
 def _check_is_ours(folder: Path) -> None:
@@ -241,9 +247,9 @@ class _Size:
         if self.budget is None:
             count = parse_share(self.share or "", heads)
             return stream_heads(plan, count, self.sink, self.window)
-        allowed = parse_budget(self.budget, plan.native_bytes(self.context, _BF16))
+        allowed = parse_budget(self.budget, plan.native_bytes(self.context, BF16))
         streaming = stream_heads(plan, heads, self.sink, self.window)
-        return cut(streaming, allowed, self.context, _BF16)
+        return cut(streaming, allowed, self.context, BF16)
 
 
 def compare_heads(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Literal
 
 import typer
 
-from kvtool.cli import _console, _options
-from kvtool.cli.plan import emit_plan, planned_facts
+from kvtool.cli import _options
+from kvtool.cli.plan import emit_made, emit_planned
 from kvtool.errors import UsageError
+from kvtool.sizes import BF16
 
 _METHOD = "Method"
-_BF16 = 2
 
 
 def projections(
@@ -130,7 +129,7 @@ def projections(
     context = _options.context_of(checkpoint, context)
     check_can_drop(checkpoint)
     start = Plan(base_of(checkpoint), whole_layers(checkpoint))
-    native = start.native_bytes(context, _BF16)
+    native = start.native_bytes(context, BF16)
     options = method_of.ProjectionOptions(
         method,
         read or "absorbed",
@@ -146,13 +145,11 @@ def projections(
         bits,
     )
     allowed = parse_budget(kv_budget, native)
-    method_of.check_budget(start, options, allowed, _BF16)
+    method_of.check_budget(start, options, allowed, BF16)
     method_of.check_ring(checkpoint, options)
     method_of.check_keys(checkpoint, options)
     if dry_run:
         planned = {
-            "plan": str(output),
-            "model": checkpoint.source,
             "method": method,
             "context": context,
             "codes": len(method_of.empty_codes(start, options)),
@@ -160,13 +157,12 @@ def projections(
             "bytes_at_most": allowed,
             "native_bytes": native,
             "memory_bytes": method_of.memory_bytes(checkpoint, start, options),
-            "dry_run": True,
         }
-        _console.emit(planned, json, planned_facts("nothing written", planned))
+        emit_planned(output, checkpoint.source, planned, json)
         return
-    with _console.progress(quiet) as report:
-        started = time.perf_counter()
-        plan = method_of.calibrate_projections(checkpoint, options, allowed, _BF16, report=report)
-        seconds = time.perf_counter() - started
-    plan.write(output, overwrite=overwrite)
-    emit_plan(plan, output, context, json, {"seconds": seconds})
+    emit_made(
+        lambda report: method_of.calibrate_projections(
+            checkpoint, options, allowed, BF16, report=report
+        ),
+        output, context, overwrite=overwrite, json=json, quiet=quiet,
+    )  # fmt: skip

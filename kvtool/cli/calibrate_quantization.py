@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
 
-from kvtool.cli import _console, _options
-from kvtool.cli.plan import emit_plan, planned_facts
+from kvtool.cli import _options
+from kvtool.cli.plan import emit_made, emit_planned
 from kvtool.errors import UsageError
+from kvtool.sizes import BF16
 
 _METHOD = "Method"
-_RINGS = {"kivi": (64, 0, 128), "zipcache": (128, 4, 64), "mikv": (128, 4, 64), "fp8": (64, 4, 0)}
-"""Of methods with others than most, --group, --sink and --window if they are not given."""
-_BF16 = 2
 
 
 def quantization(
@@ -128,8 +126,8 @@ def quantization(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Plan integers of few bits for keys and values of MODEL, or for the codes of a plan."""
-    from kvtool.calibrate import bit_options
     from kvtool.calibrate import quantization as method_of
+    from kvtool.calibrate.bit_options import SALIENT, QuantizationOptions
     from kvtool.checkpoint import Checkpoint
     from kvtool.latent_bits import LatentPlan
     from kvtool.plan import base_of, check_can_drop
@@ -137,29 +135,16 @@ def quantization(
     from kvtool.sizes import parse_budget, parse_share
     from kvtool.states import StatePlan
 
-    tiers = method in bit_options.SALIENT
     if bits is None:
-        bits = "4/2" if tiers else "4"
+        bits = "4/2" if method in SALIENT else "4"
     if method == "mustafar":
         sparsity = sparsity or "50%"
-    of_heads, states = bit_options.split_states(bits)
-    chosen: bit_options.Method = method
-    if of_heads == bit_options.FP8:
-        if method != "aware":
-            raise UsageError(f"--bits fp8 is a method of its own, and --method {method} another")
-        others = {"--group": group, "--read": read, "--sink": sink}
-        if given := [name for name, value in others.items() if value is not None]:
-            raise UsageError(f"--bits fp8 stores every token alike, and has no {given[0]}")
-        chosen, of_heads = "fp8", "8"
-    # With S8 alone, heads are left as they are.
-    asked, rest = bit_options.parse_tiers(of_heads if of_heads or states is None else "4")
-    of_group, of_sink, of_window = _RINGS.get(chosen, (64, 4, 64))
-    if (asked is None) != (kv_budget is not None):
+    options = QuantizationOptions.asked(
+        method, bits, group=group, read=read, sink=sink, window=window, salient=salient,
+        rank=rank, data=data, tokens=tokens, seed=seed,
+    )  # fmt: skip
+    if (options.bits is None) != (kv_budget is not None):
         raise UsageError("--bits auto and --kv-budget come together: give both or neither")
-    if asked is None and method != "aware":
-        raise UsageError(
-            f"--bits auto is for --method aware, {method} has the same bits everywhere"
-        )
     check_plan_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(
         model, revision=revision, offline=offline, trust_remote_code=trust_remote_code
@@ -169,54 +154,33 @@ def quantization(
     check_can_drop(checkpoint, other=True)
     start = _options.read_plan(plan, checkpoint)
     width = base.head_dim
-    options = bit_options.QuantizationOptions(
-        chosen,
-        asked,
-        of_group if group is None else group,
-        read or ("rebuilt" if method == "rotatekv" else "absorbed"),
-        context,
-        of_sink if sink is None else sink,
-        of_window if window is None else window,
-        data,
-        tokens,
-        seed,
-        rest,
-        None if salient is None else parse_share(salient, of_group if group is None else group),
-        rank,
-        states,
-        bool(of_heads),
-        None if sparsity is None else width - parse_share(sparsity, width),
-    )
+    kept = None if sparsity is None else width - parse_share(sparsity, width)
+    options = replace(options, context=context, kept=kept)
     options.check()
     if start is None:
         start = method_of.everything(checkpoint, base, options)
     elif any(isinstance(layer.kept, LatentPlan) for layer in start.layers):
         raise UsageError("the plan of --plan has bits already", hint="Leave it out.")
-    kept = [x.kept for x in start.layers if isinstance(x.kept, StatePlan)]
-    if states is not None and not any(x.rule == "mamba2" for x in kept):
+    states = [x.kept for x in start.layers if isinstance(x.kept, StatePlan)]
+    if options.states is not None and not any(x.rule == "mamba2" for x in states):
         raise UsageError(f"--bits {bits}: no layer of {checkpoint.source} keeps a state of Mamba-2")
-    native = start.native_bytes(context, _BF16)
+    native = start.native_bytes(context, BF16)
     budget = None if kv_budget is None else parse_budget(kv_budget, native)
-    planned = method_of.plan_ahead(start, options, budget, _BF16)
+    planned = method_of.plan_ahead(start, options, budget, BF16)
     if dry_run:
         facts = {
-            "plan": str(output),
-            "model": checkpoint.source,
-            "method": chosen,
+            "method": options.method,
             "bits": bits,
             "context": context,
             "bytes_at_most": planned,
             "native_bytes": native,
             "memory_bytes": method_of.memory_bytes(checkpoint, options),
-            "dry_run": True,
         }
-        _console.emit(facts, json, planned_facts("nothing written", facts))
+        emit_planned(output, checkpoint.source, facts, json)
         return
-    with _console.progress(quiet) as report:
-        started = time.perf_counter()
-        made = method_of.calibrate_quantization(
-            checkpoint, options, start, budget, _BF16, report=report
-        )
-        seconds = time.perf_counter() - started
-    made.write(output, overwrite=overwrite)
-    emit_plan(made, output, context, json, {"seconds": seconds})
+    emit_made(
+        lambda report: method_of.calibrate_quantization(
+            checkpoint, options, start, budget, BF16, report=report
+        ),
+        output, context, overwrite=overwrite, json=json, quiet=quiet,
+    )  # fmt: skip

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvtool.cli import _console, _options
-from kvtool.cli.plan import emit_plan
+from kvtool.cli import _options
+from kvtool.cli.plan import emit_made
 from kvtool.errors import UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
@@ -71,14 +70,12 @@ def receptive_field(
     start = _options.read_plan(plan, checkpoint)
     if start is None:
         start = everything(checkpoint, base_of(checkpoint), QuantizationOptions())
-    with _console.progress(quiet) as report:
-        started = time.perf_counter()
-        made = calibrate_receptive_field(
+    emit_made(
+        lambda report: calibrate_receptive_field(
             checkpoint, start, taught, length, data, tokens, seed, report=report
-        )
-        seconds = time.perf_counter() - started
-    made.write(output, overwrite=overwrite)
-    emit_plan(made, output, length, json, {"seconds": seconds})
+        ),
+        output, length, overwrite=overwrite, json=json, quiet=quiet,
+    )  # fmt: skip
 
 
 def _noted(checkpoint: Checkpoint) -> int | None:

@@ -20,10 +20,11 @@ from kvtool.cli.generate import (
     TopK,
     TopP,
     chat_ids,
+    continued,
     sampling_options,
 )
 from kvtool.errors import UsageError
-from kvtool.text import TextStream, check_text
+from kvtool.text import check_text
 
 if TYPE_CHECKING:
     from kvtool.runtime import KVCache
@@ -98,27 +99,13 @@ def chat(
             err.print(f"{full}; {full.hint}")
             continue
         reused = reuse_prefix(cache, stored, ids)
-        stream, reply, tokens = TextStream(tokenizer), "", list[int]()
-        for (token,) in engine.generate(
-            [ids],
-            max_new_tokens=min(max_new_tokens, room),
-            sampling=sampling,
-            seed=seed,
-            cache=cache,
-        ):
-            assert token is not None  # a single row ends the loop with its last token
-            tokens.append(token)
-            reply += (piece := stream.push(token))
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        reply += (piece := stream.flush())
-        sys.stdout.write(piece + "\n")
-        sys.stdout.flush()
-        messages = [*asked, {"role": "assistant", "content": reply}]
+        most = min(max_new_tokens, room)
+        reply = continued(engine, ids, cache, most, sampling, seed, shown=True)
+        messages = [*asked, {"role": "assistant", "content": reply.text}]
         # The last token was drawn but never fed, so the cache does not hold it.
-        stored = [*ids, *tokens][: cache.lengths[0]]
+        stored = [*ids, *reply.tokens][: cache.lengths[0]]
         if not quiet:
-            err.print(f"[{reused} of {len(ids)} tokens reused, {len(tokens)} new]")
+            err.print(f"[{reused} of {len(ids)} tokens reused, {len(reply.tokens)} new]")
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 from json import loads
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from kvtool._staging import write_file
 from kvtool.cli import _options as options
@@ -131,19 +132,19 @@ def evaluate(
         raise UsageError(
             f"{model} names no original to be judged against", hint="give it with --against"
         )
-    base = (
-        None
-        if source is None
-        else Checkpoint.open(
-            source,
-            revision=revision if source == model else None,
-            offline=offline,
-            trust_remote_code=trust_remote_code,
+    base = None
+    if source is not None:
+        of_base = revision if source == model else None
+        base = Checkpoint.open(
+            source, revision=of_base, offline=offline, trust_remote_code=trust_remote_code
         )
-    )
     settings = Settings.quick() if quick else Settings()
     if lengths:
         settings = replace(settings, passkey_lengths=tuple(lengths), needle_lengths=tuple(lengths))
+    settings = replace(
+        settings, windows=windows or settings.windows, prefill=prefill, continuation=continuation,
+        layers=layers, chat=chat_prompts, speed=speed, seed=seed,
+    )  # fmt: skip
     device = options.resolve_device(device)
     with progress(quiet) as report_progress:
         report = measure(
@@ -151,16 +152,7 @@ def evaluate(
             base,
             evaluation_text(data),
             plan=kept,
-            settings=replace(
-                settings,
-                windows=settings.windows if windows is None else windows,
-                prefill=prefill,
-                continuation=continuation,
-                layers=layers,
-                chat=chat_prompts,
-                speed=speed,
-                seed=seed,
-            ),
+            settings=settings,
             dtype=options.resolve_dtype(dtype, device),
             device=device,
             report=report_progress,
@@ -174,15 +166,20 @@ def evaluate(
         if kept is not None and kept.knows_heads and not json:
             out.print(head_picture(kept), soft_wrap=True)
     finally:
-        for file in sorted(output or (), key=lambda file: file.suffix == ".html"):
-            text = dump_json(result) + "\n"
-            if file.suffix == ".html":
-                from kvtool.evaluate.html import report_page
-
-                text = report_page(loads(text), report.table())
-            write_file(file, text.encode())
+        _write(output or (), result, report.table())
     if failed := report.failures(gates):
         raise GateError(f"{model}: {'; '.join(failed)}")
+
+
+def _write(files: Sequence[Path], result: dict[str, Any], table: Table) -> None:
+    """Writes a report into files, pages last: numbers must outlive what draws them."""
+    for file in sorted(files, key=lambda file: file.suffix == ".html"):
+        text = dump_json(result) + "\n"
+        if file.suffix == ".html":
+            from kvtool.evaluate.html import report_page
+
+            text = report_page(loads(text), table)
+        write_file(file, text.encode())
 
 
 def check_output(file: Path, suffixes: Sequence[str]) -> None:

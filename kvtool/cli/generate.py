@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,16 +13,16 @@ from rich.filesize import decimal
 from kvtool.cli import _options as options
 from kvtool.cli._console import counted, emit, err, stdin
 from kvtool.errors import UnsupportedModelError, UsageError
-from kvtool.sizes import MAX_SEED
+from kvtool.sizes import LEAST_TEMPERATURE, MAX_SEED
 from kvtool.text import TextStream, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kvtool.corpus import Messages
+    from kvtool.runtime import Engine, KVCache, Sampling
 
 _SAMPLING = "Sampling"
-_LEAST_TEMPERATURE = 1e-3  # logits are divided by it: far below, they overflow
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate.")]
 Temperature = Annotated[
@@ -124,45 +125,22 @@ def generate(
     engine = Engine.load(checkpoint, dtype=precision, device=device, plan=kept)
     check_length(len(ids), max_new_tokens, engine.max_context)
 
-    sampling = Sampling(**chosen)
     cache = engine.new_cache(1, len(ids) + max_new_tokens)
-    stream = TextStream(tokenizer)
-    pieces: list[str] = []
-
-    def write(piece: str) -> None:
-        pieces.append(piece)
-        if not json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-
-    tokens: list[int] = []
-    start = first = perf_counter()
-    for (token,) in engine.generate(
-        [ids], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, cache=cache
-    ):
-        if not tokens:
-            first = perf_counter()
-        assert token is not None  # a single row ends the loop with its last token
-        tokens.append(token)
-        write(stream.push(token))
-    end = perf_counter()
-    write(stream.flush())
-    if not json:
-        sys.stdout.write("\n")
-
-    prefill, decode = first - start, end - first
-    rate = (len(tokens) - 1) / decode if len(tokens) > 1 else None
+    sampling = Sampling(**chosen)
+    made = continued(engine, ids, cache, max_new_tokens, sampling, seed, shown=not json)
+    tokens = made.tokens
+    rate = (len(tokens) - 1) / made.decode if len(tokens) > 1 else None
     # Rings are there from the first token on: only what a further one costs is worth a number.
     itemsize = engine.dtype.itemsize
     per_token = cache.bytes_per_token() if kept is None else kept.bytes_per_token(itemsize)
     result = {
         "model": checkpoint.source,
-        "text": "".join(pieces),
+        "text": made.text,
         "prompt_tokens": len(ids),
         "new_tokens": len(tokens),
         "stopped": tokens[-1] in engine.eos_ids,
-        "prefill_seconds": prefill,
-        "decode_seconds": decode,
+        "prefill_seconds": made.prefill,
+        "decode_seconds": made.decode,
         "decode_tokens_per_second": rate,
         "cache_bytes_per_token": per_token,
         "cache_bytes": cache.allocated_bytes,
@@ -172,10 +150,46 @@ def generate(
     if not quiet:
         speed = "" if rate is None else f", {len(tokens) - 1} more at {rate:.1f} tokens/s"
         err.print(
-            f"{counted(len(ids), 'prompt token')}, first token after {prefill:.2f} s{speed}, "
+            f"{counted(len(ids), 'prompt token')}, first token after {made.prefill:.2f} s{speed}, "
             f"cache {decimal(cache.allocated_bytes)}, {per_token:,.0f} bytes per token in "
             f"{str(engine.dtype).removeprefix('torch.')}"
         )
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What came behind a prompt: its tokens, their text, seconds to the first and from there on."""
+
+    tokens: list[int]
+    text: str
+    prefill: float
+    decode: float
+
+
+def continued(
+    engine: Engine, ids: list[int], cache: KVCache, most: int, sampling: Sampling,
+    seed: int | None, *, shown: bool,
+) -> Continued:  # fmt: skip
+    """Continues a prompt by at most so many tokens, on stdout as they come if they are shown."""
+    stream, text, tokens = TextStream(engine.tokenizer), "", list[int]()
+    start = first = perf_counter()
+    for (token,) in engine.generate(
+        [ids], max_new_tokens=most, sampling=sampling, seed=seed, cache=cache
+    ):
+        if not tokens:
+            first = perf_counter()
+        assert token is not None  # a single row ends the loop with its last token
+        tokens.append(token)
+        text += (piece := stream.push(token))
+        if shown:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    end = perf_counter()
+    text += (piece := stream.flush())
+    if shown:
+        sys.stdout.write(piece + "\n")
+        sys.stdout.flush()
+    return Continued(tokens, text, first - start, end - first)
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, model: str) -> list[int]:
@@ -201,10 +215,10 @@ def sampling_options(
     Raises:
         UsageError: The temperature is as good as 0, or is 0 and something else asks to sample.
     """
-    if 0.0 < temperature < _LEAST_TEMPERATURE:
+    if 0.0 < temperature < LEAST_TEMPERATURE:
         raise UsageError(
             f"a temperature of {temperature:g} is too low to sample with; "
-            f"the least is {_LEAST_TEMPERATURE:g}",
+            f"the least is {LEAST_TEMPERATURE:g}",
             hint="--temperature 0 takes the likeliest token",
         )
     narrowing = {"--top-p": top_p < 1.0, "--top-k": top_k > 0, "--min-p": min_p > 0.0}

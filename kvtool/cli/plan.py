@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,15 +16,16 @@ from rich.table import Table
 from kvtool.cli import _console, _options
 from kvtool.cli._console import counted
 from kvtool.errors import UsageError
+from kvtool.sizes import BF16
 
 if TYPE_CHECKING:
     from kvtool.bits import Bits
     from kvtool.layer_plan import LayerPlan
     from kvtool.plan import Plan
+    from kvtool.progress import Progress
 
 FULL, STREAMING, BUDGETED = "█", "·", "▒"
 SHADES, QUARTERS = "·░▒█", ("lowest quarter", "second", "third", "highest")
-_BF16 = 2
 _PLANNED_BYTES = {
     "bytes": "cache, bf16",
     "bytes_at_most": "cache, bf16, at most",
@@ -86,8 +89,8 @@ def slice_(
         raise UsageError("either --kv-budget or --streaming-heads says how large the slice is")
     source = Plan.read(plan)
     if kv_budget is not None:
-        budget = parse_budget(kv_budget, source.native_bytes(context, _BF16))
-        sliced = slices.cut(source, budget, context, _BF16)
+        budget = parse_budget(kv_budget, source.native_bytes(context, BF16))
+        sliced = slices.cut(source, budget, context, BF16)
     else:
         assert streaming_heads is not None
         count = parse_share(streaming_heads, source.planned_heads)
@@ -193,12 +196,12 @@ def summary(plan: Plan, path: Path, context: int) -> dict[str, Any]:
         ],
         "codes": [asdict(code) for code in plan.codes],
         "scores": plan.scores is not None,
-        "bytes_per_token": plan.bytes_per_token(_BF16),
-        "native_bytes_per_token": plan.native_bytes_per_token(_BF16),
+        "bytes_per_token": plan.bytes_per_token(BF16),
+        "native_bytes_per_token": plan.native_bytes_per_token(BF16),
         "context": context,
-        "bytes": plan.cache_bytes(context, _BF16),
-        "bytes_read": plan.read_bytes(context, _BF16),
-        "native_bytes": plan.native_bytes(context, _BF16),
+        "bytes": plan.cache_bytes(context, BF16),
+        "bytes_read": plan.read_bytes(context, BF16),
+        "native_bytes": plan.native_bytes(context, BF16),
         "provenance": plan.provenance,
     }
 
@@ -361,16 +364,30 @@ def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:
     table.add_row("  exact", f"the first {one['sink']} and last {one['window']} tokens")
 
 
-def planned_facts(title: str, facts: dict[str, Any]) -> Table:
-    """What a dry run says, name by name."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
+def emit_planned(plan: Path, model: str, facts: dict[str, Any], json: bool) -> None:
+    """Prints what a dry run foresees of a plan, name by name."""
+    facts = {"plan": str(plan), "model": model, **facts, "dry_run": True}
+    table = Table(title="nothing written", title_justify="left", box=box.SIMPLE, show_header=False)
     for name, value in facts.items():
         if name in _PLANNED_BYTES:
             of = f" ({value / facts['native_bytes']:.1%})" if name.startswith("bytes") else ""
             table.add_row(_PLANNED_BYTES[name], decimal(value) + of)
         elif value is not None and name != "dry_run":
             table.add_row(name.replace("_", " "), f"{value}")
-    return table
+    _console.emit(facts, json, table)
+
+
+def emit_made(
+    make: Callable[[Progress], Plan], path: Path, context: int, *,
+    overwrite: bool, json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Has a plan made, writes it and prints it."""
+    with _console.progress(quiet) as report:
+        started = time.perf_counter()
+        plan = make(report)
+        seconds = time.perf_counter() - started
+    plan.write(path, overwrite=overwrite)
+    emit_plan(plan, path, context, json, {"seconds": seconds})
 
 
 def _facts(result: dict[str, Any]) -> Table:

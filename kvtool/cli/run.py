@@ -50,42 +50,26 @@ def run(
     from kvtool.cli.convert import convert
     from kvtool.cli.evaluate import check_output, evaluate
     from kvtool.cli.verify import verify
-    from kvtool.recipe import (
-        BudgetsStep,
-        ConvertStep,
-        DoubleSparsityStep,
-        EvaluateStep,
-        HeadsStep,
-        ProjectionsStep,
-        QuantizationStep,
-        ReceptiveFieldStep,
-        StatisticsStep,
-        VerifyStep,
-        load_recipe,
-    )
+    from kvtool.recipe import load_recipe
 
-    loaded = load_recipe(recipe)
-    calibrations: dict[type, Callable[..., None]] = {
-        HeadsStep: retrieval_heads,
-        BudgetsStep: budgets,
-        ProjectionsStep: projections,
-        QuantizationStep: quantization,
-        ReceptiveFieldStep: receptive_field,
-        DoubleSparsityStep: double_sparsity,
+    calibrations: dict[str, Callable[..., None]] = {
+        "calibrate retrieval-heads": retrieval_heads,
+        "calibrate budgets": budgets,
+        "calibrate projections": projections,
+        "calibrate quantization": quantization,
+        "calibrate receptive-field": receptive_field,
+        "calibrate double-sparsity": double_sparsity,
     }
-    composing = (QuantizationStep, ReceptiveFieldStep, DoubleSparsityStep)
-    silent = (StatisticsStep, EvaluateStep, VerifyStep)  # what they write is no result
-    named = {i: x.output for i, x in enumerate(loaded.steps) if not isinstance(x, silent)}
-    outputs = dict(zip(named, _outputs(recipe, list(named.values()), output), strict=True))
-    if not overwrite:  # said now, and not when the steps before are done
-        for made in outputs.values():
-            if made.exists():
-                raise UsageError(
-                    f"The output {made} exists already.",
-                    hint="Name another one, or give --overwrite.",
-                )
+    composing = list(calibrations)[-3:]
+    silent = ("calibrate statistics", "evaluate", "verify")  # what they write is no result
+    loaded = load_recipe(recipe)
+    named = {
+        i: x.model_dump()["output"] for i, x in enumerate(loaded.steps) if x.uses not in silent
+    }
+    given = _outputs(recipe, list(named.values()), output, overwrite=overwrite)
+    outputs = dict(zip(named, given, strict=True))
     for step in loaded.steps:
-        for file in (step.output or ()) if isinstance(step, EvaluateStep) else ():
+        for file in (step.output or ()) if step.uses == "evaluate" else ():
             check_output(Path(file), (".json", ".html"))
     shared: dict[str, Any] = {
         "json": json,
@@ -98,39 +82,37 @@ def run(
     writing: dict[str, Any] = {"overwrite": overwrite, "revision": loaded.revision}
     for index, step in enumerate(loaded.steps):
         options = {**step.model_dump(exclude={"uses", "output"}), **shared}
-        if isinstance(step, ConvertStep):
+        if dry_run and step.uses in ("evaluate", "verify"):
+            continue
+        missing = subject != loaded.model or (plan is not None and step.uses in composing)
+        unforeseen = missing or step.uses == "calibrate receptive-field"
+        if dry_run and unforeseen and step.uses != "convert":
+            if not quiet:
+                why = "what it works with is not written yet, so its result is not foreseen"
+                print(f"step {index + 1}, {step.uses}: {why}", file=sys.stderr)
+        elif step.uses == "convert":
             made, plan = outputs[index], None
             writing["revision"] = loaded.revision
             convert(loaded.model, made, **options, **writing, resume=resume, dry_run=dry_run)
             subject, writing["revision"] = str(made), None
-        elif dry_run and isinstance(step, EvaluateStep | VerifyStep):
-            continue
-        elif dry_run and (
-            subject != loaded.model
-            or isinstance(step, ReceptiveFieldStep)
-            or (plan is not None and isinstance(step, composing))
-        ):
-            if not quiet:
-                why = "what it works with is not written yet, so its result is not foreseen"
-                print(f"step {index + 1}, {step.uses}: {why}", file=sys.stderr)
-        elif isinstance(step, StatisticsStep):
+        elif step.uses == "calibrate statistics":
             statistics(subject, **options, **writing, resume=resume, dry_run=dry_run)
-        elif (calibration := calibrations.get(type(step))) is not None:
-            if isinstance(step, composing):
-                options["plan"] = plan
-            if isinstance(step, HeadsStep):
-                options["resume"] = resume
-            if not isinstance(step, ReceptiveFieldStep):
-                options["dry_run"] = dry_run
-            plan = outputs[index]
-            calibration(subject, plan, **options, **writing)
-        elif isinstance(step, EvaluateStep):
+        elif step.uses == "evaluate":
             base = _pinned(loaded, shared)
             judged = base if subject == loaded.model else subject
             reports = [Path(file) for file in step.output or ()]
             evaluate(judged, plan=plan, against=base, output=reports, **options)
-        else:
+        elif step.uses == "verify":
             verify(Path(subject), loaded.model, **options, revision=loaded.revision)
+        else:
+            if step.uses in composing:
+                options["plan"] = plan
+            if step.uses == "calibrate retrieval-heads":
+                options["resume"] = resume
+            if step.uses != "calibrate receptive-field":
+                options["dry_run"] = dry_run
+            plan = outputs[index]
+            calibrations[step.uses](subject, plan, **options, **writing)
 
 
 def _pinned(recipe: Recipe, shared: dict[str, Any]) -> str:
@@ -157,20 +139,29 @@ def validate(recipe: RecipeFile) -> None:
     typer.echo(f"{recipe}: valid ({steps})")
 
 
-def _outputs(recipe: Path, in_recipe: list[str | None], given: Path | None) -> list[Path]:
-    """The output of every conversion and plan of the recipe."""
-    if given is not None:
-        if len(in_recipe) != 1:
-            raise UsageError(
-                f"{recipe}: has {len(in_recipe)} outputs, so --output cannot name them all"
-            )
-        return [given]
-    named = [Path(name) for name in in_recipe if name is not None]
+def _outputs(
+    recipe: Path, in_recipe: list[str | None], given: Path | None, *, overwrite: bool
+) -> list[Path]:
+    """The output of every conversion and plan of the recipe.
+
+    Raises:
+        UsageError: One is not named, or there already; said now, and not when the steps before it
+            are done.
+    """
+    if given is not None and len(in_recipe) != 1:
+        raise UsageError(
+            f"{recipe}: has {len(in_recipe)} outputs, so --output cannot name them all"
+        )
+    named = [Path(name) for name in in_recipe if name is not None] if given is None else [given]
     if twice := [file for i, file in enumerate(named) if file in named[:i]]:
         raise UsageError(f"{recipe}: two steps write {twice[0]}")
     if len(named) < len(in_recipe):
         raise UsageError(
             f"{recipe}: does not say where an output goes",
             hint=f"'kvtool run {recipe} -o OUTPUT' does",
+        )
+    if not overwrite and (there := [file for file in named if file.exists()]):
+        raise UsageError(
+            f"The output {there[0]} exists already.", hint="Name another one, or give --overwrite."
         )
     return named

@@ -14,9 +14,9 @@ from kvtool.errors import UsageError
 from kvtool.evaluate.compare import ABSENT
 from kvtool.evaluate.tables import narrow_table
 from kvtool.plan import Plan
+from kvtool.sizes import BF16
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-_BF16 = 2
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def explain(plan: Plan, name: str) -> Explained:
                 layers,
                 code.kind,
                 parts,
-                code.token_bytes(_BF16),
+                code.token_bytes(BF16),
                 lost / total if total else 0.0,
                 lost,
                 measured[index],
@@ -212,8 +212,8 @@ def explain(plan: Plan, name: str) -> Explained:
         together is not None,
         codes,
         together,
-        plan.bytes_per_token(_BF16),
-        plan.native_bytes_per_token(_BF16),
+        plan.bytes_per_token(BF16),
+        plan.native_bytes_per_token(BF16),
     )
 
 

@@ -14,25 +14,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from kvtool.divergence import kl_divergence
 from kvtool.errors import UsageError
-
-if TYPE_CHECKING:
-    from kvtool.layer_plan import LayerPlan
+from kvtool.layer_plan import LayerPlan
 from kvtool.runtime import Engine
 from kvtool.runtime.stores import whole_pages
 from kvtool.sharing import SharedPlan
+from kvtool.sizes import BF16
 from kvtool.states import StatePlan
 
 PREFILL, CONTINUATION = 1536, 256
 SLICE = 32  # positions compared at once: float64 logits of a large vocabulary are heavy
 BUCKET = 128  # positions whose mean is reported
 PROMPT_STRIDE = 4  # one prediction of a prompt in so many is judged: logits of all are gigabytes
-BFLOAT16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def layer_sizes(engine: Engine) -> list[CacheSize]:
     for before, after in zip(_store_bytes(engine, small), _store_bytes(engine, large), strict=True):
         slope = (after - before) / (large - small)
         constant = max(after - slope * large, 0.0)
-        sizes.append(CacheSize(slope, slope / item * BFLOAT16_BYTES, constant))
+        sizes.append(CacheSize(slope, slope / item * BF16, constant))
     if plan is not None:
         # Integers of few bits take the same in any dtype; rings do not grow.
         packed = [
@@ -194,21 +192,21 @@ def bf16_bytes(engine: Engine, prompt: int, tokens: int) -> int:
     place of the dtype of the run: integers, scales and states take what they take.
     """
     if (plan := engine.plan) is not None:
-        size = plan.cache_bytes(tokens, BFLOAT16_BYTES)
+        size = plan.cache_bytes(tokens, BF16)
         for budget in (n for layer in plan.layers for n in layer.budgets if n is not None):
             kept = min(budget, prompt) + tokens - prompt  # what comes later stays
             more = kept - min(budget, tokens)
-            size += 2 * BFLOAT16_BYTES * plan.base.head_dim * more
+            size += 2 * BF16 * plan.base.head_dim * more
         return size
     size = 0
     for attention, layer in zip(engine.attentions, layer_sizes(engine), strict=True):
         if attention.window is not None:
-            size += attention.window.cache_bytes(tokens, BFLOAT16_BYTES)
+            size += attention.window.cache_bytes(tokens, BF16)
         elif layer.bytes_per_token:
             size += round(layer.bytes_per_token_bf16 * tokens)
         elif layer.constant_bytes:
             shape = attention.stages.shape
-            size += StatePlan.of(shape).cache_bytes(tokens, BFLOAT16_BYTES)
+            size += StatePlan.of(shape).cache_bytes(tokens, BF16)
     return size
 
 
@@ -222,7 +220,7 @@ def _planned_size(layer: LayerPlan, head_dim: int, engine: Engine) -> CacheSize:
     step = 1 if layer.bits is None else layer.bits.group
     kept, before = (layer.cache_bytes(n, head_dim, item) for n in (context, context - step))
     constant = kept - (kept - before) // step * context
-    ours, bf16 = (float(layer.token_bytes(head_dim, size)) for size in (item, BFLOAT16_BYTES))
+    ours, bf16 = (float(layer.token_bytes(head_dim, size)) for size in (item, BF16))
     return CacheSize(ours, bf16, constant)
 
 

@@ -139,22 +139,7 @@ class Report:
         for name in ("original", "measured", "measured /\noriginal"):
             table.add_column(name, justify="right", overflow="fold")
         if self.plan is not None:
-            how = "read densely, then dropped" if self.plan["prefill"] == "dense" else "streamed"
-            if codes := self.plan["codes"]:
-                width, kind = sum(sum(code["widths"]) for code in codes), codes[0]["kind"]
-                table.add_row(f"numbers of {len(codes)} {kind} codes", ABSENT, f"{width:,}", ABSENT)
-                exact = f"{codes[0]['sink']} + {codes[0]['window']}"
-                table.add_row("first + last tokens, kept exactly", ABSENT, exact, ABSENT)
-            elif self.plan["kv_heads"]:
-                heads = f"{self.plan['streaming_heads']}/{self.plan['kv_heads']}"
-                table.add_row(f"KV heads that stream (prompts are {how})", "0", heads, ABSENT)
-            if (policy := self.plan["policy"]) is not None:
-                table.add_row("tokens of a prompt chosen by", ABSENT, policy, ABSENT)
-            read = {x["sparse"]["tokens"] for x in self.plan["layers"] if x["sparse"] is not None}
-            if read:
-                most = ", ".join(map(str, sorted(read)))
-                what = "tokens that a new one reads (full heads keep all)"
-                table.add_row(what, "all", most, ABSENT)
+            _add_plan(table, self.plan)
         self._add_cache(table)
         self._add_divergence(table)
         for recall in self.retrieval:
@@ -266,6 +251,24 @@ class Report:
                 f"{measured:.1f}",
                 f"{measured / original:.2f} x",
             )
+
+
+def _add_plan(table: Table, plan: dict[str, Any]) -> None:
+    """Rows for what :func:`plan_facts` says."""
+    if codes := plan["codes"]:
+        width, kind = sum(sum(code["widths"]) for code in codes), codes[0]["kind"]
+        table.add_row(f"numbers of {len(codes)} {kind} codes", ABSENT, f"{width:,}", ABSENT)
+        exact = f"{codes[0]['sink']} + {codes[0]['window']}"
+        table.add_row("first + last tokens, kept exactly", ABSENT, exact, ABSENT)
+    elif plan["kv_heads"]:
+        how = "read densely, then dropped" if plan["prefill"] == "dense" else "streamed"
+        heads = f"{plan['streaming_heads']}/{plan['kv_heads']}"
+        table.add_row(f"KV heads that stream (prompts are {how})", "0", heads, ABSENT)
+    if (policy := plan["policy"]) is not None:
+        table.add_row("tokens of a prompt chosen by", ABSENT, policy, ABSENT)
+    if read := {x["sparse"]["tokens"] for x in plan["layers"] if x["sparse"] is not None}:
+        most = ", ".join(map(str, sorted(read)))
+        table.add_row("tokens that a new one reads (full heads keep all)", "all", most, ABSENT)
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:

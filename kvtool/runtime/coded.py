@@ -23,6 +23,7 @@ from kvtool.kernels.append import Encoder, append
 from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
 from kvtool.kernels.sink_logits import softmax
+from kvtool.rope import Rope
 from kvtool.runtime.layers import GroupedAttention, NewTokens, Step, step_of
 from kvtool.runtime.paged_split import PagedRings
 from kvtool.runtime.pages import WIDEST, PagedStore, Pages, Place
@@ -109,6 +110,8 @@ class CodedStore(DroppingHeads):
         layer: Which of the layers of the code it is.
     """
 
+    exact: StreamingHeads
+
     def __init__(
         self, layer: int, codes: SharedCodes, exact: StreamingHeads, dense_prompt: bool
     ) -> None:
@@ -131,15 +134,6 @@ class CodedStore(DroppingHeads):
     def allocated_bytes(self) -> int:
         own = self.exact.allocated_bytes + (self.prompt.allocated_bytes if self.prompt else 0)
         return own if self.layer else own + self.codes.allocated_bytes
-
-    def can_crop(self, row: int, stored: int, length: int) -> bool:
-        return self.exact.can_crop(row, stored, length)
-
-    def snapshot(self, row: int) -> list[Tensor]:
-        return self.exact.snapshot(row)
-
-    def restore(self, row: int, saved: list[Tensor]) -> None:
-        self.exact.restore(row, saved)
 
     def add(self, new: Tokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
@@ -307,13 +301,12 @@ class CodedAttention(GroupedAttention):
         self,
         stages: GroupedQueryAttention,
         index: int,
-        inv_freq: Tensor,
-        scale: float,
+        rope: Rope,
         code: Code,
         layer: int,
         dense_prompt: bool,
     ) -> None:
-        super().__init__(stages, index, inv_freq, scale)
+        super().__init__(stages, index, rope)
         self.code, self.layer, self.dense_prompt = code, layer, dense_prompt
         self.most_tokens = None if code.plan.layers == 1 else code.plan.window
 
@@ -334,10 +327,9 @@ class CodedAttention(GroupedAttention):
         if not (read_as_stored and narrow) or plan.layers > 1 or plan.bits is not None:
             return None
         exact = PagedRings(
-            pages.rows, layout.kv_heads, plan.sink, plan.window, layout.head_dim, like,
+            pages, layout.kv_heads, plan.sink, plan.window, layout.head_dim, like,
             layout.scaling, dense_prompt=False, sink_logits=self.stages.sink_logits,
         )  # fmt: skip
-        exact.pages = pages
         return PagedCoded(PagedCodes(pages, self.code, like), exact, self.dense_prompt)
 
     def attention(self, hidden: Tensor, step: Step, store: CodedStore) -> Tensor:

@@ -65,7 +65,7 @@ class Engine:
         self._storing = stores[-1] + 1  # behind the last layer that stores something
         self._ropes: list[Rope] = []
         for attention in attentions:
-            attention.table = self._table_of(Rope(attention.inv_freq, attention.scale))
+            attention.table = self._table_of(attention.rope)
         self.paged = self._has_paged_stores()
         self.memory: PagedMemory | None = None
         self.take_device()

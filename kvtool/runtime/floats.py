@@ -24,6 +24,7 @@ from kvtool.kernels.decode_attention import (
 )
 from kvtool.kernels.sink_logits import attention
 from kvtool.plan import Plan
+from kvtool.rope import Rope
 from kvtool.runtime.head_pages import HeadPages
 from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
@@ -49,7 +50,6 @@ class FloatHeads(DroppingHeads):
     """
 
     scales: Scales
-    exact: StreamingHeads | None = None
 
     def __init__(
         self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
@@ -65,20 +65,6 @@ class FloatHeads(DroppingHeads):
             )
         self.scaling, self.scales = scaling, scales
         self.dense_prompt, self.sink_logits = dense_prompt, sink_logits
-
-    @property
-    def allocated_bytes(self) -> int:
-        return super().allocated_bytes + (self.exact.allocated_bytes if self.exact else 0)
-
-    def can_crop(self, row: int, stored: int, length: int) -> bool:
-        return self.exact is None or self.exact.can_crop(row, stored, length)
-
-    def snapshot(self, row: int) -> list[Tensor]:
-        return self.exact.snapshot(row) if self.exact else []
-
-    def restore(self, row: int, saved: list[Tensor]) -> None:
-        if self.exact:
-            self.exact.restore(row, saved)
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
@@ -166,9 +152,8 @@ class PagedFloats(FloatHeads, PagedHeads):
         PagedHeads.__init__(self, pages, heads, head_dim, codes, scaling, sink_logits)
         if window:
             self.exact = PagedRings(
-                pages.rows, heads, 0, window, head_dim, like, scaling, dense_prompt=False
+                pages, heads, 0, window, head_dim, like, scaling, dense_prompt=False
             )
-            self.exact.pages = pages
         self.scales, self.dense_prompt = scales, dense_prompt
 
     @property
@@ -213,10 +198,8 @@ class PagedFloats(FloatHeads, PagedHeads):
 class FloatAttention(SplitAttention):
     """Grouped-query attention whose full heads lie in e4m3; others are as in any split store."""
 
-    def __init__(
-        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float, plan: Plan
-    ) -> None:
-        super().__init__(stages, index, inv_freq, scale, plan)
+    def __init__(self, stages: GroupedQueryAttention, index: int, rope: Rope, plan: Plan) -> None:
+        super().__init__(stages, index, rope, plan)
         planned, device = self.layer.scales, stages.qkv.weight.device
         assert planned is not None
         keys, values = (

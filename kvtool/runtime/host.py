@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvtool.attention import BorrowingAttention, grouped_attention
+from kvtool.attention import BorrowingAttention, GroupedQueryAttention, grouped_attention
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import Code, Positions, load_code
 from kvtool.errors import PlanError, UnsupportedModelError
 from kvtool.factored import is_factored, latent_stages, load_model, model_config
 from kvtool.latent import LatentAttention
 from kvtool.latent_bits import LatentPlan
-from kvtool.layout import (
-    AttentionLayout,
-    decoder_layers,
-    describe,
-    mixer_of,
-    put_in,
-    ropes_of,
-)
+from kvtool.layout import AttentionLayout, decoder_layers, describe, mixer_of, put_in
 from kvtool.plan import Plan
-from kvtool.rope import Rope
+from kvtool.rope import Rope, ropes_of
 from kvtool.runtime.coded import CodedAttention
 from kvtool.runtime.floats import FloatAttention
 from kvtool.runtime.fused import fuse
@@ -102,42 +95,47 @@ def swap_attention(
     exact = _positions(ropes, like.float())  # few bits magnify what is rounded before
     swapped: list[RuntimeAttention] = []
     for i, (layer, rope) in enumerate(zip(decoder_layers(model), ropes, strict=True)):
-        inv_freq = rope.inv_freq
-        kept = None if plan is None else plan.layers[i].kept
-        if (mixer := mixer_of(layer)) is not None:
-            state = kept if isinstance(kept, StatePlan) else None
-            swapped.append(RuntimeMixer(mixer, i, inv_freq, rope.scale, state))
-            put_in(layer, swapped[-1])
-            continue
-        module, name = layer.self_attn, f"model.layers.{i}.self_attn"
         attention: RuntimeAttention
-        if (stages := latent_stages(module, name, inv_freq, factors_in, i)) is not None:
-            attention = _latent_attention(stages, i, rope.scale, plan)
+        if (mixer := mixer_of(layer)) is not None:
+            kept = None if plan is None else plan.layers[i].kept
+            attention = RuntimeMixer(mixer, i, rope, kept if isinstance(kept, StatePlan) else None)
         else:
-            grouped = grouped_attention(module, name)
-            if isinstance(grouped, BorrowingAttention):
-                attention = SharedAttention(grouped, i, inv_freq, rope.scale)
-            elif grouped.layout.sliding_window is not None:
-                attention = WindowedAttention(grouped, i, inv_freq, rope.scale)
-            elif plan is None or isinstance(kept, SharedPlan):
-                attention = DenseAttention(grouped, i, inv_freq, rope.scale)
-            elif plan.codes:
-                dense = plan.prefill == "dense"
-                attention = CodedAttention(grouped, i, inv_freq, rope.scale, *codes[i], dense)
-            elif plan.layers[i].plain and plan.policy is None:
-                attention = DenseAttention(grouped, i, inv_freq, rope.scale)
-            elif plan.layers[i].bits is not None:
-                attention = PackedAttention(grouped, i, plan, exact[i])
-            elif plan.layers[i].scales is not None:
-                attention = FloatAttention(grouped, i, inv_freq, rope.scale, plan)
-            elif plan.layers[i].sparse is not None:
-                attention = SparseAttention(grouped, i, inv_freq, rope.scale, plan)
+            module, name = layer.self_attn, f"model.layers.{i}.self_attn"
+            stages = latent_stages(module, name, rope.inv_freq, factors_in, i)
+            if stages is not None:
+                attention = _latent_attention(stages, i, rope.scale, plan)
             else:
-                attention = SplitAttention(grouped, i, inv_freq, rope.scale, plan)
+                grouped = grouped_attention(module, name)
+                attention = _grouped_attention(grouped, i, rope, plan, codes, exact[i])
         put_in(layer, attention)
         swapped.append(attention)
     DecodeLinear.replace_in(model)
     return swapped
+
+
+def _grouped_attention(
+    stages: GroupedQueryAttention, index: int, rope: Rope, plan: Plan | None,
+    codes: Mapping[int, tuple[Code, int]], exact: Positions,
+) -> RuntimeAttention:  # fmt: skip
+    """Over the store that a layer has by its nature, or else by the plan."""
+    if isinstance(stages, BorrowingAttention):
+        return SharedAttention(stages, index, rope)
+    if stages.layout.sliding_window is not None:
+        return WindowedAttention(stages, index, rope)
+    if plan is None or isinstance(plan.layers[index].kept, SharedPlan):
+        return DenseAttention(stages, index, rope)
+    if plan.codes:
+        return CodedAttention(stages, index, rope, *codes[index], plan.prefill == "dense")
+    own = plan.layers[index]
+    if own.plain and plan.policy is None:
+        return DenseAttention(stages, index, rope)
+    if own.bits is not None:
+        return PackedAttention(stages, index, plan, exact)
+    if own.scales is not None:
+        return FloatAttention(stages, index, rope, plan)
+    if own.sparse is not None:
+        return SparseAttention(stages, index, rope, plan)
+    return SplitAttention(stages, index, rope, plan)
 
 
 def _latent_attention(
@@ -186,47 +184,28 @@ def _check_plan(
     plan.check_base(checkpoint)
     config = model_config(checkpoint)
     positions = int(config.max_position_embeddings)
-    for i, (kept, ring, layout) in enumerate(zip(plan.layers, plan.rings, layouts, strict=True)):
-        kind: str = "mla" if factored else layout.kind
-        if WindowPlan.of(layout) is not None:
-            kind = "window"
-        elif SharedPlan.of(layout) is not None:
-            kind = "shared"
-        other = kept.kept
-        planned = _PLANNED.get(type(other), "gqa")
+    for i, (layer, ring, layout) in enumerate(zip(plan.layers, plan.rings, layouts, strict=True)):
+        kept, of_layer = layer.kept, f"layer {i} of {checkpoint.source}"
+        own = WindowPlan.of(layout) or SharedPlan.of(layout)  # by its nature
+        kind: str = _PLANNED[type(own)] if own else "mla" if factored else layout.kind
+        planned = _PLANNED.get(type(kept), "gqa")
         if planned != kind:
+            raise PlanError(f"{of_layer} keeps {_KEPT[kind]}, and the plan is for {_KEPT[planned]}")
+        if own and kept != own:
+            has = "has a sliding window of" if isinstance(own, WindowPlan) else "shares"
+            raise PlanError(f"{of_layer} {has} {own}, and {kept} is planned")
+        if isinstance(kept, StatePlan) and layout.mixer and not kept.fits(layout.mixer):
+            raise PlanError(f"{of_layer} has a state of another kind or size")
+        exact = [(ring.sink + ring.window, f"the first {ring.sink} and last {ring.window} tokens")]
+        if layer.scales is not None:
+            exact.append((layer.scales.window, f"the last {layer.scales.window} tokens exactly"))
+        for blocks in (layer.bits, kept if isinstance(kept, LatentPlan) else None):
+            if blocks is not None:
+                room = blocks.sink + blocks.ring
+                exact.append((room, f"exact room for {room} tokens"))
+        most, what = max(exact)
+        if most > positions:
             raise PlanError(
-                f"layer {i} of {checkpoint.source} keeps {_KEPT[kind]}, and the plan is for "
-                f"{_KEPT[planned]}"
-            )
-        if isinstance(other, StatePlan) and layout.mixer and not other.fits(layout.mixer):
-            raise PlanError(f"layer {i} of {checkpoint.source} has a state of another kind or size")
-        if isinstance(other, LatentPlan) and other.sink + other.ring > positions:
-            raise PlanError(
-                f"layer {i} has exact room for {other.sink + other.ring} tokens, more than the "
-                f"{positions} positions of {checkpoint.source}"
-            )
-        if ring.sink + ring.window > positions:
-            raise PlanError(
-                f"layer {i} keeps the first {ring.sink} and last {ring.window} tokens, more than "
-                f"the {positions} positions of {checkpoint.source}"
-            )
-        if kept.bits is not None and kept.bits.sink + kept.bits.ring > positions:
-            raise PlanError(
-                f"layer {i} has exact room for {kept.bits.sink + kept.bits.ring} tokens, more than "
-                f"the {positions} positions of {checkpoint.source}"
-            )
-        if kept.scales is not None and kept.scales.window > positions:
-            raise PlanError(
-                f"layer {i} keeps the last {kept.scales.window} tokens exactly, more than the "
-                f"{positions} positions of {checkpoint.source}"
-            )
-        if isinstance(other, WindowPlan) and other != (own := WindowPlan.of(layout)):
-            raise PlanError(
-                f"layer {i} of {checkpoint.source} has a sliding window of {own}, and {other} is "
-                "planned"
-            )
-        if isinstance(other, SharedPlan) and other != (shared := SharedPlan.of(layout)):
-            raise PlanError(
-                f"layer {i} of {checkpoint.source} shares {shared}, and {other} is planned"
+                f"layer {i} keeps {what}, more than the {positions} positions of "
+                f"{checkpoint.source}"
             )

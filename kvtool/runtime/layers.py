@@ -20,7 +20,7 @@ from kvtool.factors import input_of
 from kvtool.kernels.grouped_linear import grouped_linear
 from kvtool.kernels.linear import linear, pack, packed_linear
 from kvtool.latent import LatentAttention
-from kvtool.rope import rotate
+from kvtool.rope import Rope, rotate
 from kvtool.runtime.pages import WIDEST, PagedHeads, PagedLatents, Pages, Place
 from kvtool.runtime.stores import DenseStore, LatentStore, Store
 from kvtool.windows import WindowPlan
@@ -124,15 +124,13 @@ class RuntimeAttention(nn.Module):
     """An attention module that reads and writes a store.
 
     Attributes:
-        inv_freq: RoPE frequencies `[d/2]` of this layer.
-        scale: Factor on cos and sin.
+        rope: Of this layer.
         table: Which of the step's RoPE tables belongs to this layer.
         window: What a row of its store grows to, where the model sees no more.
         most_tokens: Of a row, in one call that does not read a dense prompt; `None` for any.
     """
 
-    inv_freq: Tensor
-    scale: float = 1.0
+    rope: Rope
     table: int = 0
     window: WindowPlan | None = None
     most_tokens: int | None = None
@@ -179,12 +177,10 @@ def step_of(store: Any, q: Tensor, k: Tensor, v: Tensor, step: Step, table: int)
 class GroupedAttention(RuntimeAttention):
     """Grouped-query attention, over whatever store."""
 
-    def __init__(
-        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float
-    ) -> None:
+    def __init__(self, stages: GroupedQueryAttention, index: int, rope: Rope) -> None:
         super().__init__()
         self.stages, self.layer_index = stages, index
-        self.inv_freq, self.scale = inv_freq, scale
+        self.rope = rope
 
     def attention(self, hidden: Tensor, step: Step, store: Any) -> Tensor:
         stages = self.stages
@@ -227,7 +223,7 @@ class LatentRuntimeAttention(RuntimeAttention):
     def __init__(self, stages: LatentAttention, index: int, scale: float) -> None:
         super().__init__()
         self.stages, self.layer_index = stages, index
-        self.inv_freq, self.scale = stages.inv_freq, scale
+        self.rope = Rope(stages.inv_freq, scale)
         # Absorption multiplies by these at every step: the group axis goes first for `bmm`.
         self.absorb_query = stages.absorb()  # [G, d_q, r + d_r]
         self.absorb_value = stages.value_up.transpose(1, 2).contiguous()  # [G, r, d_v]

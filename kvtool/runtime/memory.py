@@ -44,10 +44,10 @@ class RowMemory:
         plan = engine.plan
         if plan is None:
             return
-        if plan.prefill == "dense":
-            self.held = engine.dtype.itemsize * sum(x.width for x in self.latents)
         self.heads, self.dense = max(1, plan.planned_heads), plan.prefill == "dense"
-        self.head_bytes = 2 * self.head_dim * engine.dtype.itemsize
+        self.head_bytes = 2 * self.head_dim * self.itemsize
+        if self.dense:
+            self.held = self.itemsize * sum(x.width for x in self.latents)
         for layer in plan.layers:
             self.budgets += [n for n in layer.budgets if n is not None]
             self.rings += [layer.sink + layer.window] * sum(layer.streaming)

@@ -413,8 +413,7 @@ class PackedAttention(SplitAttention):
     def __init__(
         self, stages: GroupedQueryAttention, index: int, plan: Plan, positions: Positions
     ) -> None:
-        rope = positions.rope
-        super().__init__(stages, index, rope.inv_freq, rope.scale, plan)
+        super().__init__(stages, index, positions.rope, plan)
         assert self.layer.bits is not None
         self.bits, self.positions = self.layer.bits, positions
         order = self.bits.order

@@ -60,10 +60,6 @@ class PackedStore(DroppingHeads):
         self.planes |= {part: codes, f"{part} scales": scales}
 
     @property
-    def allocated_bytes(self) -> int:
-        return super().allocated_bytes + self.exact.allocated_bytes
-
-    @property
     def capacity(self) -> int:
         return self.tokens
 
@@ -80,12 +76,6 @@ class PackedStore(DroppingHeads):
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return stored - self.bits.ring <= self.first_exact(length)
-
-    def snapshot(self, row: int) -> list[Tensor]:
-        return self.exact.snapshot(row)
-
-    def restore(self, row: int, saved: list[Tensor]) -> None:
-        self.exact.restore(row, saved)
 
     def add_tokens(self, q: Tensor, new: Sequence[Tensor], step: Step) -> Tensor:
         """Stores new tokens `[B, H, T, ·]`; returns what queries `[B, Q, T, D]` read."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvtool.kernels.append import append
 from kvtool.kernels.decode_attention import paged_decode_attention
-from kvtool.runtime.pages import PagedHeads, PerRow, Place
+from kvtool.runtime.pages import PagedHeads, Pages, PerRow, Place
 from kvtool.runtime.split import SplitStore, StreamingHeads
 from kvtool.runtime.streams import at_once
 
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 class PagedRings(PerRow, StreamingHeads):
     """Heads that keep the first tokens and the last: a ring per row."""
+
+    def __init__(
+        self, pages: Pages, heads: int, sink: int, window: int, head_dim: int, like: Tensor,
+        scaling: float, dense_prompt: bool, sink_logits: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        StreamingHeads.__init__(
+            self, pages.rows, heads, sink, window, head_dim, like, scaling, dense_prompt,
+            sink_logits,
+        )  # fmt: skip
+        self.pages = pages
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,

@@ -17,6 +17,7 @@ from kvtool.delta_net import DeltaNet
 from kvtool.kernels.quantise import dequantise_rows, packed_bytes, quantise_rows
 from kvtool.kernels.ssd import ssd_chunked
 from kvtool.mamba import CHUNK, Mixer, Past, Projected
+from kvtool.rope import Rope
 from kvtool.runtime.layers import RuntimeAttention, Step
 from kvtool.runtime.pages import Pages, PerRow, Place
 from kvtool.runtime.stores import Store
@@ -174,16 +175,16 @@ class RuntimeMixer(RuntimeAttention):
 
     Args:
         plan: How it keeps them; None for fp32.
-        inv_freq, scale: Of the model's RoPE, which it does not use.
+        rope: The model's, which it does not use.
     """
 
     def __init__(
-        self, stages: Stages, index: int, inv_freq: Tensor, scale: float,
+        self, stages: Stages, index: int, rope: Rope,
         plan: StatePlan | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.stages, self.layer_index = stages, index
-        self.inv_freq, self.scale = inv_freq, scale
+        self.rope = rope
         self.packed = plan if plan is not None and plan.packed else None
         self.receptive: tuple[int, Tensor] | None = None
         if plan is not None and plan.taught is not None:

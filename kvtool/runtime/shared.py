@@ -10,7 +10,7 @@ from torch import Tensor
 from kvtool.attention import BorrowingAttention
 from kvtool.kernels.decode_attention import paged_decode_attention
 from kvtool.kernels.streaming_attention import streaming_attention
-from kvtool.rope import rotate
+from kvtool.rope import Rope, rotate
 from kvtool.runtime.layers import RuntimeAttention, Step
 from kvtool.runtime.pages import PagedStore, Pages, Place
 from kvtool.runtime.stores import Store
@@ -35,15 +35,13 @@ class SharedAttention(RuntimeAttention):
     """Queries of this layer over the keys and values that an earlier one has stored in the step.
 
     Args:
-        inv_freq, scale: Of its RoPE, which is the other layer's.
+        rope: Of this layer, which is the other's, too.
     """
 
-    def __init__(
-        self, stages: BorrowingAttention, index: int, inv_freq: Tensor, scale: float
-    ) -> None:
+    def __init__(self, stages: BorrowingAttention, index: int, rope: Rope) -> None:
         super().__init__()
         self.stages, self.layer_index = stages, index
-        self.inv_freq, self.scale = inv_freq, scale
+        self.rope = rope
 
     def new_store(self, rows: int, capacity: int) -> EmptyStore:
         return EmptyStore()

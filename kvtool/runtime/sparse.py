@@ -17,6 +17,7 @@ from torch import Tensor
 from kvtool.attention import GroupedQueryAttention
 from kvtool.kernels.sparse_reading import sparse_attention
 from kvtool.plan import Plan
+from kvtool.rope import Rope
 from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.pages import Pages
 from kvtool.runtime.split import FullHeads
@@ -81,10 +82,8 @@ class SparseAttention(SplitAttention):
     store.
     """
 
-    def __init__(
-        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float, plan: Plan
-    ) -> None:
-        super().__init__(stages, index, inv_freq, scale, plan)
+    def __init__(self, stages: GroupedQueryAttention, index: int, rope: Rope, plan: Plan) -> None:
+        super().__init__(stages, index, rope, plan)
         assert self.layer.sparse is not None
         self.reading = self.layer.sparse
         orders = self.reading.orders(stages.layout.head_dim)

@@ -64,17 +64,30 @@ class DroppingHeads(Store):
     """Heads that may read a prompt as full heads do, and drop most of it at its end.
 
     Attributes:
+        exact: A ring of what is kept as it was, where the planes hold tokens in another form.
         sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
     """
 
     scaling: float
+    exact: StreamingHeads | None = None
     sink_logits: Tensor | None = None
     prompt: DenseStore | None = None
     prompt_row: int | None = None
 
     @property
     def allocated_bytes(self) -> int:
-        return super().allocated_bytes + (self.prompt.allocated_bytes if self.prompt else 0)
+        beside = (store.allocated_bytes for store in (self.exact, self.prompt) if store)
+        return super().allocated_bytes + sum(beside)
+
+    def can_crop(self, row: int, stored: int, length: int) -> bool:
+        return self.exact is None or self.exact.can_crop(row, stored, length)
+
+    def snapshot(self, row: int) -> list[Tensor]:
+        return self.exact.snapshot(row) if self.exact else []
+
+    def restore(self, row: int, saved: list[Tensor]) -> None:
+        if self.exact:
+            self.exact.restore(row, saved)
 
     def read_prompt(self, new: NewTokens, step: Step) -> Tensor:
         """Attention among the tokens of a prompt, all of which are held until its last piece."""

@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 class SplitAttention(GroupedAttention):
     """Grouped-query attention over a split store; the KV heads of `stages` get its order."""
 
-    def __init__(
-        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float, plan: Plan
-    ) -> None:
-        super().__init__(stages, index, inv_freq, scale)
+    def __init__(self, stages: GroupedQueryAttention, index: int, rope: Rope, plan: Plan) -> None:
+        super().__init__(stages, index, rope)
         self.layer, self.prefill, self.policy = plan.layers[index], plan.prefill, plan.policy
         heads = range(stages.layout.kv_heads)
         streaming = [head for head in heads if self.layer.streaming[head]]
@@ -127,15 +125,13 @@ class SplitAttention(GroupedAttention):
         layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
         if not self.counts[1]:
             return None
-        rings = PagedRings(
-            pages.rows, self.counts[1], layer.sink, layer.window, layout.head_dim, like,
+        return PagedRings(
+            pages, self.counts[1], layer.sink, layer.window, layout.head_dim, like,
             layout.scaling, dense_prompt=self.prefill == "dense",
             sink_logits=self.streaming_sink_logits,
         )  # fmt: skip
-        rings.pages = pages
-        return rings
 
     def _new_selector(self) -> Selector:
         assert self.policy is not None
-        rope = Rope(self.inv_freq, self.scale)
-        return selector(self.policy, self.stages.layout.scaling, rope, self.budgeted_sink_logits)
+        scaling, logits = self.stages.layout.scaling, self.budgeted_sink_logits
+        return selector(self.policy, scaling, self.rope, logits)

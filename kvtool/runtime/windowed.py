@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention
 from kvtool.kernels.decode_attention import decode_attention
+from kvtool.rope import Rope
 from kvtool.runtime.layers import GroupedAttention, NewTokens, Step
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
@@ -62,10 +63,8 @@ class WindowedAttention(GroupedAttention):
 
     window: WindowPlan
 
-    def __init__(
-        self, stages: GroupedQueryAttention, index: int, inv_freq: Tensor, scale: float
-    ) -> None:
-        super().__init__(stages, index, inv_freq, scale)
+    def __init__(self, stages: GroupedQueryAttention, index: int, rope: Rope) -> None:
+        super().__init__(stages, index, rope)
         window = WindowPlan.of(stages.layout)
         assert window is not None
         self.window = window
@@ -91,8 +90,7 @@ class WindowedAttention(GroupedAttention):
         layout, like = self.stages.layout, self.stages.qkv.weight
         heads, size, scaling = layout.kv_heads, layout.head_dim, layout.scaling
         rings = PagedRings(
-            pages.rows, heads, 0, self.window.window, size, like, scaling, dense_prompt=False,
+            pages, heads, 0, self.window.window, size, like, scaling, dense_prompt=False,
             sink_logits=self.stages.sink_logits,
         )  # fmt: skip
-        rings.pages = pages
         return PagedSplit(PagedHeads(pages, 0, size, like, scaling), rings)

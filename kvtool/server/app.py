@@ -75,6 +75,13 @@ class Service:
         if largest >= size:
             raise ApiError(400, f"token {largest} is beyond the vocabulary of {size}", param)
 
+    async def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, with the special ones that belong to it or without."""
+        encoded = await asyncio.to_thread(
+            self.tokenizer, check_text(text), add_special_tokens=special, verbose=False
+        )
+        return list(encoded["input_ids"])
+
     def new_tokens(self, prompt: int, asked: int | None, default: int | None) -> int:
         """Tokens to draw at most, asked for or else the default and what there is room for."""
         context, least = self.engine.max_context, 1 if asked is None else asked
@@ -144,8 +151,6 @@ class Service:
         listener = asyncio.create_task(_leave(http, deltas))
         try:
             async for index, delta in _until_all_ended(deltas, len(answers)):
-                if delta.error is not None:
-                    raise delta.error
                 collected[index].append(delta)
         finally:
             listener.cancel()
@@ -168,14 +173,16 @@ class Service:
 
         return EventStream(events(), lambda: self.worker.release(answers))
 
-    def timings(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """Of an answer with a single choice."""
-        if len(answers) != 1:
-            return {}
-        request = answers[0].request
-        stored = len(request.prompt) + max(0, len(request.tokens) - 1)
-        nbytes = self.worker.scheduler.memory.holding(stored, len(request.prompt))
-        return {"timings": wire.timings(request, nbytes)}
+    def counts(self, body: schema.Generation, answers: Sequence[Answer]) -> dict[str, Any]:
+        """What an answer took, in tokens, and one with a single choice in seconds and bytes."""
+        requests = [answer.request for answer in answers]
+        found = {"usage": wire.usage(requests[:: body.choices], requests)}
+        if len(requests) == 1:
+            (request,) = requests
+            stored = len(request.prompt) + max(0, len(request.tokens) - 1)
+            nbytes = self.worker.scheduler.memory.holding(stored, len(request.prompt))
+            found["timings"] = wire.timings(request, nbytes)
+        return found
 
     # ---------------------------------------------------------------------------------- chat
 
@@ -219,9 +226,7 @@ class Service:
                     "finish_reason": finish,
                 }
             )
-        requests = [answer.request for answer in answers]
-        counts = wire.usage(requests[:1], requests)
-        return JSONResponse(envelope.body(choices, usage=counts, **self.timings(answers)))
+        return JSONResponse(envelope.body(choices, **self.counts(body, answers)))
 
     async def _chat_chunks(
         self, body: schema.ChatCompletion, answers: Sequence[Answer], deltas: Deltas
@@ -241,8 +246,6 @@ class Service:
             yield chunk(answer.index, {"role": "assistant", "content": ""})
         tools = [chat.ToolText() for _ in answers] if body.may_call else None
         async for index, delta in _until_all_ended(deltas, len(answers)):
-            if delta.error is not None:
-                raise delta.error
             text = delta.text if tools is None else tools[index].push(delta.text)
             logprobs = None
             if delta.scored is not None:
@@ -261,9 +264,7 @@ class Service:
                     yield chunk(index, {"tool_calls": [{"index": at, **call}]})
             yield chunk(index, {}, finish)
         if body.wants_usage:
-            requests = [answer.request for answer in answers]
-            counts = wire.usage(requests[:1], requests)
-            yield envelope.body([], usage=counts, **self.timings(answers))
+            yield envelope.body([], **self.counts(body, answers))
 
     # ---------------------------------------------------------------------------------- text
 
@@ -273,8 +274,7 @@ class Service:
         prompts: list[list[int]] = []
         for prompt in body.prompts:
             if isinstance(prompt, str):
-                encoded = await asyncio.to_thread(self.tokenizer, check_text(prompt), verbose=False)
-                ids = list(encoded["input_ids"])
+                ids = await self.encode(prompt)
             else:
                 self.check_tokens(prompt, "prompt")
                 ids = prompt
@@ -303,9 +303,7 @@ class Service:
                     "finish_reason": parts[-1].finish,
                 }
             )
-        requests = [answer.request for answer in answers]
-        counts = wire.usage(requests[:: body.choices], requests)
-        return JSONResponse(envelope.body(choices, usage=counts, **self.timings(answers)))
+        return JSONResponse(envelope.body(choices, **self.counts(body, answers)))
 
     async def _text_chunks(
         self, body: schema.Completion, answers: Sequence[Answer], deltas: Deltas
@@ -314,8 +312,6 @@ class Service:
         more: dict[str, Any] = {"usage": None} if body.wants_usage else {}
         begun: set[int] = set()
         async for index, delta in _until_all_ended(deltas, len(answers)):
-            if delta.error is not None:
-                raise delta.error
             first, text = index not in begun, delta.text
             begun.add(index)
             if body.echo and first:
@@ -331,9 +327,7 @@ class Service:
             }
             yield envelope.body([choice], **more)
         if body.wants_usage:
-            requests = [answer.request for answer in answers]
-            counts = wire.usage(requests[:: body.choices], requests)
-            yield envelope.body([], usage=counts, **self.timings(answers))
+            yield envelope.body([], **self.counts(body, answers))
 
     def _echo(self, answer: Answer) -> str:
         ids = list(answer.request.prompt)
@@ -413,6 +407,8 @@ class Service:
 async def _until_all_ended(deltas: Deltas, count: int) -> AsyncIterator[tuple[int, Delta]]:
     while count:
         index, delta = await deltas.get()
+        if delta.error is not None:
+            raise delta.error
         count -= delta.finish is not None
         yield index, delta
 
@@ -470,13 +466,7 @@ def create_app(service: Service, *, api_key: str | None = None, max_body: int = 
                 chat.render, service.tokenizer, body.messages, answer=body.add_generation_prompt
             )
         else:
-            encoded = await asyncio.to_thread(
-                service.tokenizer,
-                check_text(body.prompt or ""),
-                add_special_tokens=body.add_special_tokens,
-                verbose=False,
-            )
-            ids = list(encoded["input_ids"])
+            ids = await service.encode(body.prompt or "", special=body.add_special_tokens)
         return {"count": len(ids), "max_model_len": service.engine.max_context, "tokens": ids}
 
     @app.post("/detokenize")

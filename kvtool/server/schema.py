@@ -13,11 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from kvtool.runtime import Sampling
 from kvtool.runtime.grammar import Kind
-from kvtool.sizes import MAX_SEED
+from kvtool.sizes import LEAST_TEMPERATURE, MAX_SEED
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 64
-_LEAST_TEMPERATURE = 1e-3  # logits are divided by it: far below, they overflow
 
 # What other servers obey, and clients are to say otherwise here.
 _INSTEAD = {
@@ -196,7 +195,7 @@ class Generation(BaseModel):
             "logit_bias": self.logit_bias,
         }
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return Sampling(0.0 if temperature < _LEAST_TEMPERATURE else temperature, **known)
+        return Sampling(0.0 if temperature < LEAST_TEMPERATURE else temperature, **known)
 
 
 class TextPart(BaseModel):

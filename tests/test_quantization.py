@@ -521,8 +521,10 @@ def test_a_dry_run_knows_the_bytes(llama, tmp_path, capsys):
         (["--bits", "fp8", "--read", "rebuilt"], 2, "stores every token alike, and has no --read"),
         (["--bits", "fp8", "--sink", "4"], 2, "stores every token alike"),
         (["--bits", "fp8S8"], 2, "no layer of"),
-        (["--sink", "5000"], 2, "leaves no block"),
-        (["--sink", "500"], 2, "leaves no block"),
+        (["--window", "512"], 2, "tokens would be exact, and the model's context is 512"),
+        (["--bits", "fp8", "--window", "513"], 2, "--window: 513 tokens would be exact"),
+        (["--sink", "5000"], 2, "tokens would be exact"),
+        (["--sink", "491"], 2, "513 tokens would be exact, and the model's context is 512"),
         (["--group", "48"], 2, "share a scale by 16, 32, 64 or 128, not by 48"),
         (["--tokens", "3"], 2, "less than one window"),
         (["--plan", "nowhere"], 3, "no such file"),
@@ -532,6 +534,13 @@ def test_bad_input_ends_in_a_sentence(llama, tmp_path, capsys, words, code, mess
     assert quantize(llama.source, tmp_path / "p", *words) == code
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "p").exists()
+
+
+def test_sinks_that_fill_the_windows_that_are_measured_are_refused():
+    bits = Bits(4, 4, group=16, sink=2033, window=8)
+    with pytest.raises(UsageError, match="leaves no block of 16 in the windows of 2048 tokens"):
+        bits.check_windows(2048)
+    bits.check_windows(2049)
 
 
 def test_plans_that_leave_nothing_to_pack_are_refused(llama, tmp_path, capsys):

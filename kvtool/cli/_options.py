@@ -172,14 +172,30 @@ def context_of(checkpoint: Checkpoint, asked: int | None) -> int:
     Raises:
         UsageError: The model has no such positions.
     """
-    from kvtool.factored import model_config
-
-    limit = int(model_config(checkpoint).max_position_embeddings)
+    limit = _positions(checkpoint)
     if asked is None:
         return min(_CONTEXT, limit)
     if not 1 <= asked <= limit:
         raise UsageError(f"--context {asked} is beyond the model's {limit} tokens")
     return asked
+
+
+def check_exact(checkpoint: Checkpoint, tokens: int, flags: str) -> None:
+    """Whether the model has room for so many tokens, which `flags` keep as they are.
+
+    Raises:
+        UsageError: It has not, so the plan could not be loaded.
+    """
+    if tokens > (limit := _positions(checkpoint)):
+        raise UsageError(
+            f"{flags}: {tokens} tokens would be exact, and the model's context is {limit}"
+        )
+
+
+def _positions(checkpoint: Checkpoint) -> int:
+    from kvtool.factored import model_config
+
+    return int(model_config(checkpoint).max_position_embeddings)
 
 
 def resolve_device(name: str) -> str:

@@ -153,6 +153,7 @@ def retrieval_heads(
         seed=seed,
         **training,
     )
+    _options.check_exact(checkpoint, sink + window, "--sink and --window")
     check_options(checkpoint, options)
     context = _options.context_of(checkpoint, context)
     base = base_of(checkpoint)

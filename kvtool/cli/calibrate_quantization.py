@@ -167,6 +167,11 @@ def quantization(
     native = start.native_bytes(context, BF16)
     budget = None if kv_budget is None else parse_budget(kv_budget, native)
     planned = method_of.plan_ahead(start, options, budget, BF16)
+    if options.method == "fp8":
+        _options.check_exact(checkpoint, options.window, "--window")
+    else:
+        exact = options.sink + options.window + options.group
+        _options.check_exact(checkpoint, exact, "--sink, --window and --group")
     if dry_run:
         facts = {
             "method": options.method,

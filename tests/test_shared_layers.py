@@ -15,7 +15,11 @@ from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
 from kvtool.calibrate.double_sparsity import calibrate_double_sparsity
 from kvtool.calibrate.heads import HeadOptions, calibrate_heads
 from kvtool.calibrate.past import read_again, read_past
-from kvtool.calibrate.projections import ProjectionOptions, calibrate_projections
+from kvtool.calibrate.projections import (
+    ProjectionOptions,
+    calibrate_projections,
+    memory_bytes,
+)
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
 from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
@@ -23,7 +27,8 @@ from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.cli.serve import native_bytes_per_token
-from kvtool.convert import planning
+from kvtool.convert import costs, planning
+from kvtool.convert.options import PROBE, positions
 from kvtool.convert.verify import verify
 from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
 from kvtool.evaluate.layers import layer_damage
@@ -271,6 +276,24 @@ def test_a_model_whose_whole_pasts_are_all_shared_is_not_planned_for(tiny):
     with pytest.raises(UnsupportedModelError, match="whose keys and values no other layer reads"):
         calibrate_heads(checkpoint, HeadOptions())
     assert all(item.reasons for item in inspect_checkpoint(checkpoint).plans)
+
+
+@pytest.mark.parametrize("name", [NAME, "gemma3_text"])
+def test_what_goes_from_layer_to_layer_is_part_of_what_a_conversion_takes(tiny, name):
+    checkpoint = open_case(tiny, name)
+    options = planning.ConvertOptions(to="fp8-kv", tokens=4096)
+    stream = LayerStream(checkpoint)
+    wide, hidden = stream.columns.width, stream.layouts[0].hidden_size
+    assert (wide > hidden) == (name == NAME)
+    asked = planning.plan(checkpoint, options)
+    more = planning.plan(checkpoint, replace(options, tokens=8192))
+    states = 4 * 4096 * wide
+    assert more["memory_bytes"] - asked["memory_bytes"] == states
+    assert more["disk_bytes"] - asked["disk_bytes"] == 2 * states  # old and new
+    probe = 4 * min(PROBE, positions(checkpoint)) * wide
+    assert costs.disk_bytes(stream, 0, 0, 0) == 2 * probe
+    start = Plan(base_of(checkpoint), whole_layers(checkpoint))
+    assert memory_bytes(checkpoint, start, ProjectionOptions("asvd", tokens=4096)) == states
 
 
 def test_statistics_are_of_layers_with_keys_of_their_own(checkpoint, text):

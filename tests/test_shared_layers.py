@@ -278,6 +278,16 @@ def test_a_model_whose_whole_pasts_are_all_shared_is_not_planned_for(tiny):
     assert all(item.reasons for item in inspect_checkpoint(checkpoint).plans)
 
 
+def test_what_budgets_leave_alone_is_said(checkpoint, tmp_path, capsys):
+    command = ["calibrate", "budgets", str(checkpoint.path), "-o", str(tmp_path / "a.plan")]
+    command += ["--method", "uniform", "--context", "200", "--minimum", "10", "--kv-budget"]
+    said = "2 layers with a sliding window and 5 layers that share keys and values stay as they are"
+    assert run_command([*command, "80%", "--dry-run"]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert run_command([*command, "20%"]) == 2
+    assert f"; {said}, and count" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("name", [NAME, "gemma3_text"])
 def test_what_goes_from_layer_to_layer_is_part_of_what_a_conversion_takes(tiny, name):
     checkpoint = open_case(tiny, name)

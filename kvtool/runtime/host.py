@@ -119,9 +119,9 @@ def swap_attention(
                 attention = SharedAttention(grouped, i, inv_freq, rope.scale)
             elif grouped.layout.sliding_window is not None:
                 attention = WindowedAttention(grouped, i, inv_freq, rope.scale)
-            elif plan is None or isinstance(kept, SharedPlan):
+            elif plan is None or (isinstance(kept, SharedPlan) and not plan.layers[i].packed):
                 attention = DenseAttention(grouped, i, inv_freq, rope.scale)
-            elif plan.codes:
+            elif plan.codes and kept is None:
                 dense = plan.prefill == "dense"
                 attention = CodedAttention(grouped, i, inv_freq, rope.scale, *codes[i], dense)
             elif plan.layers[i].plain and plan.policy is None:

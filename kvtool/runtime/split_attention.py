@@ -35,9 +35,8 @@ class SplitAttention(GroupedAttention):
     ) -> None:
         super().__init__(stages, index, inv_freq, scale)
         self.layer, self.prefill, self.policy = plan.layers[index], plan.prefill, plan.policy
-        heads = range(stages.layout.kv_heads)
-        streaming = [head for head in heads if self.layer.streaming[head]]
-        budgeted = [head for head in heads if self.layer.budgets[head] is not None]
+        streaming = [head for head, streams in enumerate(self.layer.streaming) if streams]
+        budgeted = [head for head, n in enumerate(self.layer.budgets) if n is not None]
         full = self.layer.full_heads
         stages.reorder_kv_heads(full + budgeted + streaming)
         self.full, self.counts = full, (len(full), len(streaming))

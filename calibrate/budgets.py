@@ -21,9 +21,17 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.errors import UsageError
 from kvtool.plan import Plan, Policy, base_of, check_can_drop, provenance_of, whole_layers
 from kvtool.progress import Progress, silent
+from kvtool.sharing import SharedPlan
+from kvtool.states import StatePlan
+from kvtool.windows import WindowPlan
 
 Method = Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"]
 METHODS: tuple[Method, ...] = get_args(Method)
+_LEFT_ALONE = {
+    StatePlan: "with a state",
+    WindowPlan: "with a sliding window",
+    SharedPlan: "that share keys and values",
+}
 
 
 @dataclass(frozen=True)
@@ -105,16 +113,28 @@ def budget_tokens(whole: Plan, options: BudgetOptions, budget_bytes: int, itemsi
     heads, unit = whole.planned_heads, 2 * itemsize * whole.base.head_dim
     low = min(options.minimum, options.context)
     native = whole.native_bytes(options.context, itemsize)
-    bounded = native - heads * options.context * unit  # by windows and states, whatever the budget
+    bounded = native - heads * options.context * unit  # of layers that are left alone
     total = (budget_bytes - bounded) // unit
     if not low * heads <= total <= options.context * heads:
+        others = f"; {unchanged}" if (unchanged := left_alone(whole)) else ""
         raise UsageError(
             f"a budget of {budget_bytes:,} bytes after {options.context} tokens is impossible: all "
             f"of them take {native:,}, and the {low} that every head keeps at "
-            f"least {bounded + low * heads * unit:,}",
+            f"least {bounded + low * heads * unit:,}{others}",
             hint="--minimum says how many those are",
         )
     return total
+
+
+def left_alone(whole: Plan) -> str | None:
+    """Which layers keep what they keep whatever the budget, in words."""
+    kept, named = [type(layer.kept) for layer in whole.layers], []
+    for kind, what in _LEFT_ALONE.items():
+        if count := kept.count(kind):
+            named.append(f"{count} layer{'s' if count > 1 else ''} {what}")
+    if not named:
+        return None
+    return f"{' and '.join(named)} stay as they are, and count"
 
 
 def share_out(

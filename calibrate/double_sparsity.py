@@ -121,7 +121,7 @@ def check_options(checkpoint: Checkpoint, plan: Plan, channels: int, tokens: int
             "the plan of --plan has codes, few bits or token budgets, which are not read sparsely",
             hint="Give one that says which heads stream.",
         )
-    if not any(layer.full_heads for layer in plan.layers):
+    if not any(layer.full_heads for layer in plan.layers if layer.kept is None):
         raise UsageError("all heads of the plan of --plan stream, so none is left to read sparsely")
 
 

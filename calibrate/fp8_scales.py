@@ -75,7 +75,7 @@ def any_scales(plan: Plan, window: int) -> Plan:
 def _with(plan: Plan, scales_of: Callable[[int], Scales]) -> Plan:
     layers = [
         # Where all heads stream, too: another slice of the plan may have some keep everything.
-        replace(layer, scales=scales_of(index)) if layer.streaming else layer
+        replace(layer, scales=scales_of(index)) if layer.heads else layer
         for index, layer in enumerate(plan.layers)
     ]
     return replace(plan, layers=tuple(layers))

@@ -23,7 +23,8 @@
 
 With g the gradient of a prediction by what a token has left in the cache (`felt.py`), and e the
 error with which that is read, an option of a layer does the harm ½ Σ_tokens (gᵀ e)² nats per
-prediction. So all options of all layers are compared after one backward pass per window.
+prediction. So all options of all layers are compared after one backward pass per window. What a
+layer keeps that others read as well, they read with the same error: g is the sum over all of them.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def separated(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
 
 def balanced(first: Bits, statistics: LayerStatistics, base: Base) -> Bits:
     """MiKV: keys divided by 1 / b_c = √(max|k_c| / max|q_c|), with the largest q_c of all query
-    heads that read a KV head.
+    heads of the layer that read a KV head.
     """
     keys = statistics.rotated_keys.peak.unflatten(0, (base.kv_heads, -1))
     queries = statistics.rotated_queries.peak.unflatten(0, (base.kv_heads, -1)).amax(dim=1)

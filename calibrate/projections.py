@@ -482,7 +482,7 @@ def memory_bytes(checkpoint: Checkpoint, start: Plan, options: ProjectionOptions
     if options.method in ("pca", "cskv"):
         return memory_of_statistics(LayerStream(checkpoint), options.tokens)
     if options.method == "asvd":
-        return 4 * options.tokens * int(checkpoint.hf_config().hidden_size)
+        return 4 * options.tokens * LayerStream(checkpoint).columns.width
     length = min(WINDOW, int(checkpoint.hf_config().max_position_embeddings))
     seen = 4 * 4 * sum(x.cached_values for x in describe(checkpoint.hf_config())) * length
     sums = sum(8 * 3 * (2 * x.layers * base.channels) ** 2 for x in empty_codes(start, options))

@@ -65,5 +65,5 @@ def check_room(checkpoint: Checkpoint, output: Path, needed: int, *, overwrite: 
 
 
 def _probe_bytes(stream: LayerStream) -> int:
-    """Of its hidden states."""
-    return 4 * stream.layouts[0].hidden_size * min(PROBE, positions(stream.checkpoint))
+    """Of its hidden states, and of what else goes from layer to layer with them."""
+    return 4 * stream.columns.width * min(PROBE, positions(stream.checkpoint))

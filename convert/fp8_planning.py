@@ -33,7 +33,7 @@ def plan(
     output_bytes = checkpoint.whole().total_bytes + scales
     written = sum(t.nbytes for t in changed) + scales
     fitted = 4 * sum(math.prod(t.shape) for t in changed) + scales
-    states = 4 * options.tokens * stream.layouts[0].hidden_size
+    states = 4 * options.tokens * stream.columns.width
     disk_bytes = costs.disk_bytes(stream, output_bytes, written, fitted) + 2 * states  # old and new
     memory_bytes = costs.memory_bytes(stream, options, output_bytes, measuring=0, fitting=states)
     if output is not None:

@@ -32,7 +32,8 @@ class LayerPlan:
             `None` for a head that keeps everything, and for a streaming one.
         bits: How the heads that keep everything pack it; None for the dtype of the model.
         kept: What a layer without KV heads keeps, or one whose heads have a sliding window anyway
-            or share their past with other layers; `streaming` is empty then.
+            or share their past with other layers; `streaming` is empty then. Heads whose past other
+            layers read may have few bits.
         sparse: How few tokens a query reads of the heads that keep everything; None for all.
         scales: Of the heads that keep everything in e4m3, a byte per number; None for the dtype of
             the model.
@@ -51,20 +52,20 @@ class LayerPlan:
     scales: Scales | None = None
 
     def __post_init__(self) -> None:
-        if self.kept is not None and (self.streaming or self.packed):
+        if self.kept is not None and (self.streaming or (self.packed and not self.heads)):
             raise PlanError(
                 "a layer that keeps a state, a latent, a sliding window or a shared past has no KV "
-                "heads to plan"
+                "heads to plan; only those that others read can be packed"
             )
         if self.sparse is not None:
             self._check_sparse()
         if self.scales is not None and self.bits is not None:
             raise PlanError("heads in fp8 have no other bits")
-        if self.scales is not None and len(self.scales.keys) != len(self.streaming):
-            raise PlanError(f"scales of {len(self.scales.keys)} heads for {len(self.streaming)}")
+        if self.scales is not None and len(self.scales.keys) != self.heads:
+            raise PlanError(f"scales of {len(self.scales.keys)} heads for {self.heads}")
         for what, rows in by_head(self.bits):
-            if len(rows) != len(self.streaming):
-                raise PlanError(f"{len(rows)} {what} of channels for {len(self.streaming)} heads")
+            if len(rows) != self.heads:
+                raise PlanError(f"{len(rows)} {what} of channels for {self.heads} heads")
         if not any(self.streaming):
             object.__setattr__(self, "sink", 0)
             object.__setattr__(self, "window", 0)
@@ -95,6 +96,11 @@ class LayerPlan:
             raise PlanError("heads with few bits or a token budget are not read sparsely")
 
     @property
+    def heads(self) -> int:
+        """KV heads that see the whole past, and store it here."""
+        return self.kept.heads if isinstance(self.kept, SharedPlan) else len(self.streaming)
+
+    @property
     def packed(self) -> bool:
         """Whether the heads that keep everything take the same bytes in any dtype."""
         return self.bits is not None or self.scales is not None
@@ -113,6 +119,8 @@ class LayerPlan:
     @property
     def full_heads(self) -> list[int]:
         """The heads that keep everything."""
+        if self.kept is not None:
+            return list(range(self.heads))
         pairs = enumerate(zip(self.streaming, self.budgets, strict=True))
         return [head for head, (streams, budget) in pairs if not streams and budget is None]
 
@@ -134,7 +142,9 @@ class LayerPlan:
     def cache_bytes(self, prompt: int, head_dim: int, itemsize: int) -> int:
         """Bytes that the layer takes after a prompt, see :meth:`Plan.cache_bytes`."""
         if self.kept is not None:
-            return self.kept.cache_bytes(prompt, itemsize)
+            if not self.packed:
+                return self.kept.cache_bytes(prompt, itemsize)
+            return self.heads * self._packed_bytes(prompt, head_dim, itemsize)
         exact, packed = self.tokens(prompt), 0
         if self.packed:
             exact -= len(self.full_heads) * prompt
@@ -161,9 +171,9 @@ class LayerPlan:
 
     def token_bytes(self, head_dim: int, itemsize: int) -> Fraction:
         """Bytes that every further token costs the layer: streaming heads overwrite."""
-        if self.kept is not None:
+        if self.kept is not None and not self.packed:
             return self.kept.token_bytes(itemsize)
-        exact, packed = self.streaming.count(False), Fraction(0)
+        exact, packed = self.heads - sum(self.streaming), Fraction(0)
         if self.packed:
             exact -= len(self.full_heads)
             each = Fraction(2 * head_dim) if self.bits is None else self.bits.token_bytes(head_dim)

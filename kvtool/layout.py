@@ -130,7 +130,12 @@ class AttentionLayout:
         """Whether its heads see the whole past, and nobody else reads it, so that they can be given
         less.
         """
-        return self.kind == "gqa" and self.sliding_window is None and not self.shares
+        return self.stores_all and not self.read
+
+    @property
+    def stores_all(self) -> bool:
+        """Whether it has keys and values of its own and sees the whole past of them."""
+        return self.kind == "gqa" and self.sliding_window is None and self.reads is None
 
     @property
     def shares(self) -> bool:
@@ -352,6 +357,7 @@ def experts_of(model: nn.Module) -> list[Any]:
 def with_heads(layouts: Sequence[AttentionLayout]) -> AttentionLayout:
     """The first layer that sees the whole past, or else that has keys and values."""
     first = [layout for layout in layouts if layout.sees_all]
+    first += [layout for layout in layouts if layout.stores_all]
     return next(layout for layout in (*first, *layouts) if layout.kind != "state")
 
 

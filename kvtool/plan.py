@@ -85,9 +85,8 @@ def base_of(checkpoint: Checkpoint) -> Base:
     """
     layouts = describe(model_config(checkpoint))
     layout = with_heads(layouts)
-    shape = layout.kv_heads, layout.head_dim
-    kind = layout.kind, layout.sees_all, layout.shares
-    like = [x for x in layouts if (x.kind, x.sees_all, x.shares) == kind]
+    shape, kind = (layout.kv_heads, layout.head_dim), (layout.kind, layout.stores_all)
+    like = [x for x in layouts if (x.kind, x.stores_all) == kind]
     if any((x.kv_heads, x.head_dim) != shape for x in like):
         raise UnsupportedModelError(f"{checkpoint.source} has layers of different shapes.")
     config = {key: value for key, value in checkpoint.config.items() if key not in _VOLATILE}
@@ -118,7 +117,8 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
     """Raises UnsupportedModelError where no head can keep less than the model gives it.
 
     Args:
-        other: Layers that keep something else than KV heads are no hindrance.
+        other: Layers that keep something else than KV heads, or whose past others read, are no
+            hindrance: it may have few bits.
     """
     layouts = describe(model_config(checkpoint))
     if not other and (is_factored(checkpoint) or any(x.kind == "mla" for x in layouts)):
@@ -127,8 +127,10 @@ def check_can_drop(checkpoint: Checkpoint, *, other: bool = False) -> None:
             "read less alone",
             hint="calibrate quantization packs latents.",
         )
-    if all(layout.shares or layout.sliding_window is not None for layout in layouts):
-        if any(layout.read and layout.sliding_window is None for layout in layouts):
+    lent = any(layout.stores_all and layout.read for layout in layouts)
+    bounded = all(layout.shares or layout.sliding_window is not None for layout in layouts)
+    if bounded and not (lent and other):
+        if lent:
             raise UnsupportedModelError(
                 f"{checkpoint.source} has no layer that sees the whole past and whose keys and "
                 "values no other layer reads: only such layers are planned"
@@ -208,6 +210,10 @@ class Plan:
             labels = () if layer.sparse is None else layer.sparse.channels
             if (last := max((max(row) for row in labels), default=0)) >= base.head_dim:
                 raise PlanError(f"layer {index} has a label channel {last} of {base.head_dim}")
+            if isinstance(layer.kept, SharedPlan) and layer.packed:
+                own = SharedPlan(base.kv_heads, base.head_dim)
+                if layer.kept != own:
+                    raise PlanError(f"layer {index} packs {layer.kept}, of a model with {own}")
             if layer.kept is None and len(layer.streaming) != base.kv_heads:
                 raise PlanError(
                     f"layer {index} plans {len(layer.streaming)} KV heads of {base.kv_heads}"
@@ -302,7 +308,7 @@ class Plan:
 
     @property
     def planned_layers(self) -> list[int]:
-        """The layers with KV heads that see the whole past."""
+        """The layers with KV heads that see the whole past, which no other layer reads."""
         return [index for index, layer in enumerate(self.layers) if layer.kept is None]
 
     @property
@@ -352,8 +358,8 @@ class Plan:
 
     def bounded_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the layers without planned heads, such as those with a sliding window."""
-        kept = (layer.kept for layer in self.layers if layer.kept is not None)
-        return sum(one.cache_bytes(tokens, itemsize) for one in kept)
+        kept, size = (x for x in self.layers if x.kept is not None), self.base.head_dim
+        return sum(layer.cache_bytes(tokens, size, itemsize) for layer in kept)
 
     def read_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the cache of N `tokens` that a query reads: of a head that is read sparsely r N
@@ -376,11 +382,11 @@ class Plan:
 
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that every further token costs: streaming heads overwrite, all others append."""
-        if self.codes:
-            kept = [layer.kept for layer in self.layers if layer.kept is not None]
-            bounded = sum(one.token_bytes(itemsize) for one in kept)
-            return sum(code.token_bytes(itemsize) for code in self.codes) + int(bounded)
         size = self.base.head_dim
+        if self.codes:
+            kept = [layer for layer in self.layers if layer.kept is not None]
+            bounded = sum(layer.token_bytes(size, itemsize) for layer in kept)
+            return sum(code.token_bytes(itemsize) for code in self.codes) + math.ceil(bounded)
         return math.ceil(sum(layer.token_bytes(size, itemsize) for layer in self.layers))
 
     @property
@@ -502,5 +508,6 @@ def _format(plan: Plan) -> int:
         8: any(isinstance(x, StatePlan) and x.rule != "mamba2" for x in kept),  # Gated DeltaNet
         9: any(layer.scales is not None for layer in plan.layers)
         or any(isinstance(x, SharedPlan) for x in kept),
+        10: any(isinstance(x.kept, SharedPlan) and x.packed for x in plan.layers),
     }
     return max((version for version, there in needed.items() if there), default=1)

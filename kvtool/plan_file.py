@@ -23,7 +23,7 @@ from kvtool.codes import Allocation, CodeKind, CodePlan, code_shapes
 from kvtool.errors import CheckpointError, PlanError, UsageError
 from kvtool.mamba import Rule
 
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 """The newest. A file is of the oldest one that knows what is in it, see `kvtool/plan.py`."""
 Policy = Literal["snapkv", "expected"]
 """How the tokens that a budget allows are chosen, at the end of a prompt."""

@@ -11,8 +11,9 @@ from kvtool.layout import AttentionLayout
 
 @dataclass(frozen=True)
 class SharedPlan:
-    """All tokens of all heads of a layer that sees the whole past, as they are: later layers read
-    them, too. Or nothing, of one that reads an earlier layer.
+    """All tokens of all heads of a layer that sees the whole past: later layers read them, too. Or
+    nothing, of one that reads an earlier layer. A plan may have the heads pack what they keep, but
+    not drop any of it.
 
     Attributes:
         heads: H, and 0 of a layer that reads another.
@@ -43,7 +44,7 @@ class SharedPlan:
 
     @property
     def packed(self) -> bool:
-        """Whether it has few bits: it has not."""
+        """Whether it has few bits: the plan of the layer says so."""
         return False
 
     def cache_bytes(self, tokens: int, itemsize: int) -> int:

@@ -39,7 +39,8 @@ KINDS = [
     "starcoder2, window", "gemma3_text", "gemma3_text, budgets", "gemma3_text, codes",
     "smollm3", "glm4", "ministral3", "gpt_oss, budgets", "gpt_oss, codes", "gpt_oss, packed",
     "deepseek_v2", "minicpm3", "fp8", "fp8, streamed", "fp8 alone", "fp8, window", "gpt_oss, fp8",
-    "gpt_oss, fp8, window", "gemma4_text, shared",
+    "gpt_oss, fp8, window", "gemma4_text, shared", "gemma4_text, shared, packed",
+    "gemma4_text, shared, streamed", "gemma4_text, shared, fp8", "gemma4_text, shared, fp8, window",
 ]  # fmt: skip
 
 
@@ -90,6 +91,16 @@ def engines(tiny, tmp_path_factory):
                     tuple(LayerPlan(streams, 3, 9) for streams in layers),
                     prefill=prefill,
                 )
+            elif kind.startswith("gemma4_text, shared, "):
+                checkpoint = Checkpoint.open(str(tiny("gemma4_text", **CASES[kind[:19]][1])))
+                layers, fp8 = list(whole_layers(checkpoint)), "fp8" in kind
+                scales = replace(SCALES, window=6 * kind.endswith("window")) if fp8 else None
+                bits = Bits(8, 3, 64, hadamard="values", window=6), Bits(4, 2, 64, window=5)
+                for layer, own in zip((1, 3), bits, strict=True):  # 3 is read by later layers
+                    own = None if fp8 else own if kind.endswith("streamed") else bits[0]
+                    layers[layer] = replace(layers[layer], bits=own, scales=scales)
+                prefill = "dense" if kind.endswith("packed") else "streamed"
+                plan = Plan(base_of(checkpoint), tuple(layers), prefill)
             elif kind == "qwen3_5_text, packed":
                 checkpoint = Checkpoint.open(str(tiny("qwen3_5_text", **CASES["qwen3_5_text"][1])))
                 state, heads = whole_layers(checkpoint)[:2]
@@ -184,7 +195,9 @@ def test_rows_decode_as_in_contiguous_memory(engines, monkeypatch, kind):
         logits += [engine.decode(cache, tokens(2, seed=step)) for step in range(2)]
         later = [engine.extend(cache, tokens(3), row) for row in range(2)]
         found.append(torch.stack([*logits, torch.stack(later)]))
-    torch.testing.assert_close(found[1], found[0], atol=2e-3, rtol=1e-3)
+    # Some numbers lie on the edge between two codes, which in e4m3 are an eighth apart.
+    edges = kind == "gemma4_text, shared, fp8"
+    torch.testing.assert_close(found[1], found[0], atol=1e-2 if edges else 2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["streaming", "fp8, window"])
@@ -225,7 +238,18 @@ def test_rows_and_pages_return_with_the_cache(engines, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "streaming", "packed", "mla-packed", "budgets-mixed", "fp8", "fp8, window"]
+    "kind",
+    [
+        "llama",
+        "streaming",
+        "packed",
+        "mla-packed",
+        "budgets-mixed",
+        "fp8",
+        "fp8, window",
+        "gemma4_text, shared, packed",
+        "gemma4_text, shared, fp8, window",
+    ],
 )
 def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
     contiguous, paged = engines(kind)
@@ -254,6 +278,7 @@ def test_the_scheduler_answers_from_shared_pages(engines, monkeypatch, kind):
         "mla-packed",
         "gemma3_text, codes",
         "gemma4_text, shared",
+        "gemma4_text, shared, packed",
         "fp8",
         "fp8, window",
     ],

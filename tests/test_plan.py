@@ -26,7 +26,7 @@ from kvtool.codes import CodePlan, code_shapes
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Base, Plan, base_of, check_can_drop
-from kvtool.plan_file import check_plan_output
+from kvtool.plan_file import FORMAT_VERSION, check_plan_output
 from kvtool.sizes import parse_budget, parse_share
 from kvtool.slices import compose, cut, ring_of, stream_heads
 from kvtool.sparse import SparseReading
@@ -372,7 +372,7 @@ def test_a_document_with_anything_anywhere_is_refused_or_works(
 @pytest.mark.parametrize(
     ("where", "value", "complaint"),
     [
-        ("format_version", "10", "newer kvtool"),
+        ("format_version", f"{FORMAT_VERSION + 1}", "newer kvtool"),
         ("format_version", "2", "whose codes are not read"),
         ("format_version", "0", "no kvtool has written"),
         ("allocation", '"even"', "come together"),

@@ -15,7 +15,11 @@ from kvtool.calibrate.budgets import BudgetOptions, calibrate_budgets
 from kvtool.calibrate.double_sparsity import calibrate_double_sparsity
 from kvtool.calibrate.heads import HeadOptions, calibrate_heads
 from kvtool.calibrate.past import read_again, read_past
-from kvtool.calibrate.projections import ProjectionOptions, calibrate_projections
+from kvtool.calibrate.projections import (
+    ProjectionOptions,
+    calibrate_projections,
+    memory_bytes,
+)
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
 from kvtool.calibrate.statistics import StatisticsOptions, collect
 from kvtool.calibrate.stream import LayerStream
@@ -23,7 +27,8 @@ from kvtool.calibrate.tail import TailModel
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.cli.serve import native_bytes_per_token
-from kvtool.convert import planning
+from kvtool.convert import costs, planning
+from kvtool.convert.options import PROBE, positions
 from kvtool.convert.verify import verify
 from kvtool.errors import CheckpointError, PlanError, UnsupportedModelError
 from kvtool.evaluate.layers import layer_damage
@@ -40,7 +45,8 @@ from kvtool.sharing import SharedPlan
 from kvtool.windows import WindowPlan
 
 NAME, WINDOW, BYTES = "gemma4_text, shared", 24, 4
-# Of 8 layers, every other one has a window; 2 and 3 are read by 4 to 7, and 1 can be planned.
+# Of 8 layers, every other one has a window; 2 and 3 are read by 4 to 7. All can be planned for 1,
+# and bits for 3 (`test_lent_layers.py`).
 SMALL, LARGE = 2 * 2 * 16, 2 * 2 * 32  # numbers of a token in a layer with a window, and without
 LENDS, READS = LayerPlan((), kept=SharedPlan(2, 32)), LayerPlan((), kept=SharedPlan(0, 32))
 RING, READS_RING = (
@@ -223,7 +229,7 @@ def test_budgets_are_for_the_layer_that_nobody_else_reads(checkpoint, text):
 
 
 @pytest.mark.parametrize("method", ["aware", "kivi", "rotatekv"])
-def test_few_bits_are_for_the_layer_that_nobody_else_reads(checkpoint, text, method):
+def test_few_bits_are_for_the_layers_that_keep_a_whole_past(checkpoint, text, method):
     ids, read = tokens(160), "rebuilt" if method == "rotatekv" else "absorbed"
     found = []
     for bits in ((8, 8), (2, 2)):
@@ -232,7 +238,7 @@ def test_few_bits_are_for_the_layer_that_nobody_else_reads(checkpoint, text, met
         )
         start = everything(checkpoint, base_of(checkpoint), options)
         plan = calibrate_quantization(checkpoint, options, start, None, 2)
-        assert [i for i, layer in enumerate(plan.layers) if layer.bits] == [1]
+        assert [i for i, layer in enumerate(plan.layers) if layer.bits] == [1, 3]
         found.append(logits(Engine.load(checkpoint, plan=plan), ids, 150))
     wanted = expected(checkpoint, ids)
     error = [float((x - wanted).square().mean().sqrt() / wanted.std()) for x in found]
@@ -263,14 +269,43 @@ def test_the_layer_that_nobody_else_reads_is_read_sparsely(checkpoint, text):
     assert not torch.allclose(found[60:], wanted[60:], atol=1e-2)
 
 
-def test_a_model_whose_whole_pasts_are_all_shared_is_not_planned_for(tiny):
+def test_no_heads_are_planned_where_whole_pasts_are_all_shared(tiny):
     family, more = CASES[NAME]
     more = more | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 5}
     checkpoint, ids = Checkpoint.open(str(tiny(family, **more))), tokens(50)
     same(logits(Engine.load(checkpoint), ids, 40), expected(checkpoint, ids))
     with pytest.raises(UnsupportedModelError, match="whose keys and values no other layer reads"):
         calibrate_heads(checkpoint, HeadOptions())
-    assert all(item.reasons for item in inspect_checkpoint(checkpoint).plans)
+    plans = inspect_checkpoint(checkpoint).plans
+    assert [x.command for x in plans if not x.reasons] == ["calibrate quantization"]
+
+
+def test_what_budgets_leave_alone_is_said(checkpoint, tmp_path, capsys):
+    command = ["calibrate", "budgets", str(checkpoint.path), "-o", str(tmp_path / "a.plan")]
+    command += ["--method", "uniform", "--context", "200", "--minimum", "10", "--kv-budget"]
+    said = "2 layers with a sliding window and 5 layers that share keys and values stay as they are"
+    assert run_command([*command, "80%", "--dry-run"]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert run_command([*command, "20%"]) == 2
+    assert f"; {said}, and count" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", [NAME, "gemma3_text"])
+def test_what_goes_from_layer_to_layer_is_part_of_what_a_conversion_takes(tiny, name):
+    checkpoint = open_case(tiny, name)
+    options = planning.ConvertOptions(to="fp8-kv", tokens=4096)
+    stream = LayerStream(checkpoint)
+    wide, hidden = stream.columns.width, stream.layouts[0].hidden_size
+    assert (wide > hidden) == (name == NAME)
+    asked = planning.plan(checkpoint, options)
+    more = planning.plan(checkpoint, replace(options, tokens=8192))
+    states = 4 * 4096 * wide
+    assert more["memory_bytes"] - asked["memory_bytes"] == states
+    assert more["disk_bytes"] - asked["disk_bytes"] == 2 * states  # old and new
+    probe = 4 * min(PROBE, positions(checkpoint)) * wide
+    assert costs.disk_bytes(stream, 0, 0, 0) == 2 * probe
+    start = Plan(base_of(checkpoint), whole_layers(checkpoint))
+    assert memory_bytes(checkpoint, start, ProjectionOptions("asvd", tokens=4096)) == states
 
 
 def test_statistics_are_of_layers_with_keys_of_their_own(checkpoint, text):

@@ -60,7 +60,12 @@ def budgets(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Plan how many tokens of a prompt every head of MODEL keeps."""
-    from kvtool.calibrate.budgets import BudgetOptions, budget_tokens, calibrate_budgets
+    from kvtool.calibrate.budgets import (
+        BudgetOptions,
+        budget_tokens,
+        calibrate_budgets,
+        left_alone,
+    )
     from kvtool.checkpoint import Checkpoint
     from kvtool.plan import Plan, base_of, check_can_drop, whole_layers
     from kvtool.plan_file import check_plan_output
@@ -85,6 +90,7 @@ def budgets(
             "context": context,
             "bytes": native - dropped * 2 * BF16 * whole.base.head_dim,
             "native_bytes": native,
+            "left_alone": left_alone(whole),
         }
         emit_planned(output, checkpoint.source, planned, json)
         return

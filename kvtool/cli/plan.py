@@ -336,13 +336,16 @@ def _describe_windows(table: Table, layers: list[dict[str, Any]]) -> None:
 
 def _describe_shared(table: Table, layers: list[dict[str, Any]]) -> None:
     """A row for layers that read what others keep, and for those of them that keep everything."""
-    kept = [layer["kept"] or {} for layer in layers]
-    if heads := [one["heads"] for one in kept if one.keys() == {"heads", "head_dim"}]:
-        whole, none = len(heads) - heads.count(0), heads.count(0)
-        said = f"{counted(none, 'layer')} without a cache"
-        if whole:
-            said += f"; {counted(whole, 'layer')} that they read: all tokens, as without a plan"
-        table.add_row("shared", said)
+    shared = [x for x in layers if (x["kept"] or {}).keys() == {"heads", "head_dim"}]
+    if not shared:
+        return
+    lenders = [x for x in shared if x["kept"]["heads"]]
+    said = f"{counted(len(shared) - len(lenders), 'layer')} without a cache"
+    if lenders:
+        packed = any(x["bits"] or x["scales"] for x in lenders)
+        how = "packed" if packed else "as without a plan"
+        said += f"; {counted(len(lenders), 'layer')} that they read: all tokens, {how}"
+    table.add_row("shared", said)
 
 
 def _describe_codes(table: Table, codes: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages, Place
 from kvtool.runtime.split import DroppingHeads, StreamingHeads
 from kvtool.runtime.split_attention import SplitAttention
-from kvtool.runtime.stores import Store
+from kvtool.runtime.stores import Seen, Store
 from kvtool.runtime.streams import at_once
 
 Scales = tuple[Tensor, Tensor]
@@ -70,12 +70,24 @@ class FloatHeads(DroppingHeads):
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
         if step.prompt is not None and self.dense_prompt:
             return self.read_prompt(new, step)
+        seen = None if step.row is None else self.seen_later(new, step)
         self.put(step.row, step.starts, new.k, new.v)
-        rows = range(len(step.starts)) if step.row is None else [step.row]
-        read = self._read_codes if self.exact is None else self._read_both
+        if self.exact:
+            rows = range(len(step.starts)) if step.row is None else [step.row]
+            for b, (row, start) in enumerate(zip(rows, step.starts, strict=True)):
+                self.exact.keep_last(row, start, new.k[b], new.v[b])
+        return self.lend_later(new.q, step, seen)
+
+    def seen_later(self, new: NewTokens, step: Step) -> Seen | None:
+        return self.exact.seen_later(new, step) if self.exact else None
+
+    def lend_later(self, q: Tensor, step: Step, seen: Seen | None) -> Tensor:
+        rows = range(len(q)) if step.row is None else [step.row]
         return torch.cat([
-            read(NewTokens(*(x[b : b + 1] for x in new)), row, start)
-            for b, (row, start) in enumerate(zip(rows, step.starts, strict=True))
+            self._read_codes(asked, row, end)
+            if self.exact is None
+            else self._read_both(asked, seen or self.exact.newest(row, end), row, end)
+            for asked, row, end in zip(q.split(1), rows, step.lengths, strict=True)
         ])  # fmt: skip
 
     def put(self, row: int | None, starts: Sequence[int], k: Tensor, v: Tensor) -> None:
@@ -98,35 +110,29 @@ class FloatHeads(DroppingHeads):
         pairs = zip(self._codes(row, end), self.scales, strict=True)
         return [(widen(codes) * s[:, None, None]).to(like.dtype) for codes, s in pairs]
 
-    def _read_codes(self, new: NewTokens, row: int, start: int) -> Tensor:
-        """What tokens of one row from `start` on read, `[1, Q, T, D]`: all from the codes."""
-        end = start + new.q.shape[2]
-        if end - start == 1:
+    def _read_codes(self, q: Tensor, row: int, end: int) -> Tensor:
+        """What the last tokens of a row of `end` read, `[1, Q, T, D]`: all from the codes."""
+        if q.shape[2] == 1:
             keys, values = (x[0] for x in self._codes(row, end))
             return decode_attention_e4m3(
-                new.q[0, :, 0], keys, values, self.scaling, self.scales, self.sink_logits
+                q[0, :, 0], keys, values, self.scaling, self.scales, self.sink_logits
             )[None, :, None]
-        keys, values = self._numbers(row, end, new.q)
-        return causal_attention(new.q, keys, values, self.scaling, sink_logits=self.sink_logits)
+        keys, values = self._numbers(row, end, q)
+        return causal_attention(q, keys, values, self.scaling, sink_logits=self.sink_logits)
 
-    def _read_both(self, new: NewTokens, row: int, start: int) -> Tensor:
+    def _read_both(self, q: Tensor, near: Seen, row: int, end: int) -> Tensor:
         """The same where each query reads the last tokens, with its own, as they were."""
         assert self.exact is not None
-        window, end = self.exact.window, start + new.q.shape[2]
-        near = [
-            torch.cat((past, fresh), dim=2)
-            for past, fresh in zip(self.exact.past(row, start), (new.k, new.v), strict=True)
-        ]
-        self.exact.keep_last(row, start, new.k[0], new.v[0])
+        window, start = self.exact.window, end - q.shape[2]
         if end - start == 1:
             keys, values = (x[0] for x in self._codes(row, max(0, end - window)))
+            last = near[0][0, :, -window:], near[1][0, :, -window:]
             return decode_attention_e4m3(
-                new.q[0, :, 0], keys, values, self.scaling, self.scales, self.sink_logits,
-                (near[0][0], near[1][0]),
-            )[None, :, None]  # fmt: skip
-        far = self._numbers(row, max(0, end - window), new.q)
+                q[0, :, 0], keys, values, self.scaling, self.scales, self.sink_logits, last
+            )[None, :, None]
+        far = self._numbers(row, max(0, end - window), q)
         keys, values = (torch.cat(pair, dim=2) for pair in zip(near, far, strict=True))
-        count, device = near[0].shape[2], new.q.device
+        count, device = near[0].shape[2], q.device
         at = torch.cat((torch.arange(end - count, end), torch.arange(far[0].shape[2]))).to(device)
         is_near = torch.arange(len(at), device=device) < count
         parts = []
@@ -134,8 +140,8 @@ class FloatHeads(DroppingHeads):
             asked = torch.arange(begin, min(begin + _ROWS, end), device=device)
             distance = asked[:, None] - at
             seen = (distance >= 0) & ((distance < window) == is_near)
-            q = new.q[:, :, begin - start :][:, :, : len(asked)]
-            parts.append(attention(q, keys, values, seen, self.scaling, self.sink_logits))
+            own = q[:, :, begin - start :][:, :, : len(asked)]
+            parts.append(attention(own, keys, values, seen, self.scaling, self.sink_logits))
         return torch.cat(parts, dim=2)
 
 
@@ -173,22 +179,25 @@ class PagedFloats(FloatHeads, PagedHeads):
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        if self.exact is not None:
+            _, slots, _ = at.ring(self.exact.sink, self.exact.window)
+            exact = self.exact.planes
+            append(k, v, cos, sin, exact["keys"], exact["values"], slots)
+        return super().step(q, k, v, cos, sin, at, out)
+
+    def read_step(self, q: Tensor, at: Place, out: Tensor | None = None) -> Tensor:
         if self.exact is None:
-            return super().step(q, k, v, cos, sin, at, out)
+            return super().read_step(q, at, out)
         ring, (keys, values, scales) = self.exact, self.stored()
-        table, slots, lengths = at.ring(ring.sink, ring.window)
-        exact = ring.planes["keys"], ring.planes["values"]
-        turned = append(k, v, cos, sin, keys, values, at.slots, q, scales=scales)
-        append(k, v, cos, sin, *exact, slots)
-        assert turned is not None
-        before = at.before(ring.window)
+        table, _, lengths = at.ring(ring.sink, ring.window)
+        exact, before = (ring.planes["keys"], ring.planes["values"]), at.before(ring.window)
         (near, near_mass), (far, far_mass) = at_once(
             q.device,
             lambda: paged_decode_attention(
-                turned, *exact, lengths, self.scaling, table, sink_logits=self.sink_logits
+                q, *exact, lengths, self.scaling, table, sink_logits=self.sink_logits
             ),
             lambda: paged_decode_attention(
-                turned, keys, values, before, self.scaling, at.table, scales=scales
+                q, keys, values, before, self.scaling, at.table, scales=scales
             ),
         )  # fmt: skip
         read = merge((near, far), (near_mass, far_mass))

@@ -122,11 +122,13 @@ def _grouped_attention(
         return SharedAttention(stages, index, rope)
     if stages.layout.sliding_window is not None:
         return WindowedAttention(stages, index, rope)
-    if plan is None or isinstance(plan.layers[index].kept, SharedPlan):
+    if plan is None:
         return DenseAttention(stages, index, rope)
-    if plan.codes:
-        return CodedAttention(stages, index, rope, *codes[index], plan.prefill == "dense")
     own = plan.layers[index]
+    if isinstance(own.kept, SharedPlan) and not own.packed:
+        return DenseAttention(stages, index, rope)
+    if plan.codes and own.kept is None:
+        return CodedAttention(stages, index, rope, *codes[index], plan.prefill == "dense")
     if own.plain and plan.policy is None:
         return DenseAttention(stages, index, rope)
     if own.bits is not None:

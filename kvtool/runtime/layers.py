@@ -22,7 +22,7 @@ from kvtool.kernels.linear import linear, pack, packed_linear
 from kvtool.latent import LatentAttention
 from kvtool.rope import Rope, rotate
 from kvtool.runtime.pages import WIDEST, PagedHeads, PagedLatents, Pages, Place
-from kvtool.runtime.stores import DenseStore, LatentStore, Store
+from kvtool.runtime.stores import DenseStore, LatentStore, Seen, Store
 from kvtool.windows import WindowPlan
 
 
@@ -76,8 +76,8 @@ class Step:
         place: Where a step of a paged memory reads and writes; `starts` and `lengths` are empty.
         inputs: What each layer is given of the tokens themselves, `[B, T, L, P]`; None in models
             without such inputs.
-        seen: By layer with a ring that other layers read: keys and values `[1, H, ·, D]` that the
-            tokens of a row see, which the ring itself has overwritten.
+        seen: By layer that others read, what the tokens of a row see of it and its store may have
+            no more when they read it: see :meth:`Store.seen_by`.
         positions: Of the tokens, `[B, T]`.
     """
 
@@ -89,7 +89,7 @@ class Step:
     tables: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     place: Place | None = None
     inputs: Tensor | None = None
-    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    seen: dict[int, Seen] = field(default_factory=dict)
     positions: Tensor = field(kw_only=True)
 
     def last(self) -> Step:
@@ -195,6 +195,9 @@ class GroupedAttention(RuntimeAttention):
 
     def read(self, new: NewTokens, step: Step, store: Any) -> Tensor:
         """What new tokens read of a store that they are added to, `[B, Q, T, D]`."""
+        lends = self.stages.layout.read and step.row is not None
+        if lends and (seen := store.seen_by(new, step)) is not None:
+            step.seen[self.layer_index] = seen
         context: Tensor = store.add(new, step)
         return context
 
@@ -205,7 +208,7 @@ class DenseAttention(GroupedAttention):
     def new_store(self, rows: int, capacity: int) -> DenseStore:
         layout, weight = self.stages.layout, self.stages.qkv.weight
         heads, size, sink_logits = layout.kv_heads, layout.head_dim, self.stages.sink_logits
-        return DenseStore(rows, heads, capacity, size, weight, sink_logits)
+        return DenseStore(rows, heads, capacity, size, weight, layout.scaling, sink_logits)
 
     def new_paged_store(self, pages: Pages) -> PagedHeads:
         layout, weight = self.stages.layout, self.stages.qkv.weight
@@ -214,7 +217,7 @@ class DenseAttention(GroupedAttention):
 
     def read(self, new: NewTokens, step: Step, store: DenseStore | PagedHeads) -> Tensor:
         store.write(step.row, step.starts, {"keys": new.k, "values": new.v})
-        return store.attend(new.q, step.row, step.lengths, self.stages.layout.scaling)
+        return store.attend(new.q, step.row, step.lengths)
 
 
 class LatentRuntimeAttention(RuntimeAttention):

@@ -55,7 +55,7 @@ from kvtool.runtime.paged_split import PagedSplit
 from kvtool.runtime.pages import Pages, Place
 from kvtool.runtime.split import StreamingHeads
 from kvtool.runtime.split_attention import SplitAttention
-from kvtool.runtime.stores import PAGE
+from kvtool.runtime.stores import PAGE, Seen
 
 _BLOCKS = 16  # whose keys are rebuilt at once
 _PREFIXES = ("", "rest ")  # of the planes of the tiers
@@ -69,7 +69,8 @@ class PackedHeads(PackedStore):
     A block has a row per channel with the numbers of a tier's keys where their scales are per
     channel, and else a row per token with D numbers. Sparse values have a bitmap and numbers per
     token. Beside the ring lies, with two tiers, the attention `[B, H, N]` that the tokens of the
-    next block got from its probes so far.
+    next block got from its probes so far: those of this layer, as other layers that read it are
+    spared most tokens of a prompt.
 
     Args:
         order: `[H, D]`, the order of the channels of keys; None for their own.
@@ -172,11 +173,26 @@ class PackedHeads(PackedStore):
         """Its position; the others follow it, up to the token with which the block is packed."""
         return self.bits.packed_at(block) - self.bits.probes
 
-    def attend(self, q: Tensor, exact: Sequence[Tensor], row: int, start: int) -> Tensor:
+    def seen_later(self, new: NewTokens, step: Step) -> Seen:
+        assert step.row is not None
+        keys, values = self.with_exact((new.k[0], new.v[0]), step.row, step.starts[0])
+        return keys[None], values[None]
+
+    def lend_later(self, q: Tensor, step: Step, seen: Seen | None) -> Tensor:
+        rows = range(len(q)) if step.row is None else [step.row]
+        contexts = []
+        for b, (row, end) in enumerate(zip(rows, step.lengths, strict=True)):
+            exact = self.exact_tokens(row, end) if seen is None else [x[0] for x in seen]
+            contexts.append(self.read(q[b], exact, row, end - q.shape[2], new=False))
+        return torch.stack(contexts)
+
+    def attend(
+        self, q: Tensor, exact: Sequence[Tensor], row: int, start: int, *, new: bool = True
+    ) -> Tensor:
         keys, values = exact
         near, blocks = keys.shape[1], self.bits.blocks(start + 1)
         weights = self._weights(q, keys, row, blocks)
-        if self.bits.rest is not None:
+        if new and self.bits.rest is not None:
             self._watch(weights, row, start)
         flat = weights.flatten(1, 2)
         context = torch.matmul(flat[..., :near], values.float())
@@ -385,26 +401,41 @@ class PagedPacked(PagedBlocks, PackedHeads):
             return super().add(new, step)
         return turn(super().add(new._replace(v=turn(new.v)), step))
 
+    def seen_by(self, new: NewTokens, step: Step) -> Seen | None:
+        return super().seen_by(new._replace(v=turn(new.v)) if self.turned else new, step)
+
+    def lend(self, q: Tensor, step: Step, seen: Seen | None) -> Tensor:
+        read = super().lend(q, step, seen)
+        return turn(read) if self.turned else read
+
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See :meth:`PagedHeads.step`."""
-        bits, planes = self.bits, self.planes
-        keys, values = self.exact.planes["keys"], self.exact.planes["values"]
-        _, slots, _ = at.ring(bits.sink, bits.ring)
-        asked = append(k, turn(v) if self.turned else v, cos, sin, keys, values, slots, q)
+        ring, blocks = self._stored(at)
+        _, slots, _ = at.ring(self.bits.sink, self.bits.ring)
+        values = turn(v) if self.turned else v
+        asked = append(k, values, cos, sin, ring.keys, ring.values, slots, q)
         assert asked is not None
-        ring = Ring(keys, values, at.rows, bits.sink, bits.window)
+        pack_blocks(ring, blocks, at.lengths)
+        return self.read_step(asked, at, out)
+
+    def read_step(self, q: Tensor, at: Place, out: Tensor | None = None) -> Tensor:
+        """See :meth:`PagedHeads.read_step`."""
+        ring, blocks = self._stored(at)
+        context = packed_attention(q, ring, blocks, at.lengths, self.scaling, self.sink_logits)
+        context = turn(context) if self.turned else context
+        return context if out is None else out.copy_(context)
+
+    def _stored(self, at: Place) -> tuple[Ring, Blocks]:
+        bits, planes, exact = self.bits, self.planes, self.exact.planes
+        ring = Ring(exact["keys"], exact["values"], at.rows, bits.sink, bits.window)
         blocks = Blocks(
             planes["keys"], planes["keys scales"], planes["values"], planes["values scales"],
             at.table, bits.keys, bits.values, bits.key_clip, bits.value_clip,
         )  # fmt: skip
-        pack_blocks(ring, blocks, at.lengths)
-        logits = self.sink_logits
-        context = packed_attention(asked, ring, blocks, at.lengths, self.scaling, logits)
-        context = turn(context) if self.turned else context
-        return context if out is None else out.copy_(context)
+        return ring, blocks
 
 
 class PackedAttention(SplitAttention):

@@ -89,7 +89,9 @@ class PackedLatents(PackedStore):
             self.end_prompt(step.row, whole[..., self.order])
         return whole
 
-    def attend(self, q: Tensor, exact: Sequence[Tensor], row: int, start: int) -> Tensor:
+    def attend(
+        self, q: Tensor, exact: Sequence[Tensor], row: int, start: int, *, new: bool = True
+    ) -> Tensor:
         (latents,), bits, blocks = exact, self.bits, self.bits.blocks(start + 1)
         x, near = latents[0].float(), latents.shape[1]
         queries = (q.float() * self.scaling).flatten(0, 1)  # rows of one product: there is one head

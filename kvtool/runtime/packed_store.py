@@ -36,12 +36,15 @@ class PackedStore(DroppingHeads):
     dense_prompt: bool
     tokens: int
 
-    def attend(self, q: Tensor, exact: Sequence[Tensor], row: int, start: int) -> Tensor:
+    def attend(
+        self, q: Tensor, exact: Sequence[Tensor], row: int, start: int, *, new: bool = True
+    ) -> Tensor:
         """One softmax in fp32 over exact tokens and the blocks of a row.
 
         Args:
             q: `[Q, T, D]`, from position `start` on; all see the same blocks.
             exact: `[H, C, ·]` each; the last T are of the queries' own tokens.
+            new: Whether these tokens are being added; else another layer reads them once more.
 
         Returns:
             `[Q, T, ·]`.
@@ -82,12 +85,46 @@ class PackedStore(DroppingHeads):
         rows = range(len(step.starts)) if step.row is None else [step.row]
         contexts = []
         for b, (row, start) in enumerate(zip(rows, step.starts, strict=True)):
-            parts = [
-                self._add_some(q[b, :, at], [x[b, :, at] for x in new], row, begin)
-                for at, begin in self._runs(start, q.shape[2])
-            ]
-            contexts.append(torch.cat(parts, dim=1))
+            own = [x[b] for x in new]
+            contexts.append(self.read(q[b], self.with_exact(own, row, start), row, start, new=True))
+            if q.shape[2] == 1:
+                slot, named = self.exact.slot(start), zip(self.parts, own, strict=True)
+                self.exact.write(row, [slot], {name: x[None] for name, x in named})
+            else:
+                self.exact.keep_last(row, start, *own)
         return torch.stack(contexts)
+
+    def with_exact(self, new: Sequence[Tensor], row: int, start: int) -> list[Tensor]:
+        """New tokens `[H, T, ·]` behind those of a row that are exact when they come."""
+        past = self.exact_tokens(row, start)
+        return [torch.cat(pair, dim=1) for pair in zip(past, new, strict=True)]
+
+    def read(
+        self, q: Tensor, exact: Sequence[Tensor], row: int, start: int, *, new: bool
+    ) -> Tensor:
+        """What queries `[Q, T, D]` from position `start` on read, `[Q, T, ·]`.
+
+        Args:
+            exact: `[H, C, ·]` each, in their order: what each of them sees exactly, and in front of
+                that what has been packed meanwhile; the last T are of the queries' own tokens.
+            new: Whether these are added: with some of them a block is packed.
+        """
+        bits, parts = self.bits, []
+        moved = exact[0].shape[1] - start - q.shape[1]  # places of tokens behind the sinks
+        for at, begin in self._runs(start, q.shape[1]):
+            asked = q[:, at]
+            done, end = bits.blocks(begin + 1), begin + asked.shape[1] + moved
+            first = self.first_of(done) + moved
+            if new and done > bits.blocks(begin):
+                self.pack(row, done - 1, [x[:, first - bits.group : first] for x in exact])
+            seen = [
+                x[:, :end]
+                if first == bits.sink
+                else torch.cat((x[:, : bits.sink], x[:, first:end]), 1)
+                for x in exact
+            ]
+            parts.append(self.attend(asked, seen, row, begin, new=new))
+        return torch.cat(parts, dim=1)
 
     def end_prompt(self, row: int, *tokens: Tensor) -> None:
         own = slice(self.bits.sink, self.first_exact(tokens[0].shape[1]))
@@ -110,29 +147,11 @@ class PackedStore(DroppingHeads):
             yield slice(begin - start, stop - start), begin
             begin = stop
 
-    def _exact_tokens(self, row: int, length: int) -> list[Tensor]:
+    def exact_tokens(self, row: int, length: int) -> list[Tensor]:
         """What there is of a row with `length` tokens, `[H, C, ·]` each, in their order."""
         sinks = range(min(self.bits.sink, length))
         slots = [self.exact.slot(p) for p in (*sinks, *range(self.first_exact(length), length))]
         return [self.exact.planes[name][row][:, slots] for name in self.parts]
-
-    def _add_some(self, q: Tensor, new: Sequence[Tensor], row: int, start: int) -> Tensor:
-        """Stores one of :meth:`_runs` of a row, and returns what its queries read, `[Q, T, ·]`.
-
-        With the first of the tokens a block may be packed.
-        """
-        size, sink, done = self.bits.group, self.bits.sink, self.bits.blocks(start + 1)
-        past = self._exact_tokens(row, start)
-        exact = [torch.cat(x, dim=1) for x in zip(past, new, strict=True)]
-        if done > self.bits.blocks(start):
-            self.pack(row, done - 1, [x[:, sink : sink + size] for x in exact])
-            exact = [torch.cat((x[:, :sink], x[:, sink + size :]), dim=1) for x in exact]
-        if q.shape[1] == 1:
-            slot, named = self.exact.slot(start), zip(self.parts, new, strict=True)
-            self.exact.write(row, [slot], {name: x[None] for name, x in named})
-        else:
-            self.exact.keep_last(row, start, *new)
-        return self.attend(q, exact, row, start)
 
     def put_blocks(
         self, part: str, row: int, first: int, x: Tensor, bits: int, clip: float

@@ -35,14 +35,19 @@ class PagedRings(PerRow, StreamingHeads):
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See :meth:`PagedHeads.step`."""
-        table, slots, lengths = at.ring(self.sink, self.window)
+        _, slots, _ = at.ring(self.sink, self.window)
         keys, values = self.planes["keys"], self.planes["values"]
         turned = append(k, v, cos, sin, keys, values, slots, q)
         assert turned is not None
+        return self.read_step(turned, at, out)
+
+    def read_step(self, q: Tensor, at: Place, out: Tensor | None = None) -> Tensor:
+        """See :meth:`PagedHeads.read_step`."""
+        table, _, lengths = at.ring(self.sink, self.window)
+        keys, values = self.planes["keys"], self.planes["values"]
         return paged_decode_attention(
-            turned, keys, values, lengths, self.scaling, table, out=out,
-            sink_logits=self.sink_logits,
-        )[0]  # fmt: skip
+            q, keys, values, lengths, self.scaling, table, out=out, sink_logits=self.sink_logits
+        )[0]
 
 
 class PagedSplit(SplitStore):
@@ -88,6 +93,11 @@ class PagedSplit(SplitStore):
             ),
         )
         return out
+
+    def read_step(self, q: Tensor, at: Place) -> Tensor:
+        """See :meth:`PagedHeads.read_step`."""
+        read: Tensor = self.lender.read_step(q, at)
+        return read
 
     def step_pages(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,

@@ -24,7 +24,7 @@ from kvtool.attention import causal_attention
 from kvtool.kernels.append import append
 from kvtool.kernels.decode_attention import paged_decode_attention
 from kvtool.kernels.latent_attention import paged_latent_attention
-from kvtool.runtime.stores import PAGE, Store, whole_pages
+from kvtool.runtime.stores import PAGE, Seen, Store, whole_pages
 
 if TYPE_CHECKING:
     from kvtool.runtime.layers import NewTokens, Step
@@ -272,22 +272,20 @@ class PagedHeads(PagedStore):
         """
         return self.planes["keys"], self.planes["values"], None
 
-    def attend(
-        self,
-        q: Tensor,
-        row: int | None,
-        lengths: Sequence[int],
-        scaling: float,
-    ) -> Tensor:
+    def attend(self, q: Tensor, row: int | None, lengths: Sequence[int]) -> Tensor:
         """Attention of the newest tokens of one row over everything stored, `[1, Q, T, D]`."""
         assert row is not None
         keys, values = (self.gather(name, row, 0, lengths[0]) for name in self.planes)
-        return causal_attention(q, keys, values, scaling, sink_logits=self.sink_logits)
+        return causal_attention(q, keys, values, self.scaling, sink_logits=self.sink_logits)
+
+    def lend(self, q: Tensor, step: Step, seen: Seen | None) -> Tensor:
+        """See :meth:`Store.lend`."""
+        return self.attend(q, step.row, step.lengths)
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens of one row and returns what they read, `[1, Q, T, D]`."""
         self.write(step.row, step.starts, {"keys": new.k, "values": new.v})
-        return self.attend(new.q, step.row, step.lengths, self.scaling)
+        return self.attend(new.q, step.row, step.lengths)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,
@@ -306,8 +304,13 @@ class PagedHeads(PagedStore):
         keys, values, scales = self.stored()
         turned = append(k, v, cos, sin, keys, values, at.slots, q, scales=scales)
         assert turned is not None
+        return self.read_step(turned, at, out)
+
+    def read_step(self, q: Tensor, at: Place, out: Tensor | None = None) -> Tensor:
+        """What queries `[B, Q, D]` behind RoPE read, once their tokens are stored, `[B, Q, D]`."""
+        keys, values, scales = self.stored()
         return paged_decode_attention(
-            turned, keys, values, at.lengths, self.scaling, at.table, out=out,
+            q, keys, values, at.lengths, self.scaling, at.table, out=out,
             sink_logits=self.sink_logits, scales=scales,
         )[0]  # fmt: skip
 

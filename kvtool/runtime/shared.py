@@ -8,11 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from kvtool.attention import BorrowingAttention
-from kvtool.kernels.decode_attention import paged_decode_attention
-from kvtool.kernels.streaming_attention import streaming_attention
 from kvtool.rope import Rope, rotate
 from kvtool.runtime.layers import RuntimeAttention, Step
-from kvtool.runtime.pages import PagedStore, Pages, Place
+from kvtool.runtime.pages import PagedStore, Pages
 from kvtool.runtime.stores import Store
 
 
@@ -56,24 +54,11 @@ class SharedAttention(RuntimeAttention):
 
     def read(self, q: Tensor, step: Step) -> Tensor:
         """What rotated queries `[B, Q, T, D]` read, `[B, Q, T, D]`."""
-        layout = self.stages.layout
-        assert layout.reads is not None
-        lender: Any = step.stores[layout.reads]
+        reads = self.stages.layout.reads
+        assert reads is not None
+        lender: Any = step.stores[reads]
         if step.place is not None:
-            return self._step(q[:, :, 0], lender, step.place)[:, :, None]
-        if layout.reads in step.seen:
-            assert layout.sliding_window is not None
-            keys, values = step.seen[layout.reads]
-            window = layout.sliding_window
-            return streaming_attention(q, keys, values, 0, window, layout.scaling, step.starts[0])
-        context: Tensor = lender.attend(q, step.row, step.lengths, layout.scaling)
+            read: Tensor = lender.read_step(q[:, :, 0], step.place)
+            return read[:, :, None]
+        context: Tensor = lender.lend(q, step, step.seen.get(reads))
         return context
-
-    def _step(self, q: Tensor, lender: Any, at: Place) -> Tensor:
-        """The same of one token per row in a paged memory, `[B, Q, D]`."""
-        layout, table, lengths = self.stages.layout, at.table, at.lengths
-        if layout.sliding_window is not None:
-            lender = lender.streaming
-            table, _, lengths = at.ring(0, layout.sliding_window)
-        keys, values = lender.planes["keys"], lender.planes["values"]
-        return paged_decode_attention(q, keys, values, lengths, layout.scaling, table)[0]

@@ -49,7 +49,7 @@ class SparseHeads(FullHeads):
         k = self.ordered(new.k)
         self.write(step.row, step.starts, {"keys": k, "values": new.v})
         if step.prompt is not None:
-            return self.attend(q, step.row, step.lengths, self.scaling)
+            return self.attend(q, step.row, step.lengths)
         rows = range(len(q)) if step.row is None else [step.row]
         parts = [
             torch.stack([self.read(q[b, :, i], row, start + i + 1) for i in range(q.shape[2])], 1)
@@ -65,7 +65,7 @@ class SparseHeads(FullHeads):
         """What the last of so many tokens of a row reads, `[Q, D]`."""
         reading = self.reading
         if length <= reading.tokens:
-            return self.attend(q[None, :, None], row, [length], self.scaling)[0, :, 0]
+            return self.attend(q[None, :, None], row, [length])[0, :, 0]
         keys, values = (plane[row] for plane in self.planes.values())
         return sparse_attention(
             q, keys, values, length, reading.labels, reading.tokens, reading.sink, reading.window,

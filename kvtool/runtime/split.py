@@ -30,7 +30,7 @@ from kvtool.kernels.streaming_attention import streaming_attention
 from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.pages import PagedHeads
 from kvtool.runtime.selection import Selector, keep
-from kvtool.runtime.stores import DenseStore, Store, whole_pages, with_spare_rows
+from kvtool.runtime.stores import DenseStore, Seen, Store, whole_pages, with_spare_rows
 
 if TYPE_CHECKING:
     from kvtool.runtime.floats import FloatHeads
@@ -40,20 +40,13 @@ if TYPE_CHECKING:
 class FullHeads(DenseStore):
     """Heads that keep every token."""
 
-    def __init__(
-        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
-        sink_logits: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(rows, heads, capacity, head_dim, like, sink_logits)
-        self.scaling = scaling
-
     def grown(self, length: int) -> int:
         return whole_pages(super().grown(length))
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
         self.write(step.row, step.starts, {"keys": new.k, "values": new.v})
-        return self.attend(new.q, step.row, step.lengths, self.scaling)
+        return self.attend(new.q, step.row, step.lengths)
 
     @staticmethod
     def add_together(stores: Sequence[FullHeads], new: NewTokens, step: Step) -> Tensor:
@@ -64,11 +57,13 @@ class DroppingHeads(Store):
     """Heads that may read a prompt as full heads do, and drop most of it at its end.
 
     Attributes:
+        dense_prompt: Whether they do.
         exact: A ring of what is kept as it was, where the planes hold tokens in another form.
         sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
     """
 
     scaling: float
+    dense_prompt: bool
     exact: StreamingHeads | None = None
     sink_logits: Tensor | None = None
     prompt: DenseStore | None = None
@@ -95,17 +90,42 @@ class DroppingHeads(Store):
         assert step.prompt is not None
         if step.starts[0] == 0:
             heads, size = new.k.shape[1], new.k.shape[-1]
-            self.prompt = DenseStore(1, heads, step.prompt, size, new.k, self.sink_logits)
+            self.prompt = DenseStore(
+                1, heads, step.prompt, size, new.k, self.scaling, self.sink_logits
+            )
             self.prompt_row = step.row
         assert self.prompt is not None
         self.prompt.write(0, step.starts, {"keys": new.k, "values": new.v})
-        context = self.prompt.attend(new.q, 0, step.lengths, self.scaling)
+        context = self.prompt.attend(new.q, 0, step.lengths)
         self.watch_prompt(new.q[0], step.starts[0])
         if step.lengths[0] == step.prompt:
             planes = self.prompt.planes
             self.end_prompt(step.row, planes["keys"][0], planes["values"][0])
             self.prompt = None
         return context
+
+    def seen_by(self, new: NewTokens, step: Step) -> Seen | None:
+        if step.prompt is None or not self.dense_prompt:
+            return self.seen_later(new, step)
+        if step.starts[0] == 0:
+            return new.k, new.v
+        assert self.prompt is not None
+        keys, values = (self.prompt.planes[part] for part in ("keys", "values"))
+        return keys[:, :, : step.lengths[0]], values[:, :, : step.lengths[0]]
+
+    def lend(self, q: Tensor, step: Step, seen: Seen | None) -> Tensor:
+        if step.prompt is None or not self.dense_prompt:
+            return self.lend_later(q, step, seen)
+        assert seen is not None
+        return causal_attention(q, *seen, self.scaling, sink_logits=self.sink_logits)
+
+    def seen_later(self, new: NewTokens, step: Step) -> Seen | None:
+        """The same as :meth:`seen_by` behind a prompt that is read densely."""
+        raise NotImplementedError  # pragma: no cover
+
+    def lend_later(self, q: Tensor, step: Step, seen: Seen | None) -> Tensor:
+        """The same as :meth:`lend` there."""
+        raise NotImplementedError  # pragma: no cover
 
     def forget(self, row: int) -> None:
         if self.prompt_row == row:
@@ -158,20 +178,30 @@ class StreamingHeads(DroppingHeads):
             slots = [self.slot(start) for start in step.starts]
             self.write(step.row, slots, {"keys": new.k, "values": new.v})
             rows = slice(None) if step.row is None else slice(step.row, step.row + 1)
-            keys, values = self.planes["keys"][rows], self.planes["values"][rows]
-            filled = [min(n, self.room) for n in step.lengths]
-            q, sink_logits = new.q[:, :, 0], self.sink_logits
-            return decode_attention(q, keys, values, filled, self.scaling, sink_logits)[:, :, None]
-        start = step.starts[0]
-        keys, values = (
-            torch.cat((past, fresh), dim=2)
-            for past, fresh in zip(self.past(step.row, start), (new.k, new.v), strict=True)
-        )
-        self.keep_last(step.row, start, new.k[0], new.v[0])
+            return self._read_newest(new.q, rows, step.lengths)
+        seen = self.seen_later(new, step)
+        self.keep_last(step.row, step.starts[0], new.k[0], new.v[0])
+        return self.lend_later(new.q, step, seen)
+
+    def seen_later(self, new: NewTokens, step: Step) -> Seen:
+        assert step.row is not None
+        pairs = zip(self.past(step.row, step.starts[0]), (new.k, new.v), strict=True)
+        keys, values = (torch.cat(pair, dim=2) for pair in pairs)
+        return keys, values
+
+    def lend_later(self, q: Tensor, step: Step, seen: Seen | None) -> Tensor:
+        if seen is None:
+            return self._read_newest(q, slice(None), step.lengths)
         return streaming_attention(
-            new.q, keys, values, self.sink, self.window, self.scaling, start,
+            q, *seen, self.sink, self.window, self.scaling, step.starts[0],
             sink_logits=self.sink_logits,
         )  # fmt: skip
+
+    def _read_newest(self, q: Tensor, rows: slice, lengths: Sequence[int]) -> Tensor:
+        """What the newest tokens of some rows read, `q [B, Q, 1, D]`, once they lie here."""
+        keys, values = self.planes["keys"][rows], self.planes["values"][rows]
+        filled, logits = [min(n, self.room) for n in lengths], self.sink_logits
+        return decode_attention(q[:, :, 0], keys, values, filled, self.scaling, logits)[:, :, None]
 
     @staticmethod
     def add_together(stores: Sequence[StreamingHeads], new: NewTokens, step: Step) -> Tensor:
@@ -197,6 +227,12 @@ class StreamingHeads(DroppingHeads):
         """Their keys and values `[1, H, s, D]`."""
         slots = [self.slot(position) for position in self.seen(start)]
         return [plane[row : row + 1][:, :, slots] for plane in self.planes.values()]
+
+    def newest(self, row: int, length: int) -> Seen:
+        """What there is of a row with so many tokens, in any order."""
+        filled = min(length, self.room)
+        keys, values = (x[row : row + 1, :, :filled] for x in self.planes.values())
+        return keys, values
 
     def keep_last(self, row: int, start: int, *tokens: Tensor) -> None:
         """Writes those of the tokens `[H, T, ·]` from `start` on that will not be overwritten.
@@ -426,6 +462,20 @@ class SplitStore(Store):
         self.full.restore(row, saved[: len(saved) - own])
         if self.streaming:
             self.streaming.restore(row, saved[-own:])
+
+    @property
+    def lender(self) -> Any:
+        """Its heads, where they are all of one kind: only such are read by other layers."""
+        (lender,) = (x for x, n in zip(self.parts, self.counts, strict=True) if n)
+        return lender
+
+    def seen_by(self, new: NewTokens, step: Step) -> Seen | None:
+        seen: Seen | None = self.lender.seen_by(new, step)
+        return seen
+
+    def lend(self, q: Tensor, step: Step, seen: Seen | None) -> Tensor:
+        read: Tensor = self.lender.lend(q, step, seen)
+        return read
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""

@@ -33,9 +33,8 @@ class SplitAttention(GroupedAttention):
     def __init__(self, stages: GroupedQueryAttention, index: int, rope: Rope, plan: Plan) -> None:
         super().__init__(stages, index, rope)
         self.layer, self.prefill, self.policy = plan.layers[index], plan.prefill, plan.policy
-        heads = range(stages.layout.kv_heads)
-        streaming = [head for head in heads if self.layer.streaming[head]]
-        budgeted = [head for head in heads if self.layer.budgets[head] is not None]
+        streaming = [head for head, streams in enumerate(self.layer.streaming) if streams]
+        budgeted = [head for head, n in enumerate(self.layer.budgets) if n is not None]
         full = self.layer.full_heads
         stages.reorder_kv_heads(full + budgeted + streaming)
         self.full, self.counts = full, (len(full), len(streaming))

@@ -19,6 +19,9 @@ from kvtool.attention import causal_attention
 from kvtool.kernels.decode_attention import decode_attention
 from kvtool.kernels.latent_attention import latent_decode_attention
 
+Seen = tuple[Tensor, Tensor]
+"""Keys and values `[1, H, ·, D]`, the newest last."""
+
 PAGE = 64
 """Planes that outgrow what they were made for grow by whole pages of this many tokens."""
 
@@ -100,6 +103,25 @@ class Store:
     def restore(self, row: int, saved: list[Tensor]) -> None:
         """Puts back what :meth:`snapshot` copied."""
 
+    def seen_by(self, new: Any, step: Any) -> Seen | None:
+        """What new tokens of one row will see, as far as it will not lie here when they are added:
+        later layers that read this store are told it.
+        """
+        return None
+
+    def lend(self, q: Tensor, step: Any, seen: Seen | None) -> Tensor:
+        """What queries `[B, Q, T, D]` of a later layer read, behind RoPE: those of the last tokens
+        that were added in this step. Nothing is written.
+
+        Args:
+            seen: What :meth:`seen_by` has said of all tokens of the step; None of a step of one
+                token per row.
+
+        Returns:
+            `[B, Q, T, D]`.
+        """
+        raise NotImplementedError  # pragma: no cover
+
     @staticmethod
     def add_together(stores: Sequence[Any], new: Any, step: Any) -> Tensor:
         """One new token for each of several stores of one row, `[B, ...]` in each field of `new`.
@@ -144,19 +166,18 @@ class DenseStore(Store):
     """
 
     def __init__(
-        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor,
+        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
         sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
-        shape, self.sink_logits = (rows, heads, capacity, head_dim), sink_logits
+        shape, self.scaling = (rows, heads, capacity, head_dim), scaling
         self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
+        self.sink_logits = sink_logits
 
-    def attend(
-        self,
-        q: Tensor,
-        row: int | None,
-        lengths: Sequence[int],
-        scaling: float,
-    ) -> Tensor:
+    def lend(self, q: Tensor, step: Any, seen: Seen | None) -> Tensor:
+        """See :meth:`Store.lend`."""
+        return self.attend(q, step.row, step.lengths)
+
+    def attend(self, q: Tensor, row: int | None, lengths: Sequence[int]) -> Tensor:
         """Attention of the newest tokens over everything stored, themselves included.
 
         Args:
@@ -170,13 +191,15 @@ class DenseStore(Store):
         if row is not None:
             keys, values = keys[row : row + 1], values[row : row + 1]
         if q.shape[2] > 1:
-            attend = partial(causal_attention, scaling=scaling, sink_logits=self.sink_logits)
+            attend = partial(causal_attention, scaling=self.scaling, sink_logits=self.sink_logits)
             parts = [
                 attend(q[b : b + 1], keys[b : b + 1, :, :n], values[b : b + 1, :, :n])
                 for b, n in enumerate(lengths)
             ]
             return torch.cat(parts)
-        context = decode_attention(q[:, :, 0], keys, values, lengths, scaling, self.sink_logits)
+        context = decode_attention(
+            q[:, :, 0], keys, values, lengths, self.scaling, self.sink_logits
+        )
         return context[:, :, None]
 
 
@@ -219,11 +242,21 @@ class Rows(Store):
         for b, (store, start) in enumerate(zip(self.stores, starts, strict=True)):
             store.write(None, [start], {name: new[b : b + 1] for name, new in states.items()})
 
-    def attend(self, q: Tensor, row: int | None, lengths: Sequence[int], *options: Any) -> Tensor:
+    def attend(self, q: Tensor, row: int | None, lengths: Sequence[int]) -> Tensor:
         """What each row reads of its own store, `[B, ...]`."""
         parts = [
-            store.attend(q[b : b + 1], None, [n], *options)
+            store.attend(q[b : b + 1], None, [n])
             for b, (store, n) in enumerate(zip(self.stores, lengths, strict=True))
+        ]
+        return with_spare_rows(parts, len(q))
+
+    def lend(self, q: Tensor, step: Any, seen: Seen | None) -> Tensor:
+        """What each row of a later layer reads of its own store, `[B, Q, 1, D]`."""
+        parts = [
+            store.lend(q[b : b + 1], replace(step, starts=[start], lengths=[n]), None)
+            for b, (store, start, n) in enumerate(
+                zip(self.stores, step.starts, step.lengths, strict=True)
+            )
         ]
         return with_spare_rows(parts, len(q))
 

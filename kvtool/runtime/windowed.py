@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention
-from kvtool.kernels.decode_attention import decode_attention
 from kvtool.rope import Rope
-from kvtool.runtime.layers import GroupedAttention, NewTokens, Step
+from kvtool.runtime.layers import GroupedAttention
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
 from kvtool.runtime.split import StreamingHeads
@@ -39,18 +35,6 @@ class WindowedHeads(StreamingHeads):
         self._capacity = capacity
         super().resize(min(capacity, self.window))  # until then, a position lies in its own slot
 
-    def attend(self, q: Tensor, row: int | None, lengths: Sequence[int], scaling: float) -> Tensor:
-        """What the newest token of every row reads of the ring, itself included, `[B, Q, 1, D]`.
-
-        Args:
-            q: `[B, Q, 1, D]`, rotated.
-            lengths: Tokens per row, the new one included.
-        """
-        assert row is None
-        keys, values = self.planes["keys"], self.planes["values"]
-        filled = [min(n, self.room) for n in lengths]
-        return decode_attention(q[:, :, 0], keys, values, filled, scaling)[:, :, None]
-
     def copy_prefix(self, source: Store, length: int) -> None:
         """Nothing: later tokens have overwritten it."""
 
@@ -68,16 +52,6 @@ class WindowedAttention(GroupedAttention):
         window = WindowPlan.of(stages.layout)
         assert window is not None
         self.window = window
-
-    def read(self, new: NewTokens, step: Step, store: WindowedHeads | PagedSplit) -> Tensor:
-        if self.stages.layout.read and step.row is not None:
-            ring = store.streaming if isinstance(store, PagedSplit) else store
-            assert ring is not None
-            past = ring.past(step.row, step.starts[0])
-            pairs = zip(past, (new.k, new.v), strict=True)
-            keys, values = (torch.cat(pair, dim=2) for pair in pairs)
-            step.seen[self.layer_index] = keys, values
-        return super().read(new, step, store)
 
     def new_store(self, rows: int, capacity: int) -> WindowedHeads:
         layout, like = self.stages.layout, self.stages.qkv.weight

@@ -77,6 +77,8 @@ def test_the_picture_has_a_row_per_head_and_a_column_per_layer(heads: Path, budg
     assert head_picture(Plan.read(heads)).splitlines()[:2] == ["0 ··██", "1 ··██"]
     assert head_picture(Plan.read(budgets)).splitlines()[:2] == ["0 ▒▒▒▒", "1 ▒▒▒▒"]
     assert head_picture(Plan.read(heads)) in run("show", heads)
+    assert head_picture(Plan.read(heads)).endswith("; █ full  · streaming")
+    assert head_picture(Plan.read(budgets)).endswith("; ▒ token budget")
 
 
 def test_a_slice_is_what_the_plan_itself_cuts(heads: Path, tmp_path: Path) -> None:

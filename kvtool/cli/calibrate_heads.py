@@ -204,9 +204,10 @@ def retrieval_heads(
         shutil.rmtree(folder, ignore_errors=True)
     if not json:
         for check in scored.provenance[0]["recall"]:
-            how = "counts" if check["passed"] else "is too little to judge heads by"
+            how = "enough" if check["passed"] else "too little"
             accuracy = f"{check['accuracy']:.0%} of the tokens of '{check['kind']}'"
-            _console.out.print(f"the model itself recalls {accuracy}, which {how}")
+            told = f"the model itself recalls {accuracy}: {how} to judge its heads by"
+            _console.out.print(told)
     emit_plan(plan, output, context, json, {"seconds": seconds})
 
 

@@ -125,7 +125,9 @@ def head_picture(plan: Plan) -> str:
     rows = [
         f"{head:>{width}} {''.join(row)}" for head, row in enumerate(zip(*columns, strict=True))
     ]
-    legend = f"{FULL} full  {STREAMING} streaming  {BUDGETED} token budget"
+    words = {FULL: "full", STREAMING: "streaming", BUDGETED: "token budget"}
+    used = {mark for column in columns for mark in column}
+    legend = "  ".join(f"{mark} {word}" for mark, word in words.items() if mark in used)
     return "\n".join([*rows, f"{'':>{width}} rows: KV heads, columns: layers; {legend}"])
 
 
@@ -369,7 +371,8 @@ def planned_facts(title: str, facts: dict[str, Any]) -> Table:
             of = f" ({value / facts['native_bytes']:.1%})" if name.startswith("bytes") else ""
             table.add_row(_PLANNED_BYTES[name], decimal(value) + of)
         elif value is not None and name != "dry_run":
-            table.add_row(name.replace("_", " "), f"{value}")
+            told = f"{value:,}" if type(value) is int else f"{value}"
+            table.add_row(name.replace("_", " "), told)
     return table
 
 

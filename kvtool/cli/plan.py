@@ -215,9 +215,9 @@ def _describe_heads(table: Table, result: dict[str, Any]) -> None:
     layers = result["layers"]
     rings = sorted({(x["sink"], x["window"]) for x in layers if x["streaming"]})
     kept = ", ".join(f"the first {sink} and last {window} tokens" for sink, window in rings)
-    share = f"{result['streaming_heads']} of {result['kv_heads']} KV heads"
-    table.add_row("streaming", share + (f", {kept}" if kept else ""))
     if rings:
+        share = f"{result['streaming_heads']} of {result['kv_heads']} KV heads"
+        table.add_row("streaming", f"{share}, {kept}")
         table.add_row("  per layer", " ".join(str(layer["streaming"]) for layer in layers))
     budgets = [x for layer in layers for x in layer["budget"] or () if x is not None]
     if budgets:

@@ -185,11 +185,15 @@ def serve_local(
 def caches(engine: Engine, plan: Path | None) -> str:
     """What is kept of the past, in words."""
     from kvtool.runtime.layers import LatentRuntimeAttention
+    from kvtool.runtime.recurrent import RuntimeMixer
 
     if plan is not None:
         return f"plan {plan}"
-    latent = isinstance(engine.attentions[0], LatentRuntimeAttention)
-    return "latents (MLA)" if latent else "all keys and values"
+    if isinstance(engine.attentions[0], LatentRuntimeAttention):
+        return "latents (MLA)"
+    states = sum(isinstance(attention, RuntimeMixer) for attention in engine.attentions)
+    more = f", but states in {counted(states, 'layer')}" if states else ""
+    return f"all keys and values{more}"
 
 
 def room(scheduler: Scheduler) -> str:

@@ -145,9 +145,11 @@ class Report:
                 table.add_row(f"numbers of {len(codes)} {kind} codes", ABSENT, f"{width:,}", ABSENT)
                 exact = f"{codes[0]['sink']} + {codes[0]['window']}"
                 table.add_row("first + last tokens, kept exactly", ABSENT, exact, ABSENT)
-            elif self.plan["kv_heads"]:
-                heads = f"{self.plan['streaming_heads']}/{self.plan['kv_heads']}"
+            elif streaming := self.plan["streaming_heads"]:
+                heads = f"{streaming}/{self.plan['kv_heads']}"
                 table.add_row(f"KV heads that stream (prompts are {how})", "0", heads, ABSENT)
+            else:
+                table.add_row("how prompts are read", ABSENT, self.plan["prefill"], ABSENT)
             if (policy := self.plan["policy"]) is not None:
                 table.add_row("tokens of a prompt chosen by", ABSENT, policy, ABSENT)
             read = {x["sparse"]["tokens"] for x in self.plan["layers"] if x["sparse"] is not None}

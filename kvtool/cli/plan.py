@@ -240,7 +240,7 @@ def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
     if kept := one["kept"]:
         table.add_row("  kept", f"the {kept} numbers of largest magnitude, and a bitmap")
     scale = "a channel" if one["axis"] == "channel" else "a token"
-    stored = f"a scale and a minimum (4 bytes) for {one['group']} of {scale}"
+    stored = f"a scale and a minimum (4 bytes) for {one['group']} numbers of {scale}"
     table.add_row("  stored", stored)
     if rank := one["rank"]:
         table.add_row("  factors", f"of rank {rank}, of what the codes leave out")
@@ -298,7 +298,8 @@ def _describe_latents(table: Table, latents: list[dict[str, Any]]) -> None:
             mean = sum(numbers) / len(numbers)
             table.add_row(name, f"{mean:.2f} bits in the mean: {counts} in all layers")
     one = latents[0]
-    table.add_row("  stored", f"a scale and a minimum (4 bytes) for {one['group']} of a number")
+    stored = f"a scale and a minimum (4 bytes) for {one['group']} tokens of each number"
+    table.add_row("  stored", stored)
     table.add_row(
         "  exact", f"the first {one['sink']} and at least the last {one['window']} tokens"
     )

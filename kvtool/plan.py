@@ -331,8 +331,8 @@ class Plan:
 
     @property
     def knows_heads(self) -> bool:
-        """Whether it says of single heads what they keep: codes and latents are of all together."""
-        return not self.codes and any(layer.streaming for layer in self.layers)
+        """Whether it tells heads apart: some stream, or have token budgets."""
+        return any(any(layer.streaming) or layer.budget is not None for layer in self.layers)
 
     @property
     def streaming_heads(self) -> int:

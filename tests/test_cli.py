@@ -400,6 +400,12 @@ def test_json_has_no_numbers_that_json_lacks() -> None:
     assert json.loads(_console.dump_json(value)) == {"a": None, "b": [None, 1.5], "c": {"d": None}}
 
 
+def test_a_sentence_is_one_line_of_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = "a word and " * 30
+    _console._console(stderr=True).print(sentence)
+    assert capsys.readouterr().err == f"{sentence}\n"
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress_is_silent_when_nobody_looks(
     quiet: bool, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,6 @@
 """`kvtool doctor` says what there is, and what keeps kvtool from working."""
 
+import io
 import json
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from kvtool import doctor
-from kvtool.cli import run_command
+from kvtool.cli import _console, run_command
 from kvtool.kernels.dispatch import VARIABLE
 
 
@@ -33,6 +35,15 @@ def test_a_sound_machine_is_told_with_its_versions(capsys, monkeypatch, tmp_path
     assert not (tmp_path / "new").exists()  # it only looks
     assert run_command(["doctor"]) == 0
     assert torch.__version__ in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_shows_whole_paths(monkeypatch, tmp_path):
+    said = io.StringIO()
+    monkeypatch.setattr(_console, "out", Console(file=said, width=60))
+    folder = tmp_path / "a folder with a name that is longer than a narrow terminal is wide"
+    monkeypatch.setenv("KVTOOL_HOME", str(folder))
+    assert run_command(["doctor"]) == 0
+    assert "…" not in said.getvalue()
 
 
 @pytest.mark.parametrize(("name", "found"), [("torch", "2.1.0"), ("transformers", "6.0.0")])

@@ -65,7 +65,13 @@ def extended(engine: Engine, ids: torch.Tensor, prompt: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("llama", "all keys and values"), ("deepseek_v3", "latents (MLA)")]
+    ("name", "said"),
+    [
+        ("llama", "all keys and values"),
+        ("deepseek_v3", "latents (MLA)"),
+        ("granitemoehybrid", "all keys and values, but states in 2 layers"),
+        ("qwen3_next", "all keys and values, but states in 2 layers"),
+    ],
 )
 def test_a_server_says_what_it_keeps(tiny, name, said):
     engine = Engine.load(

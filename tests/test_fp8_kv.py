@@ -397,7 +397,9 @@ def test_a_large_key_bias_is_told_before_any_work(
     assert list(plan(bad, to="fp8-kv")["large_key_biases"]) == ["1"]
     command = ["convert", str(bad), "--to", "fp8-kv", "-o", str(tmp_path / "out"), "--dry-run"]
     assert run_command([*command, "--tokens", "1024"]) == 0
-    assert "skip-layers 1" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "skip-layers 1" in said
+    assert "scales one for the keys and one for the values of each layer" in said
 
 
 # -------------------------------------------------------------------------------- the command

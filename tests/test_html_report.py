@@ -106,7 +106,14 @@ def full_report() -> dict[str, Any]:
     ("plan", "said"),
     [
         ({"streaming_heads": 2, "kv_heads": 6, "codes": []}, "plan: 2 of 6 KV heads stream"),
-        ({"streaming_heads": 2, "kv_heads": 6}, "plan: 2 of 6 KV heads stream"),
+        (
+            {"streaming_heads": 2, "kv_heads": 6, "layers": [{"bits": {"group": 64}}]},
+            "plan: 2 of 6 KV heads stream, others have few bits",
+        ),
+        (
+            {"streaming_heads": 0, "kv_heads": 6, "layers": [{"scales": {"window": 0}}]},
+            "plan: heads are in fp8",
+        ),
         (
             {
                 "codes": [

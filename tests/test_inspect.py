@@ -222,9 +222,17 @@ def test_json_and_table_say_the_same(tiny: Tiny, capfd: pytest.CaptureFixture[st
     assert f"{result['parameters']:,} parameters" in text
     assert len(result["applications"]) == len(targets.METHODS) * len(targets.TARGETS) + 3
     assert f"less from {result['hybrid']['even_at']} tokens on" in text
+    alike = ("command", "method", "reasons")
     for item in result["applications"] + result["plans"]:
         verdict = "yes" if item["applies"] else "no"
-        choice = f"{item['method']} {item['target']}" if item["command"].endswith("mla") else ""
+        choice = ""
+        if item["command"].endswith("mla"):  # targets of which the same is said share a row
+            targets_alike = [
+                other["target"]
+                for other in result["applications"]
+                if [other[x] for x in alike] == [item[x] for x in alike]
+            ]
+            choice = f"{item['method']} {', '.join(targets_alike)}"
         row = f"{item['command']} {choice} {verdict}"
         assert " ".join(row.split()) in text
 

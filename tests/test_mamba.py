@@ -273,6 +273,11 @@ def test_a_dry_run_says_what_it_costs(tiny, tmp_path, capsys):
     assert (plan["bytes_per_token_before"], plan["bytes_per_token_after"]) == (384, 256)
     assert plan["constant_bytes"] == 4 * 4 * 16 * 16 + 2 * 3 * 192
     assert plan["healing"]["tokens"] == mamba_planning.AUTO
+    arguments.remove("--json")
+    assert run_command(["convert", str(tiny("llama")), *arguments, "-o", output]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"bytes per sequence {plan['constant_bytes']:,} of states" in said
+    assert f"healing {mamba_planning.AUTO:,} tokens, " in said
     assert not (tmp_path / "out").exists()
 
 

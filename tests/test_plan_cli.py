@@ -77,6 +77,16 @@ def test_the_picture_has_a_row_per_head_and_a_column_per_layer(heads: Path, budg
     assert head_picture(Plan.read(heads)).splitlines()[:2] == ["0 ··██", "1 ··██"]
     assert head_picture(Plan.read(budgets)).splitlines()[:2] == ["0 ▒▒▒▒", "1 ▒▒▒▒"]
     assert head_picture(Plan.read(heads)) in run("show", heads)
+    assert head_picture(Plan.read(heads)).endswith("; █ full  · streaming")
+    assert head_picture(Plan.read(budgets)).endswith("; ▒ token budget")
+
+
+def test_nothing_is_drawn_of_heads_that_are_all_kept_alike(budgets: Path, tmp_path: Path) -> None:
+    Plan(BASE, (FULL,) * 4, provenance=({"method": "aware"},)).write(tmp_path / "alike.plan")
+    shown = run("show", tmp_path / "alike.plan")
+    assert "streaming" not in shown
+    assert "rows: KV heads" not in shown
+    assert "rows: KV heads" in run("show", budgets)
 
 
 def test_a_slice_is_what_the_plan_itself_cuts(heads: Path, tmp_path: Path) -> None:

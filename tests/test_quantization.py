@@ -451,8 +451,8 @@ def test_the_command_writes_a_plan_that_runs(llama, tmp_path, capsys):
     [
         (["zipcache"], "zipcache", "bits of keys 4/2 bits of values 4/2 tiers 9 of 16 tokens"),
         (["gear", "--bits", "2", "--rank", "3"], "gear",
-         "bits of keys 2 bits of values 2 stored a scale and a minimum (4 bytes) for 16 of a "
-         "channel factors of rank 3, of what the codes leave out"),
+         "bits of keys 2 bits of values 2 stored a scale and a minimum (4 bytes) for 16 numbers "
+         "of a channel factors of rank 3, of what the codes leave out"),
         (["mustafar", "--bits", "8", "--sparsity", "70%"], "mustafar",
          "bits of keys 8 bits of values 16 kept the 5 numbers of largest magnitude, and a bitmap"),
         (["mustafar"], "mustafar",

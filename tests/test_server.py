@@ -787,6 +787,33 @@ def test_sigterm_lets_running_streams_end(tiny):
         assert process.wait(30) == 0
 
 
+@pytest.mark.parametrize("ending", ["a second Ctrl-C", "the end of --drain"])
+def test_what_a_server_waits_for_is_told_and_cut_off_without_a_traceback(tiny, ending):
+    command = [sys.executable, "-m", "kvtool", "serve-local", str(tiny("llama")), "--port", "0"]
+    options = ["--kv-memory", "64MiB", "--served-model-name", "tiny", "--drain"]
+    options += ["0"] if ending == "the end of --drain" else ["60"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
+        assert url is not None
+        process.stderr.readline()
+        body = {"prompt": "The", "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url[0]}{TEXT}", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline() == (
+                f"waiting up to {options[-1]} s for 1 running request; Ctrl-C cuts them off\n"
+            )
+            if ending == "a second Ctrl-C":
+                process.send_signal(signal.SIGINT)
+            told = [line for line in lines if line]
+            rest = process.stderr.read()
+        assert "the server was stopped before the answer was complete" in told[-1]
+        assert rest.strip() == "interrupted"
+        assert process.wait(30) == 130
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -51,6 +51,15 @@ def speeds(tmp_path: Path) -> Table:
     return speed_table([speed], "speed")
 
 
+@pytest.mark.parametrize(("streaming", "said"), [(0, "how prompts are read"), (2, "2/6")])
+def test_heads_that_stream_have_a_row_if_there_are_any(streaming: int, said: str) -> None:
+    plan = {"codes": [], "streaming_heads": streaming, "kv_heads": 6, "prefill": "streamed"}
+    report = replace(a_report(), plan={**plan, "policy": None, "layers": []})
+    lines = "\n".join(shown(report.table(), 100))
+    assert said in lines
+    assert ("KV heads that stream" in lines) == (streaming > 0)
+
+
 @pytest.mark.parametrize("made", [report_table, comparison, explanation, speeds])
 def test_no_number_is_cut_at_80_columns(made, tmp_path: Path) -> None:
     table = made(tmp_path)

@@ -25,6 +25,7 @@ def _console(*, stderr: bool) -> Console:
     return Console(
         stderr=stderr,
         width=None if is_terminal else _PIPE_WIDTH,
+        soft_wrap=stderr and not is_terminal,  # sentences alone go there: a line each in a log
         # Said outright: rich would take FORCE_COLOR, which CI systems set, for a terminal.
         force_terminal=is_terminal,
         highlight=False,

@@ -136,9 +136,11 @@ def _add_plan(table: Table, plan: dict[str, Any]) -> None:
         table.add_row("text alone", told)
     if plan["to"] == "mla":
         table.add_row("method", f"{plan['method']} for {plan['target']}")
-    table.add_row("cache bytes per token", f"{before} before, {after} after ({after / before:.1%})")
+    told = f"{before:,} before, {after:,} after ({after / before:.1%})"
+    table.add_row("cache bytes per token", told)
     if plan["to"] == "mamba":
-        table.add_row("constant bytes", f"{plan['constant_bytes']} of a sequence")
+        told = f"{plan['constant_bytes']:,} of states beside them, at any length"
+        table.add_row("bytes per sequence", told)
         replaced = plan["replaced_layers"]  # in words, until they are ranked
         told = replaced if isinstance(replaced, str) else ", ".join(map(str, replaced))
         table.add_row("layers replaced", told)
@@ -146,7 +148,8 @@ def _add_plan(table: Table, plan: dict[str, Any]) -> None:
         table.add_row("KV heads per layer", str(plan["kv_heads"]))
     elif plan["to"] == "fp8-kv":
         folded = [w for w in ("smooth", "turn_values") if plan[w]]
-        table.add_row("scales", plan["scales"])
+        each = "layer" if plan["scales"] == "tensor" else "KV head"
+        table.add_row("scales", f"one for the keys and one for the values of each {each}")
         table.add_row("folded into weights", ", ".join(folded).replace("_", " ") or "nothing")
         if large := plan["large_key_biases"]:
             times = ", ".join(f"{x:.0f} times in layer {i}" for i, x in large.items())
@@ -158,7 +161,7 @@ def _add_plan(table: Table, plan: dict[str, Any]) -> None:
     if (healing := plan["healing"]) is not None:
         amount = f"{healing['seconds'] or 0:.0f} seconds"
         if healing["tokens"] is not None:
-            amount = f"{healing['tokens']} tokens, {healing['steps']} steps"
+            amount = f"{healing['tokens']:,} tokens, {healing['steps']:,} steps"
         table.add_row(
             "healing",
             f"{amount}, windows of {healing['window']}, memory about "

@@ -212,9 +212,10 @@ def _training(method: str, **named: Any) -> dict[str, Any]:
 
 def _print_recall(scored: Plan) -> None:
     for check in scored.provenance[0]["recall"]:
-        how = "counts" if check["passed"] else "is too little to judge heads by"
+        how = "enough" if check["passed"] else "too little"
         accuracy = f"{check['accuracy']:.0%} of the tokens of '{check['kind']}'"
-        _console.out.print(f"the model itself recalls {accuracy}, which {how}")
+        told = f"the model itself recalls {accuracy}: {how} to judge its heads by"
+        _console.out.print(told)
 
 
 def _check_is_ours(folder: Path) -> None:

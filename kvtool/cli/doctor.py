@@ -16,6 +16,8 @@ def doctor(json: _options.Json = False) -> int:
 
     findings = examine()
     table = Table(box=box.SIMPLE, show_header=False)
+    for _ in range(4):
+        table.add_column(overflow="fold")  # a path that is cut short leads nowhere
     for finding in findings:
         mark = "!" if finding.wrong else ""
         table.add_row(mark, finding.name, finding.found, finding.hint or "")

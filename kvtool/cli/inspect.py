@@ -100,7 +100,10 @@ def _applications(inspection: Inspection) -> Table:
             items = [replace(items[0], method="any", target="any")]
         elif len(items) == 1:  # nothing to choose
             items = [replace(items[0], method="", target="")]
+        alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # targets of a method, by verdict
         for item in items:
-            verdict, reasons = "no" if item.reasons else "yes", "; ".join(item.reasons)
-            table.add_row(command, item.method, item.target, verdict, reasons)
+            alike.setdefault((item.method, tuple(item.reasons)), []).append(item.target)
+        for (method, reasons), targets in alike.items():
+            verdict = "no" if reasons else "yes"
+            table.add_row(command, method, ", ".join(targets), verdict, "; ".join(reasons))
     return table

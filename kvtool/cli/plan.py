@@ -128,7 +128,9 @@ def head_picture(plan: Plan) -> str:
     rows = [
         f"{head:>{width}} {''.join(row)}" for head, row in enumerate(zip(*columns, strict=True))
     ]
-    legend = f"{FULL} full  {STREAMING} streaming  {BUDGETED} token budget"
+    words = {FULL: "full", STREAMING: "streaming", BUDGETED: "token budget"}
+    used = {mark for column in columns for mark in column}
+    legend = "  ".join(f"{mark} {word}" for mark, word in words.items() if mark in used)
     return "\n".join([*rows, f"{'':>{width}} rows: KV heads, columns: layers; {legend}"])
 
 
@@ -216,9 +218,9 @@ def _describe_heads(table: Table, result: dict[str, Any]) -> None:
     layers = result["layers"]
     rings = sorted({(x["sink"], x["window"]) for x in layers if x["streaming"]})
     kept = ", ".join(f"the first {sink} and last {window} tokens" for sink, window in rings)
-    share = f"{result['streaming_heads']} of {result['kv_heads']} KV heads"
-    table.add_row("streaming", share + (f", {kept}" if kept else ""))
     if rings:
+        share = f"{result['streaming_heads']} of {result['kv_heads']} KV heads"
+        table.add_row("streaming", f"{share}, {kept}")
         table.add_row("  per layer", " ".join(str(layer["streaming"]) for layer in layers))
     budgets = [x for layer in layers for x in layer["budget"] or () if x is not None]
     if budgets:
@@ -241,7 +243,7 @@ def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
     if kept := one["kept"]:
         table.add_row("  kept", f"the {kept} numbers of largest magnitude, and a bitmap")
     scale = "a channel" if one["axis"] == "channel" else "a token"
-    stored = f"a scale and a minimum (4 bytes) for {one['group']} of {scale}"
+    stored = f"a scale and a minimum (4 bytes) for {one['group']} numbers of {scale}"
     table.add_row("  stored", stored)
     if rank := one["rank"]:
         table.add_row("  factors", f"of rank {rank}, of what the codes leave out")
@@ -299,7 +301,8 @@ def _describe_latents(table: Table, latents: list[dict[str, Any]]) -> None:
             mean = sum(numbers) / len(numbers)
             table.add_row(name, f"{mean:.2f} bits in the mean: {counts} in all layers")
     one = latents[0]
-    table.add_row("  stored", f"a scale and a minimum (4 bytes) for {one['group']} of a number")
+    stored = f"a scale and a minimum (4 bytes) for {one['group']} tokens of each number"
+    table.add_row("  stored", stored)
     table.add_row(
         "  exact", f"the first {one['sink']} and at least the last {one['window']} tokens"
     )
@@ -376,7 +379,8 @@ def emit_planned(plan: Path, model: str, facts: dict[str, Any], json: bool) -> N
             of = f" ({value / facts['native_bytes']:.1%})" if name.startswith("bytes") else ""
             table.add_row(_PLANNED_BYTES[name], decimal(value) + of)
         elif value is not None and name != "dry_run":
-            table.add_row(name.replace("_", " "), f"{value}")
+            told = f"{value:,}" if type(value) is int else f"{value}"
+            table.add_row(name.replace("_", " "), told)
     _console.emit(facts, json, table)
 
 

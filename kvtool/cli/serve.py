@@ -7,7 +7,9 @@ import importlib.util
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
     from kvtool.runtime import Engine
     from kvtool.runtime.scheduler import Scheduler
+    from kvtool.server.worker import Worker
 
 _SERVER, _MEMORY = "Server", "Memory"
 _NEEDED = ("fastapi", "llguidance", "prometheus_client", "uvicorn")
+_UNREAD_SECONDS = 5  # for clients that do not read the end of what was cut off
 
 
 def serve_local(
@@ -101,7 +105,7 @@ def serve_local(
         int,
         typer.Option(
             min=0,
-            help="Seconds that running requests get to end after SIGTERM.",
+            help="Seconds that running requests get to end after SIGTERM or Ctrl-C.",
             rich_help_panel=_SERVER,
         ),
     ] = 60,
@@ -175,17 +179,21 @@ def serve_local(
         err.print(f"{kv_memory} of caches hold {room(scheduler)} (uncompressed {native:,.0f})")
         if api_key is None and not _is_local(address):
             err.print("warning: other machines can reach it, and no --api-key is asked for")
-    _run(create_app(service, api_key=api_key, max_body=body), listener, drain)
+    _run(create_app(service, api_key=api_key, max_body=body), worker, listener, drain)
 
 
 def caches(engine: Engine, plan: Path | None) -> str:
     """What is kept of the past, in words."""
     from kvtool.runtime.layers import LatentRuntimeAttention
+    from kvtool.runtime.recurrent import RuntimeMixer
 
     if plan is not None:
         return f"plan {plan}"
-    latent = isinstance(engine.attentions[0], LatentRuntimeAttention)
-    return "latents (MLA)" if latent else "all keys and values"
+    if isinstance(engine.attentions[0], LatentRuntimeAttention):
+        return "latents (MLA)"
+    states = sum(isinstance(attention, RuntimeMixer) for attention in engine.attentions)
+    more = f", but states in {counted(states, 'layer')}" if states else ""
+    return f"all keys and values{more}"
 
 
 def room(scheduler: Scheduler) -> str:
@@ -258,13 +266,35 @@ def _warm_up(scheduler: Scheduler) -> None:
     scheduler.counters = Counters()
 
 
-def _run(app: Any, listener: socket.socket, drain: int) -> None:
+def _run(app: Any, worker: Worker, listener: socket.socket, drain: int) -> None:
     import uvicorn
+
+    class Server(uvicorn.Server):
+        """Says what it waits for before it ends. uvicorn would cut requests off by cancelling
+        them, which logs tracebacks and leaves the engine's thread running; here they end.
+        """
+
+        cut_off = False
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            first = not self.should_exit
+            if first or self.cut_off or sig != signal.SIGINT:
+                super().handle_exit(sig, frame)
+            else:
+                self.cut_off = True
+                worker.cut_off()
+            if first:
+                if running := len(self.server_state.tasks):
+                    requests = counted(running, "running request")
+                    err.print(f"waiting up to {drain} s for {requests}; Ctrl-C cuts them off")
+                late = threading.Timer(drain, worker.cut_off)
+                late.daemon = True
+                late.start()
 
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=drain,
+        timeout_graceful_shutdown=drain + _UNREAD_SECONDS,
     )  # fmt: skip
     # uvicorn hands the signal on when everything has ended: a drained server has succeeded.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])

@@ -186,6 +186,14 @@ def _estimate_fact(
     return _fact(name, estimate(number["value"], None, digits), spread + detail)
 
 
+_HEADS_WITH = {
+    "budget": "have token budgets",
+    "bits": "have few bits",
+    "scales": "are in fp8",
+    "sparse": "are read sparsely",
+}
+
+
 def _plan_words(plan: Mapping[str, Any] | None) -> str:
     if plan is None:
         return ""
@@ -193,13 +201,13 @@ def _plan_words(plan: Mapping[str, Any] | None) -> str:
         return f"; plan: {_code_words(codes)}"
     if not plan["kv_heads"]:
         return "; plan: latents of few bits"
-    words = f"; plan: {plan['streaming_heads']} of {plan['kv_heads']} KV heads stream"
-    layers = plan.get("layers", ())
-    if any(layer.get("bits") for layer in layers):
-        words += ", others have few bits"
-    if any(layer.get("sparse") for layer in layers):
-        words += ", others are read sparsely"
-    return words
+    streaming, layers = plan["streaming_heads"], plan.get("layers", ())
+    words = [f"{streaming} of {plan['kv_heads']} KV heads stream"] if streaming else []
+    heads = "others" if streaming else "heads"
+    for field, said in _HEADS_WITH.items():
+        if any(layer.get(field) for layer in layers):
+            words.append(f"{heads} {said}")
+    return f"; plan: {', '.join(words) or 'heads keep everything'}"
 
 
 def _code_words(codes: Sequence[Mapping[str, Any]]) -> str:

@@ -260,10 +260,12 @@ def _add_plan(table: Table, plan: dict[str, Any]) -> None:
         table.add_row(f"numbers of {len(codes)} {kind} codes", ABSENT, f"{width:,}", ABSENT)
         exact = f"{codes[0]['sink']} + {codes[0]['window']}"
         table.add_row("first + last tokens, kept exactly", ABSENT, exact, ABSENT)
-    elif plan["kv_heads"]:
+    elif streaming := plan["streaming_heads"]:
         how = "read densely, then dropped" if plan["prefill"] == "dense" else "streamed"
-        heads = f"{plan['streaming_heads']}/{plan['kv_heads']}"
+        heads = f"{streaming}/{plan['kv_heads']}"
         table.add_row(f"KV heads that stream (prompts are {how})", "0", heads, ABSENT)
+    else:
+        table.add_row("how prompts are read", ABSENT, plan["prefill"], ABSENT)
     if (policy := plan["policy"]) is not None:
         table.add_row("tokens of a prompt chosen by", ABSENT, policy, ABSENT)
     if read := {x["sparse"]["tokens"] for x in plan["layers"] if x["sparse"] is not None}:

@@ -207,6 +207,12 @@ class Worker(threading.Thread):
         self._stopping = True
         self._commands.put(lambda: None)
 
+    def cut_off(self) -> None:
+        """Takes no more requests, and ends those that run or wait with an error."""
+        self._stopping = True
+        stopped = ApiError(503, "the server was stopped before the answer was complete")
+        self._commands.put(lambda: self._break_off(stopped, "abort"))
+
     @property
     def accepts(self) -> bool:
         """Whether requests are taken."""
@@ -275,15 +281,17 @@ class Worker(threading.Thread):
 
     def _fail(self, error: Exception) -> None:
         """Ends everything that runs: nobody knows in which state its memory is."""
-        failure = _failure(error)
+        self._break_off(_failure(error), "error")
+        self.scheduler.forget_prefixes()
+
+    def _break_off(self, failure: ApiError, how: str) -> None:
         answers = list(self._answers.values())
         self._answers.clear()
         for answer in answers:
-            self.metrics.ended(answer.request, "error")
+            self.metrics.ended(answer.request, how)
         self._send([(answer, Delta(error=failure)) for answer in answers])
         for answer in answers:
             self.scheduler.cancel(answer.request)
-        self.scheduler.forget_prefixes()
 
     def _end(self, error: BaseException) -> None:
         """Tells everybody who waits, also for what the thread has not taken yet, that it ends."""

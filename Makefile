@@ -12,13 +12,19 @@ READY := .venv/ready
 .PHONY: demo test lint format interop clean
 
 demo: $(READY)
+	@echo "[1/6] which heads need the whole past, about three minutes on two cores"
 	$(BIN)/kvtool calibrate retrieval-heads smollm2 -o demo.plan --streaming-heads 75% --samples 4 \
 	  --overwrite
+	@echo "[2/6] what it costs that the others forget"
 	$(BIN)/kvtool evaluate smollm2 --plan demo.plan --quick
+	@echo "[3/6] text from that cache"
 	$(BIN)/kvtool generate smollm2 "The capital of France is" --plan demo.plan --max-new-tokens 40
+	@echo "[4/6] the same model with MLA, taught by the original"
 	$(BIN)/kvtool convert smollm2 --to mla --kv-budget 50% --tokens 8192 --heal auto -o demo-mla \
 	  --overwrite
+	@echo "[5/6] what that costs"
 	$(BIN)/kvtool evaluate demo-mla --against smollm2 --quick -o demo.html
+	@echo "[6/6] text from its latents"
 	$(BIN)/kvtool generate demo-mla "The capital of France is" --max-new-tokens 40
 
 test: lint

@@ -754,6 +754,16 @@ def test_half_of_a_character_is_the_fault_of_the_request(server: Running, route:
     assert "half of one" in answer.json()["error"]["message"]
 
 
+def test_a_model_is_as_long_as_the_memory_holds(engine):
+    with serving(engine, memory=300 * 768) as server:
+        longest = server.client().models.retrieve("tiny").max_model_len
+        assert longest < engine.max_context
+        assert server.post("/tokenize", {"prompt": "a"}).json()["max_model_len"] == longest
+        prompt = {"model": "tiny", "prompt": [5] * (longest - 1)}
+        assert server.post(TEXT, {**prompt, "max_tokens": 1}).status_code == 200
+        assert server.post(TEXT, {**prompt, "max_tokens": 2}).status_code == 400
+
+
 def test_facts_about_model_and_tokenizer(server):
     client = server.client()
     assert client.models.retrieve("tiny").max_model_len == 512

@@ -64,6 +64,11 @@ class Service:
         )  # fmt: skip
         self.fingerprint = "fp_" + hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence may come to alone, in the model's context and the memory."""
+        return 1 + self.worker.scheduler.room(1)
+
     # ------------------------------------------------------------------------------ requests
 
     def check_model(self, asked: str | None) -> None:
@@ -364,7 +369,7 @@ class Service:
             "created": self.created,
             "owned_by": "kvtool",
             "root": engine.checkpoint.source,
-            "max_model_len": engine.max_context,
+            "max_model_len": self.longest,
             "kvtool": {
                 "cache": self.description,
                 "bytes_per_token": state.bytes_per_token,
@@ -467,7 +472,7 @@ def create_app(service: Service, *, api_key: str | None = None, max_body: int = 
             )
         else:
             ids = await service.encode(body.prompt or "", special=body.add_special_tokens)
-        return {"count": len(ids), "max_model_len": service.engine.max_context, "tokens": ids}
+        return {"count": len(ids), "max_model_len": service.longest, "tokens": ids}
 
     @app.post("/detokenize")
     async def detokenize(body: schema.Detokenize) -> dict[str, Any]:

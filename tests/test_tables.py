@@ -60,6 +60,19 @@ def test_heads_that_stream_have_a_row_if_there_are_any(streaming: int, said: str
     assert ("KV heads that stream" in lines) == (streaming > 0)
 
 
+def test_a_report_says_which_bits_a_plan_has() -> None:
+    plan = {"codes": [], "streaming_heads": 0, "kv_heads": 6, "prefill": "dense", "policy": None}
+    layers = [
+        {"bits": {"keys": 8, "values": 4}},
+        {"bits": {"keys": 3, "values": 4}},
+        {"bits": None},
+    ]
+    report = replace(a_report(), plan={**plan, "layers": [{**x, "sparse": None} for x in layers]})
+    lines = [" ".join(line.split()) for line in shown(report.table(), 100)]
+    assert "│ bits of keys │ – │ 3, 8 │ – │" in lines
+    assert "│ bits of values │ – │ 4 │ – │" in lines
+
+
 @pytest.mark.parametrize("made", [report_table, comparison, explanation, speeds])
 def test_no_number_is_cut_at_80_columns(made, tmp_path: Path) -> None:
     table = made(tmp_path)

@@ -266,6 +266,9 @@ def _add_plan(table: Table, plan: dict[str, Any]) -> None:
         table.add_row(f"KV heads that stream (prompts are {how})", "0", heads, ABSENT)
     else:
         table.add_row("how prompts are read", ABSENT, plan["prefill"], ABSENT)
+    for part in ("keys", "values"):
+        if each := {x["bits"][part] for x in plan["layers"] if x["bits"] is not None}:
+            table.add_row(f"bits of {part}", ABSENT, ", ".join(map(str, sorted(each))), ABSENT)
     if (policy := plan["policy"]) is not None:
         table.add_row("tokens of a prompt chosen by", ABSENT, policy, ABSENT)
     if read := {x["sparse"]["tokens"] for x in plan["layers"] if x["sparse"] is not None}:

@@ -194,7 +194,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "32 on 8 heads of 128", partial(attend, q, pages(D), pages(D))
     sinks = partial(attend, q, pages(D), pages(D), sink_logits=half(Q))
     yield "32 on 8 heads of 128, sink logits", sinks
-    for width in (64, D, 256):
+    for width in (64, D, 256, 512):
         yield f"32 on 8 heads of {width}, fp8", partial(floats_step, width)
     for heads, rank, turned in ((16, 512, 64), (32, 448, 64), (128, 512, 64), (64, 1024, 64)):
         read = half(2, heads, rank + turned), pages(rank + turned, 1), rank

@@ -116,7 +116,7 @@ def budget_tokens(whole: Plan, options: BudgetOptions, budget_bytes: int, itemsi
     bounded = native - heads * options.context * unit  # of layers that are left alone
     total = (budget_bytes - bounded) // unit
     if not low * heads <= total <= options.context * heads:
-        others = f"; {unchanged}" if (unchanged := left_alone(whole)) else ""
+        others = f"; left alone, and counted: {x}" if (x := left_alone(whole)) else ""
         raise UsageError(
             f"a budget of {budget_bytes:,} bytes after {options.context} tokens is impossible: all "
             f"of them take {native:,}, and the {low} that every head keeps at "
@@ -134,7 +134,7 @@ def left_alone(whole: Plan) -> str | None:
             named.append(f"{count} layer{'s' if count > 1 else ''} {what}")
     if not named:
         return None
-    return f"{' and '.join(named)} stay as they are, and count"
+    return " and ".join(named)
 
 
 def share_out(

@@ -74,7 +74,7 @@ class ConvertStep(_Strict):
     method: Literal["aware", "transmla", "exact"] = "aware"
     target: Literal["transformers", "vllm", "kvtool"] = "transformers"
     kv_heads: Positive | None = None
-    kv_budget: Budget | None = None
+    kv_budget: TextOrNumber | None = None
     rope_dim: Annotated[int, Field(ge=2)] | None = None
     rank: Positive | None = None
     freqfold: TextOrNumber = "auto"

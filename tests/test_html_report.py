@@ -115,6 +115,14 @@ def full_report() -> dict[str, Any]:
             "plan: heads are in fp8",
         ),
         (
+            {"streaming_heads": 0, "kv_heads": 0, "layers": [{"bits": {"group": 64}, "kept": {}}]},
+            "plan: heads have few bits",
+        ),
+        (
+            {"streaming_heads": 0, "kv_heads": 0, "layers": [{"kept": {"rank": 64}}]},
+            "plan: latents of few bits",
+        ),
+        (
             {
                 "codes": [
                     {"kind": "rotated", "layers": n, "widths": w, "sink": 4, "window": 64}

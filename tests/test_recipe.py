@@ -132,9 +132,10 @@ def test_what_is_wrong_is_said_with_its_place(old: str, new: str, message: str) 
 
 
 @pytest.mark.parametrize("budget", ["150%", "0%", "half", "0", "-5%"])
-def test_a_budget_that_no_step_takes_is_refused_with_its_line(budget: str) -> None:
-    message = error_of(VALID.replace("50%", budget))
-    assert message.startswith("r.yaml:7:5: 'kv_budget' is")
+def test_a_budget_that_no_calibration_takes_is_refused_with_its_line(budget: str) -> None:
+    step = f"  - uses: calibrate budgets\n    kv_budget: {budget}\n"
+    message = error_of(f"kvtool: 1\nmodel: smollm2\nsteps:\n{step}")
+    assert message.startswith("r.yaml:5:5: 'kv_budget' is")
     assert "neither a share of the native cache" in message
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -764,6 +765,21 @@ def test_a_model_is_as_long_as_the_memory_holds(engine):
         assert server.post(TEXT, {**prompt, "max_tokens": 2}).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("room", "longest"),
+    [
+        pytest.param(lambda n: max(0, 300 - n), 300, id="every token costs the same"),
+        pytest.param(lambda n: max(0, 100 - n // 4), 400, id="a quarter of a prompt is kept"),
+        pytest.param(lambda n: 450 - n if n <= 200 else 0, 450, id="prompts are read densely"),
+        pytest.param(lambda n: max(0, 512 - n), 512, id="the context is the limit"),
+    ],
+)
+def test_the_longest_sequence_is_behind_the_prompt_that_leaves_most(room, longest):
+    worker = SimpleNamespace(scheduler=SimpleNamespace(room=room))
+    service = SimpleNamespace(worker=worker, engine=SimpleNamespace(max_context=512))
+    assert Service.longest.func(service) == longest
+
+
 def test_facts_about_model_and_tokenizer(server):
     client = server.client()
     assert client.models.retrieve("tiny").max_model_len == 512
@@ -812,16 +828,32 @@ def test_what_a_server_waits_for_is_told_and_cut_off_without_a_traceback(tiny, e
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
-            assert process.stderr.readline() == (
-                f"waiting up to {options[-1]} s for 1 running request; Ctrl-C cuts them off\n"
-            )
             if ending == "a second Ctrl-C":
+                told = "waiting up to 60 s for 1 running request; Ctrl-C cuts them off\n"
+                assert process.stderr.readline() == told
                 process.send_signal(signal.SIGINT)
-            told = [line for line in lines if line]
+            answer = [line for line in lines if line]
             rest = process.stderr.read()
-        assert "the server was stopped before the answer was complete" in told[-1]
+        assert "the server was stopped before the answer was complete" in answer[-1]
         assert rest.strip() == "interrupted"
         assert process.wait(30) == 130
+
+
+def test_what_runs_ends_well_where_nobody_reads_what_the_server_waits_for(tiny):
+    command = [sys.executable, "-m", "kvtool", "serve-local", str(tiny("llama")), "--port", "0"]
+    options = ["--kv-memory", "64MiB", "--served-model-name", "tiny"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
+        assert url is not None
+        body = {"prompt": "The", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url[0]}{TEXT}", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.stderr.close()
+            process.send_signal(signal.SIGINT)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        process.wait(30)
 
 
 @pytest.mark.parametrize(

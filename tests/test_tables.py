@@ -63,14 +63,17 @@ def test_heads_that_stream_have_a_row_if_there_are_any(streaming: int, said: str
 def test_a_report_says_which_bits_a_plan_has() -> None:
     plan = {"codes": [], "streaming_heads": 0, "kv_heads": 6, "prefill": "dense", "policy": None}
     layers = [
-        {"bits": {"keys": 8, "values": 4}},
-        {"bits": {"keys": 3, "values": 4}},
-        {"bits": None},
+        {"bits": {"keys": 8, "values": 4, "rest": {"keys": 4, "values": 2}, "kept": None}},
+        {"bits": {"keys": 3, "values": 4, "rest": None, "kept": 9}},
+        {"bits": None, "scales": {"window": 0}},
     ]
-    report = replace(a_report(), plan={**plan, "layers": [{**x, "sparse": None} for x in layers]})
+    report = replace(
+        a_report(), plan={**plan, "layers": [{"sparse": None, "scales": None, **x} for x in layers]}
+    )
     lines = [" ".join(line.split()) for line in shown(report.table(), 100)]
-    assert "│ bits of keys │ – │ 3, 8 │ – │" in lines
-    assert "│ bits of values │ – │ 4 │ – │" in lines
+    assert "│ bits of keys │ – │ 3, 8/4 │ – │" in lines
+    assert "│ bits of values │ – │ 4, 9 kept, 4/2 │ – │" in lines
+    assert "│ keys and values │ – │ fp8 │ – │" in lines
 
 
 @pytest.mark.parametrize("made", [report_table, comparison, explanation, speeds])

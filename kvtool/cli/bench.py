@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kvtool.cli import _options as options
 from kvtool.cli._console import emit, err, progress
 from kvtool.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def bench(

@@ -169,7 +169,7 @@ def quantization(
     planned = method_of.plan_ahead(start, options, budget, BF16)
     if options.method == "fp8":
         _options.check_exact(checkpoint, options.window, "--window")
-    else:
+    elif options.heads and not start.codes:  # codes have their own window, which stays
         exact = options.sink + options.window + options.group
         _options.check_exact(checkpoint, exact, "--sink, --window and --group")
     if dry_run:

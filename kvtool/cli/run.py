@@ -60,7 +60,9 @@ def run(
         "calibrate receptive-field": receptive_field,
         "calibrate double-sparsity": double_sparsity,
     }
-    composing = list(calibrations)[-3:]
+    composing = (
+        *("calibrate quantization", "calibrate receptive-field", "calibrate double-sparsity"),
+    )
     silent = ("calibrate statistics", "evaluate", "verify")  # what they write is no result
     loaded = load_recipe(recipe)
     named = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import signal
@@ -284,12 +285,15 @@ def _run(app: Any, worker: Worker, listener: socket.socket, drain: int) -> None:
                 self.cut_off = True
                 worker.cut_off()
             if first:
-                if running := len(self.server_state.tasks):
-                    requests = counted(running, "running request")
-                    err.print(f"waiting up to {drain} s for {requests}; Ctrl-C cuts them off")
                 late = threading.Timer(drain, worker.cut_off)
                 late.daemon = True
                 late.start()
+                # Whatever became of stderr, what runs goes on: rich ends a process whose reader
+                # has gone, and a handler may have come between the parts of another line.
+                with contextlib.suppress(OSError, RuntimeError, SystemExit):
+                    if drain and (running := len(self.server_state.tasks)):
+                        requests = counted(running, "running request")
+                        err.print(f"waiting up to {drain} s for {requests}; Ctrl-C cuts them off")
 
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False,

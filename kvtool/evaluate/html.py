@@ -199,7 +199,7 @@ def _plan_words(plan: Mapping[str, Any] | None) -> str:
         return ""
     if codes := plan.get("codes"):
         return f"; plan: {_code_words(codes)}"
-    if not plan["kv_heads"]:
+    if any("rank" in (layer.get("kept") or {}) for layer in plan.get("layers", ())):
         return "; plan: latents of few bits"
     streaming, layers = plan["streaming_heads"], plan.get("layers", ())
     words = [f"{streaming} of {plan['kv_heads']} KV heads stream"] if streaming else []

@@ -156,6 +156,7 @@ class _Walk:
         """Puts what another walk's layer has left in that one's place."""
         self.stores[index] = stored[0]
         for step, seen in zip(self.steps, stored[1], strict=True):
+            step.seen.pop(index, None)
             if seen is not None:
                 step.seen[index] = seen
 

@@ -267,13 +267,21 @@ def _add_plan(table: Table, plan: dict[str, Any]) -> None:
     else:
         table.add_row("how prompts are read", ABSENT, plan["prefill"], ABSENT)
     for part in ("keys", "values"):
-        if each := {x["bits"][part] for x in plan["layers"] if x["bits"] is not None}:
-            table.add_row(f"bits of {part}", ABSENT, ", ".join(map(str, sorted(each))), ABSENT)
+        if each := {_bits_of(part, x["bits"]) for x in plan["layers"] if x["bits"] is not None}:
+            table.add_row(f"bits of {part}", ABSENT, ", ".join(sorted(each)), ABSENT)
+    if any(x["scales"] for x in plan["layers"]):
+        table.add_row("keys and values", ABSENT, "fp8", ABSENT)
     if (policy := plan["policy"]) is not None:
         table.add_row("tokens of a prompt chosen by", ABSENT, policy, ABSENT)
     if read := {x["sparse"]["tokens"] for x in plan["layers"] if x["sparse"] is not None}:
         most = ", ".join(map(str, sorted(read)))
         table.add_row("tokens that a new one reads (full heads keep all)", "all", most, ABSENT)
+
+
+def _bits_of(part: str, bits: dict[str, Any]) -> str:
+    """Of one layer: 4, or of two tiers 4/2, or where few numbers are kept, how many."""
+    told = f"{bits[part]}/{bits['rest'][part]}" if bits["rest"] else f"{bits[part]}"
+    return f"{told}, {bits['kept']} kept" if part == "values" and bits["kept"] else told
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:

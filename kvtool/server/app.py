@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import cached_property
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -64,10 +66,15 @@ class Service:
         )  # fmt: skip
         self.fingerprint = "fp_" + hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
 
-    @property
+    @cached_property
     def longest(self) -> int:
-        """Tokens that a sequence may come to alone, in the model's context and the memory."""
-        return 1 + self.worker.scheduler.room(1)
+        """Tokens that a sequence may come to alone, in the model's context and the memory: behind
+        one token, or, as a plan may keep less of a prompt, behind the longest prompt.
+        """
+        room = self.worker.scheduler.room
+        prompts = range(1, self.engine.max_context)
+        prompt = max(1, bisect_left(prompts, True, key=lambda n: room(n) < 1))
+        return max(n + room(n) for n in (1, prompt))
 
     # ------------------------------------------------------------------------------ requests
 

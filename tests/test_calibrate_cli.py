@@ -170,7 +170,7 @@ def test_hints_name_flags_that_exist(
     for arguments in (["--window", "497"], ["--length", "600"], QUICK):
         assert calibrate(tiny("llama"), tmp_path / "a.plan", "--data", text, *arguments) in (1, 2)
         flags = {word.strip(",.;:") for word in failure(capsys).split() if word.startswith("--")}
-        assert flags <= {"--length", "--window", "--method"}
+        assert flags <= {"--length", "--sink", "--window", "--method"}
 
 
 def test_an_output_is_kept_unless_it_is_a_plan_to_be_replaced(

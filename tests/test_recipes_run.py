@@ -144,7 +144,8 @@ def test_the_ci_job_passes_on_a_real_model(smollm2: Checkpoint, tmp_path: Path) 
         "KVTOOL": str(wrapper),
         "STATISTICS_OPTIONS": "--tokens 512 --window 512",
         "HEADS_OPTIONS": "--samples 1 --length 512 --sink 4 --window 48",
-        "EVALUATE_OPTIONS": "--windows 1 --prefill 256 --continuation 64 --length 512",
+        "EVALUATE_OPTIONS": "--windows 1 --prefill 256 --continuation 64 --length 512 "
+        "--no-layers --no-chat-prompts",
         # Two short samples are not what anyone should calibrate with.
         "MAX_PPL_RATIO": "1.5",
         "MIN_RECALL": "0.8",

@@ -454,7 +454,7 @@ def crafted_parts(secret: tuple[int, ...] = (10, 11, 12, 13)) -> tuple[Any, Any]
         first=torch.tensor([False, True, False, False, False, False]),
         spans=torch.tensor([[-1, -1]] + [[10, 14]] * 4 + [[-1, -1]]),
     )
-    layouts = [SimpleNamespace(kind="gqa", sees_all=True, heads=4, kv_heads=2)]
+    layouts = [SimpleNamespace(kind="gqa", stores_all=True, sees_all=True, heads=4, kv_heads=2)]
     model = SimpleNamespace(layers=[None], layouts=layouts, device=torch.device("cpu"))
     return SimpleNamespace(sample=sample, ids=sample.tail, answers=sample.answers), model
 

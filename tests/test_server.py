@@ -796,7 +796,9 @@ def test_facts_about_model_and_tokenizer(server):
 def test_sigterm_lets_running_streams_end(tiny):
     command = [sys.executable, "-m", "kvtool", "serve-local", str(tiny("llama")), "--port", "0"]
     options = ["--kv-memory", "64MiB", "--served-model-name", "tiny"]
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *options], stderr=subprocess.PIPE, text=True, preexec_fn=_takes_ctrl_c
+    ) as process:
         assert process.stderr is not None
         url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
         assert url is not None
@@ -813,12 +815,19 @@ def test_sigterm_lets_running_streams_end(tiny):
         assert process.wait(30) == 0
 
 
+def _takes_ctrl_c() -> None:
+    """A shell starts what runs behind it with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("ending", ["a second Ctrl-C", "the end of --drain"])
 def test_what_a_server_waits_for_is_told_and_cut_off_without_a_traceback(tiny, ending):
     command = [sys.executable, "-m", "kvtool", "serve-local", str(tiny("llama")), "--port", "0"]
     options = ["--kv-memory", "64MiB", "--served-model-name", "tiny", "--drain"]
     options += ["0"] if ending == "the end of --drain" else ["60"]
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *options], stderr=subprocess.PIPE, text=True, preexec_fn=_takes_ctrl_c
+    ) as process:
         assert process.stderr is not None
         url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
         assert url is not None
@@ -842,7 +851,9 @@ def test_what_a_server_waits_for_is_told_and_cut_off_without_a_traceback(tiny, e
 def test_what_runs_ends_well_where_nobody_reads_what_the_server_waits_for(tiny):
     command = [sys.executable, "-m", "kvtool", "serve-local", str(tiny("llama")), "--port", "0"]
     options = ["--kv-memory", "64MiB", "--served-model-name", "tiny"]
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *options], stderr=subprocess.PIPE, text=True, preexec_fn=_takes_ctrl_c
+    ) as process:
         assert process.stderr is not None
         url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
         assert url is not None

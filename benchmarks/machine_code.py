@@ -3,7 +3,7 @@
 For each: registers of a thread, shared memory, bytes of registers that do not fit and go through
 memory, and the instructions of a warp in the longest loop, of them matrix products.
 
-    python -m benchmarks.machine_code [--json]
+    python -m benchmarks.machine_code [--json] [--few]
 
 The functions that launch kernels are called as always, with tensors on the CPU and the sizes of
 real models; launching is replaced by compiling for the types, alignments and constants of the call.
@@ -161,8 +161,12 @@ def floats_step(width: int) -> None:
     paged_decode_attention(half(2, Q, width), floats, floats, lengths, 0.1, table, scales=scales)
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """What kernels are compiled for, and a call that does."""
+def cases(*, few: bool = False) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What kernels are compiled for, and a call that does.
+
+    Args:
+        few: Without what takes long and compiles if the others do.
+    """
     lengths, slots = torch.ones(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     table = torch.zeros(2, 2, dtype=torch.int32)
     q, k, cos = half(2, Q, D), half(2, H, D), half(2, D)
@@ -210,7 +214,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, partial(packed_step, width, keys, values)
     wide_step = partial(packed_step, 256, 4, 4, torch.float32)  # what takes most shared memory
     yield "32 on 8 heads of 256, 4 and 4 bits, fp32", wide_step
-    for bits in (4, 8, 3, 2):
+    for bits in () if few else (4, 8, 3, 2):
         name = f"16 heads on 512 + 64, {bits} bits"
         yield name, partial(packed_latent_step, 16, 512, 64, {bits: (512, 64)})
     name = "32 heads on 448 + 64, 4 bits"
@@ -240,7 +244,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "384 channels", partial(causal_conv, *window)
 
 
-def compiled() -> Iterator[dict[str, Any]]:
+def compiled(*, few: bool = False) -> Iterator[dict[str, Any]]:
     """Every kernel of every case, with what it needs."""
     made: list[tuple[str, Any]] = []
 
@@ -253,7 +257,7 @@ def compiled() -> Iterator[dict[str, Any]]:
 
     driver.set_active(Hopper())
     JITFunction.__getitem__ = compile_only
-    for case, call in cases():
+    for case, call in cases(few=few):
         call()
         for name, kernel in made:
             yield {"kernel": name, "case": case, **facts_of(kernel)}
@@ -262,16 +266,17 @@ def compiled() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     assembler = ".".join(map(str, ptxas_version(90)))
+    made = compiled(few="--few" in sys.argv)
     if "--json" in sys.argv:
         versions = {"target": "sm_90", "triton": triton.__version__, "ptxas": assembler}
-        print(json.dumps({**versions, "kernels": list(compiled())}, indent=1))
+        print(json.dumps({**versions, "kernels": list(made)}, indent=1))
         return
     table = Table(title=f"sm_90, triton {triton.__version__}, ptxas {assembler}")
     columns = "kernel", "case", "warps", "registers", "shared", "spilled", "loop", "products"
     for name in columns:
         table.add_column(name, justify="left" if name in ("kernel", "case") else "right")
-    for made in compiled():
-        table.add_row(*(str(made[name]) for name in columns))
+    for kernel in made:
+        table.add_row(*(str(kernel[name]) for name in columns))
     Console(width=120).print(table)
 
 

@@ -25,9 +25,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @functools.cache
-def cache_argument() -> str:
-    """What transformers calls the cache of a model: `cache` since 5.24, else `past_key_values`."""
+def cache_argument(before: str = "past_key_values") -> str:
+    """What a module of transformers calls its cache: `cache` since 5.24, and before otherwise."""
     from transformers import LlamaForCausalLM
 
     known = inspect.signature(LlamaForCausalLM.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
+    return "cache" if "cache" in known else before

@@ -225,5 +225,5 @@ class RuntimeMixer(RuntimeAttention):
         self, hidden_states: Tensor, **given: Any
     ) -> Tensor:
         """The signature under which transformers' hybrid layers call their mixer."""
-        step: Step = given["cache" if cache_argument() == "cache" else "cache_params"]
+        step: Step = given[cache_argument("cache_params")]
         return self.attention(hidden_states, step, step.stores[self.layer_index])

@@ -110,11 +110,12 @@ class PackedStore(DroppingHeads):
             new: Whether these are added: with some of them a block is packed.
         """
         bits, parts = self.bits, []
-        moved = exact[0].shape[1] - start - q.shape[1]  # places of tokens behind the sinks
+        # From the position of a token behind the sinks to its place in `exact`.
+        shift = exact[0].shape[1] - (start + q.shape[1])
         for at, begin in self._runs(start, q.shape[1]):
             asked = q[:, at]
-            done, end = bits.blocks(begin + 1), begin + asked.shape[1] + moved
-            first = self.first_of(done) + moved
+            done, end = bits.blocks(begin + 1), begin + asked.shape[1] + shift
+            first = self.first_of(done) + shift
             if new and done > bits.blocks(begin):
                 self.pack(row, done - 1, [x[:, first - bits.group : first] for x in exact])
             seen = [

@@ -793,17 +793,29 @@ def test_facts_about_model_and_tokenizer(server):
     assert "version" in httpx.get(f"{server.url}/version").json()
 
 
-def test_sigterm_lets_running_streams_end(tiny):
-    command = [sys.executable, "-m", "kvtool", "serve-local", str(tiny("llama")), "--port", "0"]
-    options = ["--kv-memory", "64MiB", "--served-model-name", "tiny"]
+def _takes_ctrl_c() -> None:
+    """A shell starts what runs behind it with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def _serving_alone(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`serve-local` in a process of its own that has told its address, and that address."""
+    command = [sys.executable, "-m", "kvtool", "serve-local", str(model), "--port", "0", *options]
+    command += ["--kv-memory", "64MiB", "--served-model-name", "tiny"]
     with subprocess.Popen(
-        [*command, *options], stderr=subprocess.PIPE, text=True, preexec_fn=_takes_ctrl_c
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=_takes_ctrl_c
     ) as process:
         assert process.stderr is not None
         url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
         assert url is not None
+        yield process, url[0]
+
+
+def test_sigterm_lets_running_streams_end(tiny):
+    with _serving_alone(tiny("llama")) as (process, url):
         body = {"prompt": "The", "max_tokens": 400, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url[0]}{TEXT}", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{url}{TEXT}", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
@@ -815,25 +827,13 @@ def test_sigterm_lets_running_streams_end(tiny):
         assert process.wait(30) == 0
 
 
-def _takes_ctrl_c() -> None:
-    """A shell starts what runs behind it with Ctrl-C ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("ending", ["a second Ctrl-C", "the end of --drain"])
 def test_what_a_server_waits_for_is_told_and_cut_off_without_a_traceback(tiny, ending):
-    command = [sys.executable, "-m", "kvtool", "serve-local", str(tiny("llama")), "--port", "0"]
-    options = ["--kv-memory", "64MiB", "--served-model-name", "tiny", "--drain"]
-    options += ["0"] if ending == "the end of --drain" else ["60"]
-    with subprocess.Popen(
-        [*command, *options], stderr=subprocess.PIPE, text=True, preexec_fn=_takes_ctrl_c
-    ) as process:
-        assert process.stderr is not None
-        url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
-        assert url is not None
+    drain = "0" if ending == "the end of --drain" else "60"
+    with _serving_alone(tiny("llama"), "--drain", drain) as (process, url):
         process.stderr.readline()
         body = {"prompt": "The", "max_tokens": 500, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url[0]}{TEXT}", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{url}{TEXT}", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
@@ -849,16 +849,9 @@ def test_what_a_server_waits_for_is_told_and_cut_off_without_a_traceback(tiny, e
 
 
 def test_what_runs_ends_well_where_nobody_reads_what_the_server_waits_for(tiny):
-    command = [sys.executable, "-m", "kvtool", "serve-local", str(tiny("llama")), "--port", "0"]
-    options = ["--kv-memory", "64MiB", "--served-model-name", "tiny"]
-    with subprocess.Popen(
-        [*command, *options], stderr=subprocess.PIPE, text=True, preexec_fn=_takes_ctrl_c
-    ) as process:
-        assert process.stderr is not None
-        url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
-        assert url is not None
+    with _serving_alone(tiny("llama")) as (process, url):
         body = {"prompt": "The", "max_tokens": 400, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url[0]}{TEXT}", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{url}{TEXT}", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
             process.stderr.close()

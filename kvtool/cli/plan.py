@@ -230,12 +230,14 @@ def _describe_heads(table: Table, result: dict[str, Any]) -> None:
 
 def _describe_bits(table: Table, layers: list[dict[str, Any]]) -> None:
     """Rows for what the heads that keep everything are packed as."""
+    from kvtool.evaluate.report import tiers
+
     packed = [layer["bits"] for layer in layers]
     one = next((bits for bits in packed if bits is not None), None)
     if one is None:
         return
     for part in ("keys", "values"):
-        each = ["-" if bits is None else _tiers(bits, part) for bits in packed]
+        each = ["-" if bits is None else tiers(bits, part) for bits in packed]
         table.add_row(f"bits of {part}", " ".join(each) if len(set(each)) > 1 else each[0])
     if rest := one["rest"]:
         upper = f"{one['group'] - rest['tokens']} of {one['group']} tokens have the more bits"
@@ -263,10 +265,6 @@ def _describe_scales(table: Table, layers: list[dict[str, Any]]) -> None:
         table.add_row("fp8 (e4m3)", f"{counted(len(stored), 'layer')}: {full}")
         if window := stored[0]["scales"]["window"]:
             table.add_row("  exact", f"the last {counted(window, 'token')} as well")
-
-
-def _tiers(bits: dict[str, Any], part: str) -> str:
-    return f"{bits[part]}/{bits['rest'][part]}" if bits["rest"] else f"{bits[part]}"
 
 
 def _describe_sparse(table: Table, layers: list[dict[str, Any]]) -> None:

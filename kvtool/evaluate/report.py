@@ -278,9 +278,14 @@ def _add_plan(table: Table, plan: dict[str, Any]) -> None:
         table.add_row("tokens that a new one reads (full heads keep all)", "all", most, ABSENT)
 
 
+def tiers(bits: dict[str, Any], part: str) -> str:
+    """The bits of the keys or values of one layer: 4, or of two tiers 4/2."""
+    return f"{bits[part]}/{bits['rest'][part]}" if bits["rest"] else f"{bits[part]}"
+
+
 def _bits_of(part: str, bits: dict[str, Any]) -> str:
-    """Of one layer: 4, or of two tiers 4/2, or where few numbers are kept, how many."""
-    told = f"{bits[part]}/{bits['rest'][part]}" if bits["rest"] else f"{bits[part]}"
+    """The same, and where few numbers are kept, how many."""
+    told = tiers(bits, part)
     return f"{told}, {bits['kept']} kept" if part == "values" and bits["kept"] else told
 
 

@@ -80,7 +80,7 @@ def facts_of(kernel: Any) -> dict[str, Any]:
         "warps": kernel.metadata.num_warps,
         "registers": int(re.search(r"REG:(\d+)", needs)[1]),
         "shared": kernel.metadata.shared,
-        "spilled": int(re.search(r"LOCAL:(\d+)", needs)[1]),
+        "spilled": int(re.search(r"STACK:(\d+)", needs)[1]),
         "loop": len(loop),
         "products": sum("MMA" in line for line in loop),
         "cubin": len(kernel.asm["cubin"]),

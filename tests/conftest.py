@@ -1,6 +1,8 @@
 """Small random models of every family, made on the spot, and the built-in real one."""
 
+import functools
 import importlib.util
+import inspect
 import json
 import os
 import tempfile
@@ -54,6 +56,30 @@ _CHAT_TEMPLATE = (
     "{% for message in messages %}<|bos|>{{ message['role'] }}\n{{ message['content'] }}<|eos|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|bos|>assistant\n{% endif %}"
 )
+
+
+def _patch_quickly() -> None:
+    """Triton's interpreter looks through all of its language whenever a kernel calls a function,
+    which takes half of the time of small kernels; what there is to find does not change.
+    """
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def names(package: Any) -> list[str]:
+        is_builtin = interpreter.tl.core.is_builtin
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package: Any, *rest: Any) -> None:
+        found = names(package)
+        if found and interpreter.tl.core.is_builtin(getattr(package, found[0])):  # not patched yet
+            for name in found:
+                interpreter._patch_attr(package, name, getattr(package, name), *rest)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    _patch_quickly()
 
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("kvtool", deadline=None)

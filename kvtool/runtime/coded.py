@@ -24,10 +24,11 @@ from kvtool.kernels.decode_attention import merge, paged_decode_attention
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
 from kvtool.kernels.sink_logits import softmax
 from kvtool.rope import Rope
+from kvtool.runtime.dropping import DroppingHeads
 from kvtool.runtime.layers import GroupedAttention, NewTokens, Step, step_of
 from kvtool.runtime.paged_split import PagedRings
 from kvtool.runtime.pages import WIDEST, PagedStore, Pages, Place
-from kvtool.runtime.split import DroppingHeads, StreamingHeads
+from kvtool.runtime.split import StreamingHeads
 from kvtool.runtime.stores import Store
 from kvtool.runtime.streams import at_once
 

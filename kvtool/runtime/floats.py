@@ -25,11 +25,12 @@ from kvtool.kernels.decode_attention import (
 from kvtool.kernels.sink_logits import attention
 from kvtool.plan import Plan
 from kvtool.rope import Rope
+from kvtool.runtime.dropping import DroppingHeads
 from kvtool.runtime.head_pages import HeadPages
 from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages, Place
-from kvtool.runtime.split import DroppingHeads, StreamingHeads
+from kvtool.runtime.split import StreamingHeads
 from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import Seen, Store
 from kvtool.runtime.streams import at_once

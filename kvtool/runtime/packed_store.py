@@ -15,9 +15,10 @@ from torch import Tensor
 
 from kvtool.bits import Blocks
 from kvtool.kernels.quantise import groups_of, packed_bytes, quantise
+from kvtool.runtime.dropping import DroppingHeads
 from kvtool.runtime.layers import Step
 from kvtool.runtime.pages import Pages, enlarge
-from kvtool.runtime.split import DroppingHeads, StreamingHeads
+from kvtool.runtime.split import StreamingHeads
 from kvtool.runtime.stores import PAGE, whole_pages
 
 

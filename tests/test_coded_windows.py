@@ -36,7 +36,8 @@ from kvtool.evaluate.protocol import layer_sizes
 from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
-from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.requests import Request
+from kvtool.runtime.scheduler import Scheduler
 from kvtool.slices import cut
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)

@@ -13,7 +13,8 @@ from kvtool.hybrid import HybridModel
 from kvtool.layout import decoder_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
-from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.requests import Request
+from kvtool.runtime.scheduler import Scheduler
 
 IDS = torch.randint(0, 300, (90,), generator=torch.Generator().manual_seed(3))
 FAMILIES = ("llama", "mistral", "qwen2")

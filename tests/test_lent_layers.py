@@ -35,7 +35,8 @@ from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine
 from kvtool.runtime.layers import Step
 from kvtool.runtime.memory import RowMemory
-from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.requests import Request
+from kvtool.runtime.scheduler import Scheduler
 from kvtool.sharing import SharedPlan
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)

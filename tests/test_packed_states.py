@@ -24,7 +24,8 @@ from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.recurrent import RuntimeMixer
-from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.requests import Request
+from kvtool.runtime.scheduler import Scheduler
 from kvtool.slices import compose
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)

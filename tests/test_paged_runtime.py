@@ -27,7 +27,8 @@ from kvtool.runtime.graphs import PagedMemory, waits_for_experts
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.packed_latents import PackedLatentAttention
 from kvtool.runtime.pages import Pages, Place
-from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.requests import Request
+from kvtool.runtime.scheduler import Scheduler
 from kvtool.runtime.stores import PAGE
 
 pytest.importorskip("triton")

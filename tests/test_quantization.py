@@ -34,6 +34,7 @@ from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.packed import PackedHeads
+from kvtool.runtime.stores import KVHeads
 from kvtool.slices import stream_heads
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
@@ -73,9 +74,8 @@ def test_calibration_reads_what_the_store_reads(tiny, kind, axis, hadamard, kept
     values, clip = (2, 0.7) if kept is None else (16, 1.0)
     bits = Bits(3, values, 16, axis, kind, hadamard, None, 0.9, clip, sink=2, window=6, kept=kept)
     positions = Positions(rope, torch.empty(0))
-    store = PackedHeads(
-        1, heads, 100, size, torch.empty(0), 1.0, bits, order, positions, dense_prompt=True
-    )
+    of = KVHeads(heads, size, torch.empty(0), 1.0)
+    store = PackedHeads(of, 1, 100, bits, order, positions, dense_prompt=True)
     generator = torch.Generator().manual_seed(0)
     k, v, q = torch.randn(3, heads, 16 * count, size, generator=generator)
     store.pack(0, 0, (k, v))
@@ -372,7 +372,7 @@ def test_a_balance_saves_the_codes_of_small_channels(llama):
     errors = []
     for balance in (None, factors):
         store = PackedHeads(
-            1, 1, 100, 16, torch.empty(0), 1.0, Bits(4, 4, 16, "token"), None, rope,
+            KVHeads(1, 16, torch.empty(0), 1.0), 1, 100, Bits(4, 4, 16, "token"), None, rope,
             dense_prompt=True, balances=(balance, balance),
         )  # fmt: skip
         store.pack(0, 0, (k, k))

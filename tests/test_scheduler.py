@@ -26,7 +26,8 @@ from kvtool.cli.serve import room
 from kvtool.convert import conversion, planning
 from kvtool.errors import ResourceError, UsageError
 from kvtool.runtime import Engine, Sampling
-from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.requests import Request
+from kvtool.runtime.scheduler import Scheduler
 from kvtool.runtime.stores import whole_pages
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
@@ -558,13 +559,14 @@ def test_the_server_says_what_really_fits(engine, kind):
     memory = Scheduler(engine(kind), GIGABYTE).memory
     few = Scheduler(engine(kind), memory.holding(100, 1))
     count, longest = map(int, re.findall(r"^(\d+) sequences? of up to (\d+) token", room(few))[0])
-    few.check(1, longest - 1)
+    assert longest == few.longest >= 100
+    behind = few.roomiest
+    few.check(behind, longest - behind)
     with pytest.raises((ResourceError, UsageError)):
-        few.check(1, longest)
-    assert longest >= 100
-    assert (
-        count * memory.holding(longest, 1)
-        <= few.budget
-        < (count + 1) * few.memory.holding(longest, 1)
-    )
-    assert ("bytes and" in room(few)) == (memory.constant_bytes > 0)
+        few.check(behind, longest - behind + 1)
+    each = memory.holding(longest, behind)
+    assert 0 <= few.budget - (count - 1) * each - max(each, memory.reading(behind)) < each
+    if behind == 1:
+        assert ("bytes and" in room(few)) == (memory.constant_bytes > 0)
+    else:
+        assert f", {behind} of them a prompt: each takes {each:,} bytes" in room(few)

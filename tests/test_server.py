@@ -33,7 +33,8 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import give_back
-from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.requests import Request
+from kvtool.runtime.scheduler import Scheduler
 from kvtool.server import chat
 from kvtool.server import worker as worker_module
 from kvtool.server.app import Service
@@ -775,9 +776,9 @@ def test_a_model_is_as_long_as_the_memory_holds(engine):
     ],
 )
 def test_the_longest_sequence_is_behind_the_prompt_that_leaves_most(room, longest):
-    worker = SimpleNamespace(scheduler=SimpleNamespace(room=room))
-    service = SimpleNamespace(worker=worker, engine=SimpleNamespace(max_context=512))
-    assert Service.longest.func(service) == longest
+    scheduler = SimpleNamespace(room=room, engine=SimpleNamespace(max_context=512))
+    scheduler.roomiest = Scheduler.roomiest.func(scheduler)
+    assert Scheduler.longest.fget(scheduler) == longest
 
 
 def test_facts_about_model_and_tokenizer(server):

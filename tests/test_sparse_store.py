@@ -28,7 +28,8 @@ from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
-from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.requests import Request
+from kvtool.runtime.scheduler import Scheduler
 from kvtool.runtime.sparse import SparseAttention
 from kvtool.runtime.stores import PAGE
 from kvtool.sparse import SparseReading

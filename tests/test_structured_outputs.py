@@ -18,7 +18,8 @@ from kvtool.cli import run_command
 from kvtool.errors import UsageError
 from kvtool.runtime import Engine
 from kvtool.runtime.grammar import Grammars
-from kvtool.runtime.scheduler import Request, Scheduler
+from kvtool.runtime.requests import Request
+from kvtool.runtime.scheduler import Scheduler
 from kvtool.server.schema import forced_call
 
 CHAT = "/v1/chat/completions"

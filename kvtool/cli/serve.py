@@ -199,15 +199,18 @@ def caches(engine: Engine, plan: Path | None) -> str:
 
 def room(scheduler: Scheduler) -> str:
     """What the caches have room for, in words: whole sequences, as long as one alone may become."""
-    memory = scheduler.memory
-    longest = 1 + scheduler.room(1)
-    each = memory.holding(longest, 1)  # nothing where rows have rings alone
-    count = scheduler.budget // each if each else scheduler.max_running
+    memory, prompt, longest = scheduler.memory, scheduler.roomiest, scheduler.longest
+    each = memory.holding(longest, prompt)  # nothing where rows have rings alone
+    # The last of them has its prompt to read beside the others.
+    others = scheduler.budget - max(each, memory.reading(prompt))
+    count = 1 + others // each if each else scheduler.max_running
+    sequences = f"{counted(count, 'sequence')} of up to {counted(longest, 'token')}"
+    further = f"{memory.bytes_per_token:,.0f} bytes per token"
+    if prompt > 1:
+        sequences += f", {prompt:,} of them a prompt"
+        return f"{sequences}: each takes {each:,} bytes, of which {further} behind the prompt"
     constant = f"{memory.constant_bytes:,} bytes and " if memory.constant_bytes else ""
-    return (
-        f"{counted(count, 'sequence')} of up to {counted(longest, 'token')}: each takes {constant}"
-        f"{memory.bytes_per_token:,.0f} bytes per token"
-    )
+    return f"{sequences}: each takes {constant}{further}"
 
 
 def native_bytes_per_token(scheduler: Scheduler, checkpoint: Checkpoint) -> float:
@@ -259,7 +262,8 @@ def _is_local(address: str) -> bool:
 
 def _warm_up(scheduler: Scheduler) -> None:
     """The first call of every operation is slow; no client should wait for it."""
-    from kvtool.runtime.scheduler import Counters, Request
+    from kvtool.runtime.requests import Request
+    from kvtool.runtime.scheduler import Counters
 
     scheduler.add(Request([0], min(2, scheduler.room(1)), ignore_eos=True))
     while not scheduler.idle:

@@ -116,11 +116,10 @@ class CodedStore(DroppingHeads):
     def __init__(
         self, layer: int, codes: SharedCodes, exact: StreamingHeads, dense_prompt: bool
     ) -> None:
-        self.layer, self.exact, self.scaling = layer, exact, exact.scaling
-        self.sink_logits = exact.sink_logits
+        super().__init__(exact.heads, dense_prompt)
+        self.layer, self.exact = layer, exact
         self.codes, self.planes = codes, codes.planes
         self.reader = codes.code.reader(layer)
-        self.dense_prompt = dense_prompt
 
     def join(self, before: Sequence[Store]) -> None:
         if self.layer:
@@ -312,26 +311,20 @@ class CodedAttention(GroupedAttention):
         self.most_tokens = None if code.plan.layers == 1 else code.plan.window
 
     def new_store(self, rows: int, capacity: int) -> CodedStore:
-        layout, like, plan = self.stages.layout, self.stages.qkv.weight, self.code.plan
-        exact = StreamingHeads(
-            rows, layout.kv_heads, plan.sink, plan.window, layout.head_dim, like, layout.scaling,
-            dense_prompt=False, sink_logits=self.stages.sink_logits,
-        )  # fmt: skip
+        heads, plan = self.heads(), self.code.plan
+        exact = StreamingHeads(heads, rows, plan.sink, plan.window)
         # Layers behind the first will take over its plane, see `join`.
-        codes = SharedCodes(rows, 0 if self.layer else capacity, self.code, like)
+        codes = SharedCodes(rows, 0 if self.layer else capacity, self.code, heads.like)
         return CodedStore(self.layer, codes, exact, self.dense_prompt)
 
     def new_paged_store(self, pages: Pages) -> PagedCoded | None:
-        layout, like, plan = self.stages.layout, self.stages.qkv.weight, self.code.plan
+        heads, plan = self.heads(), self.code.plan
         read_as_stored = plan.kind == "rotated" and plan.parts == ("keys", "values")
         narrow = max(plan.widths) <= WIDEST
         if not (read_as_stored and narrow) or plan.layers > 1 or plan.bits is not None:
             return None
-        exact = PagedRings(
-            pages, layout.kv_heads, plan.sink, plan.window, layout.head_dim, like,
-            layout.scaling, dense_prompt=False, sink_logits=self.stages.sink_logits,
-        )  # fmt: skip
-        return PagedCoded(PagedCodes(pages, self.code, like), exact, self.dense_prompt)
+        exact = PagedRings(heads, pages, plan.sink, plan.window)
+        return PagedCoded(PagedCodes(pages, self.code, heads.like), exact, self.dense_prompt)
 
     def attention(self, hidden: Tensor, step: Step, store: CodedStore) -> Tensor:
         stages = self.stages

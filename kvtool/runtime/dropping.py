@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvtool.attention import causal_attention
 from kvtool.runtime.layers import NewTokens, Step
-from kvtool.runtime.stores import DenseStore, Seen, Store
+from kvtool.runtime.stores import DenseStore, KVHeads, Seen, Store
 
 if TYPE_CHECKING:
     from kvtool.runtime.split import StreamingHeads
@@ -20,15 +20,15 @@ class DroppingHeads(Store):
     Attributes:
         dense_prompt: Whether they do.
         exact: A ring of what is kept as it was, where the planes hold tokens in another form.
-        sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
     """
 
-    scaling: float
-    dense_prompt: bool
     exact: StreamingHeads | None = None
-    sink_logits: Tensor | None = None
     prompt: DenseStore | None = None
     prompt_row: int | None = None
+
+    def __init__(self, heads: KVHeads, dense_prompt: bool) -> None:
+        self.heads, self.dense_prompt = heads, dense_prompt
+        self.scaling, self.sink_logits = heads.scaling, heads.sink_logits
 
     @property
     def allocated_bytes(self) -> int:
@@ -50,10 +50,7 @@ class DroppingHeads(Store):
         assert step.row is not None
         assert step.prompt is not None
         if step.starts[0] == 0:
-            heads, size = new.k.shape[1], new.k.shape[-1]
-            self.prompt = DenseStore(
-                1, heads, step.prompt, size, new.k, self.scaling, self.sink_logits
-            )
+            self.prompt = DenseStore(self.heads, 1, step.prompt)
             self.prompt_row = step.row
         assert self.prompt is not None
         self.prompt.write(0, step.starts, {"keys": new.k, "values": new.v})

@@ -32,7 +32,7 @@ from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages, Place
 from kvtool.runtime.split import StreamingHeads
 from kvtool.runtime.split_attention import SplitAttention
-from kvtool.runtime.stores import Seen, Store
+from kvtool.runtime.stores import PAGE, KVHeads, Seen, Store
 from kvtool.runtime.streams import at_once
 
 Scales = tuple[Tensor, Tensor]
@@ -47,25 +47,19 @@ class FloatHeads(DroppingHeads):
     Args:
         window: Tokens that lie in a ring, too, and are read from there; 0 for none.
         dense_prompt: Whether a prompt reads its own keys and values before they are stored.
-        sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
     """
 
     scales: Scales
 
     def __init__(
-        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
-        scales: Scales, window: int, dense_prompt: bool, sink_logits: Tensor | None = None,
+        self, heads: KVHeads, rows: int, capacity: int, scales: Scales, window: int,
+        dense_prompt: bool,
     ) -> None:  # fmt: skip
-        shape = (rows, heads, capacity, head_dim)
-        self.planes = {
-            name: like.new_empty(shape, dtype=torch.uint8) for name in ("keys", "values")
-        }
+        super().__init__(heads, dense_prompt)
+        self.planes = heads.planes(rows, capacity, torch.uint8)
         if window:
-            self.exact = StreamingHeads(
-                rows, heads, 0, window, head_dim, like, scaling, dense_prompt=False
-            )
-        self.scaling, self.scales = scaling, scales
-        self.dense_prompt, self.sink_logits = dense_prompt, sink_logits
+            self.exact = StreamingHeads(heads, rows, 0, window)
+        self.scales = scales
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
@@ -152,16 +146,12 @@ class PagedFloats(FloatHeads, PagedHeads):
     exact: PagedRings | None = None
 
     def __init__(
-        self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float,
-        scales: Scales, window: int, dense_prompt: bool, sink_logits: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        codes = like.new_empty(0, dtype=torch.uint8)
-        PagedHeads.__init__(self, pages, heads, head_dim, codes, scaling, sink_logits)
+        self, heads: KVHeads, pages: Pages, scales: Scales, window: int, dense_prompt: bool
+    ) -> None:
+        super().__init__(heads, pages.count, PAGE, scales, 0, dense_prompt)
+        self.pages = pages
         if window:
-            self.exact = PagedRings(
-                pages, heads, 0, window, head_dim, like, scaling, dense_prompt=False
-            )
-        self.scales, self.dense_prompt = scales, dense_prompt
+            self.exact = PagedRings(heads, pages, 0, window)
 
     @property
     def row_bytes(self) -> int:
@@ -229,18 +219,12 @@ class FloatAttention(SplitAttention):
         return super().new_store(rows, capacity)
 
     def new_full_heads(self, rows: int, capacity: int) -> FloatHeads:
-        layout, like = self.stages.layout, self.stages.qkv.weight
-        return FloatHeads(
-            rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.scales,
-            self.exact, self.prefill == "dense", self.full_sink_logits,
-        )  # fmt: skip
+        dense_prompt = self.prefill == "dense"
+        return FloatHeads(self.full_heads, rows, capacity, self.scales, self.exact, dense_prompt)
 
     def new_paged_store(self, pages: Pages) -> PagedFloats | PagedSplit | None:
-        layout, like = self.stages.layout, self.stages.qkv.weight
-        if isinstance(pages, HeadPages) or not reads_e4m3(like.device):
+        heads, dense_prompt = self.full_heads, self.prefill == "dense"
+        if isinstance(pages, HeadPages) or not reads_e4m3(heads.like.device):
             return None
-        full = PagedFloats(
-            pages, self.counts[0], layout.head_dim, like, layout.scaling, self.scales,
-            self.exact, self.prefill == "dense", self.full_sink_logits,
-        )  # fmt: skip
+        full = PagedFloats(heads, pages, self.scales, self.exact, dense_prompt)
         return full if self.all_full else PagedSplit(full, self.new_paged_rings(pages))

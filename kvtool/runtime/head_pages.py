@@ -24,7 +24,7 @@ from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import Paged, Pages, Place, enlarge
 from kvtool.runtime.selection import Selector
 from kvtool.runtime.split import BudgetedHeads
-from kvtool.runtime.stores import PAGE, Store, whole_pages
+from kvtool.runtime.stores import PAGE, KVHeads, Store, whole_pages
 
 
 class HeadPages(Pages):
@@ -139,12 +139,9 @@ class FullHeadsInPages(Store):
         lists: Theirs.
     """
 
-    def __init__(
-        self, pages: HeadPages, lists: range, scaling: float, sink_logits: Tensor | None = None
-    ) -> None:
-        self.pages, self.lists, self.scaling = pages, lists, scaling
-        self.sink_logits = sink_logits
-        self.planes = pages.planes
+    def __init__(self, heads: KVHeads, pages: HeadPages, lists: range) -> None:
+        self.pages, self.lists, self.planes = pages, lists, pages.planes
+        self.scaling, self.sink_logits = heads.scaling, heads.sink_logits
 
     @property
     def kv_heads(self) -> int:
@@ -165,11 +162,10 @@ class BudgetedHeadsInPages(BudgetedHeads):
     """Heads that keep the best tokens of the prompt, and all that come later."""
 
     def __init__(
-        self, pages: HeadPages, lists: range, budgets: Sequence[int], like: Tensor, scaling: float,
-        new_selector: Callable[[], Selector], sink_logits: Tensor | None = None,
+        self, heads: KVHeads, pages: HeadPages, lists: range, budgets: Sequence[int],
+        new_selector: Callable[[], Selector],
     ) -> None:  # fmt: skip
-        width = pages.planes["keys"].shape[-1]
-        super().__init__(0, budgets, width, like, scaling, new_selector, sink_logits)
+        super().__init__(heads, 0, budgets, new_selector)
         self.pages, self.lists = pages, lists
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:

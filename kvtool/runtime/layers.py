@@ -22,7 +22,7 @@ from kvtool.kernels.linear import linear, pack, packed_linear
 from kvtool.latent import LatentAttention
 from kvtool.rope import Rope, rotate
 from kvtool.runtime.pages import WIDEST, PagedHeads, PagedLatents, Pages, Place
-from kvtool.runtime.stores import DenseStore, LatentStore, Seen, Store
+from kvtool.runtime.stores import DenseStore, KVHeads, LatentStore, Seen, Store
 from kvtool.windows import WindowPlan
 
 
@@ -182,6 +182,14 @@ class GroupedAttention(RuntimeAttention):
         self.stages, self.layer_index = stages, index
         self.rope = rope
 
+    def heads(self, first: int = 0, count: int | None = None) -> KVHeads:
+        """So many of them from `first` on; without `count`, all."""
+        stages, layout = self.stages, self.stages.layout
+        count = layout.kv_heads if count is None else count
+        like = stages.qkv.weight.new_empty(0)  # not the weight: packing lets go of that
+        logits = stages.sink_logits_of(first, count)
+        return KVHeads(count, layout.head_dim, like, layout.scaling, logits)
+
     def attention(self, hidden: Tensor, step: Step, store: Any) -> Tensor:
         stages = self.stages
         q, k, v = stages.project(hidden)
@@ -206,14 +214,10 @@ class DenseAttention(GroupedAttention):
     """Grouped-query attention over a dense store."""
 
     def new_store(self, rows: int, capacity: int) -> DenseStore:
-        layout, weight = self.stages.layout, self.stages.qkv.weight
-        heads, size, sink_logits = layout.kv_heads, layout.head_dim, self.stages.sink_logits
-        return DenseStore(rows, heads, capacity, size, weight, layout.scaling, sink_logits)
+        return DenseStore(self.heads(), rows, capacity)
 
     def new_paged_store(self, pages: Pages) -> PagedHeads:
-        layout, weight = self.stages.layout, self.stages.qkv.weight
-        heads, size, sink_logits = layout.kv_heads, layout.head_dim, self.stages.sink_logits
-        return PagedHeads(pages, heads, size, weight, layout.scaling, sink_logits)
+        return PagedHeads(self.heads(), pages)
 
     def read(self, new: NewTokens, step: Step, store: DenseStore | PagedHeads) -> Tensor:
         store.write(step.row, step.starts, {"keys": new.k, "values": new.v})

@@ -55,7 +55,7 @@ from kvtool.runtime.paged_split import PagedSplit
 from kvtool.runtime.pages import Pages, Place
 from kvtool.runtime.split import StreamingHeads
 from kvtool.runtime.split_attention import SplitAttention
-from kvtool.runtime.stores import PAGE, Seen
+from kvtool.runtime.stores import PAGE, KVHeads, Seen
 
 _BLOCKS = 16  # whose keys are rebuilt at once
 _PREFIXES = ("", "rest ")  # of the planes of the tiers
@@ -77,28 +77,25 @@ class PackedHeads(PackedStore):
         positions: RoPE in fp32.
         balances: `[H, 1, D]` for keys and for values, see :class:`Bits`; None for
             ones.
-        sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
     """
 
     parts = ("keys", "values")
     bits: Bits
 
     def __init__(
-        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
-        bits: Bits, order: Tensor | None, positions: Positions, dense_prompt: bool,
+        self, heads: KVHeads, rows: int, capacity: int, bits: Bits, order: Tensor | None,
+        positions: Positions, dense_prompt: bool,
         balances: tuple[Tensor | None, Tensor | None] = (None, None),
-        sink_logits: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.exact = self.new_exact(rows, heads, head_dim, like, scaling, bits)
+        super().__init__(heads, dense_prompt)
+        like, head_dim = heads.like, heads.size
+        self.exact = self.new_exact(rows, bits)
         if bits.rest is not None:
-            attention = like.new_zeros((rows, heads, bits.group), dtype=torch.float32)
+            attention = like.new_zeros((rows, heads.count, bits.group), dtype=torch.float32)
             self.exact.planes["attention"] = attention
-        self.bits, self.scaling, self.dense_prompt = bits, scaling, dense_prompt
-        self.head_dim, self.order, self.positions = head_dim, order, positions
+        self.bits, self.order, self.positions = bits, order, positions
         self.key_balance, self.value_balance = balances
-        self.sink_logits = sink_logits
-        self.tokens = capacity
-        self.planes = {}
+        self.tokens, self.planes = capacity, {}
         for prefix, tier in zip(_PREFIXES, bits.tiers, strict=False):
             per_channel = (head_dim, tier.tokens)
             key_block = per_channel if bits.axis == "channel" else per_channel[::-1]
@@ -106,27 +103,23 @@ class PackedHeads(PackedStore):
                 ("keys", tier.keys, key_block),
                 ("values", tier.values, per_channel[::-1]),
             ):
-                shape = (rows, heads, bits.blocks(capacity), lines)
+                shape = (rows, heads.count, bits.blocks(capacity), lines)
                 if part == "keys" or bits.kept is None:
                     self.add_planes(prefix + part, width, numbers, shape)
         if bits.kept is not None:
-            tokens = (rows, heads, bits.blocks(capacity), bits.group)
+            tokens = (rows, heads.count, bits.blocks(capacity), bits.group)
             bitmap = like.new_empty((*tokens, bitmap_bytes(head_dim)), dtype=torch.uint8)
             kept = like.new_empty((*tokens, bits.kept), dtype=torch.float16)
             self.planes |= dict(zip(_SPARSE, (bitmap, kept), strict=True))
         if bits.rank:
             for part in ("keys", "values"):
                 for factor, lines in zip(_FACTORS, (bits.group, head_dim), strict=True):
-                    thin = (rows, heads, bits.blocks(capacity), bits.rank, lines)
+                    thin = (rows, heads.count, bits.blocks(capacity), bits.rank, lines)
                     self.planes[part + factor] = like.new_empty(thin, dtype=torch.float16)
 
-    def new_exact(
-        self, rows: int, heads: int, head_dim: int, like: Tensor, scaling: float, bits: Bits
-    ) -> StreamingHeads:
+    def new_exact(self, rows: int, bits: Bits) -> StreamingHeads:
         """An empty ring."""
-        return StreamingHeads(
-            rows, heads, bits.sink, bits.ring, head_dim, like, scaling, dense_prompt=False
-        )
+        return StreamingHeads(self.heads, rows, bits.sink, bits.ring)
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         if self.bits.probes and length > self._first_probe(self.bits.blocks(length)):
@@ -269,13 +262,13 @@ class PackedHeads(PackedStore):
         bits = self.bits
         if bits.kept is not None:
             bitmap, numbers = (self.read_blocks(x, row, 0, blocks).flatten(1, 2) for x in _SPARSE)
-            return sparse_sums(weights, bitmap, numbers, self.head_dim)
+            return sparse_sums(weights, bitmap, numbers, self.heads.size)
         parts = weights.split([blocks * tier.tokens for tier in bits.tiers], dim=-1)
-        sums = weights.new_zeros((*weights.shape[:2], self.head_dim))
+        sums = weights.new_zeros((*weights.shape[:2], self.heads.size))
         for prefix, tier, own in zip(_PREFIXES, bits.tiers, parts, strict=False):
             read = self.blocks_of(prefix + "values", row, 0, blocks)
             codes, scales = (x.flatten(1, 2) for x in read)
-            sums += value_sums(own, codes, scales, self.head_dim, tier.values, bits.group)
+            sums += value_sums(own, codes, scales, self.heads.size, tier.values, bits.group)
         if bits.rank:
             sums += low_rank_sums(weights, *self._thin("values", row, 0, blocks))
         return sums
@@ -285,7 +278,7 @@ class PackedHeads(PackedStore):
         bits = self.bits
         codes, scales = self.blocks_of("keys", row, first, end)
         per_channel = bits.axis == "channel"
-        width = bits.group if per_channel else self.head_dim
+        width = bits.group if per_channel else self.heads.size
         stored = dequantise(codes, scales, width, bits.keys, bits.group)
         keys = stored.mT if per_channel else stored
         if bits.rank:
@@ -327,7 +320,9 @@ class PackedHeads(PackedStore):
         for prefix, tier, at in zip(_PREFIXES, bits.tiers, self._chosen(attention), strict=False):
             k, v = keys, values
             if at is not None:
-                k, v = (x.gather(2, at[..., None].expand(*at.shape, self.head_dim)) for x in (k, v))
+                k, v = (
+                    x.gather(2, at[..., None].expand(*at.shape, self.heads.size)) for x in (k, v)
+                )
             for part, x, width, clip in (
                 ("keys", k.mT if bits.axis == "channel" else k, tier.keys, bits.key_clip),
                 ("values", v, tier.values, bits.value_clip),
@@ -373,20 +368,14 @@ class PagedPacked(PagedBlocks, PackedHeads):
     """
 
     def __init__(
-        self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float, bits: Bits,
-        positions: Positions, dense_prompt: bool, sink_logits: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self, heads: KVHeads, pages: Pages, bits: Bits, positions: Positions, dense_prompt: bool
+    ) -> None:
         self.pages, self.turned = pages, bits.hadamard == "values"
-        super().__init__(
-            pages.count, heads, bits.sink + bits.window + PAGE, head_dim, like, scaling,
-            replace(bits, hadamard="none"), None, positions, dense_prompt,
-            sink_logits=sink_logits,
-        )  # fmt: skip
+        room, bits = bits.sink + bits.window + PAGE, replace(bits, hadamard="none")
+        super().__init__(heads, pages.count, room, bits, None, positions, dense_prompt)
 
-    def new_exact(
-        self, rows: int, heads: int, head_dim: int, like: Tensor, scaling: float, bits: Bits
-    ) -> StreamingHeads:
-        return super().new_exact(self.pages.rows, heads, head_dim, like, scaling, bits)
+    def new_exact(self, rows: int, bits: Bits) -> StreamingHeads:
+        return super().new_exact(self.pages.rows, bits)
 
     @staticmethod
     def possible(bits: Bits, head_dim: int) -> bool:
@@ -455,21 +444,16 @@ class PackedAttention(SplitAttention):
         self.balances = self._balance(self.bits.key_balance), self._balance(self.bits.value_balance)
 
     def new_full_heads(self, rows: int, capacity: int) -> PackedHeads:
-        layout, like = self.stages.layout, self.stages.qkv.weight
         return PackedHeads(
-            rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.bits,
-            self.order, self.positions, self.prefill == "dense", self.balances,
-            self.full_sink_logits,
+            self.full_heads, rows, capacity, self.bits, self.order, self.positions,
+            self.prefill == "dense", self.balances,
         )  # fmt: skip
 
     def new_paged_store(self, pages: Pages) -> PagedSplit | None:
-        layout, like = self.stages.layout, self.stages.qkv.weight
-        if isinstance(pages, HeadPages) or not PagedPacked.possible(self.bits, layout.head_dim):
+        heads, dense_prompt = self.full_heads, self.prefill == "dense"
+        if isinstance(pages, HeadPages) or not PagedPacked.possible(self.bits, heads.size):
             return None
-        full = PagedPacked(
-            pages, self.counts[0], layout.head_dim, like, layout.scaling, self.bits,
-            self.positions, dense_prompt=self.prefill == "dense", sink_logits=self.full_sink_logits,
-        )  # fmt: skip
+        full = PagedPacked(heads, pages, self.bits, self.positions, dense_prompt)
         return PagedSplit(full, self.new_paged_rings(pages))
 
     def _balance(self, factors: Factors | None) -> Tensor | None:

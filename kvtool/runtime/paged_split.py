@@ -10,6 +10,7 @@ from kvtool.kernels.append import append
 from kvtool.kernels.decode_attention import paged_decode_attention
 from kvtool.runtime.pages import PagedHeads, Pages, PerRow, Place
 from kvtool.runtime.split import SplitStore, StreamingHeads
+from kvtool.runtime.stores import KVHeads
 from kvtool.runtime.streams import at_once
 
 if TYPE_CHECKING:
@@ -21,13 +22,9 @@ class PagedRings(PerRow, StreamingHeads):
     """Heads that keep the first tokens and the last: a ring per row."""
 
     def __init__(
-        self, pages: Pages, heads: int, sink: int, window: int, head_dim: int, like: Tensor,
-        scaling: float, dense_prompt: bool, sink_logits: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        StreamingHeads.__init__(
-            self, pages.rows, heads, sink, window, head_dim, like, scaling, dense_prompt,
-            sink_logits,
-        )  # fmt: skip
+        self, heads: KVHeads, pages: Pages, sink: int, window: int, dense_prompt: bool = False
+    ) -> None:
+        super().__init__(heads, pages.rows, sink, window, dense_prompt)
         self.pages = pages
 
     def step(

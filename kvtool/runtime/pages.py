@@ -24,7 +24,7 @@ from kvtool.attention import causal_attention
 from kvtool.kernels.append import append
 from kvtool.kernels.decode_attention import paged_decode_attention
 from kvtool.kernels.latent_attention import paged_latent_attention
-from kvtool.runtime.stores import PAGE, Seen, Store, whole_pages
+from kvtool.runtime.stores import PAGE, KVHeads, Seen, Store, whole_pages
 
 if TYPE_CHECKING:
     from kvtool.runtime.layers import NewTokens, Step
@@ -253,18 +253,11 @@ class PerRow:
 
 
 class PagedHeads(PagedStore):
-    """Rotated keys and values of heads that keep every token.
+    """Rotated keys and values of heads that keep every token."""
 
-    Args:
-        sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
-    """
-
-    def __init__(
-        self, pages: Pages, heads: int, head_dim: int, like: Tensor, scaling: float,
-        sink_logits: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(pages, dict.fromkeys(("keys", "values"), (heads, head_dim)), like)
-        self.scaling, self.sink_logits = scaling, sink_logits
+    def __init__(self, heads: KVHeads, pages: Pages) -> None:
+        self.pages, self.planes = pages, heads.planes(pages.count, PAGE)
+        self.scaling, self.sink_logits = heads.scaling, heads.sink_logits
 
     def stored(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Pages of keys and of values; and if they lie in e4m3 what they are multiplied by, `[H]`

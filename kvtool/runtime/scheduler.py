@@ -16,11 +16,12 @@ are cut into pieces at fixed positions, of which only whole ones are ever shared
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from time import perf_counter
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,74 +29,14 @@ from torch import Tensor
 from kvtool.errors import ResourceError, UsageError
 from kvtool.runtime.cache import KVCache, Snapshot
 from kvtool.runtime.engine import Engine
-from kvtool.runtime.grammar import Grammar
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.prefixes import Prefix, Prefixes, Reader, Start, size
-from kvtool.runtime.sampling import GREEDY, Sampler, Sampling, draw
+from kvtool.runtime.requests import Drawn, Finish, Request, score
+from kvtool.runtime.sampling import Sampler, draw
 from kvtool.runtime.stores import PAGE, whole_pages
 
 PIECE = 128
 """Tokens of a prompt per step: a multiple of the page, small beside what the others wait for."""
-
-Finish = Literal["stop", "length"]
-
-
-class Scored(NamedTuple):
-    """A token, its log-probability under the model, and the likeliest ones with theirs."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt to continue.
-
-    Attributes:
-        stop_ids: Tokens that end it, besides the model's own.
-        ignore_eos: Go on after one of the model's own.
-        logprobs: Likeliest tokens to report for each drawn one; None for no report.
-        prompt_logprobs: The same for the prompt's tokens, the first of which has none.
-        grammar: What the answer obeys.
-        tokens: Drawn so far.
-        scored: Of the prompt, where asked for.
-        sampler: What draws them, made when the request is added.
-        cached: Tokens of the prompt that another request had read.
-        added, admitted, answered: When it came, left the queue, and drew its first token, by
-            `perf_counter`.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = GREEDY
-    seed: int | None = None
-    min_new_tokens: int = 0
-    stop_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    grammar: Grammar | None = None
-
-    tokens: list[int] = field(default_factory=list, init=False)
-    scored: list[Scored] = field(default_factory=list, init=False)
-    sampler: Sampler | None = field(default=None, init=False)
-    cached: int = field(default=0, init=False)
-    added: float = field(default=0.0, init=False)
-    admitted: float | None = field(default=None, init=False)
-    answered: float | None = field(default=None, init=False)
-
-
-class Drawn(NamedTuple):
-    """What a step did for a request: its next token, and how it ended if it did.
-
-    A request for no tokens ends without one.
-    """
-
-    request: Request
-    token: int | None
-    scored: Scored | None
-    finish: Finish | None
 
 
 @dataclass
@@ -243,6 +184,20 @@ class Scheduler:
         limit = self.engine.max_context
         return max(0, self.memory.most_tokens(self.budget, prompt, limit) - prompt)
 
+    @cached_property
+    def roomiest(self) -> int:
+        """Tokens of the prompt behind which a sequence alone may become longest: one, or, as a plan
+        may keep less of a prompt, the longest.
+        """
+        prompts = range(1, self.engine.max_context)
+        most = max(1, bisect_left(prompts, True, key=lambda n: self.room(n) < 1))
+        return max((1, most), key=lambda n: n + self.room(n))
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence may come to alone, in the model's context and the memory."""
+        return self.roomiest + self.room(self.roomiest)
+
     # ------------------------------------------------------------------------------- requests
 
     def check(self, prompt: int, new_tokens: int) -> None:
@@ -375,7 +330,7 @@ class Scheduler:
         if scores:
             assert request.prompt_logprobs is not None
             following = prompt[start + 1 : end + 1]
-            request.scored += _score(logits[: len(following)], following, request.prompt_logprobs)
+            request.scored += score(logits[: len(following)], following, request.prompt_logprobs)
             logits = logits[-1]
         if end < len(prompt):
             return []
@@ -435,7 +390,7 @@ class Scheduler:
                 finish = "length"
             scored = None
             if request.logprobs is not None:
-                (scored,) = _score(scores[None], [token], request.logprobs)
+                (scored,) = score(scores[None], [token], request.logprobs)
             drawn.append(Drawn(request, token, scored, finish))
         self.counters.new_tokens += len(drawn)
         return drawn
@@ -499,16 +454,3 @@ class Scheduler:
         if not self.share_prefixes or request.prompt_logprobs is not None:
             return Start()
         return self._prefixes.find(request.prompt, self._running)
-
-
-def _score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
-    """Log-probabilities of `tokens`, each under one row of `logits [T, V]`."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    index = torch.tensor(tokens, dtype=torch.long, device=logits.device)
-    own = logprobs.gather(1, index[:, None])[:, 0].tolist()
-    best = torch.topk(logprobs, top, dim=-1) if top else None
-    likeliest: list[list[tuple[int, float]]] = [[] for _ in tokens]
-    if best is not None:
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        likeliest = [list(zip(ids, values, strict=True)) for ids, values in pairs]
-    return [Scored(*item) for item in zip(tokens, own, likeliest, strict=True)]

@@ -22,7 +22,7 @@ from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.pages import Pages
 from kvtool.runtime.split import FullHeads
 from kvtool.runtime.split_attention import SplitAttention
-from kvtool.runtime.stores import Store
+from kvtool.runtime.stores import KVHeads, Store
 from kvtool.sparse import SparseReading
 
 
@@ -35,10 +35,10 @@ class SparseHeads(FullHeads):
     """
 
     def __init__(
-        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
-        reading: SparseReading, order: Tensor, group: int, sink_logits: Tensor | None = None,
+        self, heads: KVHeads, rows: int, capacity: int, reading: SparseReading, order: Tensor,
+        group: int,
     ) -> None:  # fmt: skip
-        super().__init__(rows, heads, capacity, head_dim, like, scaling, sink_logits)
+        super().__init__(heads, rows, capacity)
         self.reading = reading
         # A step is bound by the calls it makes: these are all that putting in order takes.
         self.of_keys, self.of_queries = order[:, None], order.repeat_interleave(group, 0)[:, None]
@@ -91,11 +91,9 @@ class SparseAttention(SplitAttention):
         self.order = torch.tensor(own, device=stages.qkv.weight.device)
 
     def new_full_heads(self, rows: int, capacity: int) -> SparseHeads:
-        layout, like = self.stages.layout, self.stages.qkv.weight
-        return SparseHeads(
-            rows, self.counts[0], capacity, layout.head_dim, like, layout.scaling, self.reading,
-            self.order, layout.heads // layout.kv_heads, self.full_sink_logits,
-        )  # fmt: skip
+        layout = self.stages.layout
+        group = layout.heads // layout.kv_heads
+        return SparseHeads(self.full_heads, rows, capacity, self.reading, self.order, group)
 
     def new_paged_store(self, pages: Pages) -> None:
         """There is none: no kernel reads pages by labels yet."""

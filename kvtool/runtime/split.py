@@ -31,7 +31,7 @@ from kvtool.runtime.dropping import DroppingHeads
 from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.pages import PagedHeads
 from kvtool.runtime.selection import Selector, keep
-from kvtool.runtime.stores import DenseStore, Seen, Store, whole_pages, with_spare_rows
+from kvtool.runtime.stores import DenseStore, KVHeads, Seen, Store, whole_pages, with_spare_rows
 
 if TYPE_CHECKING:
     from kvtool.runtime.floats import FloatHeads
@@ -61,13 +61,11 @@ class StreamingHeads(DroppingHeads):
     """
 
     def __init__(
-        self, rows: int, heads: int, sink: int, window: int, head_dim: int, like: Tensor,
-        scaling: float, dense_prompt: bool, sink_logits: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        shape = (rows, heads, sink + window, head_dim)
-        self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
-        self.sink, self.window, self.scaling = sink, window, scaling
-        self.dense_prompt, self.sink_logits = dense_prompt, sink_logits
+        self, heads: KVHeads, rows: int, sink: int, window: int, dense_prompt: bool = False
+    ) -> None:
+        super().__init__(heads, dense_prompt)
+        self.planes = heads.planes(rows, sink + window)
+        self.sink, self.window = sink, window
 
     @property
     def room(self) -> int:
@@ -187,15 +185,15 @@ class BudgetedHeads(DroppingHeads):
     selector: Selector | None = None
 
     def __init__(
-        self, rows: int, budgets: Sequence[int], head_dim: int, like: Tensor, scaling: float,
-        new_selector: Callable[[], Selector], sink_logits: Tensor | None = None,
+        self, heads: KVHeads, rows: int, budgets: Sequence[int],
+        new_selector: Callable[[], Selector],
     ) -> None:  # fmt: skip
-        shape, self.sink_logits = (rows, len(budgets), 0, head_dim), sink_logits
-        self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
-        nothing = like.new_empty((0, head_dim))
-        self.nothing = Kept(0, (0,) * len(budgets), nothing, nothing)
+        super().__init__(heads, dense_prompt=True)
+        self.planes = heads.planes(rows, 0)
+        nothing = heads.like.new_empty((0, heads.size))
+        self.nothing = Kept(0, (0,) * heads.count, nothing, nothing)
         self.kept = [self.nothing] * rows
-        self.budgets, self.scaling, self.new_selector = budgets, scaling, new_selector
+        self.budgets, self.new_selector = budgets, new_selector
 
     @property
     def allocated_bytes(self) -> int:

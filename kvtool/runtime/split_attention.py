@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from kvtool.attention import GroupedQueryAttention
 from kvtool.plan import Plan
 from kvtool.rope import Rope
@@ -20,7 +18,7 @@ from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
 from kvtool.runtime.selection import Selector, selector
 from kvtool.runtime.split import BudgetedHeads, FullHeads, SplitStore, StreamingHeads
-from kvtool.runtime.stores import Store
+from kvtool.runtime.stores import KVHeads, Store
 
 if TYPE_CHECKING:
     from kvtool.runtime.floats import FloatHeads, PagedFloats
@@ -37,57 +35,36 @@ class SplitAttention(GroupedAttention):
         budgeted = [head for head, n in enumerate(self.layer.budgets) if n is not None]
         full = self.layer.full_heads
         stages.reorder_kv_heads(full + budgeted + streaming)
-        self.full, self.counts = full, (len(full), len(streaming))
+        self.full, self.counts = full, (len(full), len(budgeted), len(streaming))
         self.budgets = [n for n in self.layer.budgets if n is not None]
 
     @property
-    def full_sink_logits(self) -> Tensor | None:
-        """Logits beside the scores of the full heads; see `kernels/sink_logits`."""
-        return self.stages.sink_logits_of(0, self.counts[0])
+    def full_heads(self) -> KVHeads:
+        """The first of them in the order of `stages`."""
+        return self.heads(0, self.counts[0])
 
     @property
-    def budgeted_sink_logits(self) -> Tensor | None:
-        """Those of the budgeted heads."""
-        return self.stages.sink_logits_of(self.counts[0], len(self.budgets))
+    def budgeted_heads(self) -> KVHeads:
+        """Those behind them."""
+        return self.heads(self.counts[0], self.counts[1])
 
     @property
-    def streaming_sink_logits(self) -> Tensor | None:
-        """Those of the streaming heads."""
-        return self.stages.sink_logits_of(self.counts[0] + len(self.budgets), self.counts[1])
+    def streaming_heads(self) -> KVHeads:
+        """The last."""
+        return self.heads(self.counts[0] + self.counts[1], self.counts[2])
 
     def new_store(self, rows: int, capacity: int) -> Store:
-        layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
-        streaming, size, scaling = self.counts[1], layout.head_dim, layout.scaling
+        sink, window, dense_prompt = self.layer.sink, self.layer.window, self.prefill == "dense"
         ring = tails = None
-        if streaming:
-            ring = StreamingHeads(
-                rows, streaming, layer.sink, layer.window, size, like, scaling,
-                dense_prompt=self.prefill == "dense", sink_logits=self.streaming_sink_logits,
-            )  # fmt: skip
+        if self.counts[2]:
+            ring = StreamingHeads(self.streaming_heads, rows, sink, window, dense_prompt)
         if self.budgets:
-            tails = BudgetedHeads(
-                rows,
-                self.budgets,
-                size,
-                like,
-                scaling,
-                self._new_selector,
-                self.budgeted_sink_logits,
-            )
+            tails = BudgetedHeads(self.budgeted_heads, rows, self.budgets, self._new_selector)
         return SplitStore(self.new_full_heads(rows, capacity), ring, tails)
 
     def new_full_heads(self, rows: int, capacity: int) -> FullHeads | PackedHeads | FloatHeads:
         """Empty planes of those heads that keep every token."""
-        layout, like = self.stages.layout, self.stages.qkv.weight
-        return FullHeads(
-            rows,
-            self.counts[0],
-            capacity,
-            layout.head_dim,
-            like,
-            layout.scaling,
-            self.full_sink_logits,
-        )
+        return FullHeads(self.full_heads, rows, capacity)
 
     @property
     def paged_budgets(self) -> list[int | None]:
@@ -95,42 +72,33 @@ class SplitAttention(GroupedAttention):
         return [*[None] * self.counts[0], *self.budgets]
 
     def new_paged_store(self, pages: Pages) -> PagedSplit | PagedFloats | None:
-        layout, like = self.stages.layout, self.stages.qkv.weight
         rings = self.new_paged_rings(pages)
         if isinstance(pages, HeadPages):
             return self._by_head(pages, rings)
         if self.budgets:
             return None
-        heads, size, logits = self.counts[0], layout.head_dim, self.full_sink_logits
-        full = PagedHeads(pages, heads, size, like, layout.scaling, logits)
-        return PagedSplit(full, rings)
+        return PagedSplit(PagedHeads(self.full_heads, pages), rings)
 
     def _by_head(self, pages: HeadPages, rings: PagedRings | None) -> PagedByHead:
-        layout, like = self.stages.layout, self.stages.qkv.weight
         lists = range(len(pages.owned[0]))[pages.layers[self.layer_index]]
         own, others = lists[: self.counts[0]], lists[self.counts[0] :]
-        full = FullHeadsInPages(pages, own, layout.scaling, self.full_sink_logits)
+        full = FullHeadsInPages(self.full_heads, pages, own)
         budgeted = None
         if others:
             budgeted = BudgetedHeadsInPages(
-                pages, others, self.budgets, like, layout.scaling, self._new_selector,
-                self.budgeted_sink_logits,
-            )  # fmt: skip
+                self.budgeted_heads, pages, others, self.budgets, self._new_selector
+            )
         logits = self.stages.sink_logits_of(0, len(lists))
         return PagedByHead(pages, self.layer_index, full, budgeted, rings, logits)
 
     def new_paged_rings(self, pages: Pages) -> PagedRings | None:
         """Of the streaming heads, where there are any."""
-        layout, like, layer = self.stages.layout, self.stages.qkv.weight, self.layer
-        if not self.counts[1]:
+        if not self.counts[2]:
             return None
-        return PagedRings(
-            pages, self.counts[1], layer.sink, layer.window, layout.head_dim, like,
-            layout.scaling, dense_prompt=self.prefill == "dense",
-            sink_logits=self.streaming_sink_logits,
-        )  # fmt: skip
+        sink, window, dense_prompt = self.layer.sink, self.layer.window, self.prefill == "dense"
+        return PagedRings(self.streaming_heads, pages, sink, window, dense_prompt)
 
     def _new_selector(self) -> Selector:
         assert self.policy is not None
-        scaling, logits = self.stages.layout.scaling, self.budgeted_sink_logits
-        return selector(self.policy, scaling, self.rope, logits)
+        heads = self.budgeted_heads
+        return selector(self.policy, heads.scaling, self.rope, heads.sink_logits)

@@ -8,7 +8,7 @@ doubling, so a decode step neither allocates nor copies the past.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -158,20 +158,38 @@ class Store:
         return self.planes[name][row : row + 1, ..., start:end, :]
 
 
-class DenseStore(Store):
-    """All rotated keys and all values of a GQA layer.
+@dataclass(frozen=True)
+class KVHeads:
+    """Some KV heads of a layer, which one store holds.
 
-    Args:
-        sink_logits: `[Q]`, of the query heads that read it; see `kernels/sink_logits`.
+    Attributes:
+        count: How many.
+        size: D.
+        like: A tensor of the dtype of their keys and values, where these are.
+        scaling: Of scores.
+        sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
     """
 
-    def __init__(
-        self, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor, scaling: float,
-        sink_logits: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        shape, self.scaling = (rows, heads, capacity, head_dim), scaling
-        self.planes = {"keys": like.new_empty(shape), "values": like.new_empty(shape)}
-        self.sink_logits = sink_logits
+    count: int
+    size: int
+    like: Tensor
+    scaling: float
+    sink_logits: Tensor | None = None
+
+    def planes(
+        self, rows: int, capacity: int, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Of keys and of values, `[rows, H, capacity, D]` each; without `dtype`, of their own."""
+        shape = (rows, self.count, capacity, self.size)
+        return {name: self.like.new_empty(shape, dtype=dtype) for name in ("keys", "values")}
+
+
+class DenseStore(Store):
+    """All rotated keys and all values of some heads."""
+
+    def __init__(self, heads: KVHeads, rows: int, capacity: int) -> None:
+        self.planes = heads.planes(rows, capacity)
+        self.scaling, self.sink_logits = heads.scaling, heads.sink_logits
 
     def lend(self, q: Tensor, step: Any, seen: Seen | None) -> Tensor:
         """See :meth:`Store.lend`."""

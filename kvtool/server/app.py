@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import cached_property
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,8 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from kvtool import __version__
 from kvtool.errors import UsageError
-from kvtool.runtime import scheduler
 from kvtool.runtime.grammar import Grammar, Grammars
+from kvtool.runtime.requests import Request as Asked
+from kvtool.runtime.requests import Scored
 from kvtool.server import chat, errors, schema, wire
 from kvtool.server.errors import ApiError, error_body
 from kvtool.server.limits import Gate
@@ -65,16 +64,6 @@ class Service:
             self.engine.checkpoint.fingerprint(), __version__, self.engine.dtype, self.engine.device
         )  # fmt: skip
         self.fingerprint = "fp_" + hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens that a sequence may come to alone, in the model's context and the memory: behind
-        one token, or, as a plan may keep less of a prompt, behind the longest prompt.
-        """
-        room = self.worker.scheduler.room
-        prompts = range(1, self.engine.max_context)
-        prompt = max(1, bisect_left(prompts, True, key=lambda n: room(n) < 1))
-        return max(n + room(n) for n in (1, prompt))
 
     # ------------------------------------------------------------------------------ requests
 
@@ -126,7 +115,7 @@ class Service:
         for ids in prompts:
             new = self.new_tokens(len(ids), asked, default)
             for choice in range(body.choices):
-                request = scheduler.Request(
+                request = Asked(
                     ids,
                     new,
                     body.sampling(),
@@ -349,7 +338,7 @@ class Service:
         self,
         body: schema.Completion,
         answer: Answer,
-        scored: Sequence[scheduler.Scored],
+        scored: Sequence[Scored],
         whole: bool,
     ) -> dict[str, Any] | None:
         """Of some tokens, and of the prompt before them where that is echoed and they are first."""
@@ -361,7 +350,7 @@ class Service:
             before += request.tokens[: len(request.tokens) - len(scored)]
             offset = sum(len(self.names[token]) for token in before)
             return self.names.text_logprobs(scored, body.logprobs, offset)
-        prompt: list[scheduler.Scored | int] = []
+        prompt: list[Scored | int] = []
         if body.echo:
             prompt = [request.prompt[0], *request.scored]
         return self.names.text_logprobs([*prompt, *scored], body.logprobs)
@@ -376,7 +365,7 @@ class Service:
             "created": self.created,
             "owned_by": "kvtool",
             "root": engine.checkpoint.source,
-            "max_model_len": self.longest,
+            "max_model_len": self.worker.scheduler.longest,
             "kvtool": {
                 "cache": self.description,
                 "bytes_per_token": state.bytes_per_token,
@@ -479,7 +468,7 @@ def create_app(service: Service, *, api_key: str | None = None, max_body: int = 
             )
         else:
             ids = await service.encode(body.prompt or "", special=body.add_special_tokens)
-        return {"count": len(ids), "max_model_len": service.longest, "tokens": ids}
+        return {"count": len(ids), "max_model_len": worker.scheduler.longest, "tokens": ids}
 
     @app.post("/detokenize")
     async def detokenize(body: schema.Detokenize) -> dict[str, Any]:

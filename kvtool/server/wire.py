@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from kvtool.runtime.scheduler import Request, Scored
+from kvtool.runtime.requests import Request, Scored
 
 DONE = "data: [DONE]\n\n"
 

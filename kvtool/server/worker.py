@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from kvtool.runtime.memory import give_back
-from kvtool.runtime.scheduler import Counters, Drawn, Request, Scheduler, Scored
+from kvtool.runtime.requests import Drawn, Request, Scored
+from kvtool.runtime.scheduler import Counters, Scheduler
 from kvtool.server.errors import ApiError
 from kvtool.server.metrics import Metrics
 from kvtool.text import StopText, TextStream

@@ -37,7 +37,8 @@ from kvtool.plan import Plan
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
 from kvtool.runtime.scheduler import Scheduler
-from kvtool.server.app import Service, create_app
+from kvtool.server.app import create_app
+from kvtool.server.service import Service
 from kvtool.server.worker import Worker
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

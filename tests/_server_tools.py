@@ -13,7 +13,8 @@ import uvicorn
 
 from kvtool.runtime import Engine
 from kvtool.runtime.scheduler import Scheduler
-from kvtool.server.app import Service, create_app
+from kvtool.server.app import create_app
+from kvtool.server.service import Service
 from kvtool.server.worker import Worker
 
 HELLO = [{"role": "user", "content": "The quick brown"}]

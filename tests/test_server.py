@@ -37,7 +37,7 @@ from kvtool.runtime.requests import Request
 from kvtool.runtime.scheduler import Scheduler
 from kvtool.server import chat
 from kvtool.server import worker as worker_module
-from kvtool.server.app import Service
+from kvtool.server.service import Service
 
 # Plain letters and spaces, whatever the model would rather say.
 TOKENIZER = make_tokenizer()

@@ -135,7 +135,8 @@ def serve_local(
     from kvtool.evaluate.throughput import weight_bytes
     from kvtool.runtime import Engine
     from kvtool.runtime.scheduler import Scheduler
-    from kvtool.server.app import Service, create_app
+    from kvtool.server.app import create_app
+    from kvtool.server.service import Service
     from kvtool.server.worker import Worker
 
     checkpoint = Checkpoint.open(

@@ -102,7 +102,7 @@ def numbers(store, how: str, length: int) -> tuple[Tensor, Tensor]:
         bits, exact = BITS[how], store.exact_tokens(0, length)
         read = [store.blocks_of(part, 0, 0, bits.blocks(length)) for part in ("keys", "values")]
         keys = dequantise(*read[0], bits.group, bits.keys, bits.group).mT
-        values = dequantise(*read[1], store.heads.size, bits.values, bits.group)
+        values = dequantise(*read[1], store.heads.head_dim, bits.values, bits.group)
         codes = [keys.flatten(1, 2), values.flatten(1, 2)]
     keys, values = (torch.cat(pair, dim=1) for pair in zip(codes, exact, strict=True))
     assert keys.shape[1] == length

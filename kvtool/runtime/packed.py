@@ -88,7 +88,7 @@ class PackedHeads(PackedStore):
         balances: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:  # fmt: skip
         super().__init__(heads, dense_prompt)
-        like, head_dim = heads.like, heads.size
+        like, head_dim = heads.like, heads.head_dim
         self.exact = self.new_exact(rows, bits)
         if bits.rest is not None:
             attention = like.new_zeros((rows, heads.count, bits.group), dtype=torch.float32)
@@ -262,13 +262,13 @@ class PackedHeads(PackedStore):
         bits = self.bits
         if bits.kept is not None:
             bitmap, numbers = (self.read_blocks(x, row, 0, blocks).flatten(1, 2) for x in _SPARSE)
-            return sparse_sums(weights, bitmap, numbers, self.heads.size)
+            return sparse_sums(weights, bitmap, numbers, self.heads.head_dim)
         parts = weights.split([blocks * tier.tokens for tier in bits.tiers], dim=-1)
-        sums = weights.new_zeros((*weights.shape[:2], self.heads.size))
+        sums = weights.new_zeros((*weights.shape[:2], self.heads.head_dim))
         for prefix, tier, own in zip(_PREFIXES, bits.tiers, parts, strict=False):
             read = self.blocks_of(prefix + "values", row, 0, blocks)
             codes, scales = (x.flatten(1, 2) for x in read)
-            sums += value_sums(own, codes, scales, self.heads.size, tier.values, bits.group)
+            sums += value_sums(own, codes, scales, self.heads.head_dim, tier.values, bits.group)
         if bits.rank:
             sums += low_rank_sums(weights, *self._thin("values", row, 0, blocks))
         return sums
@@ -278,7 +278,7 @@ class PackedHeads(PackedStore):
         bits = self.bits
         codes, scales = self.blocks_of("keys", row, first, end)
         per_channel = bits.axis == "channel"
-        width = bits.group if per_channel else self.heads.size
+        width = bits.group if per_channel else self.heads.head_dim
         stored = dequantise(codes, scales, width, bits.keys, bits.group)
         keys = stored.mT if per_channel else stored
         if bits.rank:
@@ -320,9 +320,8 @@ class PackedHeads(PackedStore):
         for prefix, tier, at in zip(_PREFIXES, bits.tiers, self._chosen(attention), strict=False):
             k, v = keys, values
             if at is not None:
-                k, v = (
-                    x.gather(2, at[..., None].expand(*at.shape, self.heads.size)) for x in (k, v)
-                )
+                places = at[..., None].expand(*at.shape, self.heads.head_dim)
+                k, v = (x.gather(2, places) for x in (k, v))
             for part, x, width, clip in (
                 ("keys", k.mT if bits.axis == "channel" else k, tier.keys, bits.key_clip),
                 ("values", v, tier.values, bits.value_clip),
@@ -451,7 +450,7 @@ class PackedAttention(SplitAttention):
 
     def new_paged_store(self, pages: Pages) -> PagedSplit | None:
         heads, dense_prompt = self.full_heads, self.prefill == "dense"
-        if isinstance(pages, HeadPages) or not PagedPacked.possible(self.bits, heads.size):
+        if isinstance(pages, HeadPages) or not PagedPacked.possible(self.bits, heads.head_dim):
             return None
         full = PagedPacked(heads, pages, self.bits, self.positions, dense_prompt)
         return PagedSplit(full, self.new_paged_rings(pages))

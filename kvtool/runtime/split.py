@@ -190,7 +190,7 @@ class BudgetedHeads(DroppingHeads):
     ) -> None:  # fmt: skip
         super().__init__(heads, dense_prompt=True)
         self.planes = heads.planes(rows, 0)
-        nothing = heads.like.new_empty((0, heads.size))
+        nothing = heads.like.new_empty((0, heads.head_dim))
         self.nothing = Kept(0, (0,) * heads.count, nothing, nothing)
         self.kept = [self.nothing] * rows
         self.budgets, self.new_selector = budgets, new_selector

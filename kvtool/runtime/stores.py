@@ -164,14 +164,14 @@ class KVHeads:
 
     Attributes:
         count: How many.
-        size: D.
+        head_dim: D.
         like: A tensor of the dtype of their keys and values, where these are.
         scaling: Of scores.
         sink_logits: `[Q]`, of the query heads that read them; see `kernels/sink_logits`.
     """
 
     count: int
-    size: int
+    head_dim: int
     like: Tensor
     scaling: float
     sink_logits: Tensor | None = None
@@ -180,7 +180,7 @@ class KVHeads:
         self, rows: int, capacity: int, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
         """Of keys and of values, `[rows, H, capacity, D]` each; without `dtype`, of their own."""
-        shape = (rows, self.count, capacity, self.size)
+        shape = (rows, self.count, capacity, self.head_dim)
         return {name: self.like.new_empty(shape, dtype=dtype) for name in ("keys", "values")}
 
 

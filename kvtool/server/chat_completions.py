@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from kvtool.server import chat, schema, wire
+from kvtool.server import chat, schema
 from kvtool.server.service import Deltas, Service, until_all_ended
 from kvtool.server.worker import Answer
 
@@ -29,11 +29,11 @@ async def complete_chat(service: Service, http: Request, body: schema.ChatComple
     grammar = await service.grammar(body)
     answers, deltas = service.answers(body, [ids], body.new_tokens, None, logprobs, grammar=grammar)
     if body.stream:
-        return service.stream(answers, deltas, _chunks(service, body, answers, deltas))
-    envelope = wire.Envelope("chat.completion", service.name, service.fingerprint)
+        coming = _parts(service, body, answers, deltas)
+        return service.stream(body, "chat.completion.chunk", answers, coming)
     choices = []
     for index, parts in enumerate(await service.collect(http, answers, deltas)):
-        text = "".join(part.text for part in parts)
+        text = "".join(one.text for one in parts)
         message: dict[str, Any] = {"role": "assistant", "content": text}
         finish = parts[-1].finish
         if body.may_call:
@@ -44,7 +44,7 @@ async def complete_chat(service: Service, http: Request, body: schema.ChatComple
             if calls:
                 message |= {"content": words or None, "tool_calls": calls}
                 finish = "tool_calls"
-        scored = [part.scored for part in parts if part.scored is not None]
+        scored = [one.scored for one in parts if one.scored is not None]
         choices.append(
             {
                 "index": index,
@@ -53,25 +53,19 @@ async def complete_chat(service: Service, http: Request, body: schema.ChatComple
                 "finish_reason": finish,
             }
         )
-    return JSONResponse(envelope.body(choices, **service.counts(body, answers)))
+    return service.respond(body, "chat.completion", answers, choices)
 
 
-async def _chunks(
+async def _parts(
     service: Service, body: schema.ChatCompletion, answers: Sequence[Answer], deltas: Deltas
 ) -> AsyncIterator[dict[str, Any]]:
-    envelope = wire.Envelope("chat.completion.chunk", service.name, service.fingerprint)
-    more: dict[str, Any] = {"usage": None} if body.wants_usage else {}
-
-    def chunk(
+    def part(
         index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None
     ) -> dict[str, Any]:
-        choice = {
-            "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish
-        }  # fmt: skip
-        return envelope.body([choice], **more)
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
     for answer in answers:
-        yield chunk(answer.index, {"role": "assistant", "content": ""})
+        yield part(answer.index, {"role": "assistant", "content": ""})
     tools = [chat.ToolText() for _ in answers] if body.may_call else None
     async for index, delta in until_all_ended(deltas, len(answers)):
         text = delta.text if tools is None else tools[index].push(delta.text)
@@ -79,17 +73,15 @@ async def _chunks(
         if delta.scored is not None:
             logprobs = service.names.chat_logprobs([delta.scored])
         if text or logprobs:
-            yield chunk(index, {"content": text}, logprobs=logprobs)
+            yield part(index, {"content": text}, logprobs=logprobs)
         if delta.finish is None:
             continue
         finish = delta.finish
         if tools is not None:
             rest, calls = tools[index].end()
             if rest:
-                yield chunk(index, {"content": rest})
+                yield part(index, {"content": rest})
             for at, call in enumerate(calls):
                 finish = "tool_calls"
-                yield chunk(index, {"tool_calls": [{"index": at, **call}]})
-        yield chunk(index, {}, finish)
-    if body.wants_usage:
-        yield envelope.body([], **service.counts(body, answers))
+                yield part(index, {"tool_calls": [{"index": at, **call}]})
+        yield part(index, {}, finish)

@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from kvtool.runtime.requests import Scored
-from kvtool.server import schema, wire
+from kvtool.server import schema
 from kvtool.server.errors import ApiError
 from kvtool.server.service import Deltas, Service, until_all_ended
 from kvtool.server.worker import Answer
+
+KIND = "text_completion"  # of the whole and of its parts
 
 
 async def complete_text(service: Service, http: Request, body: schema.Completion) -> Response:
@@ -36,8 +38,7 @@ async def complete_text(service: Service, http: Request, body: schema.Completion
         body, prompts, asked, default, body.logprobs, echoed, grammar=grammar
     )
     if body.stream:
-        return service.stream(answers, deltas, _chunks(service, body, answers, deltas))
-    envelope = wire.Envelope("text_completion", service.name, service.fingerprint)
+        return service.stream(body, KIND, answers, _parts(service, body, answers, deltas))
     choices = []
     collected = await service.collect(http, answers, deltas)
     for answer, parts in zip(answers, collected, strict=True):
@@ -51,14 +52,12 @@ async def complete_text(service: Service, http: Request, body: schema.Completion
                 "finish_reason": parts[-1].finish,
             }
         )
-    return JSONResponse(envelope.body(choices, **service.counts(body, answers)))
+    return service.respond(body, KIND, answers, choices)
 
 
-async def _chunks(
+async def _parts(
     service: Service, body: schema.Completion, answers: Sequence[Answer], deltas: Deltas
 ) -> AsyncIterator[dict[str, Any]]:
-    envelope = wire.Envelope("text_completion", service.name, service.fingerprint)
-    more: dict[str, Any] = {"usage": None} if body.wants_usage else {}
     begun: set[int] = set()
     async for index, delta in until_all_ended(deltas, len(answers)):
         first, text = index not in begun, delta.text
@@ -68,15 +67,12 @@ async def _chunks(
         scored = [] if delta.scored is None else [delta.scored]
         if not (text or scored or delta.finish):
             continue
-        choice = {
+        yield {
             "index": index,
             "text": text,
             "logprobs": _logprobs(service, body, answers[index], scored, whole=first),
             "finish_reason": delta.finish,
         }
-        yield envelope.body([choice], **more)
-    if body.wants_usage:
-        yield envelope.body([], **service.counts(body, answers))
 
 
 def _echo(service: Service, answer: Answer) -> str:

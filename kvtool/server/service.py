@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kvtool import __version__
@@ -153,18 +153,33 @@ class Service:
             self.worker.release(answers)
         return collected
 
+    def respond(
+        self, body: schema.Generation, kind: str, answers: Sequence[Answer],
+        choices: list[dict[str, Any]],
+    ) -> JSONResponse:  # fmt: skip
+        """All choices at once, and what they took."""
+        envelope = wire.Envelope(kind, self.name, self.fingerprint)
+        return JSONResponse(envelope.body(choices, **self.counts(body, answers)))
+
     def stream(
-        self, answers: Sequence[Answer], deltas: Deltas, chunks: AsyncIterator[dict[str, Any]]
-    ) -> EventStream:
-        """`chunks` as events; an error becomes the last one."""
+        self, body: schema.Generation, kind: str, answers: Sequence[Answer],
+        choices: AsyncIterator[dict[str, Any]],
+    ) -> EventStream:  # fmt: skip
+        """Parts of `choices` as events, and what they took if asked for; an error becomes the last
+        one.
+        """
+        envelope = wire.Envelope(kind, self.name, self.fingerprint)
+        more: dict[str, Any] = {"usage": None} if body.wants_usage else {}
 
         async def events() -> AsyncIterator[str]:
             try:
-                async for chunk in chunks:
-                    yield wire.event(chunk)
+                async for choice in choices:
+                    yield wire.event(envelope.body([choice], **more))
             except ApiError as error:
                 yield wire.event(error_body(error.status_code, error.detail, error.param))
                 return
+            if body.wants_usage:
+                yield wire.event(envelope.body([], **self.counts(body, answers)))
             yield wire.DONE
 
         return EventStream(events(), lambda: self.worker.release(answers))

@@ -301,48 +301,62 @@ def streaming_cases(device: torch.device, tokens: int) -> Iterator[Case]:
     )  # fmt: skip
 
 
+PACKED = {
+    "Llama-3-8B": ((32, 8, 128), ((4, 4), (4, 2), (3, 3), (2, 2))),
+    "32 heads of 96": ((32, 32, 96), ((4, 4),)),
+    "16 on 8 heads of 256": ((16, 8, 256), ((4, 4),)),
+    "32 on 4 heads of 512": ((32, 4, 512), ((4, 4),)),
+}
+"""Query heads, KV heads and their width; bits of keys and values."""
+
+
 def packed_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]:
     """The same with keys and values of few bits; and packing a block of each row."""
-    queries, heads, width, size, sink, window = 32, 8, 128, PAGE, 4, 64
-    pages, scaling = batch * -(-tokens // PAGE), width**-0.5
+    size, sink, window = PAGE, 4, 64
+    pages = batch * -(-tokens // PAGE)
     table = torch.randperm(pages, device=device).view(batch, -1).int()
     # So that the newest token of every row makes a block complete.
     blocks_of_a_row = (tokens - sink - window) // size
     lengths = torch.full((batch,), sink + window + size * blocks_of_a_row, device=device).int()
-    q = normal(device, batch, queries, width)
-    ring = Ring(
-        *(normal(device, batch, heads, sink + window + size, width) for _ in range(2)),
-        torch.arange(batch, device=device), sink, window,
-    )  # fmt: skip
-    for keys, values in ((4, 4), (4, 2), (3, 3), (2, 2)):
-        planes = []
-        for lines, numbers, bits in ((width, size, keys), (size, width, values)):
-            x = normal(device, pages, heads, 1, lines, numbers)
-            planes += quantise(x, bits, size)
-        blocks = Blocks(*planes, table, keys, values)
+    for name, ((queries, heads, width), several) in PACKED.items():
+        scaling = width**-0.5
+        q = normal(device, batch, queries, width)
+        ring = Ring(
+            *(normal(device, batch, heads, sink + window + size, width) for _ in range(2)),
+            torch.arange(batch, device=device), sink, window,
+        )  # fmt: skip
+        for keys, values in several:
+            planes = []
+            for lines, numbers, bits in ((width, size, keys), (size, width, values)):
+                x = normal(device, pages, heads, 1, lines, numbers)
+                planes += quantise(x, bits, size)
+            blocks = Blocks(*planes, table, keys, values)
 
-        def error(blocks: Blocks = blocks) -> float:
-            found = packed_attention(q, ring, blocks, lengths, scaling)
+            run = partial(packed_attention, q, ring, blocks, lengths, scaling)
             own = table[0].long()
             first = blocks._replace(
                 **{name: getattr(blocks, name)[own] for name in Blocks._fields[:4]},
                 table=torch.arange(len(own), device=device)[None],
             )
-            exact = paged_packed.packed_attention(q[:1].float(), ring, first, lengths[:1], scaling)
-            return rms_ratio(found[:1], exact)
+            exact = partial(
+                paged_packed.packed_attention, q[:1].float(), ring, first, lengths[:1], scaling
+            )
 
-        each = sum(plane[0].nbytes for plane in planes)
-        nbytes = batch * blocks_of_a_row * each + 4 * batch * heads * (sink + window) * width
+            def error(found: Callable[[], Tensor] = run, exact: Any = exact) -> float:
+                return rms_ratio(found()[:1], exact())
+
+            each = sum(plane[0].nbytes for plane in planes)
+            nbytes = batch * blocks_of_a_row * each + 4 * batch * heads * (sink + window) * width
+            yield Case(
+                "packed_attention", f"{name}, K{keys}V{values}", batch, tokens, nbytes,
+                4 * batch * tokens * queries * width,
+                [run], error,
+            )  # fmt: skip
         yield Case(
-            "packed_attention", f"Llama-3-8B, K{keys}V{values}", batch, tokens, nbytes,
-            4 * batch * tokens * queries * width,
-            [lambda x=blocks: packed_attention(q, ring, x, lengths, scaling)], error,
+            "pack_blocks", f"{name}, K{keys}V{values}", batch, tokens,
+            batch * (4 * heads * size * width + each), 0,
+            [partial(pack_blocks, ring, blocks, lengths)], None,
         )  # fmt: skip
-    yield Case(
-        "pack_blocks", "Llama-3-8B, K2V2", batch, tokens,
-        batch * (4 * heads * size * width + each), 0,
-        [lambda: pack_blocks(ring, blocks, lengths)], None,
-    )  # fmt: skip
 
 
 def packed_latent_cases(

@@ -71,7 +71,13 @@ def sweeps(device: torch.device, tiny: bool) -> Iterator[Sweep]:
         yield Sweep(cases, decode, always, tried)
     read = islice(code_cases(device, batch, tokens), 1)  # behind it, keys are rebuilt
     yield Sweep(read, decode, lambda _, width, *__: width == 512, codes)
-    blocks = [(64, 8, 2, 1, 8), (64, 8, 1, 1, 8), (64, 8, 1, 1, 12), (64, 8, 4, 1, 4)]
+    blocks = [
+        (64, 8, 1, 1, 8),
+        (64, 8, 1, 1, 12),
+        (64, 8, 2, 1, 8),
+        (64, 8, 2, 1, 4),
+        (64, 8, 4, 1, 2),
+    ]
     yield Sweep(packed_cases(device, batch, tokens), packed, always, blocks)
     floats = [
         (64, 16, 4, 4, 4),

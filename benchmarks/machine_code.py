@@ -46,7 +46,7 @@ from kvtool.kernels.packed_attention.pack_triton import pack_blocks
 from kvtool.kernels.packed_attention.triton import packed_attention
 from kvtool.kernels.packed_latents import Blocks as LatentBlocks
 from kvtool.kernels.packed_latents.triton import pack_latents, packed_latent_attention
-from kvtool.kernels.quantise import packed_bytes
+from kvtool.kernels.quantise import groups_of, packed_bytes
 from kvtool.kernels.rebuild_attention.triton import rebuild_decode_attention
 from kvtool.kernels.rms_norm.triton import add_rms_norm, rms_norm
 from kvtool.kernels.ssd.triton import causal_conv, ssd_chunked, ssd_step
@@ -130,7 +130,8 @@ def packed_step(width: int, keys: int, values: int, dtype: torch.dtype = torch.b
     ring = Ring(exact, exact, lengths.long(), 4, 64)
     lines = {"keys": (width, packed_bytes(64, keys)), "values": (64, packed_bytes(width, values))}
     codes = {n: torch.empty(4, H, 1, *x, dtype=torch.uint8) for n, x in lines.items()}
-    scales = [torch.empty(4, H, 1, n, g, 2).half() for n, g in ((width, 1), (64, width // 64))]
+    groups = ((width, 1), (64, groups_of(width, 64)))
+    scales = [torch.empty(4, H, 1, *shape, 2).half() for shape in groups]
     blocks = Blocks(
         codes["keys"], scales[0], codes["values"], scales[1], table, keys, values
     )  # fmt: skip
@@ -209,7 +210,8 @@ def cases(*, few: bool = False) -> Iterator[tuple[str, Callable[[], object]]]:
     wide = [x.float() for x in (half(2, 64, 640), pages(640, 1))]
     yield "64 heads on codes of 640, fp32", partial(attend, wide[0], wide[1], wide[1])
 
-    for width, keys, values in ((D, 4, 4), (D, 3, 2), (64, 4, 2), (64, 8, 3)):
+    several = (D, 4, 4), (D, 3, 2), (64, 4, 2), (64, 8, 3), (96, 4, 4), (256, 4, 4), (512, 4, 2)
+    for width, keys, values in several:
         name = f"32 on 8 heads of {width}, {keys} and {values} bits"
         yield name, partial(packed_step, width, keys, values)
     wide_step = partial(packed_step, 256, 4, 4, torch.float32)  # what takes most shared memory

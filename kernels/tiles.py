@@ -16,6 +16,7 @@ __all__ = [
     "has_dependent_launch",
     "has_sound_assembler",
     "load_columns",
+    "load_tile",
     "lying_together",
     "precision",
     "processors",
@@ -92,6 +93,15 @@ def load_columns(plane, offsets, columns, inside, width, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(at, mask=inside[:, None], other=0.0)
     return tl.load(at, mask=inside[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(
+    plane, offsets, inside, START: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """SIZE columns from START on of some rows, see :func:`load_columns`; `[N, COLUMNS]`."""
+    columns = tl.arange(0, COLUMNS)
+    return load_columns(plane + START, offsets, columns, inside, SIZE, COLUMNS == SIZE)
 
 
 @triton.jit

@@ -30,8 +30,8 @@ def test_kernels_compile_for_hopper_and_fit():
         "_conv", "_pack", "_rms_norm", "_swiglu", "_merge_parts",
         "_grouped_linear", "_delta_step",
     }  # fmt: skip
-    # The widest in fp32 does not fit by far: a field of the tools that is always 0 is another one.
-    assert max(x["spilled"] for x in kernels) > 1000
+    # The widest do not fit: a field of the tools that is always 0 is another one.
+    assert any(x["spilled"] for x in kernels)
     for made in kernels:
         assert made["cubin"] > 0
         assert made["shared"] <= SHARED, made

@@ -75,7 +75,8 @@ def test_attention_is_that_over_what_was_stored(bits, dtype):
 @pytest.mark.parametrize(
     ("width", "size", "bits"),
     [(128, 64, (4, 2)), (128, 64, (8, 8)), (32, 32, (4, 4)), (256, 64, (4, 4)), (64, 16, (8, 8)),
-     (48, 64, (2, 3))],
+     (48, 64, (2, 3)), (24, 64, (4, 2)), (80, 64, (8, 4)), (80, 64, (2, 8)), (96, 64, (4, 4)),
+     (96, 32, (4, 8)), (96, 64, (3, 2)), (112, 64, (4, 3)), (192, 64, (4, 2)), (512, 64, (4, 4))],
 )  # fmt: skip
 def test_head_and_block_sizes(width, size, bits):
     assert fits(width, *bits, size)
@@ -86,13 +87,13 @@ def test_head_and_block_sizes(width, size, bits):
 
 
 def test_sizes_without_a_kernel():
-    assert not fits(80, 8, 4, 64)  # a piece of the channels would have two scales
     assert not fits(64, 2, 4, 32)  # too few tokens in a field
-    assert not fits(20, 4, 4, 64)
+    assert not fits(20, 4, 4, 64)  # a byte would have numbers of two fields
+    assert not fits(520, 4, 4, 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 96, 128, 192])
 @pytest.mark.parametrize("bits", [(4, 4), (2, 3), (3, 2), (8, 8)])
 def test_blocks_are_packed_as_by_plain_torch(bits, width, dtype):
     clips = (0.85, 0.7) if bits[0] == 3 else (1.0, 1.0)

@@ -7,6 +7,7 @@ from torch import Tensor
 from kvtool.kernels.packed_attention.paged import PAGE, Blocks, Ring
 
 _LARGEST = tl.constexpr(65504.0)  # of fp16
+_TOGETHER = tl.constexpr(128)  # channels
 _TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 · 2^23: added and taken off, it rounds half to even
 
 
@@ -120,18 +121,20 @@ def _pack_values(
 ):  # fmt: skip
     """The same with a line `[WIDTH]` per token, which begins at `values [SIZE]`."""
     BYTES: tl.constexpr = WIDTH * BITS // 8
-    byte = tl.arange(0, PADDED * BITS // 8)
-    inside = tl.broadcast_to((byte < BYTES)[None, :], (lines.shape[0], PADDED * BITS // 8))
-    words = tl.zeros((lines.shape[0], PADDED * BITS // 8), tl.int32)
-    for field in tl.static_range(8 // BITS):
-        column = field * BYTES + byte
-        x = _numbers(values[:, None], column[None, :], inside)
-        at = scales[:, None] + (column // GROUP)[None, :] * 2
-        scale = tl.load(at, mask=inside, other=0.0)
-        minimum = tl.load(at + 1, mask=inside, other=0.0)
-        code = _code(x, scale, minimum, TOP)
-        words |= ((code >> BIT) & ((1 << BITS) - 1)) << (BITS * field)
-    tl.store(lines[:, None] + byte[None, :], words.to(tl.uint8), mask=inside)
+    EACH: tl.constexpr = min(PADDED, _TOGETHER) * BITS // 8
+    for start in range(0, BYTES, EACH):
+        byte = start + tl.arange(0, EACH)
+        inside = tl.broadcast_to((byte < BYTES)[None, :], (lines.shape[0], EACH))
+        words = tl.zeros((lines.shape[0], EACH), tl.int32)
+        for field in tl.static_range(8 // BITS):
+            column = field * BYTES + byte
+            x = _numbers(values[:, None], column[None, :], inside)
+            at = scales[:, None] + (column // GROUP)[None, :] * 2
+            scale = tl.load(at, mask=inside, other=0.0)
+            minimum = tl.load(at + 1, mask=inside, other=0.0)
+            code = _code(x, scale, minimum, TOP)
+            words |= ((code >> BIT) & ((1 << BITS) - 1)) << (BITS * field)
+        tl.store(lines[:, None] + byte[None, :], words.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -156,13 +159,14 @@ def _pack(
     token = tl.arange(0, SIZE)
     slot = (SINK + (first + token) % ROOM).to(tl.int64)
 
-    channel = tl.arange(0, PADDED)
-    line = own * WIDTH + channel
-    pack_channels(
-        keys + ring * stride_kr + head * stride_kh, stride_kt, first, channel, channel < WIDTH,
-        key_codes + line * KEY_LINE, key_scales + line * 2,
-        SINK, ROOM, SIZE, KEY_BITS, KEY_CLIP,
-    )  # fmt: skip
+    k_base = keys + ring * stride_kr + head * stride_kh
+    for start in range(0, WIDTH, min(PADDED, _TOGETHER)):
+        channel = start + tl.arange(0, min(PADDED, _TOGETHER))
+        line = own * WIDTH + channel
+        pack_channels(
+            k_base, stride_kt, first, channel, channel < WIDTH, key_codes + line * KEY_LINE,
+            key_scales + line * 2, SINK, ROOM, SIZE, KEY_BITS, KEY_CLIP,
+        )  # fmt: skip
 
     V_TOP: tl.constexpr = (1 << VALUE_BITS) - 1
     GROUPS: tl.constexpr = (WIDTH + GROUP - 1) // GROUP

@@ -8,6 +8,7 @@ tokens holds 64 / N. A row of n tokens has max(0, n - sink - window) // N blocks
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from kvtool.kernels.sink_logits import softmax
 
 PAGE = 64
 """Tokens of a page."""
+
+WIDEST = 512
+"""Numbers of a head, whose sums a kernel keeps in registers."""
 
 
 class Ring(NamedTuple):
@@ -78,22 +82,19 @@ class Blocks(NamedTuple):
         return int(self.table[row, block // each]), block % each
 
 
-def pieces_of(width: int, bits: int, group: int) -> int:
-    """Into how many pieces a kernel cuts `width` numbers of a line: each in one field of the bytes,
-    and in one group.
+def pieces_of(width: int, bits: int, group: int) -> list[range]:
+    """In what pieces a kernel takes `width` numbers of a line: each in one field of the bytes, and
+    in one group.
     """
-    fields = 4 if bits == 3 else 8 // bits
-    return max(fields, -(-width // group))
+    field = width // (4 if bits == 3 else 8 // bits)
+    borders = {*range(0, width, field), *range(0, width, group), width}
+    return [range(*ends) for ends in pairwise(sorted(borders))]
 
 
 def fits(width: int, key_bits: int, value_bits: int, size: int) -> bool:
     """Whether there is a kernel for heads of this size and blocks of N = `size` tokens."""
-    if size > PAGE or width % 8 or size // pieces_of(size, key_bits, size) < 16:
-        return False
-    pieces = pieces_of(width, value_bits, size)
-    piece, fields = width // pieces, 4 if value_bits == 3 else 8 // value_bits
-    whole = width % pieces == 0 and (width // fields) % piece == 0
-    return whole and pieces in (1, 2, 4) and (pieces == 1 or size >= width or size % piece == 0)
+    run = size * (2 if key_bits == 3 else key_bits) // 8
+    return size <= PAGE and run >= 16 and width % 8 == 0 and width <= WIDEST
 
 
 def packed_blocks(length: int, ring: Ring, size: int) -> int:

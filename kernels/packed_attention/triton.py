@@ -8,7 +8,8 @@ with a scale is then not taken off again. One field of all bytes of a tile is a 
 or of channels (values), so nothing is interleaved or put together: keys give scores in as many
 pieces as a byte has fields, and values are summed in as many.
 
-A block is too little work for many warps, which would wait for each other: a program is one warp.
+A block is too little work for many warps, which would wait for each other: a program is one warp,
+or as few as hold the sums of a wide head.
 """
 
 import math
@@ -24,10 +25,11 @@ from kvtool.kernels.tiles import (
     INTERPRETED,
     dot,
     gdc_launch_dependents,
-    load_columns,
+    load_tile,
     lying_together,
     precision,
     rounded,
+    tiles_of,
     weigh,
     zeros,
 )
@@ -121,14 +123,14 @@ def _scale_of(pair, BITS: tl.constexpr):
 
 @triton.jit
 def _bytes(
-    plane, lines, there, PIECE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+    plane, lines, there, START: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """The bytes that a piece of SIZE numbers of each line lies in, `[N, COLUMNS]`.
+    """The bytes that SIZE numbers of each line from START on lie in, `[N, COLUMNS]`.
 
     Args:
         lines: `[N]`, where the bytes of each line begin; there: `[N]`, which there are.
-        PIECE: Which one. It lies in one field of the bytes.
+        START: They lie in one field of the bytes.
         COLUMNS: A power of two that holds SIZE.
         WIDTH: Numbers of a line.
 
@@ -139,29 +141,28 @@ def _bytes(
     at = tl.arange(0, COLUMNS)
     inside = there[:, None] & (at < SIZE)[None, :]
     at_byte = plane + lines[:, None]
-    words = tl.load(at_byte + (PIECE * SIZE % BYTES + at)[None, :], mask=inside, other=0)
+    words = tl.load(at_byte + (START % BYTES + at)[None, :], mask=inside, other=0)
     third = words
     if BITS == 3:  # fields half as wide
         HIGH: tl.constexpr = WIDTH // 8
-        third_at = at_byte + (BYTES + (PIECE * SIZE + at) % HIGH)[None, :]
+        third_at = at_byte + (BYTES + (START + at) % HIGH)[None, :]
         third = tl.load(third_at, mask=inside, other=0)
     return words, third
 
 
 @triton.jit
 def _codes(
-    found, PIECE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    found, START: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
-    """The codes of a piece, less half of the range, from its bytes; `[N, COLUMNS]`."""
+    """The codes of numbers from START on, less half of the range, from their bytes."""
     words, third = found
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
-    SHIFT: tl.constexpr = LOW * (PIECE * SIZE // (WIDTH * LOW // 8))
+    SHIFT: tl.constexpr = LOW * (START // (WIDTH * LOW // 8))
     if BITS != 3:
         return _numbers_of(words, SHIFT, BITS, DTYPE)
     HIGH: tl.constexpr = WIDTH // 8
-    FIELD: tl.constexpr = PIECE * SIZE // HIGH
-    own = PIECE * SIZE + tl.arange(0, words.shape[1])
+    FIELD: tl.constexpr = START // HIGH
+    own = START + tl.arange(0, words.shape[1])
     upper = tl.where(own // HIGH > FIELD, 255, 0).to(tl.uint8)[None, :]
     return _numbers_of(_three_bits(words, third, upper, SHIFT, FIELD), 0, BITS, DTYPE)
 
@@ -181,10 +182,10 @@ def ring_tile(
 
 
 @triton.jit
-def _near(values, at, inside, PIECE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """A piece of the channels of exact values, which begin at `at [n]`; `[n, COLUMNS]`."""
-    columns = PIECE * SIZE + tl.arange(0, COLUMNS)
-    return load_columns(values, at, columns, inside, (PIECE + 1) * SIZE, SIZE == COLUMNS)
+def _numbers_of_tile(START: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Numbers from START on `[COLUMNS]`, and which of them are in a tile of SIZE."""
+    column = tl.arange(0, COLUMNS)
+    return START + column, column < SIZE
 
 
 @triton.jit
@@ -193,67 +194,66 @@ def _attend(
     rings, table, lengths, tokens_cut, out, lse,
     stride_qb, stride_qh, stride_kr, stride_kh, stride_kt, stride_vr, stride_vh, stride_vt,
     stride_table, stride_cut, stride_cut_head, rows, heads, group, items, scale,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr,
-    NEAR: tl.constexpr, EACH: tl.constexpr,
-    KEY_BITS: tl.constexpr, KEY_LINE: tl.constexpr, KEY_PIECES: tl.constexpr,
-    VALUE_BITS: tl.constexpr, VALUE_LINE: tl.constexpr, PIECES: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr, NEAR: tl.constexpr,
+    EACH: tl.constexpr, KEY_BITS: tl.constexpr, KEY_LINE: tl.constexpr,
+    KEY_TILES: tl.constexpr, KEY_START: tl.constexpr, KEY_SIZE: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_LINE: tl.constexpr,
+    TILES: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr,
+    SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(1)
     if PDL:  # the merge may start to wait
         gdc_launch_dependents()
-    there, row, head, _, begin, end = find_item(
+    found, row, head, _, begin, end = find_item(
         item, tokens_cut, stride_cut, stride_cut_head, rows, heads, 0, items, BLOCK_N, LEAST, SLOTS
     )
-    if not there:
+    if not found:
         return
 
     DTYPE: tl.constexpr = q.dtype.element_ty
-    SIZE: tl.constexpr = WIDTH // PIECES
     # Tokens and channels are rows and query heads columns: few heads fill a product's columns.
     member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # query heads of the KV head
     is_member = member < group
-    channel = tl.arange(0, PADDED)
-    is_channel = channel < WIDTH
     q_at = row.to(tl.int64) * stride_qb + (head * group + member) * stride_qh
-    asked = tl.load(
-        q + q_at[None, :] + channel[:, None],
-        mask=is_channel[:, None] & is_member[None, :],
-        other=0.0,
-    )
-    scaled = asked.to(tl.float32) * scale
-
+    asked, scaled, sums = (), (), ()
+    for i in tl.static_range(KEY_TILES):
+        channel, there = _numbers_of_tile(KEY_START[i], KEY_SIZE[i], KEY_COLUMNS[i])
+        mask = there[:, None] & is_member[None, :]
+        asked += (tl.load(q + q_at[None, :] + channel[:, None], mask=mask, other=0.0),)
+        scaled += (asked[i].to(tl.float32) * scale,)
+    for i in tl.static_range(TILES):
+        sums += (zeros(COLUMNS[i], BLOCK_M),)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
-    sums = ()
-    for _ in tl.static_range(PIECES):
-        sums += (zeros(COLUMNS, BLOCK_M),)
 
     length = tl.load(lengths + row)
     ring = tl.load(rings + row).to(tl.int64)
     for tile in range(begin, tl.minimum(end, NEAR)):
         slot, inside = ring_tile(tile, length, SINK, WINDOW, BLOCK_N)
-        k_at = ring * stride_kr + head * stride_kh + slot.to(tl.int64) * stride_kt
-        k = load_columns(keys, k_at, channel, inside, WIDTH, PADDED == WIDTH)
-        scores = dot(k, asked, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        at = ring * stride_kr + head * stride_kh + slot.to(tl.int64) * stride_kt
+        scores = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for i in tl.static_range(KEY_TILES):
+            k = load_tile(keys, at, inside, KEY_START[i], KEY_SIZE[i], KEY_COLUMNS[i])
+            scores = dot(k, asked[i], scores, PRECISION)
         scores = tl.where(inside[:, None], scores * scale, -float("inf"))
         weights, shrink, top = weigh(scores, top, 0)
         mass = mass * shrink + tl.sum(weights, 0)
         at = ring * stride_vr + head * stride_vh + slot.to(tl.int64) * stride_vt
         added = ()
-        for i in tl.static_range(PIECES):
-            v = _near(values, at, inside, i, SIZE, COLUMNS)
+        for i in tl.static_range(TILES):
+            v = load_tile(values, at, inside, START[i], SIZE[i], COLUMNS[i])
             added += (
                 dot(tl.trans(v), rounded(weights, DTYPE), sums[i] * shrink[None, :], PRECISION),
             )
         sums = added
 
-    RUN: tl.constexpr = BLOCK_N // KEY_PIECES
+    RUN: tl.constexpr = BLOCK_N * (2 if KEY_BITS == 3 else KEY_BITS) // 8
+    RUNS: tl.constexpr = BLOCK_N // RUN
     GROUPS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     # Sums over tokens that wait until the end, a place for each token of a run.
     seen, rests = zeros(RUN, BLOCK_M), ()
-    for _ in tl.static_range(PIECES):
+    for _ in tl.static_range(GROUPS):
         rests += (zeros(RUN, BLOCK_M),)
     first, last = tl.maximum(begin, NEAR) - NEAR, end - NEAR - 1
     pages = table + row * stride_table
@@ -261,63 +261,73 @@ def _attend(
     for block in range(first, last + 1):
         own = (page.to(tl.int64) * heads + head) * EACH + block % EACH
         # All that is read of a block is asked for at once, and where the next one lies.
-        pair = tl.load(key_scales + own * WIDTH + channel, mask=is_channel, other=0)
+        k_bytes, v_bytes, k_pairs, v_pairs = (), (), (), ()
         lines = key_codes + own * (WIDTH * KEY_LINE)
-        k_bytes = _bytes(lines, channel * KEY_LINE, is_channel, 0, RUN, RUN, BLOCK_N, KEY_BITS)
+        for i in tl.static_range(KEY_TILES):
+            channel, there = _numbers_of_tile(KEY_START[i], KEY_SIZE[i], KEY_COLUMNS[i])
+            k_pairs += (tl.load(key_scales + own * WIDTH + channel, mask=there, other=0),)
+            k_bytes += (_bytes(lines, channel * KEY_LINE, there, 0, RUN, RUN, BLOCK_N, KEY_BITS),)
         lines = value_codes + own * (BLOCK_N * VALUE_LINE)
-        v_bytes, pairs = (), ()
-        for j in tl.static_range(KEY_PIECES):
+        for j in tl.static_range(RUNS):
             token = j * RUN + tl.arange(0, RUN)
-            for i in tl.static_range(PIECES):
+            for i in tl.static_range(TILES):
                 v_bytes += (
                     _bytes(
-                        lines, token * VALUE_LINE, token >= 0, i, SIZE, COLUMNS, WIDTH, VALUE_BITS
+                        lines, token * VALUE_LINE, token >= 0, START[i], SIZE[i], COLUMNS[i],
+                        WIDTH, VALUE_BITS,
                     ),
-                )
-                at = (own * BLOCK_N + token) * GROUPS + i * SIZE // BLOCK_N
-                pairs += (tl.load(value_scales + at),)
+                )  # fmt: skip
+            for i in tl.static_range(GROUPS):
+                v_pairs += (tl.load(value_scales + (own * BLOCK_N + token) * GROUPS + i),)
         page = tl.load(pages + tl.minimum(block + 1, last) // EACH)
 
-        s, m = _scale_of(pair, KEY_BITS)
-        folded = rounded(scaled * s[:, None], DTYPE)
-        shift = tl.broadcast_to(tl.sum(scaled * m[:, None], 0)[None, :], (RUN, BLOCK_M))
+        folded, shift = (), tl.zeros((BLOCK_M,), tl.float32)
+        for i in tl.static_range(KEY_TILES):
+            s, m = _scale_of(k_pairs[i], KEY_BITS)
+            folded += (rounded(scaled[i] * s[:, None], DTYPE),)
+            shift += tl.sum(scaled[i] * m[:, None], 0)
         scores = ()
         highest = tl.full((RUN, BLOCK_M), -float("inf"), tl.float32)
-        for i in tl.static_range(KEY_PIECES):
-            codes = _codes(k_bytes, i, RUN, BLOCK_N, KEY_BITS, DTYPE)
-            scores += (dot(tl.trans(codes), folded, shift, PRECISION),)
-            highest = tl.maximum(highest, scores[i])
+        for j in tl.static_range(RUNS):
+            score = tl.broadcast_to(shift[None, :], (RUN, BLOCK_M))
+            for i in tl.static_range(KEY_TILES):
+                codes = _codes(k_bytes[i], j * RUN, BLOCK_N, KEY_BITS, DTYPE)
+                score = dot(tl.trans(codes), folded[i], score, PRECISION)
+            scores += (score,)
+            highest = tl.maximum(highest, score)
         new_top = tl.maximum(top, tl.max(highest, 0))
         shrink = tl.exp2(top - new_top)[None, :]  # a block is full: its top is a number
         top = new_top
         mass *= tl.reshape(shrink, (BLOCK_M,))
         seen *= shrink
         added, kept = (), ()
-        for i in tl.static_range(PIECES):
+        for i in tl.static_range(TILES):
             added += (sums[i] * shrink,)
+        for i in tl.static_range(GROUPS):
             kept += (rests[i] * shrink,)
-        for j in tl.static_range(KEY_PIECES):
+        for j in tl.static_range(RUNS):
             weights = tl.exp2(scores[j] - top[None, :])
             seen += weights
-            sums, added, rests, kept = added, (), kept, ()
-            for i in tl.static_range(PIECES):
-                s, m = _scale_of(pairs[j * PIECES + i], VALUE_BITS)
-                codes = _codes(v_bytes[j * PIECES + i], i, SIZE, WIDTH, VALUE_BITS, DTYPE)
-                share = rounded(weights * s[:, None], DTYPE)
-                added += (dot(tl.trans(codes), share, sums[i], PRECISION),)
+            sums, added, rests, kept, shares = added, (), kept, (), ()
+            for i in tl.static_range(GROUPS):
+                s, m = _scale_of(v_pairs[j * GROUPS + i], VALUE_BITS)
+                shares += (rounded(weights * s[:, None], DTYPE),)
                 kept += (rests[i] + weights * m[:, None],)
+            for i in tl.static_range(TILES):
+                codes = _codes(v_bytes[j * TILES + i], START[i], WIDTH, VALUE_BITS, DTYPE)
+                added += (dot(tl.trans(codes), shares[START[i] // BLOCK_N], sums[i], PRECISION),)
         sums, rests = added, kept
     mass += tl.sum(seen, 0)
 
     safe_mass = tl.where(mass == 0.0, 1.0, mass)
     part = item.to(tl.int64) * group + member
     tl.store(lse + part, top + tl.log2(safe_mass), mask=is_member)
-    column = tl.arange(0, COLUMNS)
-    inside = (column < SIZE)[:, None] & is_member[None, :]
-    for i in tl.static_range(PIECES):
-        at = out + (part * WIDTH + i * SIZE)[None, :] + column[:, None]
-        total = sums[i] + tl.sum(rests[i], 0)[None, :]
-        tl.store(at, total / safe_mass[None, :], mask=inside)
+    for i in tl.static_range(TILES):
+        channel, there = _numbers_of_tile(START[i], SIZE[i], COLUMNS[i])
+        mask = there[:, None] & is_member[None, :]
+        total = sums[i] + tl.sum(rests[START[i] // BLOCK_N], 0)[None, :]
+        at = out + (part * WIDTH)[None, :] + channel[:, None]
+        tl.store(at, total / safe_mass[None, :], mask=mask)
 
 
 def cut_into_tiles(
@@ -334,10 +344,29 @@ def cut_into_tiles(
     return near, tokens, near * size + table.shape[1] * PAGE
 
 
-def config_for(group: int, size: int) -> Config:
+def tiles_for(pieces: list[range]) -> tuple[tuple[int, ...], ...]:
+    """Where pieces begin, their sizes, and powers of two that hold these: two of them, where one
+    would have more to spare.
+    """
+    tiles = []
+    for piece in pieces:
+        whole, rest = tiles_of(len(piece))
+        columns = triton.next_power_of_2(max(16, len(piece)))
+        if rest and whole + rest < columns:
+            tiles += [(piece.start, whole, whole), (piece.start + whole, len(piece) - whole, rest)]
+        else:
+            tiles.append((piece.start, len(piece), columns))
+    return tuple(zip(*tiles, strict=True))
+
+
+def config_for(group: int, size: int, width: int, itemsize: int) -> Config:
     """How the work of `group` query heads over blocks of `size` tokens is cut and run."""
     heads = min(64, max(8, triton.next_power_of_2(group)))
-    return Config(block_n=size, least=2, items=8, warps=1, stages=1, heads=heads)
+    # Numbers of a head that one warp can hold. Those of fp32 are not multiplied by tensor cores.
+    held = 128 if itemsize == 2 else 32
+    warps = min(8, triton.next_power_of_2(triton.cdiv(width, held)))
+    items = max(1, 8 // warps)
+    return Config(block_n=size, least=2, items=items, warps=warps, stages=1, heads=heads)
 
 
 def packed_attention(
@@ -352,9 +381,10 @@ def packed_attention(
     q = lying_together(q)
     width, heads, size = q.shape[-1], ring.keys.shape[1], blocks.size
     near, tiles, most = cut_into_tiles(lengths, ring, blocks.table, size)
-    pieces = pieces_of(width, blocks.value_bits, size)
-    config = config_for(q.shape[1] // heads, size)
+    config = config_for(q.shape[1] // heads, size, width, q.element_size())
     cut = Cut(torch.empty_like(q), tiles, heads, 0, config, most)
+    of_keys = tiles_for([range(width)])
+    of_values = tiles_for(pieces_of(width, blocks.value_bits, size))
     keys, key_scales, values, value_scales = blocks.planes
     _attend[cut.grid](
         q, ring.keys, ring.values, keys, key_scales.view(torch.int32), values,
@@ -362,13 +392,14 @@ def packed_attention(
         cut.parts, cut.part_lse, *q.stride()[:2], *ring.keys.stride()[:3],
         *ring.values.stride()[:3], blocks.table.stride(0), *cut.strides,
         cut.rows, heads, cut.group, cut.items, scaling * math.log2(math.e),
-        WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)), SINK=ring.sink,
-        WINDOW=ring.window, NEAR=near, EACH=PAGE // size,
+        WIDTH=width, SINK=ring.sink, WINDOW=ring.window, NEAR=near, EACH=PAGE // size,
         KEY_BITS=blocks.key_bits, KEY_LINE=blocks.keys.shape[-1],
-        KEY_PIECES=pieces_of(size, blocks.key_bits, size),
-        VALUE_BITS=blocks.value_bits, VALUE_LINE=blocks.values.shape[-1], PIECES=pieces,
-        COLUMNS=max(16, triton.next_power_of_2(width // pieces)), PRECISION=precision(q.dtype),
-        BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages, **cut.constants,
+        KEY_TILES=len(of_keys[0]), KEY_START=of_keys[0], KEY_SIZE=of_keys[1],
+        KEY_COLUMNS=of_keys[2],
+        VALUE_BITS=blocks.value_bits, VALUE_LINE=blocks.values.shape[-1],
+        TILES=len(of_values[0]), START=of_values[0], SIZE=of_values[1], COLUMNS=of_values[2],
+        PRECISION=precision(q.dtype), BLOCK_M=cut.block_m,
+        num_warps=config.warps, num_stages=config.stages, **cut.constants,
         enable_fp_fusion=True,
     )  # fmt: skip
     return cut.merge(sink_logits)[0]

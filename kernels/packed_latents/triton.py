@@ -30,7 +30,7 @@ from kvtool.kernels.tiles import (
     dot,
     gdc_launch_dependents,
     has_sound_assembler,
-    load_columns,
+    load_tile,
     lying_together,
     precision,
     store_columns,
@@ -270,13 +270,6 @@ def _values(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _near(plane, at, inside, START: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """The numbers of a tile of some rows, which begin at `at [n]`; `[n, COLUMNS]`."""
-    columns = tl.arange(0, COLUMNS)
-    return load_columns(plane + START, at, columns, inside, SIZE, COLUMNS == SIZE)
-
-
-@triton.jit
 def _far(codes, scales, own, TOTAL: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
          COLUMNS: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
     """Bytes of a tile of block `own`, and scales and minima of its numbers."""
@@ -294,7 +287,7 @@ def _far(codes, scales, own, TOTAL: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.
 
 @triton.jit
 def _store(out, at, inside, x, START: tl.constexpr, SIZE: tl.constexpr):
-    """Writes the numbers of a tile of some rows, as `_near` reads them."""
+    """Writes the numbers of a tile of some rows, as `load_tile` reads them."""
     store_columns(out + START, at, tl.arange(0, x.shape[1]), inside, SIZE, x)
 
 
@@ -325,7 +318,9 @@ def _attend(
     q += row.to(tl.int64) * stride_qb
     asked, sums = (), ()  # a tile each; the first have values
     for i in tl.static_range(TILES):
-        asked += (tl.trans(_near(q, member * stride_qh, is_member, START[i], SIZE[i], COLUMNS[i])),)
+        asked += (
+            tl.trans(load_tile(q, member * stride_qh, is_member, START[i], SIZE[i], COLUMNS[i])),
+        )
     for i in tl.static_range(SUMMED):
         sums += (zeros(COLUMNS[i], BLOCK_M),)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -338,7 +333,7 @@ def _attend(
         scores = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         found = ()
         for i in tl.static_range(TILES):
-            found += (_near(ring, slot * stride_lt, inside, START[i], SIZE[i], COLUMNS[i]),)
+            found += (load_tile(ring, slot * stride_lt, inside, START[i], SIZE[i], COLUMNS[i]),)
             scores = dot(found[i], asked[i], scores, PRECISION)
         scores = tl.where(inside[:, None], scores * scale, -float("inf"))
         weights, shrink, top = weigh(scores, top, 0)

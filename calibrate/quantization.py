@@ -163,8 +163,9 @@ def alike(plan: Plan, bits: Bits) -> Plan:
 
 def plan_ahead(
     plan: Plan, options: QuantizationOptions, budget_bytes: int | None, itemsize: int
-) -> int:
-    """Bytes that a sequence of `context` tokens will take at most; nothing is measured for it.
+) -> Plan:
+    """The plan with the same bits or any scales everywhere: without a budget, it takes the bytes
+    of the one that will be made, and with one it keeps as many tokens exactly.
 
     Raises:
         UsageError: There is nothing to pack, or it is packed already; the options are out of range,
@@ -178,7 +179,7 @@ def plan_ahead(
     options.check()
     plan = _with_states(plan, options)
     if not options.heads:
-        return plan.cache_bytes(options.context, itemsize)
+        return plan
     if latents.latents_of(plan):
         _check_for_latents(options)
     same = options.bits is None or options.bits[0] == options.bits[1]
@@ -203,11 +204,11 @@ def plan_ahead(
     elif not any(layer.full_heads for layer in plan.layers):
         raise UsageError("in the plan of --plan no head keeps everything, so none can be packed")
     if options.method == FP8:
-        planned = fp8_scales.any_scales(plan, options.window)
-        return planned.cache_bytes(options.context, itemsize)
+        return fp8_scales.any_scales(plan, options.window)
     first = options.everywhere()
+    planned = alike(plan, first)
     if budget_bytes is None:
-        return alike(plan, first).cache_bytes(options.context, itemsize)
+        return planned
     fewest = replace(first, keys=min(BITS), values=min(BITS), kept=None)
     needed = alike(plan, fewest).cache_bytes(options.context, itemsize)
     if needed > budget_bytes:
@@ -215,7 +216,7 @@ def plan_ahead(
             f"a budget of {budget_bytes} bytes at {options.context} tokens is too small: with "
             f"{min(BITS)} bits everywhere, the cache takes {needed}"
         )
-    return budget_bytes
+    return planned
 
 
 def allowed_bytes(

@@ -71,6 +71,11 @@ class CodePlan:
             raise PlanError(f"a scale for groups of {self.group} numbers is none")
 
     @property
+    def exact(self) -> int:
+        """The first and last tokens of a sequence that each layer has exact room for."""
+        return self.sink + self.window
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """What is coded by itself, in the order in which the numbers lie."""
         return ("joint",) if len(self.widths) == 1 else ("keys", "values")

@@ -117,6 +117,15 @@ class LayerPlan:
         return self.whole and self.scales is None
 
     @property
+    def exact(self) -> int:
+        """The first and last tokens of a sequence that there is exact room for: in the ring of
+        heads that stream, or beside what is packed.
+        """
+        blocks = self.kept if isinstance(self.kept, LatentPlan) else self.bits
+        room = 0 if blocks is None else blocks.sink + blocks.ring
+        return max(self.sink + self.window, room, 0 if self.scales is None else self.scales.window)
+
+    @property
     def full_heads(self) -> list[int]:
         """The heads that keep everything."""
         if self.kept is not None:

@@ -398,6 +398,16 @@ class Plan:
                 found[layer] = code
         return tuple(found)
 
+    def check_context(self, checkpoint: Checkpoint) -> None:
+        """Raises PlanError if a layer keeps more tokens exactly than `checkpoint` has positions."""
+        positions = int(model_config(checkpoint).max_position_embeddings)
+        for index, ring in enumerate(self.rings):
+            if ring.exact > positions:
+                raise PlanError(
+                    f"layer {index} keeps {ring.exact} tokens exactly, more than the {positions} "
+                    f"positions of {checkpoint.source}"
+                )
+
     def check_base(self, checkpoint: Checkpoint) -> None:
         """Raises PlanError if the plan belongs to another model than `checkpoint`."""
         found, base = base_of(checkpoint), self.base

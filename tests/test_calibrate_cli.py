@@ -130,12 +130,26 @@ def test_streaming_heads_are_a_number_or_a_share(
     assert answer(capfd)["streaming_heads"] == count == Plan.read(output).streaming_heads
 
 
+def test_a_ring_that_is_never_made_may_be_longer_than_the_context(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    model, output = tiny("llama"), tmp_path / "a.plan"
+    ring = ("--method", "entropy", "--sink", "0", "--window", "513")
+    assert calibrate(model, output, "--streaming-heads", "1", *ring, "--dry-run") == 2
+    assert calibrate(model, output, "--streaming-heads", "0", *ring, "-q") == 0
+    Engine.load(Checkpoint.open(str(model)), plan=Plan.read(output))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["--kv-budget", "55%", "--streaming-heads", "50%"], 2, "both"),
         (["--window", "0"], 2, "--window"),
-        (["--window", "497"], 2, "513 tokens would be exact, and the model's context is 512"),
+        (
+            ["--window", "497", "--method", "entropy"],
+            2,
+            "--sink and --window: layer 0 keeps 513 tokens exactly, more than the 512 positions",
+        ),
         (["--length", "272"], 2, "272"),
         (["--length", "600"], 2, "--length 600"),
         (["--streaming-heads", "7"], 2, "'7'"),

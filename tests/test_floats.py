@@ -286,7 +286,7 @@ def test_a_layer_without_heads_has_no_scales():
 def test_a_window_longer_than_the_context_is_refused(llama):
     most = int(llama.config["max_position_embeddings"])
     Engine.load(llama, plan=floats(llama, window=most))
-    with pytest.raises(PlanError, match=f"the last {most + 1} tokens exactly, more than"):
+    with pytest.raises(PlanError, match=f"keeps {most + 1} tokens exactly, more than"):
         Engine.load(llama, plan=floats(llama, window=most + 1))
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import _code_tools
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,6 +25,7 @@ from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.codes import CodePlan, code_shapes
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
+from kvtool.fp8 import Scales
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Base, Plan, base_of, check_can_drop
 from kvtool.plan_file import FORMAT_VERSION, check_plan_output
@@ -786,6 +788,26 @@ def test_a_plan_knows_its_model_and_no_other(family: str, tiny: Tiny, tmp_path: 
         assert checkpoint.source in str(caught.value)
         assert other.source in str(caught.value)
         assert "Calibrate again" in str(caught.value.hint)
+
+
+def test_what_is_kept_exactly_fits_into_the_context_of_the_model(tiny: Tiny) -> None:
+    checkpoint = Checkpoint.open(str(tiny("llama")))  # of 512 tokens
+    base, scales = base_of(checkpoint), Scales((1.0, 1.0), (1.0, 1.0))
+
+    def kept(exact: int) -> list[Plan]:
+        layers = (
+            LayerPlan((True, False), 12, exact - 12),
+            replace(FULL, bits=Bits(4, 4, group=64, sink=4, window=exact - 68)),
+            replace(FULL, scales=replace(scales, window=exact)),
+        )
+        code = _code_tools.coded(checkpoint, sink=12, window=exact - 12)
+        return [code, *(Plan(base, (layer,) * 3) for layer in layers)]
+
+    for plan in kept(512):
+        plan.check_context(checkpoint)
+    for plan in kept(513):
+        with pytest.raises(PlanError, match="layer 0 keeps 513 tokens exactly, more than the 512"):
+            plan.check_context(checkpoint)
 
 
 def copied(folder: Path, target: Path, **changes: Any) -> Path:

@@ -521,10 +521,10 @@ def test_a_dry_run_knows_the_bytes(llama, tmp_path, capsys):
         (["--bits", "fp8", "--read", "rebuilt"], 2, "stores every token alike, and has no --read"),
         (["--bits", "fp8", "--sink", "4"], 2, "stores every token alike"),
         (["--bits", "fp8S8"], 2, "no layer of"),
-        (["--window", "512"], 2, "tokens would be exact, and the model's context is 512"),
-        (["--bits", "fp8", "--window", "513"], 2, "--window: 513 tokens would be exact"),
-        (["--sink", "5000"], 2, "tokens would be exact"),
-        (["--sink", "491"], 2, "513 tokens would be exact, and the model's context is 512"),
+        (["--window", "512"], 2, "tokens exactly, more than the 512 positions of"),
+        (["--bits", "fp8", "--window", "513"], 2, "--window: layer 0 keeps 513 tokens exactly"),
+        (["--sink", "5000"], 2, "--sink, --window and --group: layer 0 keeps"),
+        (["--sink", "491"], 2, "keeps 513 tokens exactly, more than the 512 positions of"),
         (["--group", "48"], 2, "share a scale by 16, 32, 64 or 128, not by 48"),
         (["--tokens", "3"], 2, "less than one window"),
         (["--plan", "nowhere"], 3, "no such file"),
@@ -534,6 +534,15 @@ def test_bad_input_ends_in_a_sentence(llama, tmp_path, capsys, words, code, mess
     assert quantize(llama.source, tmp_path / "p", *words) == code
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "p").exists()
+
+
+def test_a_plan_whose_rings_have_no_room_is_refused_before_it_is_packed(llama, tmp_path, capsys):
+    base = base_of(llama)
+    layer = LayerPlan((True,) + (False,) * (base.kv_heads - 1), 0, 513)
+    Plan(base, (layer,) * base.layers).write(tmp_path / "heads")
+    words = ("--plan", str(tmp_path / "heads"), "--method", "kivi", "--dry-run")
+    assert quantize(llama.source, tmp_path / "p", *words) == 3
+    assert "layer 0 keeps 513 tokens exactly" in capsys.readouterr().err
 
 
 def test_sinks_that_fill_the_windows_that_are_measured_are_refused():

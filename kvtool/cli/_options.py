@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.filesize import decimal
 
-from kvtool.errors import ResourceError, UsageError
+from kvtool.errors import PlanError, ResourceError, UsageError
 from kvtool.sizes import MAX_SEED
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def read_plan(file: Path | None, checkpoint: Checkpoint) -> Plan | None:
     """The plan of ``--plan``, if it is for this model; asked before any weights are loaded.
 
     Raises:
-        PlanError: It cannot be read, or belongs to another model.
+        PlanError: It cannot be read, belongs to another model, or keeps more than that can.
     """
     if file is None:
         return None
@@ -163,6 +163,7 @@ def read_plan(file: Path | None, checkpoint: Checkpoint) -> Plan | None:
 
     plan = Plan.read(file)
     plan.check_base(checkpoint)
+    plan.check_context(checkpoint)
     return plan
 
 
@@ -180,16 +181,16 @@ def context_of(checkpoint: Checkpoint, asked: int | None) -> int:
     return asked
 
 
-def check_exact(checkpoint: Checkpoint, tokens: int, flags: str) -> None:
-    """Whether the model has room for so many tokens, which `flags` keep as they are.
+def check_exact(plan: Plan, checkpoint: Checkpoint, flags: str) -> None:
+    """Whether a plan that is about to be made, with what `flags` keep exactly, could be loaded.
 
     Raises:
-        UsageError: It has not, so the plan could not be loaded.
+        UsageError: It could not: the model has no room for so many tokens.
     """
-    if tokens > (limit := _positions(checkpoint)):
-        raise UsageError(
-            f"{flags}: {tokens} tokens would be exact, and the model's context is {limit}"
-        )
+    try:
+        plan.check_context(checkpoint)
+    except PlanError as error:
+        raise UsageError(f"{flags}: {error}") from error
 
 
 def _positions(checkpoint: Checkpoint) -> int:

@@ -153,7 +153,6 @@ def retrieval_heads(
         seed=seed,
         **training,
     )
-    _options.check_exact(checkpoint, sink + window, "--sink and --window")
     check_options(checkpoint, options)
     context = _options.context_of(checkpoint, context)
     base = base_of(checkpoint)
@@ -161,6 +160,7 @@ def retrieval_heads(
     size = _Size(streaming_heads, kv_budget, context, sink, window)
     scores = torch.zeros(base.layers, base.kv_heads)
     planned = size.apply(Plan(base, whole_layers(checkpoint), prefill, scores=scores))
+    _options.check_exact(planned, checkpoint, "--sink and --window")
     needed = memory_bytes(checkpoint, options)
     hint = "fewer --samples, a shorter --length, or --method entropy, which streams layers"
     _options.check_memory(f"calibrating {checkpoint.source}", needed, device, hint)

@@ -167,17 +167,14 @@ def quantization(
     native = start.native_bytes(context, BF16)
     budget = None if kv_budget is None else parse_budget(kv_budget, native)
     planned = method_of.plan_ahead(start, options, budget, BF16)
-    if options.method == "fp8":
-        _options.check_exact(checkpoint, options.window, "--window")
-    elif options.heads and not start.codes:  # codes have their own window, which stays
-        exact = options.sink + options.window + options.group
-        _options.check_exact(checkpoint, exact, "--sink, --window and --group")
+    exact = "--window" if options.method == "fp8" else "--sink, --window and --group"
+    _options.check_exact(planned, checkpoint, exact)
     if dry_run:
         facts = {
             "method": options.method,
             "bits": bits,
             "context": context,
-            "bytes_at_most": planned,
+            "bytes_at_most": planned.cache_bytes(context, BF16) if budget is None else budget,
             "native_bytes": native,
             "memory_bytes": method_of.memory_bytes(checkpoint, options),
         }

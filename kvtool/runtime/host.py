@@ -184,9 +184,8 @@ def _check_plan(
             hint="use the plan with the model that this one was converted from",
         )
     plan.check_base(checkpoint)
-    config = model_config(checkpoint)
-    positions = int(config.max_position_embeddings)
-    for i, (layer, ring, layout) in enumerate(zip(plan.layers, plan.rings, layouts, strict=True)):
+    plan.check_context(checkpoint)
+    for i, (layer, layout) in enumerate(zip(plan.layers, layouts, strict=True)):
         kept, of_layer = layer.kept, f"layer {i} of {checkpoint.source}"
         own = WindowPlan.of(layout) or SharedPlan.of(layout)  # by its nature
         kind: str = _PLANNED[type(own)] if own else "mla" if factored else layout.kind
@@ -198,16 +197,3 @@ def _check_plan(
             raise PlanError(f"{of_layer} {has} {own}, and {kept} is planned")
         if isinstance(kept, StatePlan) and layout.mixer and not kept.fits(layout.mixer):
             raise PlanError(f"{of_layer} has a state of another kind or size")
-        exact = [(ring.sink + ring.window, f"the first {ring.sink} and last {ring.window} tokens")]
-        if layer.scales is not None:
-            exact.append((layer.scales.window, f"the last {layer.scales.window} tokens exactly"))
-        for blocks in (layer.bits, kept if isinstance(kept, LatentPlan) else None):
-            if blocks is not None:
-                room = blocks.sink + blocks.ring
-                exact.append((room, f"exact room for {room} tokens"))
-        most, what = max(exact)
-        if most > positions:
-            raise PlanError(
-                f"layer {i} keeps {what}, more than the {positions} positions of "
-                f"{checkpoint.source}"
-            )

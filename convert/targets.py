@@ -28,6 +28,7 @@ from kvtool.errors import KvtoolError, UnsupportedModelError, UsageError
 from kvtool.fp8 import SCALES
 from kvtool.layout import LATENT, PLAIN, AttentionLayout, describe
 from kvtool.rope import rope_of, ropes_of
+from kvtool.sizes import token_budget
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -239,29 +240,23 @@ def parse_budget(text: str, layout: AttentionLayout, layers: int) -> int:
     Args:
         text: `50%` of the native cache, or bytes per token over all layers in bf16 (`11520`,
             `11.25KiB`, `12kB`).
+
+    Raises:
+        UsageError: See :func:`~kvtool.sizes.token_budget`; or it is so few bytes that a share was
+            meant.
     """
-    cleaned, factor = text.strip().lower(), 1.0
-    for unit, bytes_each in (("%", 0.0), ("kib", 1024.0), ("kb", 1000.0), ("b", 1.0)):
-        if cleaned.endswith(unit):
-            cleaned, factor = cleaned.removesuffix(unit), bytes_each
-            break
-    try:
-        value = float(cleaned)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
+    amount, is_share = token_budget(text)
+    if is_share:
+        return int(amount * layout.cached_values)
+    native = 2 * layers * layout.cached_values
+    if amount < 0.02 * native:
+        share = float(amount if amount >= 1 else 100 * amount)
         raise UsageError(
-            f"--kv-budget '{text}' is neither a share such as 50% nor bytes per token such as 11520"
+            f"--kv-budget {text} is {float(amount):g} bytes per token, of {native} that the model "
+            "keeps",
+            hint=f"for a share, write --kv-budget {share:g}%" if share < 100 else None,
         )
-    if factor and value * factor < 0.02 * 2 * layers * layout.cached_values:
-        raise UsageError(
-            f"--kv-budget {text} is {value * factor:g} bytes per token, of "
-            f"{2 * layers * layout.cached_values} that the model keeps",
-            hint=f"for a share, write --kv-budget {100 * value if value < 1 else value:g}%",
-        )
-    if factor == 0:
-        return int(layout.cached_values * value / 100 + 1e-9)
-    return int(value * factor / (2 * layers) + 1e-9)
+    return int(amount / (2 * layers))
 
 
 ROPE_SHARE = {"kvtool": 0.39, "transformers": 0.42}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from kvtool.errors import RecipeError, UsageError
-from kvtool.sizes import MAX_SEED, parse_budget
+from kvtool.sizes import MAX_SEED, parse_budget, token_budget
 
 SCHEMA_VERSION = 1
 _MOST_VALUES = 10_000  # few lines of YAML whose aliases name aliases stand for billions
@@ -42,12 +42,17 @@ def _check_reports(files: list[str]) -> list[str]:
     return files
 
 
-def _check_budget(text: str) -> str:
-    try:
-        parse_budget(text, native=100)
-    except UsageError as error:
-        raise ValueError(error) from error
-    return text
+def _read_by(parse: Callable[[str], Any]) -> AfterValidator:
+    """Text that the command line can read, which says itself what is wrong with any other."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except UsageError as error:
+            raise ValueError(error) from error
+        return text
+
+    return AfterValidator(check)
 
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -57,7 +62,8 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 TextOrNumber = Annotated[str, BeforeValidator(_number_as_text)]
-Budget = Annotated[TextOrNumber, AfterValidator(_check_budget)]
+Budget = Annotated[TextOrNumber, _read_by(lambda text: parse_budget(text, native=100))]
+TokenBudget = Annotated[TextOrNumber, _read_by(token_budget)]
 ReportFiles = Annotated[list[str], BeforeValidator(_one_as_list), AfterValidator(_check_reports)]
 
 
@@ -74,7 +80,7 @@ class ConvertStep(_Strict):
     method: Literal["aware", "transmla", "exact"] = "aware"
     target: Literal["transformers", "vllm", "kvtool"] = "transformers"
     kv_heads: Positive | None = None
-    kv_budget: TextOrNumber | None = None
+    kv_budget: TokenBudget | None = None
     rope_dim: Annotated[int, Field(ge=2)] | None = None
     rank: Positive | None = None
     freqfold: TextOrNumber = "auto"

@@ -35,6 +35,26 @@ def parse_budget(text: str, native: int) -> int:
     return size
 
 
+def token_budget(text: str) -> tuple[Fraction, bool]:
+    """What a conversion may keep of every token: a share of the native cache such as `50%`, as a
+    number below 1, or bytes in all layers together such as `11520` or `11.25KiB`; and whether it is
+    a share.
+
+    Raises:
+        UsageError: It is neither, is zero, or is a share of 100 % or more.
+    """
+    value, unit = _number(text)
+    is_share = unit == "%"
+    amount = value / 100 if is_share else value * _UNITS.get(unit, 0)
+    if amount <= 0:
+        raise UsageError(
+            f"--kv-budget '{text}' is neither a share such as 50% nor bytes per token such as 11520"
+        )
+    if is_share and amount >= 1:
+        raise UsageError(f"--kv-budget {text} does not shrink the cache: a share is below 100%")
+    return amount, is_share
+
+
 def bytes_of(text: str) -> int | None:
     """A size such as `11520`, `1.5MiB` or `2GB` in bytes; None if it is none, or zero."""
     value, unit = _number(text)

@@ -35,6 +35,7 @@ from kvtool.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from kvtool.layout import describe
 
 Tiny = Callable[..., Path]
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
@@ -349,3 +350,10 @@ def test_a_share_without_its_sign_is_asked_about(tiny, budget, hint):
             Checkpoint.open(str(tiny("llama"))), planning.ConvertOptions(kv_budget=budget)
         )
     assert hint in (caught.value.hint or "")
+
+
+def test_no_share_is_offered_for_bytes_that_can_be_none(tiny):
+    layout = describe(Checkpoint.open(str(tiny("llama"))).hf_config())[0]
+    with pytest.raises(UsageError, match="400 bytes per token, of 1280000") as caught:
+        targets.parse_budget("400", layout, 10_000)
+    assert caught.value.hint is None

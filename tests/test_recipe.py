@@ -139,6 +139,21 @@ def test_a_budget_that_no_calibration_takes_is_refused_with_its_line(budget: str
     assert "neither a share of the native cache" in message
 
 
+@pytest.mark.parametrize(
+    ("budget", "why"),
+    [
+        ("150%", "--kv-budget 150% does not shrink the cache: a share is below 100%"),
+        ("100%", "--kv-budget 100% does not shrink the cache: a share is below 100%"),
+        ("0%", "--kv-budget '0%' is neither a share such as 50% nor bytes per token such as 11520"),
+        ("half", "--kv-budget 'half' is neither"),
+        ("-5%", "--kv-budget '-5%' is neither"),
+    ],
+)
+def test_a_budget_that_no_conversion_takes_is_refused_with_its_line(budget: str, why: str) -> None:
+    message = error_of(VALID.replace("kv_budget: 50%", f"kv_budget: {budget}"))
+    assert message.startswith(f"r.yaml:7:5: 'kv_budget' is '{budget}': {why}")
+
+
 @pytest.mark.parametrize("given", ["r.html", "[r.html]", "\n      - r.html"])
 def test_one_report_or_several_may_be_written(given: str) -> None:
     step = parse_recipe(VALID + f"    output: {given}\n", "r.yaml").steps[-1]
@@ -183,7 +198,7 @@ convert_steps = st.fixed_dictionaries(
     optional={
         "method": st.sampled_from(["exact", "transmla"]),
         "target": st.sampled_from(["transformers", "vllm", "kvtool"]),
-        "kv_budget": st.integers(1, 10**6).map(str) | st.integers(1, 100).map("{}%".format),
+        "kv_budget": st.integers(1, 10**6).map(str) | st.integers(1, 99).map("{}%".format),
         "rope_dim": st.none() | st.integers(2, 128),
         "rank": st.none() | st.integers(1, 4096),
         "freqfold": st.just("auto") | st.integers(1, 64).map(str),

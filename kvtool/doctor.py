@@ -49,10 +49,16 @@ def examine() -> list[Finding]:
 
 
 def _versions() -> list[Finding]:
-    found = [Finding("kvtool", __version__), Finding("python", platform.python_version())]
-    wanted = [Requirement(line) for line in requires("kvtool") or ()]
-    plain = {r.name: r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})}
     shown = ("torch", "transformers", "accelerate", "safetensors")
+    own = Finding("kvtool", __version__)
+    try:
+        lines = requires("kvtool") or []
+    except PackageNotFoundError:  # a source tree on the path
+        said = f"{__version__}, not installed: what it needs, and which versions fit, is not known"
+        own, lines = Finding("kvtool", said, hint="pip install -e ."), [*shown]
+    found = [own, Finding("python", platform.python_version())]
+    wanted = [Requirement(line) for line in lines]
+    plain = {r.name: r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})}
     for name, requirement in plain.items():
         try:
             installed = version(name)

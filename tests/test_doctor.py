@@ -57,6 +57,20 @@ def test_a_version_that_does_not_fit_is_wrong_and_told_with_one_that_does(
     assert said[name]["hint"].startswith(f"pip install '{name}")
 
 
+def test_a_source_tree_that_is_not_installed_is_told_and_no_reason_to_stop(capsys, monkeypatch):
+    def missing(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", missing)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    code, said = findings(capsys)
+    assert code == 0
+    assert "not installed" in said["kvtool"]["found"]
+    assert said["kvtool"]["hint"] == "pip install -e ."
+    assert said["torch"]["found"] == torch.__version__
+    assert "kvtool's cache" in said
+
+
 def test_what_is_not_installed_is_wrong_only_if_everything_needs_it(capsys, monkeypatch):
     def missing(name: str) -> str:
         if name == "safetensors":

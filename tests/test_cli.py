@@ -68,6 +68,12 @@ def test_a_flag_means_the_same_in_every_command() -> None:
     assert {flag: said for flag, said in meanings.items() if len(said) > 1} == {}
 
 
+def test_every_command_that_has_a_result_gives_it_to_machines() -> None:
+    commands = {path for path, _ in parameters()}
+    machines = {path for path, parameter in parameters() if "--json" in parameter.opts}
+    assert commands - machines == {"chat", "serve-local"}
+
+
 def test_automatic_precision_says_what_it_is() -> None:
     said = {path: option.help for path, option in parameters() if option.name == "dtype"}
     assert "as it was" in said.pop("convert")

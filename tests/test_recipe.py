@@ -1,6 +1,7 @@
 """Recipes: strict, with errors that name the line, and a faithful record of a conversion."""
 
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -436,6 +437,21 @@ def test_validate_says_what_a_recipe_does(
     file.write_text(VALID)
     assert run_command(["recipe", "validate", str(file)]) == 0
     assert capsys.readouterr().out == f"{file}: valid (convert, evaluate)\n"
+
+
+def test_validate_gives_machines_all_that_the_recipe_says_and_leaves_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(VALID)
+    assert run_command(["recipe", "validate", str(file), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said.pop("recipe") == str(file)
+    assert said == load_recipe(file).model_dump()
+    assert [step["uses"] for step in said["steps"]] == ["convert", "evaluate"]
+    file.write_text(VALID.replace("50%", "150%"))
+    assert run_command(["recipe", "validate", str(file), "--json"]) == 3
+    assert capsys.readouterr().out == ""
 
 
 def test_a_plan_of_codes_can_be_evaluated() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvtool.cli import _options
+from kvtool.cli import _console, _options
 from kvtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -133,12 +133,17 @@ def _pinned(recipe: Recipe, shared: dict[str, Any]) -> str:
 
 
 @recipe_app.command("validate")
-def validate(recipe: RecipeFile) -> None:
-    """Check RECIPE against the schema; exit code 3 if it does not follow it."""
+def validate(recipe: RecipeFile, json: _options.Json = False) -> None:
+    """Check RECIPE against the schema; exit code 3 if it does not follow it.
+
+    With --json, the recipe is printed with the defaults of all that it leaves open.
+    """
     from kvtool.recipe import load_recipe
 
-    steps = ", ".join(step.uses for step in load_recipe(recipe).steps)
-    typer.echo(f"{recipe}: valid ({steps})")
+    loaded = load_recipe(recipe)
+    if not json:
+        typer.echo(f"{recipe}: valid ({', '.join(step.uses for step in loaded.steps)})")
+    _console.emit({"recipe": str(recipe), **loaded.model_dump()}, json)
 
 
 def _outputs(

@@ -74,6 +74,16 @@ def test_every_command_that_has_a_result_gives_it_to_machines() -> None:
     assert commands - machines == {"chat", "serve-local"}
 
 
+def test_a_budget_says_of_what_it_is_a_share() -> None:
+    said = {path: option.help for path, option in parameters() if option.name == "kv_budget"}
+    assert "what every token may add to the cache" in said.pop("convert")
+    assert len(said) == 5
+    meaning = "ize of the cache of one sequence of --context tokens in bfloat16, with all"
+    assert [path for path, words in said.items() if meaning not in words] == []
+    contexts = {path for path, option in parameters() if option.name == "context"}
+    assert contexts >= said.keys()
+
+
 def test_automatic_precision_says_what_it_is() -> None:
     said = {path: option.help for path, option in parameters() if option.name == "dtype"}
     assert "as it was" in said.pop("convert")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.filesize import decimal
@@ -149,6 +149,14 @@ BudgetContext = Annotated[
         rich_help_panel="Method",
     ),
 ]
+
+
+def kv_budget(*, when: str = "", panel: str | None = "Method") -> Any:
+    """``--kv-budget`` of what makes plans; that of ``convert`` counts by token."""
+    size = f"{when}: size of" if when else "Size of"
+    told = f"{size} the cache of one sequence of --context tokens in bfloat16, with all that is "
+    told += "kept exactly: a share of the native one (25%), or bytes (300MB)."
+    return typer.Option("--kv-budget", help=told, rich_help_panel=panel)
 
 
 def read_plan(file: Path | None, checkpoint: Checkpoint) -> Plan | None:

@@ -16,15 +16,7 @@ _METHOD = "Method"
 def budgets(
     model: _options.Model,
     output: _options.Output,
-    kv_budget: Annotated[
-        str,
-        typer.Option(
-            "--kv-budget",
-            help="Size of the cache after a prompt of --context tokens: a share of the native one "
-            "(25%), or bytes (300MB).",
-            rich_help_panel=_METHOD,
-        ),
-    ],
+    kv_budget: Annotated[str, _options.kv_budget()],
     method: Annotated[
         Literal["uniform", "pyramidkv", "adakv", "prefixkv", "compresskv", "uncomp", "mass"],
         typer.Option(

@@ -42,15 +42,7 @@ def retrieval_heads(
             rich_help_panel=_METHOD,
         ),
     ] = None,
-    kv_budget: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-budget",
-            help="Size of the cache at --context: a share of the native one (55%), or bytes "
-            "(300MB).",
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
+    kv_budget: Annotated[str | None, _options.kv_budget()] = None,
     context: _options.BudgetContext = None,
     sink: Annotated[
         int,

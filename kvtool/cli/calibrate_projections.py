@@ -29,15 +29,7 @@ def projections(
             rich_help_panel=_METHOD,
         ),
     ] = "aware",
-    kv_budget: Annotated[
-        str,
-        typer.Option(
-            "--kv-budget",
-            help="Size of the cache at --context: a share of the native one (50%), or bytes "
-            "(300MB); exact tokens included.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = "50%",
+    kv_budget: Annotated[str, _options.kv_budget()] = "50%",
     context: _options.BudgetContext = None,
     read: Annotated[
         Literal["absorbed", "rebuilt"] | None,

@@ -70,15 +70,7 @@ def quantization(
         ),
     ] = None,
     plan: _options.StartPlan = None,
-    kv_budget: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-budget",
-            help="With --bits auto: size of the cache at --context, a share of the native one "
-            "(20%) or bytes (300MB); exact tokens included.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
+    kv_budget: Annotated[str | None, _options.kv_budget(when="With --bits auto")] = None,
     context: _options.BudgetContext = None,
     group: Annotated[
         int | None,

@@ -54,8 +54,9 @@ def convert(
     kv_budget: Annotated[
         str | None,
         typer.Option(
-            help="With --to mla and --layers auto: cache size to reach, a share such as 50%, or "
-            "bytes per token.",
+            help="With --to mla (default: 75%) and --layers auto: what every token may add to the "
+            "cache in bfloat16, over all layers: a share of what it adds to the native one (50%), "
+            "or bytes (11520).",
             rich_help_panel=_METHOD,
         ),
     ] = None,

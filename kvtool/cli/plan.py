@@ -42,7 +42,7 @@ plan_app = typer.Typer(
 
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.")]
 Context = Annotated[
-    int, typer.Option("--context", min=1, help="Tokens of a prompt for which sizes are stated.")
+    int, typer.Option("--context", min=1, help="Tokens of a sequence for which sizes are stated.")
 ]
 
 
@@ -58,14 +58,7 @@ def show(plan: PlanFile, context: Context = 4096, json: _options.Json = False) -
 def slice_(
     plan: PlanFile,
     output: _options.Output,
-    kv_budget: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-budget",
-            help="Size to cut to: a share of the native cache at --context (55%), or bytes "
-            "(300MB).",
-        ),
-    ] = None,
+    kv_budget: Annotated[str | None, _options.kv_budget(panel=None)] = None,
     streaming_heads: Annotated[
         str | None,
         typer.Option(

@@ -226,6 +226,14 @@ def converted(
 
 
 @pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A file that tokenizes faster than the built-in text; some tests have their own."""
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(f"One, two, {i}, four." for i in range(2000)))
+    return str(file)
+
+
+@pytest.fixture
 def fresh_numbers() -> None:
     """Other random numbers in every run; a failure says which they were."""
     torch.manual_seed(torch.seed())

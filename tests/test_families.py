@@ -9,7 +9,7 @@ import torch
 from _code_tools import KINDS, coded
 from _family_cases import ALL as ALL_CASES
 from _family_cases import ALL_LATENTS, CASES, LATENTS
-from _family_tools import open_case, tokens
+from _family_tools import by_transformers, open_case, same, tokens
 from conftest import make_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -42,18 +42,6 @@ PHI_LONG = {
     "short_mscale": 1.2,
     "long_mscale": 1.3,
 }
-
-
-@torch.inference_mode()
-def expected(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of transformers, `[T, V]`."""
-    return checkpoint.load_transformers(torch.float32)(ids[None], use_cache=False).logits[0]
-
-
-def same(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    """To a small part of how much logits differ from each other."""
-    assert float(wanted.std()) > 1e-2, "the model says the same of everything"
-    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-4 * float(wanted.std()))
 
 
 def extended(engine: Engine, ids: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -94,7 +82,7 @@ def test_the_documents_name_every_family():
 @pytest.mark.parametrize("name", [*CASES, *LATENTS])
 def test_the_runtime_computes_what_transformers_computes(tiny, name):
     checkpoint, ids = open_case(tiny, name), tokens(60)
-    same(extended(Engine.load(checkpoint), ids, 40), expected(checkpoint, ids))
+    same(extended(Engine.load(checkpoint), ids, 40), by_transformers(checkpoint, ids))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,14 +94,14 @@ def test_streamed_layers_compute_what_transformers_computes(tiny, name):
     for index in range(len(stream)):
         layer = stream.layer(index)
         layer.run(hidden, stream.exact_attention(layer))
-    same(stream.logits(hidden)[0], expected(checkpoint, ids))
+    same(stream.logits(hidden)[0], by_transformers(checkpoint, ids))
 
 
 @pytest.mark.parametrize("name", [*CASES, *LATENTS])
 @torch.inference_mode()
 def test_whole_models_compute_what_transformers_computes(tiny, name):
     checkpoint, ids = open_case(tiny, name), tokens(20)  # within every window
-    wanted = expected(checkpoint, ids)
+    wanted = by_transformers(checkpoint, ids)
     model = WholeModel(checkpoint)
     model._start()
     hidden = model._hidden(ids, 0)
@@ -136,7 +124,7 @@ def test_heads_in_another_order_compute_the_same(tiny, name):
     layers = [layer if x.kept is None else x for x in whole_layers(checkpoint)]
     plan = Plan(base, tuple(layers))
     got = extended(Engine.load(checkpoint, plan=plan), ids, 40)
-    same(got, expected(checkpoint, ids))
+    same(got, by_transformers(checkpoint, ids))
 
 
 @pytest.mark.parametrize("name", [*CASES, *LATENTS])
@@ -156,7 +144,7 @@ def test_latents_of_few_bits_are_planned_for(tiny, name):
     start = everything(checkpoint, base_of(checkpoint), options)
     plan = calibrate_quantization(checkpoint, options, start, None, 2)
     engine, plain = Engine.load(checkpoint, plan=plan), Engine.load(checkpoint)
-    wanted = expected(checkpoint, ids)[180:]
+    wanted = by_transformers(checkpoint, ids)[180:]
     error = float((extended(engine, ids, 180)[180:] - wanted).abs().mean() / wanted.std())
     assert 1e-4 < error < 0.2
     stored = [x.new_cache(1, len(ids)).allocated_bytes for x in (engine, plain)]
@@ -168,7 +156,7 @@ def test_codes_are_read_by_tempered_queries(tiny, kind):
     checkpoint, ids = open_case(tiny, "ministral3"), tokens(60)
     same(
         extended(Engine.load(checkpoint, plan=coded(checkpoint, kind)), ids, 40),
-        expected(checkpoint, ids),
+        by_transformers(checkpoint, ids),
     )
 
 
@@ -217,6 +205,6 @@ def test_what_no_stage_computes_is_refused(family, more, reason):
 def test_an_output_head_with_a_bias_is_not_streamed(tiny):
     more = {**CASES["ernie4_5_moe"][1], "use_bias": True}
     checkpoint, ids = Checkpoint.open(str(tiny("ernie4_5_moe", **more))), tokens(20)
-    same(extended(Engine.load(checkpoint), ids, 10), expected(checkpoint, ids))
+    same(extended(Engine.load(checkpoint), ids, 10), by_transformers(checkpoint, ids))
     with pytest.raises(UnsupportedModelError, match="output head with a bias"):
         LayerStream(checkpoint)

@@ -7,7 +7,7 @@ import torch
 from _code_tools import coded
 from _convert_tools import convert, one_thread
 from _family_cases import CASES
-from _family_tools import logits, open_case, tokens
+from _family_tools import logits, open_case, relative_error, tokens
 from _packed import (
     TOKENS,
     check_arrival,
@@ -64,12 +64,6 @@ every_way = pytest.mark.parametrize("how", HOW)
 @pytest.fixture(scope="module")
 def checkpoint(tiny):
     return open_case(tiny, NAME)
-
-
-@pytest.fixture
-def text(tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(2000)))
-    return str(tmp_path / "text.txt")
 
 
 def lending(checkpoint: Checkpoint, how: str, prefill: str = "dense", *, alone=False) -> Plan:
@@ -304,7 +298,7 @@ def test_a_lender_may_be_packed_beside_codes(checkpoint):
         found = [
             logits(x, tokens(150), 100)[100:] for x in (engine, Engine.load(checkpoint, plan=plan))
         ]
-        assert 0 < float((found[0] - found[1]).square().mean().sqrt() / found[1].std()) < 0.5
+        assert 0 < relative_error(*found) < 0.5
 
 
 def test_the_gradient_of_a_lender_is_that_of_all_its_readers(checkpoint, monkeypatch):
@@ -358,7 +352,7 @@ def test_bits_by_harm_go_to_lenders_as_well(checkpoint, text, share):
     assert engine.new_cache(1, 512).allocated_bytes == plan.cache_bytes(512, 4)
     ids = tokens(300)
     wanted, found = (logits(x, ids, 280) for x in (Engine.load(checkpoint), engine))
-    assert 0 < float((found - wanted).square().mean().sqrt() / wanted.std()) < 0.1
+    assert 0 < relative_error(found, wanted) < 0.1
 
 
 def test_scales_of_a_lender_are_measured_or_those_of_the_checkpoint(checkpoint, text, tmp_path):
@@ -371,7 +365,7 @@ def test_scales_of_a_lender_are_measured_or_those_of_the_checkpoint(checkpoint, 
         ids = tokens(150)
         wanted = logits(Engine.load(checkpoint), ids, 100)
         found = logits(Engine.load(model, plan=plan), ids, 100)
-        assert 0 < float((found - wanted).square().mean().sqrt() / wanted.std()) < 0.3
+        assert 0 < relative_error(found, wanted) < 0.3
     for reader in (LENDER, *READERS):  # which the checkpoint has for those that read it, too
         keys, values = stored_scales(model, reader)
         own = plan.layers[LENDER].scales
@@ -394,4 +388,4 @@ def test_a_model_whose_whole_pasts_are_all_lent_is_packed(tiny, tmp_path, capsys
         checkpoint = Checkpoint.open(model)
         wanted = logits(Engine.load(checkpoint), ids, 140)
         found = logits(Engine.load(checkpoint, plan=plan), ids, 140)
-        assert 0 < float((found - wanted).square().mean().sqrt() / wanted.std()) < 0.3
+        assert 0 < relative_error(found, wanted) < 0.3

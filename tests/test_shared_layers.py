@@ -7,7 +7,15 @@ import pytest
 import torch
 from _convert_tools import convert
 from _family_cases import CASES
-from _family_tools import logits, open_case, streaming, tokens
+from _family_tools import (
+    by_transformers,
+    logits,
+    open_case,
+    relative_error,
+    same,
+    streaming,
+    tokens,
+)
 from safetensors.torch import load_file, save_file
 
 from kvtool.calibrate import heads
@@ -57,24 +65,9 @@ PLANNED = (LayerPlan((False, False)),)
 WHOLE = (RING, *PLANNED, RING, LENDS, *(READS_RING, READS) * 2)
 
 
-def expected(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
-        return checkpoint.load_transformers(torch.float32)(ids[None], use_cache=False).logits[0]
-
-
-def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    torch.testing.assert_close(found, wanted, atol=2e-4 * float(wanted.std()), rtol=0)
-
-
 @pytest.fixture
 def checkpoint(tiny):
     return open_case(tiny, NAME)
-
-
-@pytest.fixture
-def text(tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(2000)))
-    return str(tmp_path / "text.txt")
 
 
 def test_each_reader_names_the_last_layer_of_its_kind_that_has_keys_of_its_own(checkpoint):
@@ -117,7 +110,7 @@ def test_the_cache_is_that_of_the_layers_with_keys_of_their_own(checkpoint):
 @pytest.mark.parametrize("pieces", [(60,), (1,), (7, 30, 1, 2), (23, 1, 1, 40)])
 def test_pieces_of_a_text_do_not_matter(checkpoint, pieces):
     ids = tokens(90)
-    same(logits(Engine.load(checkpoint), ids, *pieces), expected(checkpoint, ids))
+    same(logits(Engine.load(checkpoint), ids, *pieces), by_transformers(checkpoint, ids))
 
 
 def test_rows_of_a_batch_do_not_see_each_other(checkpoint):
@@ -133,7 +126,7 @@ def test_rows_of_a_batch_do_not_see_each_other(checkpoint):
         together, apart = engine.decode(cache, new), engine.decode_rows(caches, new.tolist())
         for row in range(2):
             rows[row] = torch.cat((rows[row], new[row, None]))
-            wanted = expected(checkpoint, rows[row])[-1]
+            wanted = by_transformers(checkpoint, rows[row])[-1]
             same(together[row], wanted)
             same(apart[row], wanted)
 
@@ -144,14 +137,14 @@ def test_a_row_goes_back_to_where_windows_are_whole(checkpoint):
     engine.extend(cache, ids[:20])
     cache.crop(0, 10)
     assert cache.lengths == [10]
-    same(engine.extend(cache, ids[10:]), expected(checkpoint, ids)[-1])
+    same(engine.extend(cache, ids[10:]), by_transformers(checkpoint, ids)[-1])
     cache.crop(0, 30)
     assert cache.lengths == [0]  # the ring has lost what those tokens saw
     engine.extend(cache, ids[:40])
     mark = cache.snapshot(0)
     engine.extend(cache, tokens(30))
     cache.restore(0, mark)
-    same(engine.extend(cache, ids[40:]), expected(checkpoint, ids)[-1])
+    same(engine.extend(cache, ids[40:]), by_transformers(checkpoint, ids)[-1])
 
 
 def test_a_plan_counts_what_is_kept_once_and_is_read_again(checkpoint, tmp_path):
@@ -166,7 +159,7 @@ def test_a_plan_counts_what_is_kept_once_and_is_read_again(checkpoint, tmp_path)
     assert b'"format_version":9' in head
     assert SharedPlan.of(describe(checkpoint.hf_config())[2]) is None  # its window says it
     ids = tokens(60)
-    same(logits(Engine.load(checkpoint, plan=plan), ids, 40), expected(checkpoint, ids))
+    same(logits(Engine.load(checkpoint, plan=plan), ids, 40), by_transformers(checkpoint, ids))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +186,7 @@ def test_impossible_numbers_are_refused(numbers):
 def test_heads_that_only_one_layer_reads_stream(checkpoint):
     ids, plan = tokens(80), streaming(checkpoint, 4, 100)
     assert plan.streaming_heads == 2
-    same(logits(Engine.load(checkpoint, plan=plan), ids, 50), expected(checkpoint, ids))
+    same(logits(Engine.load(checkpoint, plan=plan), ids, 50), by_transformers(checkpoint, ids))
     short = Engine.load(checkpoint, plan=streaming(checkpoint, 4, 10))
     memory = RowMemory(short)
     for length in (5, 64, 100, 200):
@@ -201,7 +194,7 @@ def test_heads_that_only_one_layer_reads_stream(checkpoint):
         short.extend(cache, tokens(length))
         cache.resize(-(-length // 64) * 64)
         assert memory.holding(length, length) == cache.allocated_bytes
-    assert not torch.allclose(logits(short, ids, 50), expected(checkpoint, ids), atol=1e-2)
+    assert not torch.allclose(logits(short, ids, 50), by_transformers(checkpoint, ids), atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["ablation", "duo", "retrieval", "entropy"])
@@ -240,8 +233,8 @@ def test_few_bits_are_for_the_layers_that_keep_a_whole_past(checkpoint, text, me
         plan = calibrate_quantization(checkpoint, options, start, None, 2)
         assert [i for i, layer in enumerate(plan.layers) if layer.bits] == [1, 3]
         found.append(logits(Engine.load(checkpoint, plan=plan), ids, 150))
-    wanted = expected(checkpoint, ids)
-    error = [float((x - wanted).square().mean().sqrt() / wanted.std()) for x in found]
+    wanted = by_transformers(checkpoint, ids)
+    error = [relative_error(x, wanted) for x in found]
     assert 0 < error[0] < 0.05 < error[1]
 
 
@@ -264,7 +257,10 @@ def test_the_layer_that_nobody_else_reads_is_read_sparsely(checkpoint, text):
     options = StatisticsOptions(data=text, tokens=512)
     plan = calibrate_double_sparsity(checkpoint, start, 4, 40, options)
     assert [i for i, layer in enumerate(plan.layers) if layer.sparse] == [1]
-    found, wanted = logits(Engine.load(checkpoint, plan=plan), ids, 30), expected(checkpoint, ids)
+    found, wanted = (
+        logits(Engine.load(checkpoint, plan=plan), ids, 30),
+        by_transformers(checkpoint, ids),
+    )
     same(found[:40], wanted[:40])
     assert not torch.allclose(found[60:], wanted[60:], atol=1e-2)
 
@@ -273,7 +269,7 @@ def test_no_heads_are_planned_where_whole_pasts_are_all_shared(tiny):
     family, more = CASES[NAME]
     more = more | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 5}
     checkpoint, ids = Checkpoint.open(str(tiny(family, **more))), tokens(50)
-    same(logits(Engine.load(checkpoint), ids, 40), expected(checkpoint, ids))
+    same(logits(Engine.load(checkpoint), ids, 40), by_transformers(checkpoint, ids))
     with pytest.raises(UnsupportedModelError, match="whose keys and values no other layer reads"):
         calibrate_heads(checkpoint, HeadOptions())
     plans = inspect_checkpoint(checkpoint).plans
@@ -324,7 +320,7 @@ def test_statistics_are_of_layers_with_keys_of_their_own(checkpoint, text):
 def test_the_end_of_a_text_is_read_behind_its_past(checkpoint):
     ids, model = tokens(60), TailModel(LayerStream(checkpoint))
     past = read_past(model, ids, 20)
-    same(past.expected, expected(checkpoint, ids)[-20:].log_softmax(-1))
+    same(past.expected, by_transformers(checkpoint, ids)[-20:].log_softmax(-1))
     same(read_again(model, past, [None] * 8), past.expected)
 
 
@@ -344,7 +340,9 @@ def test_a_damaged_layer_harms_those_that_read_it(tiny, tmp_path):
         return Checkpoint.open(str(folder))
 
     def kl(other: Checkpoint) -> float:
-        log_p, log_q = (expected(x, ids)[40:].double().log_softmax(-1) for x in (base, other))
+        log_p, log_q = (
+            by_transformers(x, ids)[40:].double().log_softmax(-1) for x in (base, other)
+        )
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
     found = list(layer_damage(Engine.load(damaged(0, 1)), Engine.load(base), ids, 40))
@@ -367,7 +365,7 @@ def test_weights_that_no_layer_uses_are_passed_over(tiny, tmp_path):
     more = {f"model.layers.5.self_attn.{x}.weight": torch.ones(4, 4) for x in ("k_proj", "v_norm")}
     save_file(load_file(file) | more, file, {"format": "pt"})  # as published checkpoints have them
     checkpoint = Checkpoint.open(str(tmp_path / "model"))
-    same(logits(Engine.load(checkpoint), ids, 20), expected(base, ids))
+    same(logits(Engine.load(checkpoint), ids, 20), by_transformers(base, ids))
     LayerStream(checkpoint).layer(5)
     more = {"model.layers.3.self_attn.more.weight": torch.ones(4, 4)}
     save_file(load_file(file) | more, file, {"format": "pt"})
@@ -395,7 +393,7 @@ def test_scales_of_a_reader_are_those_of_what_it_reads(checkpoint, tmp_path):
     assert report.measured["fp8_bytes_per_token"] == native / 2
     assert len(report.measured["layer_kl"]) == 4
     ids = tokens(60)
-    same(logits(Engine.load(output), ids, 40), expected(checkpoint, ids))
+    same(logits(Engine.load(output), ids, 40), by_transformers(checkpoint, ids))
     file = output.path / "model.safetensors"
     stored = load_file(file)
     stored["model.layers.6.self_attn.k_scale"] *= 2
@@ -432,11 +430,14 @@ def test_layers_that_store_nothing_see_only_the_tokens_that_are_asked_for(checkp
             with_kwargs=True,
         )
     found = engine.extend(engine.new_cache(1, 70), ids, chunk=chunk)
-    same(found, expected(checkpoint, ids)[-1])
+    same(found, by_transformers(checkpoint, ids)[-1])
     pieces = -(-70 // chunk)
     assert [sum(own) for own in seen] == [70] * 4 + [pieces] * 4
     seen = [[] for _ in seen]
-    same(engine.extend(engine.new_cache(1, 70), ids, all_logits=True), expected(checkpoint, ids))
+    same(
+        engine.extend(engine.new_cache(1, 70), ids, all_logits=True),
+        by_transformers(checkpoint, ids),
+    )
     assert [sum(own) for own in seen] == [70] * 8
 
 

@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _family_tools import logits, open_case, streaming, tokens
+from _family_tools import (
+    by_transformers,
+    logits,
+    open_case,
+    relative_error,
+    same,
+    streaming,
+    tokens,
+)
 
 from kvtool.calibrate import heads
 from kvtool.calibrate.budgets import METHODS as BUDGETS
@@ -43,10 +51,7 @@ MIXED = [
 @pytest.mark.parametrize("pieces", [(60,), (1,), (7, 30, 1, 2), (23, 1, 1, 40)])
 def test_pieces_of_a_text_do_not_matter(tiny, name, pieces):
     checkpoint, ids = open_case(tiny, name), tokens(90)
-    with torch.inference_mode():
-        expected = checkpoint.load_transformers(torch.float32)(ids[None], use_cache=False).logits[0]
-    found = logits(Engine.load(checkpoint), ids, *pieces)
-    torch.testing.assert_close(found, expected, atol=2e-4 * float(expected.std()), rtol=0)
+    same(logits(Engine.load(checkpoint), ids, *pieces), by_transformers(checkpoint, ids))
 
 
 @pytest.mark.parametrize("planned", [False, True])
@@ -112,14 +117,11 @@ def test_a_plan_that_drops_nothing_changes_nothing(tiny, name):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_heads_of_the_other_layers_are_scored_and_stream(tiny, tmp_path, monkeypatch, method):
+def test_heads_of_the_other_layers_are_scored_and_stream(tiny, tmp_path, monkeypatch, text, method):
     monkeypatch.setattr(heads, "MIN_ACCURACY", 0.0)
     monkeypatch.setattr(heads, "MAX_NLL", float("inf"))
-    (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(2000)))
     checkpoint = open_case(tiny, "gemma3_text")
-    options = HeadOptions(
-        method, 4, 24, lengths=(300,), samples=2, steps=3, data=str(tmp_path / "text.txt")
-    )
+    options = HeadOptions(method, 4, 24, lengths=(300,), samples=2, steps=3, data=text)
     plan = calibrate_heads(checkpoint, options)
     assert plan.planned_heads == 2 * HEADS
     window = LayerPlan((), kept=WindowPlan(HEADS, SIZE, WINDOW))
@@ -173,12 +175,9 @@ def test_a_budget_is_met_by_the_heads_that_see_the_whole_past(tiny):
     ("name", "method"),
     [*(("gemma3_text", x) for x in BUDGETS), ("gpt_oss", "mass"), ("gpt_oss", "prefixkv")],
 )
-def test_budgets_are_shared_by_the_layers_that_see_the_whole_past(tiny, tmp_path, name, method):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
+def test_budgets_are_shared_by_the_layers_that_see_the_whole_past(tiny, text, name, method):
     checkpoint, ids = open_case(tiny, name), tokens(120)
-    options = BudgetOptions(
-        method, context=100, minimum=10, data=str(tmp_path / "text.txt"), tokens=400
-    )
+    options = BudgetOptions(method, context=100, minimum=10, data=text, tokens=400)
     windows = 2 * WINDOW * TOKEN // 2  # as bfloat16
     wanted = windows + TOKEN // 2 * 100
     plan = calibrate_budgets(checkpoint, options, wanted, 2)
@@ -211,8 +210,7 @@ def test_plans_with_windows_in_other_layers_are_not_composed(tiny):
     ("name", "method"),
     [("olmo3", "aware"), ("olmo3", "kivi"), ("olmo3", "rotatekv"), ("gpt_oss", "aware")],
 )
-def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, name, method):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
+def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, text, name, method):
     checkpoint, ids = open_case(tiny, name), tokens(160)
     read = "rebuilt" if method == "rotatekv" else "absorbed"
     options = QuantizationOptions(
@@ -220,7 +218,7 @@ def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, nam
         read=read,
         bits=(8, 8),
         group=32,
-        data=str(tmp_path / "text.txt"),
+        data=text,
         tokens=1024,
         context=512,
     )
@@ -232,23 +230,22 @@ def test_few_bits_are_for_the_layers_that_see_the_whole_past(tiny, tmp_path, nam
     expected = logits(Engine.load(checkpoint), ids, 150)
     found = logits(engine, ids, 150)
     assert not torch.equal(found, expected)
-    error = (found - expected).square().mean().sqrt() / expected.std()
+    error = relative_error(found, expected)
     assert error < 0.02
     coarse = replace(options, bits=(2, 2))
     plan = calibrate_quantization(
         checkpoint, coarse, everything(checkpoint, base_of(checkpoint), coarse), None, 2
     )
     found = logits(Engine.load(checkpoint, plan=plan), ids, 150)
-    assert (found - expected).square().mean().sqrt() / expected.std() > 3 * error
+    assert relative_error(found, expected) > 3 * error
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss"])
-def test_the_layers_that_see_the_whole_past_are_read_sparsely(tiny, tmp_path, name):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"One, two, {i}, four." for i in range(900)))
+def test_the_layers_that_see_the_whole_past_are_read_sparsely(tiny, text, name):
     checkpoint, ids = open_case(tiny, name), tokens(150)
     start = Plan(base_of(checkpoint), whole_layers(checkpoint))
-    text = StatisticsOptions(data=str(tmp_path / "text.txt"), tokens=512)
-    plan = calibrate_double_sparsity(checkpoint, start, 4, 40, text)
+    read = StatisticsOptions(data=text, tokens=512)
+    plan = calibrate_double_sparsity(checkpoint, start, 4, 40, read)
     assert [layer.sparse is None for layer in plan.layers] == [True, False, True, False]
     expected = logits(Engine.load(checkpoint), ids, 30)
     found = logits(Engine.load(checkpoint, plan=plan), ids, 30)

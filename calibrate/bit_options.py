@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from kvtool.bits import Bits, Tier, Turned
 from kvtool.calibrate.projections import Read
@@ -23,8 +23,23 @@ RANK = 2
 """Of gear, as GEAR's code has for blocks that come while it decodes."""
 AUTO = "auto"
 """As many bits as a budget allows."""
-_RINGS = {"kivi": (64, 0, 128), "zipcache": (128, 4, 64), "mikv": (128, 4, 64), "fp8": (64, 4, 0)}
-"""Of methods with others than most, `group`, `sink` and `window` if they are not given."""
+
+
+class _Usual(NamedTuple):
+    """What is asked for if nothing is said."""
+
+    group: int = 64
+    sink: int = 4
+    window: int = 64
+
+
+_USUAL: dict[Method, _Usual] = {
+    "kivi": _Usual(sink=0, window=128),
+    "zipcache": _Usual(group=128),
+    "mikv": _Usual(group=128),
+    "fp8": _Usual(window=0),
+}
+"""Of methods that differ from most."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +112,15 @@ class QuantizationOptions:
             raise UsageError(
                 f"--bits auto is for --method aware, {method} has the same bits everywhere"
             )
-        of_group, of_sink, of_window = _RINGS.get(method, (64, 4, 64))
-        group = of_group if group is None else group
+        usual = _USUAL.get(method, _Usual())
+        group = usual.group if group is None else group
         return cls(
             method,
             upper,
             group,
             read or ("rebuilt" if method == "rotatekv" else "absorbed"),
-            sink=of_sink if sink is None else sink,
-            window=of_window if window is None else window,
+            sink=usual.sink if sink is None else sink,
+            window=usual.window if window is None else window,
             rest=rest,
             salient=None if salient is None else parse_share(salient, group),
             states=states,

@@ -48,10 +48,7 @@ def calibrate_receptive_field(
     Raises:
         UsageError: No layer keeps a state, or the length is not beyond that taught.
     """
-    if not any(isinstance(layer.kept, StatePlan) for layer in plan.layers):
-        raise UsageError(f"no layer of {checkpoint.source} keeps a state")
-    if not 0 < taught < length:
-        raise UsageError(f"--length {length} is not beyond the {taught} tokens that were taught")
+    check_lengths(checkpoint, plan, taught, length)
     windows, offsets = text_windows(checkpoint, data, tokens, seed)
     model = WholeModel(checkpoint)
     texts = zip(windows, offsets, strict=True)
@@ -71,6 +68,26 @@ def calibrate_receptive_field(
     corpus = calibration_text(data).id
     said = provenance_of("longmamba", asked, corpus, windows.numel(), global_heads=found)
     return replace(plan, layers=tuple(layers), provenance=(*plan.provenance, said))
+
+
+def check_lengths(checkpoint: Checkpoint, plan: Plan, taught: int, length: int) -> None:
+    """Refuses what cannot work before any weight is read.
+
+    Raises:
+        UsageError: See :func:`calibrate_receptive_field`.
+    """
+    if not any(isinstance(layer.kept, StatePlan) for layer in plan.layers):
+        raise UsageError(f"no layer of {checkpoint.source} keeps a state")
+    if not 0 < taught < length:
+        raise UsageError(f"--length {length} is not beyond the {taught} tokens that were taught")
+
+
+def memory_bytes(checkpoint: Checkpoint, plan: Plan, tokens: int) -> int:
+    """About what the calibration holds at once, besides Python and its libraries: the model in
+    fp32, and Δ of all tokens, by window and put together.
+    """
+    heads = sum(layer.kept.heads for layer in plan.layers if isinstance(layer.kept, StatePlan))
+    return 4 * checkpoint.parameters + 2 * 4 * tokens * heads
 
 
 def thresholds(steps: Tensor, rates: Tensor, taught: int, length: int) -> Tensor:

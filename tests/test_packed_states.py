@@ -347,8 +347,14 @@ def test_the_command_plans_receptive_fields_beside_bits(hybrid, tiny, tmp_path, 
     assert run_command([*without, "--length", "400", "-q"]) == 4
     assert "no layer of" in capsys.readouterr().err
     words += ["--length", "400", "--taught", "2", "--plan", str(bits), "-q"]
+    assert run_command([*words, "--dry-run", "--json"]) == 0
+    foreseen = json.loads(capsys.readouterr().out)
+    assert not path.exists()
     assert run_command(words) == 0
     plan = Plan.read(path)
+    assert foreseen["bytes"] == plan.cache_bytes(400, 2) < plan.native_bytes(400, 2)
+    assert foreseen["native_bytes"] == plan.native_bytes(400, 2)
+    assert foreseen["memory_bytes"] >= 4 * hybrid.parameters
     heads = sum(x > 0 for layer in plan.layers if layer.kept for x in layer.kept.least)
     assert plan.provenance[-1]["global_heads"] == heads > 0
     assert [x.kept.bits for x in plan.layers if x.kept] == [8, 8]

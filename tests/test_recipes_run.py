@@ -93,13 +93,16 @@ def test_a_dry_run_names_each_step_s_own_output(
 kvtool: 1
 model: {tiny("llama")}
 steps:
-  - {{uses: calibrate receptive-field, length: 512, taught: 256, output: {tmp_path}/field.plan}}
-  - {{uses: calibrate double-sparsity, channels: 4, tokens_read: 40, output: {tmp_path}/read.plan}}
+  - {{uses: calibrate budgets, kv_budget: 25%, output: {tmp_path}/budgets.plan}}
+  - {{uses: calibrate quantization, output: {tmp_path}/bits.plan}}
+  - {{uses: calibrate projections, output: {tmp_path}/codes.plan}}
 """
     (tmp_path / "r.yaml").write_text(text)
     assert run_command(["run", str(tmp_path / "r.yaml"), "--json", "--dry-run"]) == 0
-    (found,) = objects(capsys.readouterr().out)
-    assert found["plan"] == f"{tmp_path}/read.plan"
+    said = capsys.readouterr()
+    names = [f"{tmp_path}/budgets.plan", f"{tmp_path}/codes.plan"]
+    assert [found["plan"] for found in objects(said.out)] == names
+    assert said.err.startswith("step 2, calibrate quantization: what it works with is not written")
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtool.cli import _options
-from kvtool.cli.plan import emit_made
+from kvtool.cli.plan import emit_made, emit_planned
 from kvtool.errors import UnsupportedModelError, UsageError
+from kvtool.sizes import BF16
 
 if TYPE_CHECKING:
     from kvtool.checkpoint import Checkpoint
@@ -39,6 +40,7 @@ def receptive_field(
     tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
     overwrite: _options.Overwrite = False,
+    dry_run: _options.DryRun = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
     offline: _options.Offline = False,
@@ -46,9 +48,9 @@ def receptive_field(
     trust_remote_code: _options.TrustRemoteCode = False,
 ) -> None:
     """Plan which tokens the Mamba-2 heads of MODEL skip in texts longer than it was taught with."""
+    from kvtool.calibrate import receptive_field as method_of
     from kvtool.calibrate.bit_options import QuantizationOptions
     from kvtool.calibrate.quantization import everything
-    from kvtool.calibrate.receptive_field import calibrate_receptive_field
     from kvtool.checkpoint import Checkpoint
     from kvtool.factored import model_config
     from kvtool.layout import describe
@@ -70,8 +72,19 @@ def receptive_field(
     start = _options.read_plan(plan, checkpoint)
     if start is None:
         start = everything(checkpoint, base_of(checkpoint), QuantizationOptions())
+    method_of.check_lengths(checkpoint, start, taught, length)
+    if dry_run:
+        facts = {
+            "taught": taught,
+            "context": length,
+            "bytes": start.cache_bytes(length, BF16),  # thresholds change none
+            "native_bytes": start.native_bytes(length, BF16),
+            "memory_bytes": method_of.memory_bytes(checkpoint, start, tokens),
+        }
+        emit_planned(output, checkpoint.source, facts, json)
+        return
     emit_made(
-        lambda report: calibrate_receptive_field(
+        lambda report: method_of.calibrate_receptive_field(
             checkpoint, start, taught, length, data, tokens, seed, report=report
         ),
         output, length, overwrite=overwrite, json=json, quiet=quiet,

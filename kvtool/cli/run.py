@@ -87,8 +87,7 @@ def run(
         if dry_run and step.uses in ("evaluate", "verify"):
             continue
         missing = subject != loaded.model or (plan is not None and step.uses in composing)
-        unforeseen = missing or step.uses == "calibrate receptive-field"
-        if dry_run and unforeseen and step.uses != "convert":
+        if dry_run and missing and step.uses != "convert":
             if not quiet:
                 why = "what it works with is not written yet, so its result is not foreseen"
                 print(f"step {index + 1}, {step.uses}: {why}", file=sys.stderr)
@@ -111,10 +110,8 @@ def run(
                 options["plan"] = plan
             if step.uses == "calibrate retrieval-heads":
                 options["resume"] = resume
-            if step.uses != "calibrate receptive-field":
-                options["dry_run"] = dry_run
             plan = outputs[index]
-            calibrations[step.uses](subject, plan, **options, **writing)
+            calibrations[step.uses](subject, plan, **options, **writing, dry_run=dry_run)
 
 
 def _pinned(recipe: Recipe, shared: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from kvtool.cli.plan import head_picture, plan_app
+from kvtool.cli._plans import head_picture
+from kvtool.cli.plan import plan_app
 from kvtool.errors import KvtoolError, PlanError, UsageError
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Base, Plan

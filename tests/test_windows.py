@@ -23,7 +23,7 @@ from kvtool.calibrate.heads import METHODS, HeadOptions, calibrate_heads
 from kvtool.calibrate.quantization import QuantizationOptions, calibrate_quantization, everything
 from kvtool.calibrate.statistics import StatisticsOptions
 from kvtool.cli import run_command
-from kvtool.cli.plan import score_picture
+from kvtool.cli._plans import score_picture
 from kvtool.cli.serve import native_bytes_per_token
 from kvtool.errors import PlanError, UnsupportedModelError, UsageError
 from kvtool.evaluate.protocol import cache_size

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvtool.cli import _options
-from kvtool.cli.plan import emit_made, emit_planned
+from kvtool.cli._plans import emit_made, emit_planned
 from kvtool.sizes import BF16
 
 _METHOD = "Method"

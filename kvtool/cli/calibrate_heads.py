@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from kvtool.cli import _console, _options
-from kvtool.cli.plan import emit_plan, emit_planned, score_picture
+from kvtool.cli._plans import emit_plan, emit_planned, score_picture
 from kvtool.errors import UsageError
 from kvtool.sizes import BF16
 

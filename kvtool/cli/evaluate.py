@@ -14,7 +14,7 @@ from rich.table import Table
 from kvtool._staging import write_file
 from kvtool.cli import _options as options
 from kvtool.cli._console import dump_json, emit, out, progress
-from kvtool.cli.plan import head_picture
+from kvtool.cli._plans import head_picture
 from kvtool.errors import GateError, UsageError
 
 

@@ -64,6 +64,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
 @contextmanager
 def serving(engine: Engine, memory: int = 2**24, **options: Any) -> Iterator[Running]:
     limits = {name: options.pop(name) for name in ("api_key", "max_body") if name in options}
+    defaults = options.pop("defaults", None)
     waiting, prefixes = options.pop("max_waiting", 64), options.pop("metric_prefixes", ("kvtool",))
     worker = Worker(
         Scheduler(engine, memory, piece=16, **options),
@@ -73,7 +74,8 @@ def serving(engine: Engine, memory: int = 2**24, **options: Any) -> Iterator[Run
         weight_bytes=1000,
         metric_prefixes=prefixes,
     )
-    running = Running(create_app(Service(worker, "tiny", "<all of it>"), **limits), worker)
+    service = Service(worker, "tiny", "<all of it>", defaults)
+    running = Running(create_app(service, **limits), worker)
     try:
         yield running
     finally:

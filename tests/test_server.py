@@ -30,15 +30,16 @@ from conftest import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 
 from kvtool.checkpoint import Checkpoint
-from kvtool.cli import run_command
-from kvtool.runtime import Engine
+from kvtool.cli import run_command, serve
+from kvtool.runtime import Engine, Sampling
 from kvtool.runtime.memory import give_back
 from kvtool.runtime.requests import Request
 from kvtool.runtime.scheduler import Scheduler
-from kvtool.server import chat
+from kvtool.server import app, chat, schema
 from kvtool.server import worker as worker_module
 from kvtool.server.service import Service
 
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # Plain letters and spaces, whatever the model would rather say.
 TOKENIZER = make_tokenizer()
 WORDS = {str(token): 100 for token in TOKENIZER("The quick brown fox jumps")["input_ids"]}
@@ -245,6 +246,151 @@ def test_a_last_turn_of_the_assistant_is_continued_and_parts_are_one_text(server
     assert TOKENIZER.decode(counts[2]).endswith("br")
 
 
+# ----------------------------------------------------------------------------------- defaults
+
+RECOMMENDED = {
+    "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.2
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, RECOMMENDED),
+        (dict.fromkeys(RECOMMENDED), RECOMMENDED),
+        ({"temperature": 0.0}, RECOMMENDED | {"temperature": 0.0}),
+        ({"top_k": -1, "top_p": 1.0}, RECOMMENDED | {"top_k": 0, "top_p": 1.0}),
+        ({"frequency_penalty": 0.5}, RECOMMENDED | {"frequency_penalty": 0.5}),
+        ({"generation_config": '{"top_k": 5}'}, RECOMMENDED | {"top_k": 5}),
+    ],
+)
+def test_a_request_wins_field_by_field_and_null_says_nothing(said, expected):
+    defaults = schema.Generation.model_validate(RECOMMENDED)
+    asked = schema.Generation.model_validate(said)
+    assert asked.sampling(defaults) == Sampling(**expected)
+
+
+def test_what_a_model_recommends_is_drawn_as_if_the_client_had_asked_for_it(server, engine):
+    defaults = schema.Generation.model_validate(RECOMMENDED)
+    with serving(engine, defaults=defaults) as recommending:
+        for path, body in ((CHAT, {"messages": HELLO}), (TEXT, {"prompt": "The quick"})):
+            body |= {"max_tokens": 16, "seed": 4, "ignore_eos": True, "n": 2}
+            choices = [
+                one.post(path, body | said).json()["choices"]
+                for one, said in (
+                    (server, RECOMMENDED), (recommending, {}), (server, {}),
+                    (recommending, RECOMMENDED | {"temperature": 1.9}),
+                )
+            ]  # fmt: skip
+            assert choices[0] == choices[1]
+            assert choices[1] not in choices[2:]
+
+
+def test_a_recommended_length_is_the_default_of_chats_where_there_is_room(engine):
+    defaults = schema.Generation.model_validate({"max_tokens": 30})
+    with serving(engine, defaults=defaults) as server:
+
+        def length(path: str, **said: Any) -> int:
+            answer = server.post(path, {"ignore_eos": True, **said}).json()
+            return answer["usage"]["completion_tokens"]
+
+        assert length(CHAT, messages=HELLO) == length(CHAT, messages=HELLO, max_tokens=None) == 30
+        assert length(CHAT, messages=HELLO, max_tokens=40) == 40
+        assert length(CHAT, messages=HELLO, max_completion_tokens=3) == 3
+        assert length(CHAT, messages=HELLO, min_tokens=35) == 35
+        assert length(TEXT, prompt="The") == 16
+        assert length(TEXT, prompt="The", min_tokens=20) == 20
+        long = [{"role": "user", "content": "\n".join("x" * 240)}]
+        prompt = server.post("/tokenize", {"messages": long}).json()["count"]
+        assert length(CHAT, messages=long) == 512 - prompt < 30
+
+
+Start = Callable[..., tuple[int, Service | None]]
+
+
+@pytest.fixture
+def start(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """`start(file, *options)`: how `serve-local` of a model with such a generation_config.json
+    ends before it waits for requests, and what would answer them.
+    """
+    services: list[Service] = []
+    monkeypatch.setattr(app, "create_app", lambda service, **_: services.append(service))
+    monkeypatch.setattr(serve, "_run", lambda app, worker, listener, drain: listener.close())
+
+    def started(file: str, *options: str) -> tuple[int, Service | None]:
+        model = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+        (model / "generation_config.json").write_text(file)
+        code = run_command(["serve-local", str(model), "--port", "0", *options])
+        return code, services[0] if services else None
+
+    return started
+
+
+@pytest.mark.parametrize(
+    ("file", "defaults"),
+    [
+        ({}, None),
+        ({"temperature": None, "do_sample": None, "top_k": None}, None),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_k": 20, "max_new_tokens": 99},
+            {"temperature": 0.7, "top_k": 20, "max_tokens": 99},
+        ),
+        ({"do_sample": False, "temperature": None}, {"temperature": 0.0}),
+        ({"do_sample": False, "temperature": 0.9}, {"temperature": 0.0}),
+        ({"top_p": 0.8}, {"top_p": 0.8}),
+    ],
+    ids=["empty", "nothing", "all", "greedy", "greedy whatever else", "no word of sampling"],
+)
+def test_what_the_file_of_a_model_recommends_is_told(start: Start, capfd, file, defaults) -> None:
+    code, service = start(json.dumps(file | {"eos_token_id": 1}))
+    said = capfd.readouterr().err
+    assert code == 0
+    assert service is not None
+    assert service.model_card()["kvtool"].get("defaults") == defaults
+    told = ", ".join(f"{name} {value}" for name, value in sorted((defaults or {}).items()))
+    found = re.findall(r"defaults of requests: (.*) \(generation_config\.json\)", said)
+    assert [", ".join(sorted(one.split(", "))) for one in found] == ([told] if told else [])
+    assert "not followed" not in said
+
+
+def test_what_no_request_could_say_is_named_and_not_followed(start: Start, capfd) -> None:
+    nothing = {"num_beams": 1, "no_repeat_ngram_size": 0, "suppress_tokens": [], "typical_p": 1.0}
+    code, _ = start(json.dumps(nothing | {"no_repeat_ngram_size": 3, "stop_strings": ["x"]}))
+    assert code == 0
+    named = "generation_config.json also says stop_strings, no_repeat_ngram_size, which is not"
+    assert named in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ('{"temperature": "hot"}', ": temperature: Input should be a valid number"),
+        ('{"top_p": 7}', ": top_p: Input should be less than or equal to 1"),
+        ('{"top_k": NaN}', ": top_k: Input should be a finite number"),
+        ('{"max_new_tokens": -1}', ": max_new_tokens: Input should be greater than or equal"),
+        ("{", " is not readable JSON"),
+        ("[]", " holds a JSON list instead of an object"),
+    ],
+)
+def test_a_recommendation_that_no_request_may_make_is_refused_in_one_sentence(
+    start: Start, capfd, file, message
+) -> None:
+    code, _ = start(file)
+    said = capfd.readouterr().err
+    assert code == 1
+    assert f"generation_config.json{message}" in said
+    assert "hint: correct it, or " in said
+    assert "--generation-config none" in said
+
+
+def test_generation_config_none_leaves_all_to_requests(start: Start, capfd) -> None:
+    code, service = start('{"temperature": "hot", "num_beams": 4}', "--generation-config", "none")
+    assert code == 0
+    assert service is not None
+    assert "defaults" not in service.model_card()["kvtool"]
+    assert "generation_config.json" not in capfd.readouterr().err
+
+
 # -------------------------------------------------------------------------------------- tools
 
 
@@ -290,8 +436,6 @@ def test_tool_calls_are_parsed_whole_and_streamed(engine, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------- errors
-
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,8 @@ def test_a_wrong_config_is_refused_in_one_sentence(llava: Path, change, kind, re
 def test_its_text_is_converted_alone(made, llava: Path, tmp_path: Path, to: str) -> None:
     for file in ("preprocessor_config.json", "processor_config.json"):
         (llava / file).write_text("{}")
+    recommended = '{"do_sample": true, "temperature": 0.7, "eos_token_id": 1}'
+    (llava / "generation_config.json").write_text(recommended)
     output, checkpoint = tmp_path / "out", Checkpoint.open(str(llava))
     result = convert(llava, output, **CONVERSIONS[to])
     assert verify(output, checkpoint, long_prompt=False).passed
@@ -393,6 +395,7 @@ def test_its_text_is_converted_alone(made, llava: Path, tmp_path: Path, to: str)
         in (output / "README.md").read_text()
     )
     assert not list(output.glob("*processor*"))
+    assert (output / "generation_config.json").read_text() == recommended
     converted, ids = Checkpoint.open(str(output)), tokens(50)
     assert converted.wrapper is None
     assert converted.config["dtype"] == checkpoint.config["dtype"] == "float32"
@@ -410,10 +413,13 @@ def test_scales_for_its_cache_lie_beside_all_of_it(made, tmp_path, name: str, ag
     source = Path(shutil.copytree(folders[age], tmp_path / "source"))
     for file in ("preprocessor_config.json", "processor_config.json"):
         (source / file).write_text("{}")
+    recommended = '{"do_sample": true, "temperature": 0.7, "eos_token_id": 1}'
+    (source / "generation_config.json").write_text(recommended)
     output, checkpoint = tmp_path / "out", Checkpoint.open(str(source))
     result = convert(source, output, to="fp8-kv", smooth=True)
     assert verify(output, checkpoint).passed
     assert len(list(output.glob("*processor*"))) == 2
+    assert (output / "generation_config.json").read_text() == recommended
     assert result.plan["text_of"] is None
     before, after = (load_file(x / "model.safetensors") for x in (source, output))
     assert result.plan["output_bytes"] == sum(x.nbytes for x in after.values())

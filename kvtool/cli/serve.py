@@ -99,6 +99,14 @@ def serve_local(
             help="A Jinja file to use instead of the model's own template.", rich_help_panel=_SERVER
         ),
     ] = None,
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        typer.Option(
+            help="auto: what the model's generation_config.json recommends holds where a request "
+            "does not say how to draw.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = "auto",
     max_body: Annotated[
         str, typer.Option(help="Largest request body.", rich_help_panel=_SERVER)
     ] = "8MiB",
@@ -135,6 +143,7 @@ def serve_local(
     from kvtool.evaluate.throughput import weight_bytes
     from kvtool.runtime import Engine
     from kvtool.runtime.scheduler import Scheduler
+    from kvtool.server import defaults
     from kvtool.server.app import create_app
     from kvtool.server.service import Service
     from kvtool.server.worker import Worker
@@ -144,6 +153,8 @@ def serve_local(
     )
     kept = options.read_plan(plan, checkpoint)
     template = None if chat_template is None else _read(chat_template)
+    followed = generation_config == "auto"
+    said, beyond = defaults.defaults_of(checkpoint) if followed else (None, [])
     listener = _listen(host, port)
     device = options.resolve_device(device)
     precision = options.resolve_dtype(dtype, device)
@@ -173,12 +184,18 @@ def serve_local(
     )
     kind = caches(engine, plan)
     precise = str(precision).removeprefix("torch.")
-    service = Service(worker, served_model_name or model, f"{kind}, {precise} on {device}")
+    description = f"{kind}, {precise} on {device}"
+    service = Service(worker, served_model_name or model, description, said)
     if not quiet:
         address, bound = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         err.print(f"http://{shown}:{bound} serves {service.name}: {service.description}")
         err.print(f"{kv_memory} of caches hold {room(scheduler)} (uncompressed {native:,.0f})")
+        if values := service.defaults.model_dump(exclude_none=True):
+            listed = ", ".join(f"{name} {value}" for name, value in values.items())
+            err.print(f"defaults of requests: {listed} ({defaults.FILE})")
+        if beyond:
+            err.print(f"{defaults.FILE} also says {', '.join(beyond)}, which is not followed")
         if api_key is None and not _is_local(address):
             err.print("warning: other machines can reach it, and no --api-key is asked for")
     _run(create_app(service, api_key=api_key, max_body=body), worker, listener, drain)

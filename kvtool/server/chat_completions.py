@@ -27,7 +27,8 @@ async def complete_chat(service: Service, http: Request, body: schema.ChatComple
     )
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     grammar = await service.grammar(body)
-    answers, deltas = service.answers(body, [ids], body.new_tokens, None, logprobs, grammar=grammar)
+    asked, default = body.new_tokens, service.defaults.max_tokens
+    answers, deltas = service.answers(body, [ids], asked, default, logprobs, grammar=grammar)
     if body.stream:
         coming = _parts(service, body, answers, deltas)
         return service.stream(body, "chat.completion.chunk", answers, coming)

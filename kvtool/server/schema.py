@@ -6,7 +6,9 @@ refused where ignoring it would change the meaning.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -27,12 +29,26 @@ _INSTEAD = {
     "guided_choice": "structured_outputs",
     "guided_grammar": "structured_outputs",
 }
-_IN_CONFIG = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Fields of a generation config of transformers, and ours.
+IN_CONFIG = {"max_new_tokens": "max_tokens"} | {
+    name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+}
+_SAMPLED = {field.name for field in dataclasses.fields(Sampling)}
 
 Obeyed = tuple[Kind, Any]
 
 Stop = str | Annotated[list[str], Field(max_length=4)] | None
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def said_in_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a generation config of transformers says to draw, in our fields; as there, one that is
+    not to sample takes the likeliest tokens, whatever temperature it names.
+    """
+    said = {ours: config.get(name) for name, ours in IN_CONFIG.items()}
+    if config.get("do_sample") is False:
+        said["temperature"] = 0.0
+    return {name: value for name, value in said.items() if value is not None}
 
 
 class StreamOptions(BaseModel):
@@ -129,11 +145,7 @@ class Generation(BaseModel):
             raise ValueError("generation_config is no JSON") from error
         if not isinstance(config, dict):
             raise ValueError("generation_config is no JSON object")
-        config["max_tokens"] = config.get("max_new_tokens")
-        if config.get("do_sample") is False:
-            config["temperature"] = 0.0
-        said = {name: config[name] for name in _IN_CONFIG if config.get(name) is not None}
-        return {**said, **body}
+        return {**said_in_config(config), **body}
 
     @model_validator(mode="after")
     def _says_it_as_here(self) -> Generation:
@@ -182,20 +194,14 @@ class Generation(BaseModel):
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self) -> Sampling:
-        """How tokens are drawn; what is not said is OpenAI's default."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        given = {
-            "top_p": self.top_p,
-            "top_k": None if self.top_k is None else max(0, self.top_k),
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "logit_bias": self.logit_bias,
-        }
-        known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return Sampling(0.0 if temperature < LEAST_TEMPERATURE else temperature, **known)
+    def sampling(self, defaults: Generation) -> Sampling:
+        """How tokens are drawn; what neither it nor the model's defaults say is OpenAI's."""
+        said: dict[str, Any] = {"temperature": 1.0}
+        for one in (defaults, self):
+            said |= one.model_dump(include=_SAMPLED, exclude_none=True)
+        if said["temperature"] < LEAST_TEMPERATURE:
+            said["temperature"] = 0.0
+        return Sampling(**said | {"top_k": max(0, said.get("top_k", 0))})
 
 
 class TextPart(BaseModel):

@@ -45,10 +45,14 @@ class Service:
     Args:
         name: Of the model, as clients ask for it.
         description: One line about it.
+        defaults: What requests say that do not say it themselves; `max_tokens` is for chats alone.
     """
 
-    def __init__(self, worker: Worker, name: str, description: str) -> None:
+    def __init__(
+        self, worker: Worker, name: str, description: str, defaults: schema.Generation | None = None
+    ) -> None:
         self.worker, self.name, self.description = worker, name, description
+        self.defaults = defaults or schema.Generation.model_validate({})
         self.engine = worker.engine
         self.tokenizer = self.engine.tokenizer
         self.names = wire.Names(self.tokenizer)
@@ -105,6 +109,8 @@ class Service:
         """Submits every choice of every prompt, choices of a prompt together."""
         self.check_tokens(list(body.logit_bias or ()), "logit_bias")
         self.check_tokens(body.stop_token_ids or (), "stop_token_ids")
+        if default is not None:
+            default = max(default, body.min_tokens or 0)
         deltas: Deltas = asyncio.Queue()
         made: list[Answer] = []
         for ids in prompts:
@@ -113,7 +119,7 @@ class Service:
                 request = Asked(
                     ids,
                     new,
-                    body.sampling(),
+                    body.sampling(self.defaults),
                     seed=None if body.seed is None else body.seed + choice,
                     min_new_tokens=body.min_tokens or 0,
                     stop_ids=frozenset(body.stop_token_ids or ()),
@@ -199,6 +205,7 @@ class Service:
 
     def model_card(self) -> dict[str, Any]:
         state, engine = self.worker.state(), self.engine
+        defaults = self.defaults.model_dump(exclude_none=True)
         return {
             "id": self.name,
             "object": "model",
@@ -210,6 +217,7 @@ class Service:
                 "cache": self.description,
                 "bytes_per_token": state.bytes_per_token,
                 "native_bytes_per_token": state.native_bytes_per_token,
+                **({"defaults": defaults} if defaults else {}),
             },
         }
 

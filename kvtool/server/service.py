@@ -112,6 +112,7 @@ class Service:
         if default is not None:
             default = max(default, body.min_tokens or 0)
         deltas: Deltas = asyncio.Queue()
+        sampling = body.sampling(self.defaults)
         made: list[Answer] = []
         for ids in prompts:
             new = self.new_tokens(len(ids), asked, default)
@@ -119,7 +120,7 @@ class Service:
                 request = Asked(
                     ids,
                     new,
-                    body.sampling(self.defaults),
+                    sampling,
                     seed=None if body.seed is None else body.seed + choice,
                     min_new_tokens=body.min_tokens or 0,
                     stop_ids=frozenset(body.stop_token_ids or ()),

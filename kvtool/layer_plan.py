@@ -106,15 +106,10 @@ class LayerPlan:
         return self.bits is not None or self.scales is not None
 
     @property
-    def whole(self) -> bool:
-        """Whether every head keeps every token where it came, as it is or in fp8, and reads it."""
-        some = any(self.streaming) or self.sparse is not None or self.bits is not None
-        return self.budget is None and not some and not (self.kept is not None and self.kept.packed)
-
-    @property
     def plain(self) -> bool:
         """Whether every head keeps everything as it is, and reads it."""
-        return self.whole and self.scales is None
+        some = any(self.streaming) or self.sparse is not None or self.budget is not None
+        return not (some or self.packed or (self.kept is not None and self.kept.packed))
 
     @property
     def exact(self) -> int:

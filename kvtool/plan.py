@@ -323,11 +323,15 @@ class Plan:
 
     @property
     def keeps_prefixes(self) -> bool:
-        """Whether what is kept of the start of a prompt is the same whatever comes behind it, and
-        lies token by token.
+        """Whether what is kept of the start of a prompt is the same whatever comes behind it: no
+        budget chooses among all of its tokens, and none are dropped or rounded at its end alone.
         """
-        whole = all(layer.whole for layer in self.layers)
-        return self.prefill == "streamed" and whole and not self.codes
+        at_end = any(
+            any(layer.streaming) or layer.packed or isinstance(layer.kept, LatentPlan)
+            for layer in self.layers
+        )
+        whole = self.prefill == "streamed" or not (at_end or self.codes)
+        return whole and self.policy is None
 
     @property
     def knows_heads(self) -> bool:

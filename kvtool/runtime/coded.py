@@ -130,6 +130,10 @@ class CodedStore(DroppingHeads):
         if not self.layer:  # the others share its plane
             super().resize(capacity)
 
+    def copy_prefix(self, source: Store, length: int) -> None:
+        if not self.layer:
+            super().copy_prefix(source, length)
+
     @property
     def allocated_bytes(self) -> int:
         own = self.exact.allocated_bytes + (self.prompt.allocated_bytes if self.prompt else 0)

@@ -38,6 +38,11 @@ class DroppingHeads(Store):
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return self.exact is None or self.exact.can_crop(row, stored, length)
 
+    def keep_prefix(self, capacity: int) -> None:
+        super().keep_prefix(capacity)
+        if self.exact:
+            self.exact.keep_prefix(capacity)
+
     def snapshot(self, row: int) -> list[Tensor]:
         return self.exact.snapshot(row) if self.exact else []
 

@@ -19,7 +19,7 @@ from kvtool.runtime.dropping import DroppingHeads
 from kvtool.runtime.layers import Step
 from kvtool.runtime.pages import Pages, enlarge
 from kvtool.runtime.split import StreamingHeads
-from kvtool.runtime.stores import PAGE, whole_pages
+from kvtool.runtime.stores import PAGE, Store, whole_pages
 
 
 class PackedStore(DroppingHeads):
@@ -77,6 +77,11 @@ class PackedStore(DroppingHeads):
             kept = min(blocks, plane.shape[2])
             other[:, :, :kept] = plane[:, :, :kept]
             self.planes[name] = other
+
+    def copy_prefix(self, source: Store, length: int) -> None:
+        blocks = self.bits.blocks(length)
+        for name, plane in self.planes.items():
+            plane[:, :, :blocks] = source.planes[name][:, :, :blocks]
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return stored - self.bits.ring <= self.first_exact(length)

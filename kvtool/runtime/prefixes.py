@@ -1,8 +1,8 @@
 """What prompts have read, for others that start alike.
 
 Prompts are cut at fixed positions, and what is shared are whole pieces. A cache that keeps every
-token gives the head of it away. A sliding window or a state cannot go back: those are shared from
-marks, copies that are made while a prompt is read.
+token gives the head of it away. A ring of the last tokens or a state cannot go back: those are
+shared from marks, copies that are made while a prompt is read.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ class Scheduler:
         max_running: Requests decoded together at most; fewer where memory has no room for the rings
             or states of so many on a GPU.
         piece: Tokens of prompts per step, and where prompts are cut.
-        share_prefixes: Keep whole pieces of prompts for requests that start alike. Plans drop
-            tokens by what comes later in a prompt, so theirs are not shared. Sliding windows and
+        share_prefixes: Keep whole pieces of prompts for requests that start alike. Not where what
+            a plan keeps of them depends on what comes later in a prompt. Rings, sliding windows and
             states cannot go back, and are shared from marks: copies that are made while a prompt is
             read, where it parts from another, and at its end. There are none in paged memory.
 

@@ -75,6 +75,12 @@ class StreamingHeads(DroppingHeads):
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return stored <= self.room  # nothing was overwritten yet
 
+    def copy_prefix(self, source: Store, length: int) -> None:
+        """Nothing: later tokens have overwritten it."""
+
+    def keep_prefix(self, capacity: int) -> None:
+        self.resize(0)
+
     def snapshot(self, row: int) -> list[Tensor]:
         return [plane[row].clone() for plane in self.planes.values()]
 
@@ -359,6 +365,15 @@ class SplitStore(Store):
     def resize(self, capacity: int) -> None:
         """Of the full heads; rings never change, and tails grow when written to."""
         self.full.resize(capacity)
+
+    def copy_prefix(self, source: Store, length: int) -> None:
+        assert isinstance(source, SplitStore)
+        for part, other in zip(self.parts, source.parts, strict=True):
+            part.copy_prefix(other, length)
+
+    def keep_prefix(self, capacity: int) -> None:
+        for part in self.parts:
+            part.keep_prefix(capacity)
 
     def can_crop(self, row: int, stored: int, length: int) -> bool:
         return all(part.can_crop(row, stored, length) for part in self.parts)

@@ -8,7 +8,7 @@ from kvtool.runtime.layers import GroupedAttention
 from kvtool.runtime.paged_split import PagedRings, PagedSplit
 from kvtool.runtime.pages import PagedHeads, Pages
 from kvtool.runtime.split import StreamingHeads
-from kvtool.runtime.stores import KVHeads, Store
+from kvtool.runtime.stores import KVHeads
 from kvtool.windows import WindowPlan
 
 
@@ -27,12 +27,6 @@ class WindowedHeads(StreamingHeads):
     def resize(self, capacity: int) -> None:
         self._capacity = capacity
         super().resize(min(capacity, self.window))  # until then, a position lies in its own slot
-
-    def copy_prefix(self, source: Store, length: int) -> None:
-        """Nothing: later tokens have overwritten it."""
-
-    def keep_prefix(self, capacity: int) -> None:
-        self.resize(0)
 
 
 class WindowedAttention(GroupedAttention):

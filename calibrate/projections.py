@@ -42,7 +42,7 @@ from kvtool.distill import Amount
 from kvtool.errors import PlanError, UsageError
 from kvtool.factored import model_config
 from kvtool.layout import describe
-from kvtool.plan import Plan, base_of, check_can_drop, provenance_of, whole_layers
+from kvtool.plan import Plan, Prefill, base_of, check_can_drop, provenance_of, whole_layers
 from kvtool.progress import Progress, silent
 from kvtool.slices import cut
 
@@ -72,6 +72,7 @@ class ProjectionOptions:
         train: How long the codes of `aware` (not at all if not given) or `matryoshka` are trained.
         search_ranks: Whether `matryoshka` searches a rank per head.
         bits: Of each number of a code; None keeps numbers.
+        prefill: Of the plan.
         tuning: Steps by which a layer of `cskv` with bits is tuned.
     """
 
@@ -87,6 +88,7 @@ class ProjectionOptions:
     tokens: int = 16384
     seed: int = 0
     bits: int | None = None
+    prefill: Prefill = "dense"
     tuning: int = 300
 
 
@@ -119,7 +121,7 @@ def calibrate_projections(
         UsageError: The budget is too small, or the text too short.
     """
     check_can_drop(checkpoint)
-    start = Plan(base_of(checkpoint), whole_layers(checkpoint))
+    start = Plan(base_of(checkpoint), whole_layers(checkpoint), options.prefill)
     check_budget(start, options, budget_bytes, itemsize)
     check_ring(checkpoint, options)
     budget = (budget_bytes, itemsize)

@@ -173,6 +173,7 @@ class ProjectionsStep(_Strict):
     search_ranks: bool = False
     sink: Natural = 4
     window: Positive = 64
+    prefill: Literal["dense", "streamed"] = "dense"
     data: str | None = None
     tokens: Positive = 16384
     seed: Seed = 0
@@ -194,6 +195,7 @@ class QuantizationStep(_Strict):
     read: Literal["absorbed", "rebuilt"] | None = None
     sink: Natural | None = None
     window: Natural | None = None
+    prefill: Literal["dense", "streamed"] | None = None
     data: str | None = None
     tokens: Positive = 16384
     seed: Seed = 0

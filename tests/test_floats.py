@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from _code_tools import coded
 from _convert_tools import one_thread, random_ids
 from _family_cases import CASES
 from _packed import (
@@ -21,7 +20,6 @@ from _packed import (
 )
 from torch import Tensor
 
-from kvtool.bits import Bits
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import PlanError
 from kvtool.fp8 import Scales
@@ -288,16 +286,6 @@ def test_a_window_longer_than_the_context_is_refused(llama):
     Engine.load(llama, plan=floats(llama, window=most))
     with pytest.raises(PlanError, match=f"keeps {most + 1} tokens exactly, more than"):
         Engine.load(llama, plan=floats(llama, window=most + 1))
-
-
-def test_prefixes_are_kept_where_nothing_depends_on_what_comes_behind(llama):
-    plan = floats(llama, window=5)
-    assert plan.keeps_prefixes
-    assert not replace(plan, prefill="dense").keeps_prefixes
-    assert not floats(llama, streaming=SOME_STREAM).keeps_prefixes
-    packed = replace(plan.layers[0], scales=None, bits=Bits(4, 4, 64))
-    assert not replace(plan, layers=(*plan.layers[:2], packed)).keeps_prefixes
-    assert not replace(coded(llama), prefill="streamed").keeps_prefixes
 
 
 def test_what_lies_in_fp8_has_no_other_bits_and_is_not_composed(llama):

@@ -446,6 +446,25 @@ def test_the_command_writes_a_plan_that_runs(llama, tmp_path, capsys):
     assert run_command([*command, "--max-new-tokens", "4", "--json", "-q"]) == 0
 
 
+def test_how_prompts_are_read_is_that_of_the_plan_before_unless_it_is_said(llama, tmp_path, capsys):
+    said, none = ["--bits", "3", "--prefill"], ["--bits", "3"]
+    path, other = tmp_path / "p", tmp_path / "q"
+    for words, prefill in (
+        (none, "dense"), ([*said, "streamed"], "streamed"), (["--bits", "fp8"], "streamed"),
+        (["--bits", "fp8", "--prefill", "dense"], "dense"),
+    ):  # fmt: skip
+        assert quantize(llama.source, path, *words, "--overwrite") == 0
+        assert Plan.read(path).prefill == prefill
+    command = ["calibrate", "projections", llama.source, "-o", str(path), "--overwrite"]
+    small = ["--tokens", "1024", "--method", "cskv", "--sink", "2", "--window", "6"]
+    size = ["--context", "400", "--kv-budget", "60%"]
+    assert run_command([*command, *small, *size, "--prefill", "streamed"]) == 0
+    for words, prefill in ((none, "streamed"), ([*said, "dense"], "dense")):
+        words = [*words, "--plan", str(path), "--overwrite"]
+        assert quantize(llama.source, other, *words) == 0, capsys.readouterr().err
+        assert Plan.read(other).prefill == prefill
+
+
 @pytest.mark.parametrize(
     ("words", "methods", "shown"),
     [

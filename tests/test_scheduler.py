@@ -315,6 +315,16 @@ def test_prompts_that_start_alike_are_read_once(engine, kind):
         assert request.tokens == alone(engine(kind), fresh, share_prefixes=False)
 
 
+@pytest.mark.parametrize("kind", [*DROPPING, "fp8", "budgeted", "sparse"])
+def test_what_a_prompt_loses_at_its_end_is_not_shared(engine, kind):
+    """Another prompt would have read it as it was."""
+    scheduler, ids = Scheduler(engine(kind), GIGABYTE, piece=PIECE), prompt(70)
+    for text in (ids, [*ids, 5]):
+        request = Request(text, 2, ignore_eos=True)
+        drain(scheduler, [(0, request)])
+        assert request.cached == scheduler.shared == 0
+
+
 @pytest.mark.parametrize("kind", MARKED)
 def test_what_cannot_go_back_is_shared_from_marks(engine, kind):
     """Where a prompt ended, and where another parted from it."""
@@ -456,7 +466,7 @@ def test_what_plans_drop_is_counted(engine):
         scheduler.add(Request(prompt(40), 5, ignore_eos=True))
         drain(scheduler)
         dropped[kind] = scheduler.counters.dropped_tokens
-        cancelled = Request(prompt(40), 5)
+        cancelled = Request(prompt(40, seed=1), 5)
         scheduler.add(cancelled)
         scheduler.step()  # 16 tokens of the prompt
         scheduler.cancel(cancelled)

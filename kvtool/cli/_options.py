@@ -151,6 +151,23 @@ BudgetContext = Annotated[
 ]
 
 
+_PREFILL = (
+    "dense: prompts are read with their whole uncompressed past, and compressed at their end. "
+    "streamed: they are compressed as they are read, so an uncompressed one is never held, and "
+    "serve-local reads prompts that start alike once."
+)
+Prefill = Annotated[
+    Literal["dense", "streamed"], typer.Option(help=_PREFILL, rich_help_panel="Method")
+]
+PlannedPrefill = Annotated[
+    Literal["dense", "streamed"] | None,
+    typer.Option(
+        help=f"{_PREFILL} Default: as the plan of --plan says; dense, and of fp8 streamed.",
+        rich_help_panel="Method",
+    ),
+]
+
+
 def kv_budget(*, when: str = "", panel: str | None = "Method") -> Any:
     """``--kv-budget`` of what makes plans; that of ``convert`` counts by token."""
     size = f"{when}: size of" if when else "Size of"

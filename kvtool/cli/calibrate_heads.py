@@ -56,13 +56,7 @@ def retrieval_heads(
             min=1, help="Last tokens that a streaming head keeps.", rich_help_panel=_METHOD
         ),
     ] = 256,
-    prefill: Annotated[
-        Literal["dense", "streamed"],
-        typer.Option(
-            help="Whether prompts are read densely and dropped afterwards, or streamed throughout.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = "dense",
+    prefill: _options.Prefill = "dense",
     lengths: Annotated[
         list[int] | None,
         typer.Option(

@@ -81,6 +81,7 @@ def projections(
         int,
         typer.Option(min=1, help="Last tokens that are kept exactly.", rich_help_panel=_METHOD),
     ] = 64,
+    prefill: _options.Prefill = "dense",
     data: _options.Data = None,
     tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
@@ -120,7 +121,7 @@ def projections(
     )
     context = _options.context_of(checkpoint, context)
     check_can_drop(checkpoint)
-    start = Plan(base_of(checkpoint), whole_layers(checkpoint))
+    start = Plan(base_of(checkpoint), whole_layers(checkpoint), prefill)
     native = start.native_bytes(context, BF16)
     options = method_of.ProjectionOptions(
         method,
@@ -135,6 +136,7 @@ def projections(
         tokens,
         seed,
         bits,
+        prefill,
     )
     allowed = parse_budget(kv_budget, native)
     method_of.check_budget(start, options, allowed, BF16)

@@ -106,6 +106,7 @@ def quantization(
             rich_help_panel=_METHOD,
         ),
     ] = None,
+    prefill: _options.PlannedPrefill = None,
     data: _options.Data = None,
     tokens: _options.Tokens = 16384,
     seed: _options.Seed = 0,
@@ -153,6 +154,7 @@ def quantization(
         start = method_of.everything(checkpoint, base, options)
     elif any(isinstance(layer.kept, LatentPlan) for layer in start.layers):
         raise UsageError("the plan of --plan has bits already", hint="Leave it out.")
+    start = replace(start, prefill=prefill or start.prefill)
     states = [x.kept for x in start.layers if isinstance(x.kept, StatePlan)]
     if options.states is not None and not any(x.rule == "mamba2" for x in states):
         raise UsageError(f"--bits {bits}: no layer of {checkpoint.source} keeps a state of Mamba-2")

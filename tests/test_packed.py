@@ -461,7 +461,7 @@ def test_plans_that_do_not_fit_are_refused(llama, tiny, tmp_path):
     plan = packed(llama)
     wide = Bits(4, 4, window=600)
     long = replace(plan, layers=tuple(replace(x, bits=wide) for x in plan.layers))
-    with pytest.raises(PlanError, match="exact room for 668 tokens, more than"):
+    with pytest.raises(PlanError, match="keeps 668 tokens exactly, more than"):
         Engine.load(llama, plan=long)
     with pytest.raises(PlanError, match="1 orders of channels for 2 heads"):
         LayerPlan((False, False), bits=Bits(4, 4, order=((0, 1),)))

@@ -28,7 +28,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvtool.attention import GroupedQueryAttention
+from kvtool.attention import GroupedQueryAttention, causal_attention
 from kvtool.bits import Bits, Factors, from_stored, to_stored, turn
 from kvtool.codes import Positions
 from kvtool.kernels.append import append
@@ -58,6 +58,7 @@ from kvtool.runtime.split_attention import SplitAttention
 from kvtool.runtime.stores import PAGE, KVHeads, Seen
 
 _BLOCKS = 16  # whose keys are rebuilt at once
+_MANY = 16  # queries, for which blocks are rebuilt
 _PREFIXES = ("", "rest ")  # of the planes of the tiers
 _FACTORS = (" tokens", " channels")  # behind the name of what codes left out
 _SPARSE = ("bitmap", "numbers")  # of values without codes
@@ -184,6 +185,8 @@ class PackedHeads(PackedStore):
     ) -> Tensor:
         keys, values = exact
         near, blocks = keys.shape[1], self.bits.blocks(start + 1)
+        if q.shape[1] >= _MANY and self.bits.rest is None and self.bits.kept is None:
+            return self._attend_rebuilt(q, keys, values, row, blocks)
         weights = self._weights(q, keys, row, blocks)
         if new and self.bits.rest is not None:
             self._watch(weights, row, start)
@@ -196,6 +199,21 @@ class PackedHeads(PackedStore):
             context += read if self.bits.hadamard == "none" else turn(read)
         found: Tensor = context.unflatten(1, weights.shape[1:3]).flatten(0, 1).to(q.dtype)
         return found
+
+    def _attend_rebuilt(
+        self, q: Tensor, keys: Tensor, values: Tensor, row: int, blocks: int
+    ) -> Tensor:
+        """The same of many queries, for which blocks are better made numbers first. They have the
+        dtype of exact ones.
+        """
+        turned = self.bits.hadamard != "none"
+        if blocks:
+            keys = torch.cat((self._keys(row, 0, blocks).to(keys.dtype), keys), dim=1)
+            exact = turn(values) if turned else values
+            values = torch.cat((self._values(row, blocks).to(values.dtype), exact), dim=1)
+        one = q[None], keys[None], values[None]
+        (context,) = causal_attention(*one, self.scaling, sink_logits=self.sink_logits)
+        return turn(context) if turned and blocks else context
 
     def _watch(self, weights: Tensor, row: int, start: int) -> None:
         """Adds what probes among queries from `start` on pay to the tokens of the next block.
@@ -237,7 +255,7 @@ class PackedHeads(PackedStore):
         bits = self.bits
         if bits.kind == "unrotated":
             parts = [
-                torch.matmul(q, self._rebuilt(row, first, min(first + _BLOCKS, blocks)).mT)
+                torch.matmul(q, self._keys(row, first, min(first + _BLOCKS, blocks)).mT)
                 for first in range(0, blocks, _BLOCKS)
             ]
             return torch.cat(parts, dim=-1)
@@ -273,8 +291,8 @@ class PackedHeads(PackedStore):
             sums += low_rank_sums(weights, *self._thin("values", row, 0, blocks))
         return sums
 
-    def _rebuilt(self, row: int, first: int, end: int) -> Tensor:
-        """Rotated keys `[H, (end - first) · N, D]` fp32 of blocks that hold unrotated ones."""
+    def _keys(self, row: int, first: int, end: int) -> Tensor:
+        """Rotated keys `[H, (end - first) · N, D]` fp32 of blocks with one tier."""
         bits = self.bits
         codes, scales = self.blocks_of("keys", row, first, end)
         per_channel = bits.axis == "channel"
@@ -288,9 +306,22 @@ class PackedHeads(PackedStore):
         if self.key_balance is not None:
             keys = keys * self.key_balance
         keys = from_stored(keys, bits, self.order)
+        if bits.kind == "rotated":
+            return keys
         start = self.first_of(first)
         cos, sin = self.positions.tables(start, start + keys.shape[1])
         return rotate(keys, cos, sin)
+
+    def _values(self, row: int, blocks: int) -> Tensor:
+        """Values `[H, blocks · N, D]` fp32 of the first blocks, turned where they are stored so."""
+        bits = self.bits
+        codes, scales = self.blocks_of("values", row, 0, blocks)
+        values = dequantise(codes, scales, self.heads.head_dim, bits.values, bits.group)
+        if bits.rank:
+            tokens, channels = self._thin("values", row, 0, blocks)
+            values = values + tokens.float().mT @ channels.float()
+        values = values.flatten(1, 2)
+        return values if self.value_balance is None else values * self.value_balance
 
     def pack(
         self, row: int, first: int, exact: Sequence[Tensor], attention: Tensor | None = None

@@ -1,6 +1,6 @@
 """`kvtool serve-local` beside `transformers serve` and vLLM: tokens/s of concurrent clients, how
-many requests fit into a memory, what a decode step costs outside the model, and a load with clients
-that leave.
+many requests fit into a memory, how long the turns of a conversation wait, what a decode step costs
+outside the model, and a load with clients that leave.
 
     python benchmarks/serve.py smollm2 --plan half.plan -o benchmarks/results/serve.json
     python benchmarks/serve.py smollm2 --plan half.plan --only decode --vllm vllm-env/bin/python
@@ -36,6 +36,7 @@ from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
+from kvtool.runtime.requests import Request
 from kvtool.runtime.scheduler import Scheduler
 from kvtool.server.app import create_app
 from kvtool.server.service import Service
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--kv-memory", type=int, default=256 * 2**20)
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--only", choices=["speed", "decode", "fit", "overhead", "load"])
+    parser.add_argument("--only", choices=["speed", "decode", "fit", "turns", "overhead", "load"])
     parser.add_argument("--vllm", help="the Python of an environment with vLLM, for decode")
     parser.add_argument("--latent", help="an MLA conversion of the model, for decode")
     parser.add_argument("--dtype", default="bfloat16", help="of decode")
@@ -74,6 +75,8 @@ def main() -> None:
         result["decode_tokens_per_second"] = decode(options, checkpoint)
     if options.only in (None, "fit"):
         result["fit"] = fit(options, checkpoint)
+    if options.only in (None, "turns"):
+        result["seconds_to_first_token"] = turns(options, checkpoint)
     if options.only in (None, "overhead"):
         result["overhead"] = overhead(options, checkpoint)
     if options.only in (None, "load"):
@@ -297,6 +300,32 @@ def fit(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, dict[s
             count = max(0, 1 + (options.kv_memory - last) // each)
             counts.setdefault(str(dtype).removeprefix("torch."), {})[name] = count
     return counts
+
+
+# ----------------------------------------------------------------------------------- turns
+
+
+def turns(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, list[float]]:
+    """Of a conversation: the first prompt takes up half of the length, then a fifth of that comes
+    with every turn, the last answer included.
+    """
+    plans = {"all keys and values": None} | {name: Plan.read(Path(name)) for name in options.plan}
+    schedulers = {
+        name: Scheduler(Engine.load(checkpoint, plan=plan), 2**32) for name, plan in plans.items()
+    }
+    found: dict[str, list[float]] = {name: [] for name in plans}
+    first, more = options.length // 2, options.length // 10
+    for turn in range(-1, 5):  # one to warm up, of another text
+        ids = list(range(1000 + turn // 5, 1000 + turn // 5 + first + max(0, turn) * more))
+        for name, scheduler in schedulers.items():
+            request = Request(ids, 1, ignore_eos=True)
+            start = time.perf_counter()
+            scheduler.add(request)
+            while not scheduler.idle:
+                scheduler.step()
+            if turn >= 0:
+                found[name].append(round(time.perf_counter() - start, 3))
+    return found
 
 
 # -------------------------------------------------------------------------------- overhead

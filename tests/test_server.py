@@ -31,6 +31,8 @@ from hypothesis import HealthCheck, given, settings
 
 from kvtool.checkpoint import Checkpoint
 from kvtool.cli import run_command, serve
+from kvtool.layer_plan import LayerPlan
+from kvtool.plan import Plan, base_of, whole_layers
 from kvtool.runtime import Engine, Sampling
 from kvtool.runtime.memory import give_back
 from kvtool.runtime.requests import Request
@@ -351,6 +353,17 @@ def test_what_the_file_of_a_model_recommends_is_told(start: Start, capfd, file, 
     found = re.findall(r"defaults of requests: (.*) \(generation_config\.json\)", said)
     assert [", ".join(sorted(one.split(", "))) for one in found] == ([told] if told else [])
     assert "not followed" not in said
+
+
+def test_a_plan_with_which_turns_are_not_shared_says_so(
+    start: Start, tiny, tmp_path, capfd
+) -> None:
+    checkpoint, path = Checkpoint.open(str(tiny("llama"))), tmp_path / "plan"
+    layers = (LayerPlan((True, False), 4, 8), *whole_layers(checkpoint)[1:])
+    Plan(base_of(checkpoint), layers).write(path)
+    assert start("{}", "--plan", str(path))[0] == 0
+    said = f"every prompt is read from its start: {path} was made with --prefill dense"
+    assert said in capfd.readouterr().err
 
 
 def test_what_no_request_could_say_is_named_and_not_followed(start: Start, capfd) -> None:

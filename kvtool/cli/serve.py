@@ -191,6 +191,9 @@ def serve_local(
         shown = f"[{address}]" if ":" in address else address
         err.print(f"http://{shown}:{bound} serves {service.name}: {service.description}")
         err.print(f"{kv_memory} of caches hold {room(scheduler)} (uncompressed {native:,.0f})")
+        if kept is not None and not kept.keeps_prefixes:
+            why = "has token budgets" if kept.policy else "was made with --prefill dense"
+            err.print(f"every prompt is read from its start: {plan} {why}")
         if values := service.defaults.model_dump(exclude_none=True):
             listed = ", ".join(f"{name} {value}" for name, value in values.items())
             err.print(f"defaults of requests: {listed} ({defaults.FILE})")

@@ -180,13 +180,34 @@ class PackedHeads(PackedStore):
             contexts.append(self.read(q[b], exact, row, end - q.shape[2], new=False))
         return torch.stack(contexts)
 
+    def read(
+        self, q: Tensor, exact: Sequence[Tensor], row: int, start: int, *, new: bool
+    ) -> Tensor:
+        count, bits = q.shape[1], self.bits
+        if count < _MANY or bits.rest is not None or bits.kept is not None:
+            return super().read(q, exact, row, start, new=new)
+        # For so many queries blocks are made numbers first, in the dtype of exact ones.
+        end, turned = start + count, bits.hadamard != "none"
+        if new:
+            self.pack_due(row, range(start, end), exact, end)
+        keys, values = exact
+        near, blocks = (keys, turn(values) if turned else values), bits.blocks(end)
+        far = [x.to(keys.dtype) for x in (self._keys(row, 0, blocks), self._values(row, blocks))]
+        parts = []
+        for run in self.runs(start, end):
+            read = bits.blocks(run.start + 1) * bits.group
+            both = zip(far, self.seen_exactly(run, near, end), strict=True)
+            k, v = (torch.cat((x[:, :read], y), dim=1)[None] for x, y in both)
+            asked = q[None, :, run.start - start : run.stop - start]
+            parts.append(causal_attention(asked, k, v, self.scaling, sink_logits=self.sink_logits))
+        context = torch.cat(parts, dim=2)[0]
+        return turn(context) if turned else context
+
     def attend(
         self, q: Tensor, exact: Sequence[Tensor], row: int, start: int, *, new: bool = True
     ) -> Tensor:
         keys, values = exact
         near, blocks = keys.shape[1], self.bits.blocks(start + 1)
-        if q.shape[1] >= _MANY and self.bits.rest is None and self.bits.kept is None:
-            return self._attend_rebuilt(q, keys, values, row, blocks)
         weights = self._weights(q, keys, row, blocks)
         if new and self.bits.rest is not None:
             self._watch(weights, row, start)
@@ -199,21 +220,6 @@ class PackedHeads(PackedStore):
             context += read if self.bits.hadamard == "none" else turn(read)
         found: Tensor = context.unflatten(1, weights.shape[1:3]).flatten(0, 1).to(q.dtype)
         return found
-
-    def _attend_rebuilt(
-        self, q: Tensor, keys: Tensor, values: Tensor, row: int, blocks: int
-    ) -> Tensor:
-        """The same of many queries, for which blocks are better made numbers first. They have the
-        dtype of exact ones.
-        """
-        turned = self.bits.hadamard != "none"
-        if blocks:
-            keys = torch.cat((self._keys(row, 0, blocks).to(keys.dtype), keys), dim=1)
-            exact = turn(values) if turned else values
-            values = torch.cat((self._values(row, blocks).to(values.dtype), exact), dim=1)
-        one = q[None], keys[None], values[None]
-        (context,) = causal_attention(*one, self.scaling, sink_logits=self.sink_logits)
-        return turn(context) if turned and blocks else context
 
     def _watch(self, weights: Tensor, row: int, start: int) -> None:
         """Adds what probes among queries from `start` on pay to the tokens of the next block.

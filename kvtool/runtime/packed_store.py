@@ -115,23 +115,35 @@ class PackedStore(DroppingHeads):
                 that what has been packed meanwhile; the last T are of the queries' own tokens.
             new: Whether these are added: with some of them a block is packed.
         """
-        bits, parts = self.bits, []
-        # From the position of a token behind the sinks to its place in `exact`.
-        shift = exact[0].shape[1] - (start + q.shape[1])
-        for at, begin in self._runs(start, q.shape[1]):
-            asked = q[:, at]
-            done, end = bits.blocks(begin + 1), begin + asked.shape[1] + shift
-            first = self.first_of(done) + shift
-            if new and done > bits.blocks(begin):
-                self.pack(row, done - 1, [x[:, first - bits.group : first] for x in exact])
-            seen = [
-                x[:, :end]
-                if first == bits.sink
-                else torch.cat((x[:, : bits.sink], x[:, first:end]), 1)
-                for x in exact
-            ]
-            parts.append(self.attend(asked, seen, row, begin, new=new))
+        parts, end = [], start + q.shape[1]
+        for run in self.runs(start, end):
+            if new:
+                self.pack_due(row, range(run.start, run.start + 1), exact, end)
+            asked = q[:, run.start - start : run.stop - start]
+            seen = self.seen_exactly(run, exact, end)
+            parts.append(self.attend(asked, seen, row, run.start, new=new))
         return torch.cat(parts, dim=1)
+
+    def pack_due(self, row: int, new: range, exact: Sequence[Tensor], end: int) -> None:
+        """Packs the blocks that tokens at positions `new` make complete.
+
+        Args:
+            exact: See :meth:`read`; end: the position behind its last token.
+        """
+        before, done = self.bits.blocks(new.start), self.bits.blocks(new.stop)
+        if done > before:
+            shift = exact[0].shape[1] - end  # from a position behind the sinks to its place there
+            own = slice(self.first_of(before) + shift, self.first_of(done) + shift)
+            self.pack(row, before, [x[:, own] for x in exact])
+
+    def seen_exactly(self, run: range, exact: Sequence[Tensor], end: int) -> list[Tensor]:
+        """Of `exact` what comes up to the end of a run, and is in no block that it reads."""
+        sink, shift = self.bits.sink, exact[0].shape[1] - end
+        first, stop = self.first_exact(run.start + 1) + shift, run.stop + shift
+        return [
+            x[:, :stop] if first == sink else torch.cat((x[:, :sink], x[:, first:stop]), 1)
+            for x in exact
+        ]
 
     def end_prompt(self, row: int, *tokens: Tensor) -> None:
         own = slice(self.bits.sink, self.first_exact(tokens[0].shape[1]))
@@ -146,13 +158,12 @@ class PackedStore(DroppingHeads):
         """The first token behind the blocks of a row with `length` tokens."""
         return self.first_of(self.bits.blocks(length))
 
-    def _runs(self, start: int, count: int) -> Iterator[tuple[slice, int]]:
-        """Tokens of a call that read the same blocks: which, and the position of the first."""
-        begin, end = start, start + count
-        while begin < end:
-            stop = min(end, self.bits.packed_at(self.bits.blocks(begin + 1)))
-            yield slice(begin - start, stop - start), begin
-            begin = stop
+    def runs(self, start: int, end: int) -> Iterator[range]:
+        """Positions of the tokens of a call, by the blocks that they read."""
+        while start < end:
+            stop = min(end, self.bits.packed_at(self.bits.blocks(start + 1)))
+            yield range(start, stop)
+            start = stop
 
     def exact_tokens(self, row: int, length: int) -> list[Tensor]:
         """What there is of a row with `length` tokens, `[H, C, ·]` each, in their order."""

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import ConstructorError, RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from kvtool.errors import RecipeError, UsageError
@@ -283,6 +284,19 @@ class Recipe(_Strict):
     steps: list[Step] = Field(min_length=1)
 
 
+class _Constructor(RoundTripConstructor):
+    """Says where a value is that only looks like a date or a number."""
+
+    def construct_non_recursive_object(self, node: Any, tag: str | None = None) -> Any:
+        """As in ruamel, which lets errors of Python through."""
+        try:
+            return super().construct_non_recursive_object(node, tag)
+        except (ValueError, KeyError) as error:
+            kind = node.tag.rpartition(":")[2]
+            what = f"{_shown(node.value)} is no {kind}"
+            raise ConstructorError(None, None, what, node.start_mark) from error
+
+
 def load_recipe(path: Path) -> Recipe:
     """Reads a recipe file.
 
@@ -301,7 +315,9 @@ def load_recipe(path: Path) -> Recipe:
 def parse_recipe(text: str, name: str) -> Recipe:
     """Reads a recipe from *text*; *name* is what errors call it."""
     try:
-        document = YAML(typ="rt").load(text)
+        yaml = YAML(typ="rt")
+        yaml.Constructor = _Constructor
+        document = yaml.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark is not None else name
@@ -318,6 +334,8 @@ def parse_recipe(text: str, name: str) -> Recipe:
         recipe = Recipe.model_validate(_plain(document, itertools.count()))
     except ValidationError as error:
         raise _first_error(error, document, name) from error
+    except RecursionError as error:
+        raise RecipeError(f"{name}: not a recipe: an alias in it names what it lies in") from error
     except OverflowError as error:
         raise RecipeError(f"{name}: not a recipe: {error}") from error
     made: set[str] = set()
@@ -399,19 +417,29 @@ def _message(details: ErrorDetails) -> str:
         known = _keys_at(location)
         close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
         advice = f"did you mean '{close[0]}'?" if close else f"known are {_listed(known)}"
-        return f"unknown key '{key}' ({advice})"
+        return f"unknown key {_shown(key)} ({advice})"
     if kind == "missing":
         return f"the key '{key}' is missing"
     if kind == "union_tag_not_found":
         return f"the key 'uses' is missing; it names the step: {_listed(USES)}"
     if kind == "union_tag_invalid":
         given = (details.get("ctx") or {}).get("tag")
-        return f"unknown step '{given}' (known are {_listed(USES)})"
+        return f"unknown step {_shown(given)} (known are {_listed(USES)})"
     if key == "kvtool":
-        return f"this kvtool reads recipes of version {SCHEMA_VERSION}, not {details['input']!r}"
+        given = _shown(details["input"])
+        return f"this kvtool reads recipes of version {SCHEMA_VERSION}, not {given}"
     wanted = details["msg"].removeprefix("Value error, ")
     wanted = wanted[:1].lower() + wanted[1:]
-    return f"'{key}' is {details['input']!r}: {wanted}"
+    if kind == "model_attributes_type":
+        wanted = "a step is a mapping with the key 'uses'"
+    what = f"step {key + 1}" if isinstance(key, int) and len(location) == 2 else f"'{key}'"
+    return f"{what} is {_shown(details['input'])}: {wanted}"
+
+
+def _shown(value: Any) -> str:
+    """As Python writes it, cut where it fills more than a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]} …"
 
 
 def _position(document: CommentedMap, location: Iterable[str | int]) -> tuple[int, int]:

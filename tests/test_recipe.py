@@ -124,6 +124,24 @@ def test_a_letter_left_out_is_found_for_every_key(step: type, key: str) -> None:
         ("uses: evaluate", "uses: 'evaluate", "r.yaml:"),
         ("model: smollm2", "model: [a", "r.yaml:3:"),
         ("model: smollm2", "model: a\nmodel: b", "r.yaml:3:1: not valid YAML: found duplicate key"),
+        (
+            "model: smollm2",
+            "model: 2026-11-31",
+            "r.yaml:2:8: not valid YAML: '2026-11-31' is no",
+        ),
+        ("max_kl: 0.5", "max_kl: !!float low", "r.yaml:9:13: not valid YAML: 'low' is no float"),
+        (
+            "max_kl: 0.5",
+            "quick: !!bool perhaps",
+            "r.yaml:9:12: not valid YAML: 'perhaps' is",
+        ),
+        ("max_kl: 0.5", f"seed: {'9' * 5000}", "r.yaml:9:11: not valid YAML: '999"),
+        (
+            "  - uses: convert\n    to: mla\n",
+            "  - convert\n  - to: mla\n",
+            "r.yaml:4:5: step 1 is 'c",
+        ),
+        ("kvtool: 1\nmodel: smollm2", "&m\nkvtool: 1\nmodel: *m", "r.yaml: not a recipe: an alias"),
         ("  - uses: convert\n    to: mla\n", "  - uses: verify\n", "r.yaml:5:5: unknown key"),
     ],
 )

@@ -108,7 +108,7 @@ def first_line(error: BaseException) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__} instead of an object.")
@@ -182,6 +182,11 @@ def open_safetensors(file: Path) -> Iterator[Any]:
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
     size = file.stat().st_size if file.is_file() else 0
+    if 0 < size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+        return CheckpointError(
+            f"{file} is a pointer of Git LFS in the place of the weights.",
+            hint="Run 'git lfs install' and 'git lfs pull' in the folder.",
+        )
     reason = "it is empty" if size == 0 else first_line(error)
     return CheckpointError(
         f"{file} is corrupt or truncated ({size} bytes): {reason}.",

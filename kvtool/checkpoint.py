@@ -51,7 +51,12 @@ from kvtool.wrappers import text_config, text_tensors, upright, wrapper_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 __all__ = [
     "BUILTIN_MODEL",
@@ -365,6 +370,9 @@ class Checkpoint:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
+        if not isinstance(longest := tokenizer.model_max_length, int | float):
+            file = self.path / "tokenizer_config.json"
+            raise CheckpointError(f"{file}: model_max_length is {longest!r} and no number.")
         if tokenizer.chat_template is None:
             tokenizer.chat_template = chat_template.of_processor(self.path)
         chat_template.take_text(tokenizer)
@@ -398,11 +406,34 @@ class Checkpoint:
                 f"{self.path} does not hold the weights of its {type(model).__name__} ({listed})."
             )
         ready: PreTrainedModel = model.to(device).eval()
+        ready.generation_config = self.generation_config() or ready.generation_config
         return ready
+
+    def generation_config(self) -> GenerationConfig | None:
+        """How the model is to generate, from the file beside the weights; None if there is none.
+
+        Transformers passes over one that it cannot read, and the model would never stop.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        from transformers import GenerationConfig
+
+        file = self.path / "generation_config.json"
+        if not file.is_file():
+            return None
+        stops = read_json(file).get("eos_token_id")
+        listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        if not all(type(token) is int for token in listed):
+            raise CheckpointError(
+                f"{file}: eos_token_id is {stops!r}, neither a token id nor a list of them."
+            )
+        with self._transformers("its generation config"):
+            return GenerationConfig.from_pretrained(self.path, local_files_only=True)
 
     def _load(self, **options: Any) -> Any:
         """The model and what transformers reports of its weights."""
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
         if self.wrapper is None and self.quantised is None:
             options["config"] = self.hf_config()  # without what it may say of quantisation
@@ -413,8 +444,6 @@ class Checkpoint:
         weights: dict[str, Any] = {name: _Unread(self, name, files) for name in self.tensors}
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-        if (self.path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.path)
         return model, info
 
     @contextlib.contextmanager

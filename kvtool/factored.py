@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtool._transformers import empty_model
 from kvtool.attention import GroupedQueryAttention
 from kvtool.checkpoint import Checkpoint
 from kvtool.errors import CheckpointError
@@ -133,11 +134,8 @@ def read_factors(checkpoint: Checkpoint, layer: int) -> LatentFactors:
 
 def _load_base(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The base model inside a `kvtool_mla` checkpoint, without its factors."""
-    from transformers import AutoModelForCausalLM
-
     config = base_config(checkpoint.config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config)
     state: dict[str, Tensor] = {}
     for name in checkpoint.tensors:
         if not is_factor(name):
@@ -156,4 +154,5 @@ def _load_base(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         )
     # Buffers are not in the file; the rotary one is computed from the config.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.generation_config = checkpoint.generation_config() or model.generation_config
     return model.eval()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from kvtool.convert import conversion, deepseek_v3, planning, targets, transmla
 from kvtool.convert.verify import verify
 from kvtool.corpus import calibration_text
 from kvtool.recipe import ConvertStep, load_recipe
+from kvtool.runtime import Engine
 
 Tiny = Callable[..., Path]
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
@@ -124,6 +126,13 @@ def test_a_float16_model_converts_for_our_own_runtime(converted, method):
     model, output = converted("llama", {"dtype": "float16"}, method=method, target="kvtool")
     report = verify(output, Checkpoint.open(str(model)))
     assert report.passed, report.checks
+
+
+def test_our_own_runtime_stops_where_the_generation_config_says(converted, tmp_path):
+    _, output = converted("llama", {}, method="exact", target="kvtool")
+    shutil.copytree(output, tmp_path / "out")
+    (tmp_path / "out" / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    assert Engine.load(Checkpoint.open(str(tmp_path / "out"))).eos_ids == {1, 5}
 
 
 def test_shards_of_source_and_output_do_not_matter(tiny, converted, tmp_path):

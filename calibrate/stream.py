@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtool._transformers import empty_model
 from kvtool.attention import BorrowingAttention, GroupedQueryAttention, grouped_attention
 from kvtool.calibrate.experts import stacked
 from kvtool.checkpoint import Checkpoint
@@ -241,8 +242,6 @@ class LayerStream:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.checkpoint = checkpoint
         self.config = checkpoint.hf_config()
         self.layouts = describe(self.config)
@@ -253,8 +252,7 @@ class LayerStream:
                 hint="calibrate quantization packs latents.",
             )
         self.ropes = ropes_of(self.config)
-        with torch.device("meta"):
-            self._model: Any = AutoModelForCausalLM.from_config(self.config)
+        self._model = empty_model(self.config)
         self._model.eval()
         if self._model.lm_head.bias is not None:
             raise UnsupportedModelError(f"{checkpoint.source} has an output head with a bias")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -22,6 +23,15 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def empty_model(config: Any) -> Any:
+    """The model of a transformers config, without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 @functools.cache

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from kvtool._tensors import first_line
+from kvtool._transformers import empty_model
 from kvtool.delta_net import DeltaNet
 from kvtool.errors import UnsupportedModelError
 from kvtool.factors import finish_of
@@ -403,8 +403,6 @@ def describe(config: Any) -> list[AttentionLayout]:
     Raises:
         UnsupportedModelError: The model type or one of its layers is outside what kvtool knows.
     """
-    from transformers import AutoModelForCausalLM
-
     if config.model_type not in (*FAMILIES, *LATENT):
         raise UnsupportedModelError(
             f"model type '{config.model_type}' is not supported"
@@ -412,9 +410,7 @@ def describe(config: Any) -> list[AttentionLayout]:
             hint=f"supported: {', '.join((*FAMILIES, *LATENT))}",
         )
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        layouts = _layouts(model)
+        layouts = _layouts(empty_model(config))
         finish_of(config)
     except UnsupportedModelError:
         raise
@@ -425,6 +421,11 @@ def describe(config: Any) -> list[AttentionLayout]:
         ) from error
     if not layouts:
         raise UnsupportedModelError(f"this {config.model_type} config has no layers")
+    if (positions := config.max_position_embeddings) < 1:
+        raise UnsupportedModelError(
+            f"this {config.model_type} config has a context of {positions} tokens "
+            "(max_position_embeddings)"
+        )
     if all(layout.kind == "state" for layout in layouts):
         raise UnsupportedModelError(f"this {config.model_type} has no layer with keys and values")
     return layouts

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool._transformers import empty_model
 from kvtool.errors import UnsupportedModelError
 from kvtool.layout import HYBRID, ROPE_BY_LAYER, AttentionLayout, describe, rope_by_layer_type
 
@@ -89,15 +90,11 @@ def ropes_of(config: Any) -> list[Rope]:
         UnsupportedModelError: The frequencies depend on the length of the text in another way, and
             not only beyond the context of the model, where nothing here reads.
     """
-    from transformers import AutoModelForCausalLM
-
     layouts = describe(config)
     if config.model_type == HYBRID and config.position_embedding_type != "rope":
         pairs = (config.hidden_size // config.num_attention_heads) // 2
         return [Rope(torch.zeros(pairs))] * len(layouts)  # no positions: nothing is turned
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    rotary = type(model.model.rotary_emb)
+    rotary = type(empty_model(config).model.rotary_emb)
     if config.model_type in ROPE_BY_LAYER:
         found = {}
         for base in set(kinds := config.layer_rope_theta[: len(layouts)]):
@@ -125,6 +122,11 @@ def _built(rotary: Any, config: Any) -> dict[str, Rope]:
         if not hasattr(module, f"{prefix}inv_freq"):
             raise UnsupportedModelError(f"{config.model_type} has no RoPE by type of layer")
         inv_freq, scale = (getattr(module, prefix + x) for x in ("inv_freq", "attention_scaling"))
+        if not bool(inv_freq.isfinite().all()):
+            raise UnsupportedModelError(
+                f"RoPE with a base of {parameters.get('rope_theta')} (rope_theta) has frequencies "
+                "that are no finite numbers"
+            )
         found[kind] = Rope(inv_freq.float(), float(scale))
     return found
 

@@ -91,6 +91,13 @@ def test_rope_that_depends_on_the_length_is_refused():
         rope_of(make_config("llama", rope_parameters=rope))
 
 
+@pytest.mark.parametrize("theta", [0.0, float("nan")])
+def test_rope_without_finite_frequencies_is_refused(theta: float) -> None:
+    rope = {"rope_type": "default", "rope_theta": theta}
+    with pytest.raises(UnsupportedModelError, match=f"a base of {theta}"):
+        rope_of(make_config("llama", rope_parameters=rope))
+
+
 def test_a_model_that_looks_at_later_tokens_is_refused():
     with pytest.raises(UnsupportedModelError, match="later tokens"):
         describe(make_config("qwen2", is_causal=False))

@@ -10,6 +10,7 @@ from kvtool._tensors import first_line
 from kvtool.errors import CheckpointError, UsageError
 
 BUILTIN_MODEL = "smollm2"
+_NAMES = f"A model is a folder, a .gguf file, a hub id (owner/name), or {BUILTIN_MODEL}."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 
@@ -17,6 +18,8 @@ def locate(source: str, revision: str | None, offline: bool, trust_remote_code: 
     """The folder that `source` means; GGUF files and hub ids are brought into a cache first."""
     if source == BUILTIN_MODEL:
         return builtin_model()
+    if not source:  # a path without a name would be the folder that one is in
+        raise UsageError("The model is named by nothing: ''.", hint=_NAMES)
     path = Path(source).expanduser()
     if path.exists() and revision is not None:
         raise UsageError(f"{source} is not on the hub, so it has no revision {revision}.")
@@ -32,7 +35,7 @@ def locate(source: str, revision: str | None, offline: bool, trust_remote_code: 
     if not _HUB_ID.fullmatch(source) or source.endswith(".gguf") or ".." in source:
         raise UsageError(
             f"There is no checkpoint at {source}.",
-            hint=f"A model is a folder, a .gguf file, a hub id (owner/name), or {BUILTIN_MODEL}.",
+            hint=_NAMES,
         )
     return _download(source, revision, offline, trust_remote_code)
 

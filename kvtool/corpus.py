@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kvtool.errors import UnsupportedModelError, UsageError
+from kvtool.text import check_text
 
 if TYPE_CHECKING:
     import torch
@@ -332,10 +333,14 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str):
             raise UsageError(f'Line {number} of {path} is not a JSON object with a "text" string.')
+        try:
+            check_text(text)
+        except UsageError as error:
+            raise UsageError(f"Line {number} of {path} cannot be read: {error}.") from error
         yield text
 
 

@@ -149,6 +149,7 @@ def test_a_choice_that_is_none_is_named_beside_those_that_are(capsys) -> None:
     [
         (["convert", "nowhere/at/all", "--to", "mla", "-o", "OUT"], "nowhere/at/all"),
         (["inspect", "./nowhere.gguf"], "nowhere.gguf"),
+        (["inspect", ""], "named by nothing"),
         (["convert", "some/model", "--to", "mla", "-o", "OUT", "--offline"], "some/model"),
         (["convert", "MODEL", "--to", "mla", "-o", "OUT", "--kv-budget", "200%"], "200%"),
         (["convert", "MODEL", "--to", "mla", "-o", "OUT", "--rank", "4096"], "4096"),
@@ -187,6 +188,7 @@ def test_an_unsupported_model_is_exit_code_4(
     [
         ({"num_hidden_layers": 0}, "has no layers"),
         ({"num_attention_heads": -4}, "negative dimension"),
+        ({"max_position_embeddings": 0}, "a context of 0 tokens (max_position_embeddings)"),
         ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "nonsense"),
     ],
 )
@@ -211,6 +213,31 @@ def test_a_damaged_checkpoint_is_exit_code_1(
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "model.safetensors" in fails(["inspect", str(cut)], 1, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("generation_config.json", b'{"eos_token_id": [1, ', "is not readable JSON"),
+        ("generation_config.json", b'{"eos_token_id": "x"}', "neither a token id nor a list"),
+        ("generation_config.json", b'{"eos_token_id": [[1]]}', "neither a token id nor a list"),
+        ("tokenizer_config.json", b'{"model_max_length": "512"}', "'512' and no number"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "of Git LFS"),
+    ],
+)
+def test_a_damaged_file_beside_the_config_is_named(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes,
+    said: str,
+) -> None:
+    model = damaged(tiny("llama"), tmp_path / "m")
+    (model / name).write_bytes(content)
+    error = fails(["generate", str(model), "Hello"], 1, capsys)
+    assert said in error
+    assert str(model / name) in error
 
 
 @pytest.mark.parametrize(
@@ -293,6 +320,40 @@ def test_a_closed_stdout_is_no_error(tiny: Callable[..., Path]) -> None:
         ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True
     )
     assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_what_a_message_quotes_is_no_page_and_obeyed_by_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    amount = "a\n\x1b[31m" + "b" * 9999
+    said = fails(["convert", "m", "--to", "mla", "--heal", amount, "-o", "out"], 2, capsys)
+    assert said.startswith(r"error: --heal a\n\x1b[31mbbb")
+    assert said.endswith("nor 'auto'")
+    assert len(said) < 2000
+
+
+def test_a_terminal_without_the_characters_of_a_table_is_no_error(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "modèle"
+    model.symlink_to(tiny("llama"))
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtool", "inspect", str(model)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"mod?le" in done.stdout
+
+
+def test_what_transformers_dislikes_in_a_config_that_works_is_not_printed(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In a process of its own: each warning is given once."""
+    model = damaged(tiny("llama"), tmp_path / "m", pad_token_id=-1)
+    command = [sys.executable, "-m", "kvtool", "inspect", str(model)]
+    done = subprocess.run(command, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_what_may_be_chosen_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

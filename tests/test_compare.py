@@ -151,6 +151,7 @@ def test_settings_that_decide_no_number_may_differ(write: Write) -> None:
     ("content", "said"),
     [
         ("{", "cannot be read as a report"),
+        ("[" * 99999, "cannot be read as a report: maximum recursion depth"),
         ("[]", "not a report of 'kvtool evaluate'"),
         ("7", "not a report of 'kvtool evaluate'"),
         ('{"model": "x"}', "not a report of 'kvtool evaluate', it has no 'format_version'"),

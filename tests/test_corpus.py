@@ -105,11 +105,20 @@ def test_jsonl_documents_stay_whole_and_repeated_ones_are_held_out_once(tmp_path
     assert first.documents + last.documents == texts
 
 
-@pytest.mark.parametrize("content", ["[1]", '{"text": 1}', "not json", '{"body": "x"}'])
+@pytest.mark.parametrize(
+    "content", ["[1]", '{"text": 1}', "not json", '{"body": "x"}', "[" * 99999], ids=range(5)
+)
 def test_a_bad_jsonl_line_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n\n' + content + "\n")
     with pytest.raises(UsageError, match="Line 3 of"):
+        calibration_text(str(path))
+
+
+def test_half_a_character_in_a_jsonl_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "half \\ud83d of one"}\n')
+    with pytest.raises(UsageError, match=r"Line 2 of .*: character 5 is half of one"):
         calibration_text(str(path))
 
 

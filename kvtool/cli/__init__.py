@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import sys
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,8 @@ from kvtool.cli import (
 from kvtool.errors import KvtoolError, ResourceError, UsageError
 
 _EXIT_INTERRUPTED = 130
+_LONGEST = 1500
+"""Characters of an error that are shown: all but of those that quote what is absurd."""
 
 app = typer.Typer(
     name="kvtool",
@@ -89,6 +92,9 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell has closed it: nobody wants to know
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    # Tables are drawn in characters that a terminal may lack; names of files may be no Unicode.
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(run_command(sys.argv[1:]))
 
 
@@ -152,7 +158,15 @@ def _usage_error(error: TyperException) -> UsageError:
 def _report(error: KvtoolError) -> int:
     if os.environ.get("KVTOOL_DEBUG") == "1":
         traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {_line(str(error))}", file=sys.stderr)
     if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+        print(f"hint: {_line(error.hint)}", file=sys.stderr)
     return error.exit_code
+
+
+def _line(text: str) -> str:
+    """A message as one line of no more than a paragraph, whatever it quotes of a file: without
+    line breaks and codes that a terminal obeys, and without the middle of what is long.
+    """
+    text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"

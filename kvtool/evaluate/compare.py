@@ -147,7 +147,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Row]:
     """What decides the numbers of a report, and its row, labelled by nothing yet."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{file}: cannot be read as a report: {why}") from error
     try:

@@ -7,9 +7,10 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -128,6 +129,32 @@ def write(
     _write_card(folder, manifest)
 
 
+class _Read(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Base(_Read):
+    fingerprint: str
+
+
+class _Planned(_Read):
+    attention_dtype: Literal["float32", "bfloat16", "float16"]
+    bytes_per_token_after: int
+    rope_dim: int | None = None
+
+
+class _Needed(_Read):
+    """What is read of a manifest, whatever else is in it."""
+
+    sha256: dict[str, str]
+    base: _Base
+    method: str
+    target: str
+    ranks: list[int]
+    replaced: list[str]
+    plan: _Planned
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a converted folder.
 
@@ -139,17 +166,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UsageError(f"There is no folder {folder}.")
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest["sha256"], manifest["base"]["fingerprint"]
-        manifest["method"], manifest["target"], manifest["ranks"], manifest["replaced"]
-        plan = manifest["plan"]
-        plan["attention_dtype"], plan["bytes_per_token_after"]
-        if manifest["ranks"]:
-            plan["rope_dim"]
+        needed = _Needed.model_validate(manifest)
+        if needed.ranks and needed.plan.rope_dim is None:
+            raise KeyError("rope_dim")
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, wrong["loc"])) or "all of it"
+        raise CheckpointError(
+            f"{folder / MANIFEST} is damaged: {where}: {wrong['msg'].lower()}"
+        ) from error
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it was not written by kvtool convert"
         ) from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, RecursionError, OSError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}") from error
     return manifest
 

@@ -121,7 +121,10 @@ def _check_expressible(file: Path) -> int:
     try:
         reader = GGUFReader(file)
     except Exception as error:  # the reader checks little, so a damaged file ends in any exception
-        raise CheckpointError(f"{file} is not a readable GGUF file: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{file} is not a readable GGUF file: {first_line(error)}",
+            hint="Copy or download it again.",
+        ) from error
     fields = {
         key.partition(".")[2]: field.contents()
         for key, field in reader.fields.items()

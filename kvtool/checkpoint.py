@@ -486,6 +486,8 @@ def _check_names(path: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{path / 'config.json'}: architectures is not a list of names.")
     if not isinstance(config.get("model_type", ""), str):
         raise CheckpointError(f"{path / 'config.json'}: model_type is not a name.")
+    if not isinstance(config.get("kvtool", {}), dict):  # what a conversion notes
+        raise CheckpointError(f"{path / 'config.json'}: kvtool is not an object.")
 
 
 def _check_decoder(path: Path, config: dict[str, Any] | None) -> None:

@@ -213,6 +213,8 @@ def test_a_damaged_checkpoint_is_exit_code_1(
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "model.safetensors" in fails(["inspect", str(cut)], 1, capsys)
+    noted = damaged(tiny("llama"), tmp_path / "noted", kvtool=["target"])
+    assert "kvtool is not an object" in fails(["generate", str(noted), "Hello"], 1, capsys)
 
 
 @pytest.mark.parametrize(

@@ -444,11 +444,25 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path, failed):
         failed(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"sha256": {}, "plan": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"sha256": {}, "plan": {}}', "[" * 99999], ids=range(7)
+)
 def test_a_damaged_manifest_is_refused(copy_of, failed, text):
     folder = copy_of("exact")
     (folder / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match="is damaged"):
+        failed(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("attention_dtype", "float3"), ("rope_dim", None), ("rope_dim", [1])]
+)
+def test_a_manifest_whose_plan_is_none_is_refused(copy_of, failed, key, value):
+    folder = copy_of("exact")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["plan"][key] = value
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"is damaged: .*{key}"):
         failed(folder)
 
 

@@ -334,15 +334,16 @@ def test_what_a_message_quotes_is_no_page_and_obeyed_by_no_terminal(
     assert len(said) < 2000
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "ascii:surrogateescape"])  # as of LC_ALL=C
 def test_a_terminal_without_the_characters_of_a_table_is_no_error(
-    tiny: Callable[..., Path], tmp_path: Path
+    tiny: Callable[..., Path], tmp_path: Path, encoding: str
 ) -> None:
     model = tmp_path / "modèle"
     model.symlink_to(tiny("llama"))
     done = subprocess.run(
         [sys.executable, "-m", "kvtool", "inspect", str(model)],
         capture_output=True,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        env={**os.environ, "PYTHONIOENCODING": encoding},
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"mod?le" in done.stdout

@@ -93,8 +93,10 @@ def main() -> None:
         if getattr(sys, name) is None:  # the shell has closed it: nobody wants to know
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     # Tables are drawn in characters that a terminal may lack; names of files may be no Unicode.
-    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, TextIOWrapper):
+        unicode = sys.stdout.encoding.lower() == "utf-8"
+        if sys.stdout.errors in ("strict", "strict" if unicode else "surrogateescape"):
+            sys.stdout.reconfigure(errors="replace")
     sys.exit(run_command(sys.argv[1:]))
 
 

@@ -304,6 +304,8 @@ def _with_true_ranks(
     ranks = noted.get("ranks") if isinstance(noted, dict) else None
     if not isinstance(ranks, list) or len(ranks) != len(layouts):
         return layouts
+    if not all(type(rank) is int and rank >= 0 for rank in ranks):
+        return layouts
     return [
         replace(layout, rank=rank) if layout.kind == "mla" else layout
         for layout, rank in zip(layouts, ranks, strict=True)

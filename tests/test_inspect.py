@@ -150,6 +150,10 @@ def test_an_mla_checkpoint_shows_its_latent(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(written | {"kvtool": {"ranks": [24, 8]}}))
     inspection = inspect_checkpoint(Checkpoint.open(str(tmp_path)))
     assert inspection.bytes_per_token == 2 * (24 + 8 + 2 * 16)
+    # What are no ranks says nothing: the stock width counts.
+    (tmp_path / "config.json").write_text(json.dumps(written | {"kvtool": {"ranks": [24, "8"]}}))
+    stock = inspect_checkpoint(Checkpoint.open(str(tmp_path)))
+    assert stock.bytes_per_token == 2 * 2 * (written["kv_lora_rank"] + 16)
 
 
 def test_our_own_latent_format_shows_the_rank_of_every_layer(tiny: Tiny, tmp_path: Path) -> None:

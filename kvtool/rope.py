@@ -148,14 +148,17 @@ def rope_of(config: Any) -> Rope:
 
 def _own_rope(rope: Rope, layout: AttentionLayout) -> Rope:
     """What one layer makes of the model's RoPE."""
-    if layout.kind != "gqa":
+    if layout.kind == "state":
         return rope
-    if not layout.rotary_dim:
+    turned = layout.rope_dim if layout.kind == "mla" else layout.rotary_dim
+    if not turned:
         return Rope(torch.zeros(layout.head_dim // 2))
-    if layout.rotary_dim != 2 * len(rope.inv_freq):
+    if turned != 2 * len(rope.inv_freq):
         raise UnsupportedModelError(
-            f"RoPE has {len(rope.inv_freq)} frequencies for {layout.rotary_dim} channels of a head"
+            f"RoPE has {len(rope.inv_freq)} frequencies for {turned} channels of a head"
         )
+    if layout.kind == "mla":
+        return rope
     if layout.rotary_dim < layout.head_dim:
         return Rope(rope.inv_freq).over(layout.head_dim)  # its scale is the layout's
     return rope

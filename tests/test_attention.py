@@ -5,7 +5,7 @@ import torch
 from _family_cases import MIXED, TWO_ROPES
 from conftest import FAMILIES, make_config
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from kvtool.attention import GroupedQueryAttention, causal_attention
 from kvtool.checkpoint import Checkpoint
@@ -96,6 +96,12 @@ def test_rope_without_finite_frequencies_is_refused(theta: float) -> None:
     rope = {"rope_type": "default", "rope_theta": theta}
     with pytest.raises(UnsupportedModelError, match=f"a base of {theta}"):
         rope_of(make_config("llama", rope_parameters=rope))
+
+
+def test_rope_of_another_size_than_the_shared_key_of_mla_is_refused() -> None:
+    config = DeepseekV3Config(head_dim=6, qk_rope_head_dim=8, num_hidden_layers=1)
+    with pytest.raises(UnsupportedModelError, match="3 frequencies for 8 channels"):
+        rope_of(config)
 
 
 def test_a_model_that_looks_at_later_tokens_is_refused():

@@ -430,6 +430,8 @@ def _message(details: ErrorDetails) -> str:
         return f"this kvtool reads recipes of version {SCHEMA_VERSION}, not {given}"
     wanted = details["msg"].removeprefix("Value error, ")
     wanted = wanted[:1].lower() + wanted[1:]
+    if len(wanted) > 240:  # it quotes the value, too
+        wanted = f"{wanted[:80]} … {wanted[-120:]}"
     if kind == "model_attributes_type":
         wanted = "a step is a mapping with the key 'uses'"
     what = f"step {key + 1}" if isinstance(key, int) and len(location) == 2 else f"'{key}'"

@@ -49,9 +49,10 @@ PLANS = (
     "fp8, window",
 )
 MLA = ("mla", "kvtool-mla", "packed mla")
-KINDS = ("dense", "windowed", "some windows", "shared layers", *PLANS, *MLA, "packed states")
 DROPPING = ("split", "coded", "shared codes", "packed codes", "two tiers", "gear", "packed mla")
 STREAMED = [f"{kind}, streamed" for kind in DROPPING]
+KINDS = ("dense", "windowed", "some windows", "shared layers", *PLANS, *MLA, "packed states")
+KINDS += tuple(kind for kind in STREAMED if kind not in KINDS)
 MARKED = (
     "windowed", "some windows", "shared layers", "hybrid", "packed states", "fp8, streamed",
     "fp8, window", *STREAMED,

@@ -1,6 +1,7 @@
 """Many requests in one memory: each as if it were alone, and never a byte more than allowed."""
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -585,3 +586,16 @@ def test_the_server_says_what_really_fits(engine, kind):
         assert ("bytes and" in room(few)) == (memory.constant_bytes > 0)
     else:
         assert f", {behind} of them a prompt: each takes {each:,} bytes" in room(few)
+
+
+def test_stop_tokens_outside_the_vocabulary_forbid_nothing(tiny, tmp_path):
+    path = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    (path / "generation_config.json").write_text('{"eos_token_id": [-1, 5, 99999999]}')
+    runtime = Engine.load(Checkpoint.open(str(path)))
+    assert runtime.eos_ids == {5}
+    scheduler = Scheduler(runtime, 10**7)
+    request = Request([1, 2, 3], 4, min_new_tokens=4)
+    scheduler.add(request)
+    while not scheduler.idle:
+        scheduler.step()
+    assert len(request.tokens) == 4

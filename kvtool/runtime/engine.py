@@ -56,7 +56,8 @@ class Engine:
         self.vocab_size = int(self.config.vocab_size)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
-        self.eos_ids = _eos_ids(model, self.tokenizer)
+        known = range(self.vocab_size)  # others are never drawn, nor is there a score to forbid
+        self.eos_ids = {x for x in _eos_ids(model, self.tokenizer) if x in known}
         self._embedding_factor = embedding_factor(self.config)
         self._finish = finish_of(self.config)
         limits = [x.most_tokens for x in attentions if x.most_tokens is not None]

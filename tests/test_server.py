@@ -392,8 +392,8 @@ def test_a_recommendation_that_no_request_may_make_is_refused_in_one_sentence(
     said = capfd.readouterr().err
     assert code == 1
     assert f"generation_config.json{message}" in said
-    assert "hint: correct it, or " in said
-    assert "--generation-config none" in said
+    loads = "max_new_tokens" not in file and file not in ("{", "[]")
+    assert ("--generation-config none" in said) == loads  # nothing helps the others
 
 
 def test_generation_config_none_leaves_all_to_requests(start: Start, capfd) -> None:

@@ -153,8 +153,8 @@ BudgetContext = Annotated[
 
 _PREFILL = (
     "dense: prompts are read with their whole uncompressed past, and compressed at their end. "
-    "streamed: they are compressed as they are read, so an uncompressed one is never held, and "
-    "serve-local reads prompts that start alike once."
+    "streamed: they are compressed as they are read, so an uncompressed one is never held whole, "
+    "and serve-local reads prompts that start alike once."
 )
 Prefill = Annotated[
     Literal["dense", "streamed"], typer.Option(help=_PREFILL, rich_help_panel="Method")

@@ -36,14 +36,14 @@ def defaults_of(checkpoint: Checkpoint) -> tuple[Generation | None, list[str]]:
     file = checkpoint.path / FILE
     if not file.is_file():
         return None, []
+    config = read_json(file)
     try:
-        config = read_json(file)
         defaults = Generation.model_validate(said_in_config(config))
-    except CheckpointError as error:
-        raise CheckpointError(str(error), hint=_HINT) from error
     except ValidationError as error:
         wrong = error.errors()[0]
         field = next(name for name, ours in IN_CONFIG.items() if ours == wrong["loc"][0])
-        raise CheckpointError(f"{file}: {field}: {wrong['msg']}", hint=_HINT) from error
+        # With another length than a number of tokens, transformers does not load the model.
+        hint = None if field == "max_new_tokens" else _HINT
+        raise CheckpointError(f"{file}: {field}: {wrong['msg']}", hint=hint) from error
     beyond = [name for name in _BEYOND if config.get(name)]
     return defaults, [x for x in beyond if not (x in _FACTORS and config[x] == 1)]

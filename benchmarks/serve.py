@@ -316,7 +316,8 @@ def turns(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, list
     found: dict[str, list[float]] = {name: [] for name in plans}
     first, more = options.length // 2, options.length // 10
     for turn in range(-1, 5):  # one to warm up, of another text
-        ids = list(range(1000 + turn // 5, 1000 + turn // 5 + first + max(0, turn) * more))
+        begin = 1000 if turn >= 0 else 999
+        ids = list(range(begin, begin + first + max(0, turn) * more))
         for name, scheduler in schedulers.items():
             request = Request(ids, 1, ignore_eos=True)
             start = time.perf_counter()

@@ -36,11 +36,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.bits import Bits, Factors, Turned, read_keys, read_values, turn
+from kvtool.bits import Bits, Factors, Turned, read_keys, read_values
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.far_reads import WholeModel
 from kvtool.calibrate.statistics_file import LayerStatistics
 from kvtool.checkpoint import Checkpoint
+from kvtool.kernels.hadamard import turn
 from kvtool.kernels.quantise import BITS
 from kvtool.plan import Base, Plan
 from kvtool.progress import Progress

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvtool.codes import CodeKind
 from kvtool.errors import PlanError, UsageError
-from kvtool.kernels.hadamard import WIDEST, hadamard
+from kvtool.kernels.hadamard import turn
 from kvtool.kernels.quantise import BITS, fake_quantise, groups_of, packed_bytes
 from kvtool.kernels.sparse_values import compress, decompress, sparse_bytes
 from kvtool.rope import rotate
@@ -226,12 +226,6 @@ class Bits(Blocks):
 
     def _factors(self, head_dim: int) -> int:
         return 2 * self.rank * (self.group + head_dim)
-
-
-def turn(x: Tensor) -> Tensor:
-    """The Hadamard transform of the channels `[..., D]`, in the largest blocks that D has."""
-    width = min(x.shape[-1] & -x.shape[-1], WIDEST)
-    return hadamard(x.unflatten(-1, (-1, width))).flatten(-2)
 
 
 def to_stored(x: Tensor, bits: Bits, order: Tensor | None) -> Tensor:

@@ -91,13 +91,28 @@ def _devices() -> list[Finding]:
         triton = use_triton(torch.empty(0, device=device))
     except ValueError as error:
         return [*found, Finding("kernels", str(error), wrong=True, hint=f"unset {VARIABLE}")]
+    if not triton and cuda:
+        return [*found, Finding("kernels", f"plain torch, since {VARIABLE} says so")]
     if not triton:
-        why = "there is no CUDA device" if not cuda else f"{VARIABLE} says so"
-        return [*found, Finding("kernels", f"plain torch, since {why}")]
+        return [*found, _native()]
     if find_spec("triton") is None:
         hint = "pip install 'kvtool[cuda]'"
         return [*found, Finding("kernels", "triton is not installed", wrong=True, hint=hint)]
     return [*found, *_triton(device)]
+
+
+def _native() -> Finding:
+    from kvtool.kernels.dispatch import VARIABLE, forced
+    from kvtool.kernels.native import compiler
+
+    path = compiler()
+    if forced() == "reference":
+        return Finding("kernels", f"plain torch, since {VARIABLE} says so")
+    if path is not None:
+        return Finding("kernels", f"in C, compiled by {path}")
+    hint = "a C compiler (gcc, clang; CC names another one) makes decoding faster"
+    wrong = forced() == "native"
+    return Finding("kernels", "plain torch: no C compiler that can make them", wrong, hint)
 
 
 def _triton(device: torch.device) -> list[Finding]:

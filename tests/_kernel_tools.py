@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvtool.kernels.packed_attention import Blocks, Ring, paged
+from kvtool.kernels.quantise import groups_of, packed_bytes
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
@@ -73,3 +76,47 @@ def needs_any_size() -> None:
     """Skips a size that an old assembler is known to get wrong."""
     if not any_size():
         pytest.skip("a ptxas before 12.9 gets kernels of this size wrong")
+
+
+def packed_memory(
+    keys: int, values: int, *, size: int = 64, width: int = 64, heads: int = 2, sink: int = 4,
+    window: int = 20, lengths: tuple[int, ...] = (0, 1, 7, 100, 217),
+    dtype: torch.dtype = torch.float32, clips: tuple[float, float] = (1.0, 1.0),
+) -> tuple[Ring, Blocks, torch.Tensor]:  # fmt: skip
+    """Rings full of numbers, NaN where nobody wrote, and blocks of everything that is due."""
+    rows, each = len(lengths), paged.PAGE // size
+    pages = rows * (-(-max(lengths) // paged.PAGE) + 1)
+    table = (torch.randperm(pages) + 1).view(rows, -1).int().to(DEVICE)
+    shape = (pages + 1, heads, each)
+    groups = groups_of(width, size)
+
+    def scales(*more: int) -> torch.Tensor:
+        return torch.full((*shape, *more, 2), torch.nan, dtype=torch.float16, device=DEVICE)
+
+    def codes(*more: int) -> torch.Tensor:
+        return torch.randint(0, 256, (*shape, *more), dtype=torch.uint8).to(DEVICE)
+
+    blocks = Blocks(
+        codes(width, packed_bytes(size, keys)), scales(width, 1),
+        codes(size, packed_bytes(width, values)), scales(size, groups),
+        table, keys, values, *clips,
+    )  # fmt: skip
+    empty = torch.full((rows + 2, heads, sink + window + size, width), torch.nan, device=DEVICE)
+    ring = Ring(
+        empty.to(dtype),
+        empty.to(dtype, copy=True),
+        torch.randperm(rows + 2)[:rows].to(DEVICE),
+        sink,
+        window,
+    )
+    for length in range(1, max(lengths) + 1):
+        for b, n in enumerate(lengths):
+            if length <= n:
+                at = length - 1
+                slot = at if at < sink else sink + (at - sink) % (window + size)
+                for plane in (ring.keys, ring.values):
+                    new = torch.randn(heads, width) * (5 if at % 50 == 3 else 1)
+                    plane[ring.rows[b], :, slot] = new.to(DEVICE, dtype)
+        due = torch.tensor([min(length, n) if length <= n else 0 for n in lengths])
+        paged.pack_blocks(ring, blocks, due.int().to(DEVICE))
+    return ring, blocks, torch.tensor(lengths).int().to(DEVICE)

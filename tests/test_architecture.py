@@ -29,6 +29,8 @@ MAY_IMPORT = {
     },
 }
 
+LEAVES = {"kvtool._home.home"}  # which import nothing, and which any room may
+
 
 def files_of(room: str) -> list[Path]:
     """The Python files of a room."""
@@ -71,7 +73,7 @@ def test_imports_run_downwards_only(room: str) -> None:
         f"{file.relative_to(REPOSITORY)} imports {module}"
         for file in files_of(room)
         for module in sorted(imported_modules(file))
-        if room_of(module) not in {None, room} | MAY_IMPORT[room]
+        if module not in LEAVES and room_of(module) not in {None, room} | MAY_IMPORT[room]
     ]
     assert not wrong
 

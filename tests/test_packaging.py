@@ -31,12 +31,13 @@ def only(folder: Path, pattern: str) -> Path:
     return found
 
 
-def source_modules() -> set[str]:
-    """Every Python file of the package, under its import path."""
+def sources() -> set[str]:
+    """Every file of the package in Python or C, under its import path."""
     return {
         str(file.relative_to(REPOSITORY))
         for top in ("kvtool", *(f"kvtool/{room}" for room in ROOMS))
-        for file in (REPOSITORY / top).rglob("*.py")
+        for file in (REPOSITORY / top).rglob("*.*")
+        if file.suffix in (".py", ".c", ".h")
     }
 
 
@@ -45,7 +46,7 @@ def test_wheel_has_every_module_once_and_nothing_else(built: Path) -> None:
         names = wheel.namelist()
     assert max(Counter(names).values()) == 1
     package = {name for name in names if ".dist-info/" not in name}
-    assert package == source_modules() | {"kvtool/py.typed", "kvtool/evaluate/report.html.j2"}
+    assert package == sources() | {"kvtool/py.typed", "kvtool/evaluate/report.html.j2"}
     for room in ROOMS:
         assert f"kvtool/{room}/__init__.py" in package
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -2,68 +2,20 @@
 
 import pytest
 import torch
-from _kernel_tools import DEVICE, DTYPES, TOLERANCE, rms_ratio
+from _kernel_tools import DEVICE, DTYPES, TOLERANCE, packed_memory, rms_ratio
 
-from kvtool.kernels.packed_attention import Blocks, Ring, fits, paged
-from kvtool.kernels.packed_attention.paged import PAGE
-from kvtool.kernels.quantise import groups_of, packed_bytes
+from kvtool.kernels.packed_attention import fits, paged
 
 pytest.importorskip("triton")
 
 kernel = pytest.importorskip("kvtool.kernels.packed_attention.triton")
 packing = pytest.importorskip("kvtool.kernels.packed_attention.pack_triton")
 
-LENGTHS = (0, 1, 7, 100, 217)
-
-
-def memory(
-    keys: int, values: int, *, size: int = 64, width: int = 64, heads: int = 2, sink: int = 4,
-    window: int = 20, lengths: tuple[int, ...] = LENGTHS, dtype: torch.dtype = torch.float32,
-    clips: tuple[float, float] = (1.0, 1.0),
-) -> tuple[Ring, Blocks, torch.Tensor]:  # fmt: skip
-    """Rings full of numbers, NaN where nobody wrote, and blocks of everything that is due."""
-    rows, each = len(lengths), PAGE // size
-    pages = rows * (-(-max(lengths) // PAGE) + 1)
-    table = (torch.randperm(pages) + 1).view(rows, -1).int().to(DEVICE)
-    shape = (pages + 1, heads, each)
-    groups = groups_of(width, size)
-
-    def scales(*more: int) -> torch.Tensor:
-        return torch.full((*shape, *more, 2), torch.nan, dtype=torch.float16, device=DEVICE)
-
-    def codes(*more: int) -> torch.Tensor:
-        return torch.randint(0, 256, (*shape, *more), dtype=torch.uint8).to(DEVICE)
-
-    blocks = Blocks(
-        codes(width, packed_bytes(size, keys)), scales(width, 1),
-        codes(size, packed_bytes(width, values)), scales(size, groups),
-        table, keys, values, *clips,
-    )  # fmt: skip
-    empty = torch.full((rows + 2, heads, sink + window + size, width), torch.nan, device=DEVICE)
-    ring = Ring(
-        empty.to(dtype),
-        empty.to(dtype, copy=True),
-        torch.randperm(rows + 2)[:rows].to(DEVICE),
-        sink,
-        window,
-    )
-    for length in range(1, max(lengths) + 1):
-        for b, n in enumerate(lengths):
-            if length <= n:
-                at = length - 1
-                slot = at if at < sink else sink + (at - sink) % (window + size)
-                for plane in (ring.keys, ring.values):
-                    new = torch.randn(heads, width) * (5 if at % 50 == 3 else 1)
-                    plane[ring.rows[b], :, slot] = new.to(DEVICE, dtype)
-        due = torch.tensor([min(length, n) if length <= n else 0 for n in lengths])
-        paged.pack_blocks(ring, blocks, due.int().to(DEVICE))
-    return ring, blocks, torch.tensor(lengths).int().to(DEVICE)
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [(4, 4), (2, 2), (3, 3), (8, 8), (4, 2), (2, 8)])
 def test_attention_is_that_over_what_was_stored(bits, dtype):
-    ring, blocks, lengths = memory(*bits, dtype=dtype)
+    ring, blocks, lengths = packed_memory(*bits, dtype=dtype)
     q = torch.randn(len(lengths), 6, 64).to(DEVICE, dtype)
     expected = paged.packed_attention(q, ring, blocks, lengths, 0.125)
     found = kernel.packed_attention(q, ring, blocks, lengths, 0.125)
@@ -80,7 +32,7 @@ def test_attention_is_that_over_what_was_stored(bits, dtype):
 )  # fmt: skip
 def test_head_and_block_sizes(width, size, bits):
     assert fits(width, *bits, size)
-    ring, blocks, lengths = memory(*bits, width=width, size=size, lengths=(90, 200))
+    ring, blocks, lengths = packed_memory(*bits, width=width, size=size, lengths=(90, 200))
     q = torch.randn(2, 2, width, device=DEVICE)
     expected = paged.packed_attention(q, ring, blocks, lengths, 0.1)
     assert rms_ratio(kernel.packed_attention(q, ring, blocks, lengths, 0.1), expected) < 1e-5
@@ -98,7 +50,7 @@ def test_sizes_without_a_kernel():
 def test_blocks_are_packed_as_by_plain_torch(bits, width, dtype):
     clips = (0.85, 0.7) if bits[0] == 3 else (1.0, 1.0)
     due = (88, 20 + 4 + 3 * 64, 87, 5)  # the first two rows have just made one complete
-    ring, blocks, lengths = memory(
+    ring, blocks, lengths = packed_memory(
         *bits, width=width, lengths=due, clips=clips, dtype=dtype, heads=1
     )
     planes = ("keys", "key_scales", "values", "value_scales")
@@ -115,7 +67,7 @@ def test_blocks_are_packed_as_by_plain_torch(bits, width, dtype):
 
 @pytest.mark.filterwarnings("ignore:All-NaN")
 def test_not_a_number_reaches_the_reader():
-    ring, blocks, lengths = memory(4, 4, lengths=(88,), heads=1)
+    ring, blocks, lengths = packed_memory(4, 4, lengths=(88,), heads=1)
     ring.values[ring.rows[0], 0, 10, 5] = torch.nan
     ring.keys[ring.rows[0], 0, 12, 7] = torch.nan
     packing.pack_blocks(ring, blocks, lengths)
@@ -129,7 +81,7 @@ def test_not_a_number_reaches_the_reader():
 
 @pytest.mark.parametrize("items", [1, 3, 50])
 def test_how_work_is_cut_does_not_matter(monkeypatch, items):
-    ring, blocks, lengths = memory(4, 4)
+    ring, blocks, lengths = packed_memory(4, 4)
     q = torch.randn(len(lengths), 4, 64, device=DEVICE)
     expected = paged.packed_attention(q, ring, blocks, lengths, 0.125)
     monkeypatch.setattr(

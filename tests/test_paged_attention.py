@@ -182,5 +182,5 @@ def test_the_kernel_can_be_forced_and_refused(monkeypatch):
     monkeypatch.delenv(VARIABLE)
     assert use_triton(q) == q.is_cuda
     monkeypatch.setenv(VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="can be reference or triton"):
+    with pytest.raises(ValueError, match="can be reference, native or triton"):
         use_triton(q)

@@ -445,7 +445,10 @@ def test_a_cache_may_be_larger_than_the_context(engines, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kernels", "interpret", "said"),
-    [("cuda", "1", "can be reference or triton"), ("triton", "0", "needs TRITON_INTERPRET=1")],
+    [
+        ("cuda", "1", "can be reference, native or triton"),
+        ("triton", "0", "needs TRITON_INTERPRET=1"),
+    ],
 )
 def test_kernels_that_cannot_run_are_refused(tiny, monkeypatch, kernels, interpret, said):
     monkeypatch.setenv(VARIABLE, kernels)

@@ -10,7 +10,7 @@ import torch
 from _convert_tools import YARN, edited_copy, one_thread, random_ids
 
 from kvtool._transformers import cache_argument
-from kvtool.bits import Bits, Tier, read_keys, read_values, turn
+from kvtool.bits import Bits, Tier, read_keys, read_values
 from kvtool.calibrate import fp8_scales
 from kvtool.calibrate.allocate import choose
 from kvtool.calibrate.bit_options import QuantizationOptions, parse_bits, parse_tiers
@@ -30,6 +30,7 @@ from kvtool.convert.verify import Fp8Cache
 from kvtool.divergence import kl_divergence
 from kvtool.errors import UsageError
 from kvtool.fp8 import stored_scales
+from kvtool.kernels.hadamard import turn
 from kvtool.layer_plan import LayerPlan
 from kvtool.plan import Plan, base_of
 from kvtool.runtime import Engine

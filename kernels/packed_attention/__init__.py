@@ -1,12 +1,14 @@
 """Attention that reads packed integers: scales are folded into queries and probabilities.
 
 What ends in `scores` and `sums` reads the blocks of one row in plain torch. :func:`pack_blocks` and
-:func:`packed_attention` are a decode step of many rows in shared pages, and run Triton on CUDA.
+:func:`packed_attention` are a decode step of many rows, and run Triton on CUDA; the second runs C
+on a processor.
 """
 
 from torch import Tensor
 
 from kvtool.kernels.dispatch import use_triton
+from kvtool.kernels.native import use_native
 from kvtool.kernels.packed_attention import paged
 from kvtool.kernels.packed_attention.paged import Blocks, Ring, fits
 from kvtool.kernels.packed_attention.reference import (
@@ -49,4 +51,6 @@ def packed_attention(
     run = paged.packed_attention
     if use_triton(q):
         from kvtool.kernels.packed_attention.triton import packed_attention as run
+    elif use_native(q):
+        from kvtool.kernels.packed_attention.native import packed_attention as run
     return run(q, ring, blocks, lengths, scaling, sink_logits)

@@ -1,9 +1,10 @@
-"""Packed heads in shared pages, in plain torch: the contract of what a decode step does with them.
+"""Packed heads in pages, in plain torch: the contract of what a decode step does with them.
 
 A row keeps its first `sink` tokens and its last ones exactly, in a ring; all between them lie in
 blocks of N tokens, packed in the row's pages. Token t >= sink has the offset o = t - sink: in the
-ring it lies at sink + o mod (window + N), and its block is number o // N, of which a page of 64
-tokens holds 64 / N. A row of n tokens has max(0, n - sink - window) // N blocks.
+ring it lies at sink + o mod (window + N), and its block is number o // N. A page that rows share
+holds the 64 / N blocks of 64 tokens; one that is a row's own may hold any number of them. A row of
+n tokens has max(0, n - sink - window) // N blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvtool.kernels.hadamard import turn
 from kvtool.kernels.quantise import dequantise, quantise
 from kvtool.kernels.sink_logits import softmax
 
@@ -45,13 +47,16 @@ class Blocks(NamedTuple):
     """Packed tokens (`kernels/quantise`): keys with scales per channel, values with one per token.
 
     Attributes:
-        keys: `[P, H, 64 / N, D, ·]` uint8, a block's N tokens of a channel packed side by side.
-        key_scales: `[P, H, 64 / N, D, 1, 2]` fp16.
-        values: `[P, H, 64 / N, N, ·]` uint8, the D channels of a token packed side by side.
-        value_scales: `[P, H, 64 / N, N, groups, 2]` fp16, for each N channels.
+        keys: `[P, H, b, D, ·]` uint8 with b blocks of a page, a block's N tokens of a channel
+            packed side by side. Triton's kernels take pages of 64 / N blocks.
+        key_scales: `[P, H, b, D, 1, 2]` fp16.
+        values: `[P, H, b, N, ·]` uint8, the D channels of a token packed side by side.
+        value_scales: `[P, H, b, N, groups, 2]` fp16, for each N channels.
         table: `[B, pages]` int32, in which pages a row's tokens lie.
         key_bits, value_bits: Of a number.
         key_clip, value_clip: Share of a range that codes are spread over.
+        turned: Whether values are stored behind a Hadamard transform, which those of the ring are
+            not. Triton's kernels take none: there both are (`kvtool/runtime/packed.py`).
     """
 
     keys: Tensor
@@ -63,6 +68,7 @@ class Blocks(NamedTuple):
     value_bits: int
     key_clip: float = 1.0
     value_clip: float = 1.0
+    turned: bool = False
 
     @property
     def size(self) -> int:
@@ -78,7 +84,7 @@ class Blocks(NamedTuple):
 
     def at(self, row: int, block: int) -> tuple[int, int]:
         """In which page a block lies, and where there."""
-        each = PAGE // self.size
+        each = self.keys.shape[2]
         return int(self.table[row, block // each]), block % each
 
 
@@ -118,6 +124,7 @@ def pack_blocks(ring: Ring, blocks: Blocks, lengths: Tensor) -> None:
         row = int(ring.rows[b])
         page, within = blocks.at(b, done - 1)
         keys, values = (x[row][:, slots].float() for x in (ring.keys, ring.values))  # [H, N, D]
+        values = turn(values) if blocks.turned else values
         codes, scales = quantise(keys.mT, blocks.key_bits, size, blocks.key_clip)
         blocks.keys[page, :, within], blocks.key_scales[page, :, within] = codes, scales
         codes, scales = quantise(values, blocks.value_bits, size, blocks.value_clip)
@@ -155,7 +162,8 @@ def packed_attention(
             codes, scales = blocks.keys[page, :, within], blocks.key_scales[page, :, within]
             keys.append(dequantise(codes, scales, size, blocks.key_bits, size).mT)
             codes, scales = blocks.values[page, :, within], blocks.value_scales[page, :, within]
-            values.append(dequantise(codes, scales, width, blocks.value_bits, size))
+            read = dequantise(codes, scales, width, blocks.value_bits, size)
+            values.append(turn(read) if blocks.turned else read)
         k, v = torch.cat(keys, dim=1), torch.cat(values, dim=1)  # [H, n, D]
         if length:
             grouped = q[b].float().unflatten(0, (heads, -1)) * scaling

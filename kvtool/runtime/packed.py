@@ -29,10 +29,12 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import GroupedQueryAttention, causal_attention
-from kvtool.bits import Bits, Factors, from_stored, to_stored, turn
+from kvtool.bits import Bits, Factors, from_stored, to_stored
 from kvtool.codes import Positions
 from kvtool.kernels.append import append
+from kvtool.kernels.hadamard import turn
 from kvtool.kernels.low_rank import low_rank, low_rank_scores, low_rank_sums
+from kvtool.kernels.native import use_native
 from kvtool.kernels.packed_attention import (
     Blocks,
     Ring,
@@ -95,6 +97,7 @@ class PackedHeads(PackedStore):
             attention = like.new_zeros((rows, heads.count, bits.group), dtype=torch.float32)
             self.exact.planes["attention"] = attention
         self.bits, self.order, self.positions = bits, order, positions
+        self.fused = self.possible(bits, head_dim) and use_native(like)
         self.key_balance, self.value_balance = balances
         self.tokens, self.planes = capacity, {}
         for prefix, tier in zip(_PREFIXES, bits.tiers, strict=False):
@@ -127,11 +130,51 @@ class PackedHeads(PackedStore):
             return False  # later probes cannot be taken off the sums again
         return stored - self.bits.ring <= self.first_exact(length)
 
+    @staticmethod
+    def possible(bits: Bits, head_dim: int) -> bool:
+        """Whether a kernel reads such blocks."""
+        read_as_stored = bits.kind == "rotated" and bits.axis == "channel"
+        more = (bits.order, bits.rest, bits.key_balance, bits.value_balance, bits.kept)
+        plain = bits.hadamard != "both" and not bits.rank and all(x is None for x in more)
+        return read_as_stored and plain and fits(head_dim, bits.keys, bits.values, bits.group)
+
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
         if step.prompt is not None and self.dense_prompt:
             return self.read_prompt(new, step)
+        if self.fused and new.q.shape[2] == 1:
+            return self._add_newest(new, step)
         return self.add_tokens(new.q, (new.k, new.v), step)
+
+    def _add_newest(self, new: NewTokens, step: Step) -> Tensor:
+        """The same of one token per row."""
+        rows = range(len(step.starts)) if step.row is None else [step.row]
+        slots = [self.exact.slot(start) for start in step.starts]
+        self.exact.write(step.row, slots, {"keys": new.k, "values": new.v})
+        for row, start in zip(rows, step.starts, strict=True):
+            if self.bits.blocks(start + 1) > (block := self.bits.blocks(start)):
+                own = range(self.first_of(block), self.first_of(block + 1))
+                due = [self.exact.slot(position) for position in own]
+                self.pack(row, block, [plane[row][:, due] for plane in self.exact.planes.values()])
+        return self._read_newest(new.q, rows, step.lengths)
+
+    def _read_newest(self, q: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """What the newest tokens of some rows read, `q [B, Q, 1, D]`, once they lie here."""
+        places, counts = torch.tensor(rows), torch.tensor(lengths, dtype=torch.int32)
+        ring, blocks = self.stored(places, places.int()[:, None])
+        scaling, logits = self.scaling, self.sink_logits
+        return packed_attention(q[:, :, 0], ring, blocks, counts, scaling, logits)[:, :, None]
+
+    def stored(self, rows: Tensor, table: Tensor) -> tuple[Ring, Blocks]:
+        """What kernels read, of rings and pages of some rows."""
+        bits, planes, exact = self.bits, self.planes, self.exact.planes
+        ring = Ring(exact["keys"], exact["values"], rows, bits.sink, bits.window)
+        blocks = Blocks(
+            planes["keys"], planes["keys scales"], planes["values"], planes["values scales"],
+            table, bits.keys, bits.values, bits.key_clip, bits.value_clip,
+            bits.hadamard == "values",
+        )  # fmt: skip
+        return ring, blocks
 
     def watch_prompt(self, q: Tensor, start: int) -> None:
         if self.bits.rest is None:
@@ -174,6 +217,8 @@ class PackedHeads(PackedStore):
 
     def lend_later(self, q: Tensor, step: Step, seen: Seen | None) -> Tensor:
         rows = range(len(q)) if step.row is None else [step.row]
+        if self.fused and seen is None:
+            return self._read_newest(q, rows, step.lengths)
         contexts = []
         for b, (row, end) in enumerate(zip(rows, step.lengths, strict=True)):
             exact = self.exact_tokens(row, end) if seen is None else [x[0] for x in seen]
@@ -409,17 +454,10 @@ class PagedPacked(PagedBlocks, PackedHeads):
         self.pages, self.turned = pages, bits.hadamard == "values"
         room, bits = bits.sink + bits.window + PAGE, replace(bits, hadamard="none")
         super().__init__(heads, pages.count, room, bits, None, positions, dense_prompt)
+        self.fused = False  # steps of pages come to `step`
 
     def new_exact(self, rows: int, bits: Bits) -> StreamingHeads:
         return super().new_exact(self.pages.rows, bits)
-
-    @staticmethod
-    def possible(bits: Bits, head_dim: int) -> bool:
-        """Whether a kernel reads such blocks."""
-        read_as_stored = bits.kind == "rotated" and bits.axis == "channel"
-        more = (bits.order, bits.rest, bits.key_balance, bits.value_balance, bits.kept)
-        plain = bits.hadamard != "both" and not bits.rank and all(x is None for x in more)
-        return read_as_stored and plain and fits(head_dim, bits.keys, bits.values, bits.group)
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         if not self.turned:
@@ -438,7 +476,7 @@ class PagedPacked(PagedBlocks, PackedHeads):
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See :meth:`PagedHeads.step`."""
-        ring, blocks = self._stored(at)
+        ring, blocks = self.stored(at.rows, at.table)
         _, slots, _ = at.ring(self.bits.sink, self.bits.ring)
         values = turn(v) if self.turned else v
         asked = append(k, values, cos, sin, ring.keys, ring.values, slots, q)
@@ -448,19 +486,10 @@ class PagedPacked(PagedBlocks, PackedHeads):
 
     def read_step(self, q: Tensor, at: Place, out: Tensor | None = None) -> Tensor:
         """See :meth:`PagedHeads.read_step`."""
-        ring, blocks = self._stored(at)
+        ring, blocks = self.stored(at.rows, at.table)
         context = packed_attention(q, ring, blocks, at.lengths, self.scaling, self.sink_logits)
         context = turn(context) if self.turned else context
         return context if out is None else out.copy_(context)
-
-    def _stored(self, at: Place) -> tuple[Ring, Blocks]:
-        bits, planes, exact = self.bits, self.planes, self.exact.planes
-        ring = Ring(exact["keys"], exact["values"], at.rows, bits.sink, bits.window)
-        blocks = Blocks(
-            planes["keys"], planes["keys scales"], planes["values"], planes["values scales"],
-            at.table, bits.keys, bits.values, bits.key_clip, bits.value_clip,
-        )  # fmt: skip
-        return ring, blocks
 
 
 class PackedAttention(SplitAttention):

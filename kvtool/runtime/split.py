@@ -18,20 +18,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kvtool.attention import causal_attention
-from kvtool.kernels.decode_attention import decode_attention
+from kvtool.kernels.decode_attention import Run, decode_attention, decode_runs, fits
 from kvtool.kernels.sink_logits import softmax
 from kvtool.kernels.streaming_attention import streaming_attention
 from kvtool.runtime.dropping import DroppingHeads
 from kvtool.runtime.layers import NewTokens, Step
 from kvtool.runtime.pages import PagedHeads
 from kvtool.runtime.selection import Selector, keep
-from kvtool.runtime.stores import DenseStore, KVHeads, Seen, Store, whole_pages, with_spare_rows
+from kvtool.runtime.stores import DenseStore, KVHeads, Seen, Store, whole_pages
 
 if TYPE_CHECKING:
     from kvtool.runtime.floats import FloatHeads
@@ -184,6 +186,12 @@ class Kept:
     keys: Tensor
     values: Tensor
 
+    @cached_property
+    def run(self) -> Run:
+        """As kernels read it."""
+        starts = torch.tensor([0, *accumulate(self.counts)])
+        return Run(self.keys, self.values, max(self.counts), starts)
+
 
 class BudgetedHeads(DroppingHeads):
     """Heads that keep the best tokens of the prompt, and in growing tails all that come later."""
@@ -238,6 +246,16 @@ class BudgetedHeads(DroppingHeads):
         self.reserve(lengths)
         starts = [n - new.k.shape[2] for n in lengths]
         self.write(step.row, starts, {"keys": new.k, "values": new.v})
+        if new.q.shape[2] == 1 and fits(new.q, *self.planes.values()):
+            keys, values = self.planes.values()
+            read = [
+                [self.kept[row].run, Run(keys[row], values[row], n)]
+                for row, n in zip(rows, lengths, strict=True)
+            ]
+            asked = new.q[:, :, 0]
+            return decode_runs(asked, read, self.kv_heads, self.scaling, self.sink_logits)[
+                :, :, None
+            ]
         contexts = []
         for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
             keys, values = (plane[row, :, :n] for plane in self.planes.values())
@@ -327,14 +345,10 @@ def _decode_together(
     filled: Sequence[int],
 ) -> Tensor:
     """One token of each of several rows, written into its slot; reads the filled ones."""
-    scaling, sink_logits, contexts = stores[0].scaling, stores[0].sink_logits, []
-    rows = zip(stores, slots, filled, new.q.split(1), new.k.split(1), new.v.split(1), strict=False)
-    for store, slot, n, q, k, v in rows:
-        keys, values = store.planes["keys"], store.planes["values"]
-        keys.narrow(2, slot, 1).copy_(k)
-        values.narrow(2, slot, 1).copy_(v)
-        contexts.append(decode_attention(q[:, :, 0], keys, values, [n], scaling, sink_logits))
-    return with_spare_rows(contexts, len(new.q))[:, :, None]
+    for store, slot, k, v in zip(stores, slots, new.k.split(1), new.v.split(1), strict=False):
+        store.planes["keys"].narrow(2, slot, 1).copy_(k)
+        store.planes["values"].narrow(2, slot, 1).copy_(v)
+    return DenseStore.attend_together(stores, new.q, filled)
 
 
 class SplitStore(Store):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import causal_attention
-from kvtool.kernels.decode_attention import decode_attention
+from kvtool.kernels.decode_attention import decode_attention, decode_rows
 from kvtool.kernels.latent_attention import latent_decode_attention
 
 Seen = tuple[Tensor, Tensor]
@@ -220,6 +220,16 @@ class DenseStore(Store):
         )
         return context[:, :, None]
 
+    @staticmethod
+    def attend_together(stores: Sequence[Any], q: Tensor, lengths: Sequence[int]) -> Tensor:
+        """What the newest token of each of several stores of one row reads, `[B, Q, 1, D]`; zeros
+        for rows of `q` that have no store.
+        """
+        keys, values = ([store.planes[name] for store in stores] for name in ("keys", "values"))
+        scaling, logits = stores[0].scaling, stores[0].sink_logits
+        read = decode_rows(q[: len(stores), :, 0], keys, values, lengths, scaling, logits)
+        return with_spare_rows([*read[:, :, None].split(1)], len(q))
+
 
 class LatentStore(Store):
     """The latent and the rotated shared key of an MLA layer, side by side in one plane."""
@@ -262,6 +272,8 @@ class Rows(Store):
 
     def attend(self, q: Tensor, row: int | None, lengths: Sequence[int]) -> Tensor:
         """What each row reads of its own store, `[B, ...]`."""
+        if isinstance(self.stores[0], DenseStore):
+            return self.stores[0].attend_together(self.stores, q, lengths)
         parts = [
             store.attend(q[b : b + 1], None, [n])
             for b, (store, n) in enumerate(zip(self.stores, lengths, strict=True))

@@ -1,0 +1,233 @@
+/* What kernels for the processor share: vectors of floats, and attention cut into parts.
+
+   The past of a KV head is cut into parts of PART tokens. Each is weighed by itself, by any thread,
+   and the parts are put together by their maxima, as in flash decoding. Where the cuts are depends
+   on lengths alone, and no compiler may reorder a sum: threads do not change a result.
+
+   Vectors are those of GCC and Clang, so that the same lines become AVX-512, AVX2 or NEON. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define QUERIES 4 /* whose sums fit into the registers together */
+#elif defined(__AVX2__)
+#define LANES 8
+#define QUERIES 2
+#else
+#define LANES 4
+#define QUERIES 4
+#endif
+
+#define PART 512   /* tokens */
+#define WIDEST 512 /* numbers of a head */
+
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
+
+INLINE int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+
+/* LANES bytes or halves as integers. GCC makes many instructions of __builtin_convertvector. */
+INLINE Ints widen_bytes(const void *at) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at));
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at));
+#else
+    return __builtin_convertvector(*(const Bytes *)at, Ints);
+#endif
+}
+
+INLINE Ints widen_halves(const void *at) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
+#else
+    return __builtin_convertvector(*(const Shorts *)at, Ints);
+#endif
+}
+
+INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+/* fp16 in the lower half of each lane. Zero's exponent and the others' differ by 112. */
+INLINE Floats from_fp16(Ints x) {
+    const Ints endless = (x & 0x7c00) == 0x7c00; /* infinite, or not a number */
+    const Floats size = (Floats)((x & 0x7fff) << 13) * 0x1p112f;
+    return (Floats)((Ints)size | (endless & 0x7f800000) | (x & 0x8000) << 16);
+}
+
+/* e4m3 in the lowest byte of each lane, whose 127 is not a number. */
+INLINE Floats from_e4m3(Ints x) {
+    const Ints none = (x & 0x7f) == 0x7f;
+    const Floats size = (Floats)((x & 0x7f) << 20) * 0x1p120f;
+    return (Floats)((Ints)size | (none & 0x7fc00000) | (x & 0x80) << 24);
+}
+
+enum { FP32, BF16, FP16, E4M3 };
+
+INLINE int64_t bytes_of(int dtype) { return dtype == FP32 ? 4 : dtype == E4M3 ? 1 : 2; }
+
+INLINE Floats load_whole(const void *at, int dtype) {
+    switch (dtype) {
+    case FP32: return *(const Floats *)at;
+    case BF16: return (Floats)(widen_halves(at) << 16);
+    case FP16: return from_fp16(widen_halves(at));
+    default: return from_e4m3(widen_bytes(at));
+    }
+}
+
+/* The next numbers of a line of which `left` are left, zeros behind them: nothing else is read. */
+INLINE Floats load(const void *at, int64_t left, int dtype) {
+    if (left >= LANES) return load_whole(at, dtype);
+    Floats some = {0};
+    memcpy(&some, at, left * bytes_of(dtype));
+    return load_whole(&some, dtype);
+}
+
+INLINE float sum_of(Floats x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+/* e^x for x <= 0 with a relative error below 3e-7; not less than e^-87. NaN stays. */
+INLINE Floats exponential(Floats x) {
+    const Floats zero = {0}, least = zero - 87.0f, magic = zero + 12582912.0f; /* 1.5 * 2^23 */
+    const Ints small = x < least;
+    x = (Floats)(((Ints)least & small) | ((Ints)x & ~small));
+    const Floats rounded = x * 1.44269504f + magic;
+    const Floats n = rounded - magic;
+    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Floats y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    const Ints power = ((Ints)rounded - (Ints)magic + 127) << 23;
+    return y * (Floats)power;
+}
+
+/* Scores become e^(score - largest), with zeros behind n; returns their sum. */
+static float weigh(float *scores, int64_t n, float *largest) {
+    float most = scores[0], rest[LANES];
+    for (int64_t i = 1; i < n; i++) most = scores[i] > most ? scores[i] : most;
+    Floats sums = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sums += *(Floats *)(scores + i) = exponential(*(Floats *)(scores + i) - most);
+    if (i < n) {
+        *(Floats *)rest = exponential(load(scores + i, n - i, FP32) - most);
+        for (int64_t k = 0; k < LANES; k++) scores[i + k] = i + k < n ? rest[k] : 0;
+        sums += *(Floats *)(scores + i);
+    }
+    *largest = most;
+    return sum_of(sums);
+}
+
+/* What the queries of a KV head found in one part: their largest scores, sums of weights, and sums
+   of values. */
+typedef struct {
+    float largest[QUERIES], total[QUERIES], sums[QUERIES][WIDEST + LANES];
+} Found;
+
+/* Attention of n queries over rows of keys and values, up to PART of them.
+
+   queries: [n, width], scaled, zeros behind the width.
+   rows: where tokens lie, as rows of both; none for 0, 1, 2, ... */
+INLINE void read_rows(Found *found, float queries[][WIDEST + LANES], int n, int64_t width, const char *keys,
+                      const char *values, const int64_t *rows, int64_t tokens, int dtype) {
+    float scores[QUERIES][PART + LANES];
+    const int64_t line = width * bytes_of(dtype), step = LANES * bytes_of(dtype);
+    for (int64_t t = 0; t < tokens; t++) {
+        const char *at = keys + (rows ? rows[t] : t) * line;
+        Floats sums[QUERIES] = {{0}};
+        for (int64_t c = 0; c < width; c += LANES, at += step) {
+            const Floats x = load(at, width - c, dtype);
+            for (int i = 0; i < n; i++) sums[i] += *(Floats *)(queries[i] + c) * x;
+        }
+        for (int i = 0; i < n; i++) scores[i][t] = sum_of(sums[i]);
+    }
+    for (int i = 0; i < n; i++) {
+        found->total[i] = weigh(scores[i], tokens, &found->largest[i]);
+        memset(found->sums[i], 0, sizeof found->sums[i]);
+    }
+    for (int64_t first = 0; first < tokens; first += 16) { /* rows that stay in the nearest cache */
+        const int64_t end = smaller(tokens, first + 16);
+        for (int64_t c = 0; c < width; c += LANES) {
+            Floats sums[QUERIES];
+            for (int i = 0; i < n; i++) sums[i] = *(Floats *)(found->sums[i] + c);
+            for (int64_t t = first; t < end; t++) {
+                const char *at = values + (rows ? rows[t] : t) * line + c * bytes_of(dtype);
+                const Floats x = load(at, width - c, dtype);
+                for (int i = 0; i < n; i++) sums[i] += scores[i][t] * x;
+            }
+            for (int i = 0; i < n; i++) *(Floats *)(found->sums[i] + c) = sums[i];
+        }
+    }
+}
+
+/* The same for a number of queries that the compiler knows, so that sums stay in registers. */
+INLINE void read_rows_of(Found *found, float queries[][WIDEST + LANES], int n, int64_t width, const char *keys,
+                         const char *values, const int64_t *rows, int64_t tokens, int dtype) {
+    switch (n) {
+    case 1: read_rows(found, queries, 1, width, keys, values, rows, tokens, dtype); break;
+    case 2: read_rows(found, queries, 2, width, keys, values, rows, tokens, dtype); break;
+#if QUERIES > 2
+    case 3: read_rows(found, queries, 3, width, keys, values, rows, tokens, dtype); break;
+    case 4: read_rows(found, queries, 4, width, keys, values, rows, tokens, dtype); break;
+#endif
+    }
+}
+
+static void read_tokens(Found *found, float queries[][WIDEST + LANES], int n, int64_t width, const void *keys,
+                        const void *values, const int64_t *rows, int64_t tokens, int64_t dtype) {
+    switch (dtype) {
+    case FP32: read_rows_of(found, queries, n, width, keys, values, rows, tokens, FP32); break;
+    case BF16: read_rows_of(found, queries, n, width, keys, values, rows, tokens, BF16); break;
+    case FP16: read_rows_of(found, queries, n, width, keys, values, rows, tokens, FP16); break;
+    default: read_rows_of(found, queries, n, width, keys, values, rows, tokens, E4M3);
+    }
+}
+
+/* Queries [n, width] times a factor, with zeros behind the width. */
+static void scale_queries(float to[][WIDEST + LANES], const float *q, int n, int64_t width, float factor) {
+    for (int i = 0; i < n; i++)
+        for (int64_t c = 0; c < PADDED(width); c++) to[i][c] = c < width ? q[i * width + c] * factor : 0;
+}
+
+/* Puts what n queries found, values times a factor, where they are put together: [n, 2 + width]. */
+static void keep(float *to, const Found *found, int n, int64_t width, float factor) {
+    for (int i = 0; i < n; i++, to += 2 + width) {
+        to[0] = found->largest[i];
+        to[1] = found->total[i];
+        for (int64_t c = 0; c < width; c++) to[2 + c] = found->sums[i][c] * factor;
+    }
+}
+
+/* One softmax of the parts of a query head, `stride` apart; returns what sums are to be divided by.
+   logit: joins the softmax, and has no value; none if there is none. */
+static float add_parts(float *sums, float *far, const float *found, int64_t parts, int64_t near, int64_t stride,
+                       int64_t width, const float *logit) {
+    float largest = logit ? *logit : -INFINITY;
+    for (int64_t p = 0; p < parts; p++)
+        if (!(found[p * stride] <= largest)) largest = found[p * stride];
+    float total = logit ? expf(*logit - largest) : 0;
+    for (int64_t p = 0; p < parts; p++) {
+        float *to = p < near ? sums : far;
+        const float weight = expf(found[p * stride] - largest);
+        total += weight * found[p * stride + 1];
+        for (int64_t c = 0; c < width; c++) to[c] += weight * found[p * stride + 2 + c];
+    }
+    return total;
+}

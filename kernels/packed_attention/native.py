@@ -1,0 +1,83 @@
+"""The decode step over packed heads in C; see `cpu.c`, and for the contract `paged.py`."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from kvtool.kernels.native import DTYPES, PART, address, library
+from kvtool.kernels.packed_attention.paged import Blocks, Ring, packed_blocks
+
+
+class _Call(ctypes.Structure):  # as in cpu.c
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "heads", "group", "width")),
+        *((name, c_int64) for name in ("size", "key_bits", "value_bits", "each", "columns")),
+        *((name, c_int64) for name in ("turned", "sink", "window", "room", "dtype", "most")),
+        *((name, c_void_p) for name in ("q", "ring_keys", "ring_values", "ring_rows")),
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, c_void_p) for name in ("table", "lengths", "sink_logits", "parts", "out")),
+        ("scaling", c_float),
+    )
+
+
+def packed_attention(
+    q: Tensor,
+    ring: Ring,
+    blocks: Blocks,
+    lengths: Tensor,
+    scaling: float,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """See `paged.py`."""
+    (rows, queries, width), heads, size = q.shape, ring.keys.shape[1], blocks.size
+    assert size % 16 == 0, "groups of channels begin where vectors do"
+    assert ring.keys.is_contiguous()
+    assert ring.values.is_contiguous()
+    keys, key_scales, values, value_scales = blocks.planes
+    exact, packed = 0, 0
+    for length in lengths.tolist():
+        own = packed_blocks(length, ring, size)
+        exact, packed = max(exact, length - own * size), max(packed, own)
+    most = -(-exact // PART) + -(-packed // (PART // size))
+    group, asked = queries // heads, q.float().contiguous()
+    parts = asked.new_empty(rows * heads * most * group * (2 + width))
+    out = torch.empty_like(asked)
+    own_rows, table, counts = ring.rows.long(), blocks.table.int(), lengths.int()
+    logits = None if sink_logits is None else sink_logits.float().contiguous()
+    call = _Call(
+        rows=rows,
+        heads=heads,
+        group=group,
+        width=width,
+        size=size,
+        key_bits=blocks.key_bits,
+        value_bits=blocks.value_bits,
+        each=keys.shape[2],
+        columns=table.shape[1],
+        turned=blocks.turned,
+        sink=ring.sink,
+        window=ring.window,
+        room=ring.keys.shape[2],
+        dtype=DTYPES[ring.keys.dtype],
+        most=most,
+        q=address(asked),
+        ring_keys=address(ring.keys),
+        ring_values=address(ring.values),
+        ring_rows=address(own_rows),
+        keys=address(keys),
+        values=address(values),
+        key_scales=address(key_scales),
+        value_scales=address(value_scales),
+        table=address(table),
+        lengths=address(counts),
+        sink_logits=address(logits),
+        parts=address(parts),
+        out=address(out),
+        scaling=scaling,
+    )
+    library("packed_attention").packed_attention(ctypes.byref(call))
+    return out.to(q.dtype)

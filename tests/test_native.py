@@ -1,0 +1,268 @@
+"""Kernels in C against plain torch, and what compiles them."""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from _kernel_tools import TOLERANCE, packed_memory, rms_ratio
+from hypothesis import strategies as st
+
+from kvtool.doctor import examine
+from kvtool.kernels import native
+from kvtool.kernels.decode_attention import (
+    Run,
+    decode_attention,
+    decode_rows,
+    decode_runs,
+    e4m3,
+    fits,
+    reference,
+)
+from kvtool.kernels.decode_attention.native import WIDEST
+from kvtool.kernels.dispatch import VARIABLE
+from kvtool.kernels.native import PART
+from kvtool.kernels.packed_attention import packed_attention, paged
+from kvtool.kernels.packed_attention.native import packed_attention as packed_kernel
+
+compiled = pytest.mark.skipif(native.compiler() is None, reason="there is no C compiler")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCES = {**TOLERANCE, torch.float16: TOLERANCE[torch.bfloat16], torch.uint8: 1e-5}
+LENGTHS = (1, 2, 15, 16, 17, 100, PART - 1, PART, PART + 1, 2 * PART + 5)
+
+
+def random_codes(*shape: int) -> torch.Tensor:
+    """Of e4m3 numbers, as bytes."""
+    return torch.randn(shape).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+@compiled
+@hypothesis.given(
+    width=st.integers(1, WIDEST), heads=st.integers(1, 3), group=st.integers(1, 9),
+    lengths=st.lists(st.sampled_from(LENGTHS), min_size=1, max_size=3),
+    dtype=st.sampled_from(DTYPES), sink=st.booleans(),
+)  # fmt: skip
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_rows_are_read_as_by_plain_torch(width, heads, group, lengths, dtype, sink):
+    shape = (len(lengths), heads, max(lengths) + 3, width)
+    keys, values = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+    for b, n in enumerate(lengths):
+        for plane in (keys, values):
+            plane[b, :, :n] = torch.randn(heads, n, width)
+    q = torch.randn(len(lengths), heads * group, width).to(dtype)
+    logits = torch.randn(heads * group) if sink else None
+    exact = (x.float() for x in (q, keys, values))
+    expected = reference.decode_attention(*exact, lengths, width**-0.5, logits)
+    found = decode_attention(q, keys, values, lengths, width**-0.5, logits)
+    assert found.dtype == dtype
+    assert rms_ratio(found, expected) < TOLERANCES[dtype]
+    apart = [[x[None] for x in plane] for plane in (keys, values)]
+    assert torch.equal(decode_rows(q, *apart, lengths, width**-0.5, logits), found)
+
+
+@compiled
+@pytest.mark.parametrize("width", [8, 64, 80, 100])
+def test_runs_of_any_dtypes_are_one_softmax(width):
+    counts = (5, 0, PART + 1)  # of heads behind each other
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0)])
+    scales = torch.tensor([0.5, 2.0, 1.5]), torch.tensor([2.0, 1.0, 0.3])
+    kept = torch.randn(sum(counts), width), torch.randn(sum(counts), width)
+    codes = random_codes(3, 300, width), random_codes(3, 300, width)
+    near = tuple(torch.randn(3, 9, width).bfloat16() for _ in range(2))
+    q = torch.randn(1, 6, width)
+    runs = [Run(*kept, max(counts), starts), Run(*codes, 300, scales=scales), Run(*near, 9)]
+    found = decode_runs(q, [runs], 3, 0.2)[0]
+    for head, n in enumerate(counts):
+        own = slice(starts[head], starts[head] + n)
+        keys, values = (
+            torch.cat((x[own], e4m3.widen(c[head]) * s[head], y[head].float()))
+            for x, c, s, y in zip(kept, codes, scales, near, strict=True)
+        )
+        asked = q[0, 2 * head : 2 * head + 2]
+        expected = torch.softmax(asked @ keys.T * 0.2, dim=-1) @ values
+        assert rms_ratio(found[2 * head : 2 * head + 2], expected) < 1e-5
+
+
+@compiled
+def test_a_row_without_tokens_is_zeros():
+    keys = torch.full((1, 4, 8), torch.nan)
+    full = [Run(torch.ones(1, 4, 8), torch.ones(1, 4, 8), 4)]
+    found = decode_runs(torch.ones(2, 2, 8), [[Run(keys, keys, 0)], full], 1, 1.0, torch.ones(2))
+    assert not found[0].any()
+    assert found[1].all()
+
+
+@compiled
+def test_every_e4m3_number_is_read():
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 256)
+    run = Run(torch.zeros_like(values), values, 1)
+    found = decode_runs(torch.zeros(1, 1, 256), [[run]], 1, 1.0)[0]
+    expected = values[0].view(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", ["keys", "values"])
+def test_not_a_number_is_not_lost(place, dtype):
+    for at in (0, 7, PART, PART + 30):
+        planes = {x: torch.randn(1, 1, PART + 40, 24).to(dtype) for x in ("keys", "values")}
+        planes[place][0, 0, at, 5] = torch.nan
+        q = torch.ones(1, 2, 24).to(dtype)
+        found = decode_attention(q, planes["keys"], planes["values"], [PART + 40], 1.0)
+        assert found[..., 5].isnan().all()
+
+
+@compiled
+def test_nothing_behind_the_memory_is_read():
+    """The last numbers end where the machine allows no reading."""
+    size, width, tokens = mmap.PAGESIZE, 7, 21
+    memory = mmap.mmap(-1, 3 * size)
+    buffer = (ctypes.c_char * (3 * size)).from_buffer(memory)
+    start = ctypes.addressof(buffer)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for itemsize, dtype in ((4, torch.float32), (2, torch.bfloat16), (1, torch.uint8)):
+        used = width * tokens * itemsize
+        plane = torch.frombuffer(memory, dtype=dtype, count=width * tokens, offset=2 * size - used)
+        keys = plane.view(1, tokens, width)
+        keys.fill_(1)
+        assert libc.mprotect(ctypes.c_void_p(start + 2 * size), size, 0) == 0
+        found = decode_runs(torch.ones(1, 1, width), [[Run(keys, keys, tokens)]], 1, 1.0)
+        assert libc.mprotect(ctypes.c_void_p(start + 2 * size), size, 3) == 0
+        assert (found == (1 if itemsize > 1 else 2**-9)).all()
+
+
+@compiled
+def test_threads_do_not_change_a_bit():
+    ring, blocks, lengths = packed_memory(4, 3, lengths=(1200, 70))
+    keys = torch.randn(2, 3, 1500, 80)
+    q, asked = torch.randn(2, 6, 80), torch.randn(2, 6, 64)
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(decode_attention(q, keys, keys, [1500, 700], 0.1))
+        found.append(packed_attention(asked, ring, blocks, lengths, 0.1))
+    torch.set_num_threads(before)
+    for one, other in zip(found[:2] * 2, found[2:], strict=True):
+        assert torch.equal(one, other)
+
+
+@compiled
+@hypothesis.given(
+    bits=st.tuples(*[st.sampled_from((2, 3, 4, 8))] * 2), size=st.sampled_from((16, 32, 64)),
+    width=st.sampled_from((8, 24, 64, 80, 96, 128, 192, 512)), group=st.integers(1, 6),
+    dtype=st.sampled_from(DTYPES), sink=st.booleans(), turned=st.booleans(),
+    length=st.sampled_from((0, 1, 7, 100, 217, 700)),
+)  # fmt: skip
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_packed_heads_are_read_as_by_plain_torch(
+    bits, size, width, group, dtype, sink, turned, length
+):
+    hypothesis.assume(width * length <= 60_000)
+    ring, blocks, lengths = packed_memory(
+        *bits, size=size, width=width, lengths=(length, 90), dtype=dtype
+    )
+    blocks = blocks._replace(turned=turned)
+    q = torch.randn(2, 2 * group, width).to(dtype)
+    logits = torch.randn(2 * group) if sink else None
+    expected = paged.packed_attention(q.float(), ring, blocks, lengths, 0.1, logits)
+    found = packed_kernel(q, ring, blocks, lengths, 0.1, logits)
+    assert found.dtype == dtype
+    assert rms_ratio(found, expected) < TOLERANCES[dtype]
+
+
+@compiled
+def test_what_a_kernel_cannot_read_runs_in_plain_torch():
+    keys = torch.randn(1, 2, 5, 8)
+    assert fits(keys, keys, keys)
+    assert not fits(keys, keys, keys[..., :4])
+    assert not fits(keys, keys, keys.bfloat16())
+    assert not fits(keys, *[keys.double()] * 2)
+    assert not fits(keys, *[torch.randn(1, 2, 5, WIDEST + 1)] * 2)
+    assert not fits(keys.clone().requires_grad_(), keys, keys)
+    assert not fits(keys.to("meta"), keys, keys)
+
+
+@pytest.fixture
+def forgetful():
+    """Forgets which compiler there is, before and after."""
+    caches = (native._compiler, native._library, native._own_folder)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def kernels_found() -> str:
+    return next(x.found for x in examine() if x.name == "kernels")
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_compiler_plain_torch_runs(forgetful, monkeypatch, tmp_path, compiler):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("KVTOOL_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_COMPILERS", ())
+    assert native.compiler() is None
+    keys = torch.randn(1, 2, 5, 8)
+    assert not fits(keys, keys, keys)
+    assert decode_attention(torch.randn(1, 4, 8), keys, keys, [5], 1.0).isfinite().all()
+    assert "no C compiler" in kernels_found()
+    monkeypatch.setenv(VARIABLE, "native")
+    with pytest.raises(ValueError, match="needs a C compiler"):
+        fits(keys, keys, keys)
+
+
+@compiled
+def test_what_was_compiled_is_kept_and_mended(forgetful, monkeypatch, tmp_path):
+    monkeypatch.setenv("KVTOOL_HOME", str(tmp_path))
+    assert native.compiler() is not None
+    kept = sorted((tmp_path / "kernels").glob("*.so"))
+    assert [x.name.rpartition("-")[0] for x in kept] == list(native.NAMES)
+    assert [x.name for x in (tmp_path / "kernels").iterdir() if x not in kept] == []
+    for file in kept:
+        file.unlink()
+        file.write_bytes(b"")  # as a full disk leaves it
+    native._library.cache_clear()
+    assert native.compiler() is not None
+    assert "in C" in kernels_found()
+
+
+@compiled
+def test_a_home_that_cannot_be_written_is_done_without(forgetful, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KVTOOL_HOME", str(tmp_path / "file"))
+    assert native.compiler() is not None
+
+
+@compiled
+def test_processes_and_threads_may_compile_at_once(tmp_path):
+    code = (
+        "import threading, torch\n"
+        "from kvtool.kernels.decode_attention import decode_attention\n"
+        "k = torch.ones(1, 2, 5, 8)\n"
+        "run = lambda: decode_attention(torch.ones(1, 4, 8), k, k, [5], 1.0)\n"
+        "threads = [threading.Thread(target=run) for _ in range(3)]\n"
+        "[x.start() for x in threads]; [x.join() for x in threads]\n"
+        "assert (run() == 1).all()\n"
+    )
+    own = os.environ | {"KVTOOL_HOME": str(tmp_path), VARIABLE: "native"}
+    running = [subprocess.Popen([sys.executable, "-c", code], env=own) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+
+
+@compiled
+def test_there_is_one_openmp_runtime():
+    decode_attention(torch.ones(1, 1, 8), *[torch.ones(1, 1, 5, 8)] * 2, [5], 1.0)
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        pytest.skip("this system does not say what a process has loaded")
+    assert len({line.split()[-1] for line in maps if "gomp" in line or "iomp" in line}) <= 1

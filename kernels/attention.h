@@ -24,8 +24,7 @@
 #define QUERIES 4
 #endif
 
-#define PART 512   /* tokens */
-#define WIDEST 512 /* numbers of a head */
+/* PART, tokens, and WIDEST, numbers of a head, are given by native.py. */
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -60,17 +59,22 @@ INLINE Ints widen_halves(const void *at) {
 
 INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
-/* fp16 in the lower half of each lane. Zero's exponent and the others' differ by 112. */
+/* fp16 in the lower half of each lane. Exponents begin 112 later; where there is none, it is taken
+   as the first and what that has in front of the point taken off, as subnormal numbers of fp32 may
+   be flushed to zero. */
 INLINE Floats from_fp16(Ints x) {
     const Ints endless = (x & 0x7c00) == 0x7c00; /* infinite, or not a number */
-    const Floats size = (Floats)((x & 0x7fff) << 13) * 0x1p112f;
-    return (Floats)((Ints)size | (endless & 0x7f800000) | (x & 0x8000) << 16);
+    const Ints small = (x & 0x7c00) == 0;
+    const Ints bits = ((x & 0x7fff) << 13) + (112 << 23) - (small << 23);
+    const Floats size = (Floats)(bits | (endless & 0x7f800000)) - (Floats)(small & 0x38800000);
+    return (Floats)((Ints)size | (x & 0x8000) << 16);
 }
 
 /* e4m3 in the lowest byte of each lane, whose 127 is not a number. */
 INLINE Floats from_e4m3(Ints x) {
-    const Ints none = (x & 0x7f) == 0x7f;
-    const Floats size = (Floats)((x & 0x7f) << 20) * 0x1p120f;
+    const Ints none = (x & 0x7f) == 0x7f, small = (x & 0x78) == 0;
+    const Ints bits = ((x & 0x7f) << 20) + (120 << 23) - (small << 23);
+    const Floats size = (Floats)bits - (Floats)(small & 0x3c800000);
     return (Floats)((Ints)size | (none & 0x7fc00000) | (x & 0x80) << 24);
 }
 
@@ -101,11 +105,11 @@ INLINE float sum_of(Floats x) {
     return sum;
 }
 
-/* e^x for x <= 0 with a relative error below 3e-7; not less than e^-87. NaN stays. */
+/* e^x for x <= 0 with a relative error below 1e-7, and 0 below -87. NaN stays. */
 INLINE Floats exponential(Floats x) {
-    const Floats zero = {0}, least = zero - 87.0f, magic = zero + 12582912.0f; /* 1.5 * 2^23 */
-    const Ints small = x < least;
-    x = (Floats)(((Ints)least & small) | ((Ints)x & ~small));
+    const Floats zero = {0}, magic = zero + 12582912.0f; /* 1.5 * 2^23 */
+    const Ints small = x < zero - 87.0f;
+    x = (Floats)((Ints)x & ~small);
     const Floats rounded = x * 1.44269504f + magic;
     const Floats n = rounded - magic;
     const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -116,13 +120,15 @@ INLINE Floats exponential(Floats x) {
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
     const Ints power = ((Ints)rounded - (Ints)magic + 127) << 23;
-    return y * (Floats)power;
+    return (Floats)((Ints)(y * (Floats)power) & ~small);
 }
 
 /* Scores become e^(score - largest), with zeros behind n; returns their sum. */
 static float weigh(float *scores, int64_t n, float *largest) {
     float most = scores[0], rest[LANES];
     for (int64_t i = 1; i < n; i++) most = scores[i] > most ? scores[i] : most;
+    *largest = most;
+    if (most == -INFINITY) most = 0; /* then all weights are 0, but of what is not a number */
     Floats sums = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) sums += *(Floats *)(scores + i) = exponential(*(Floats *)(scores + i) - most);
@@ -131,7 +137,6 @@ static float weigh(float *scores, int64_t n, float *largest) {
         for (int64_t k = 0; k < LANES; k++) scores[i + k] = i + k < n ? rest[k] : 0;
         sums += *(Floats *)(scores + i);
     }
-    *largest = most;
     return sum_of(sums);
 }
 
@@ -224,6 +229,7 @@ static float add_parts(float *sums, float *far, const float *found, int64_t part
         if (!(found[p * stride] <= largest)) largest = found[p * stride];
     float total = logit ? expf(*logit - largest) : 0;
     for (int64_t p = 0; p < parts; p++) {
+        if (found[p * stride + 1] == 0) continue; /* scores of -inf alone */
         float *to = p < near ? sums : far;
         const float weight = expf(found[p * stride] - largest);
         total += weight * found[p * stride + 1];

@@ -1,7 +1,7 @@
 """Kernels in C: compiled for this processor when they are first used, and kept for later runs.
 
-They lie in `$KVTOOL_HOME/kernels`, by the content of their sources, the compiler and the processor.
-Threads are those of torch: whose OpenMP is in the process already, so none is linked.
+They lie in `$KVTOOL_HOME/kernels`, by sources, compiler and processor, with a hash of what was made
+in the name. Threads are those of torch: its OpenMP is in the process already, so none is linked.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 
 import torch
@@ -23,21 +25,30 @@ from torch import Tensor
 from kvtool._home import home
 from kvtool.kernels.dispatch import VARIABLE, forced
 
-_HEADERS = (Path(__file__).parent / "attention.h",)
-_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+NAMES = ("decode_attention", "packed_attention")
+"""Operations that have a kernel, `NAME/cpu.c` with a function of that name."""
+
+PART = 512
+"""Tokens that are read together."""
+
+WIDEST = 512
+"""Numbers of a head."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""As `attention.h` calls them."""
+
+E4M3 = 3
+"""The same for bytes that hold such numbers."""
+
+_FOLDER = Path(__file__).parent
+_FLAGS = (
+    "-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
+    f"-DPART={PART}", f"-DWIDEST={WIDEST}",
+)  # fmt: skip
 _PROCESSOR = ("-march=native", "-mcpu=native", None)  # x86 and ARM; compilers know one or both
 _THREADS = ("-fopenmp", None)
 _COMPILERS = ("cc", "gcc", "clang")
 _SECONDS = 60  # that one may take
-
-NAMES = ("decode_attention", "packed_attention")
-"""Operations that have a kernel."""
-
-PART = 512
-"""Tokens that are read together, see `attention.h`."""
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
-"""As `attention.h` calls them; bytes hold e4m3."""
 
 
 def use_native(*tensors: Tensor) -> bool:
@@ -49,22 +60,21 @@ def use_native(*tensors: Tensor) -> bool:
     choice = forced()
     if choice in ("reference", "triton") or any(x.device.type != "cpu" for x in tensors):
         return False
-    there = compiler() is not None
+    there = _library() is not None
     if choice == "native" and not there:
         raise ValueError(f"{VARIABLE}=native needs a C compiler, and there is none")
     return there
 
 
 def compiler() -> str | None:
-    """The path of a C compiler: `$CC`, or what is called so; None where there is none that can
-    compile the kernels.
-    """
-    return _compiler() if all(_library(name) is not None for name in NAMES) else None
+    """What compiles the kernels: `$CC`, or else a compiler of the system; None if none can."""
+    found = _compiler()
+    return None if found is None or _library() is None else shlex.join(found)
 
 
-def library(name: str) -> ctypes.CDLL:
-    """The kernel `NAME/cpu.c`, where :func:`use_native` says that there are such."""
-    loaded = _library(name)
+def library() -> ctypes.CDLL:
+    """The kernels, where :func:`use_native` says that there are such."""
+    loaded = _library()
     assert loaded is not None
     return loaded
 
@@ -74,40 +84,45 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-@functools.cache
-def _compiler() -> str | None:
-    names = filter(None, (os.environ.get("CC"), *_COMPILERS))
-    return next((path for name in names if (path := shutil.which(name))), None)
+def learns(*tensors: Tensor | None) -> bool:
+    """Whether gradients are wanted, which kernels do not give."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-@functools.cache
-def _library(name: str) -> ctypes.CDLL | None:
-    path, source = _compiler(), Path(__file__).parent / name / "cpu.c"
-    if path is None:
-        return None
-    key = hashlib.sha256()
-    for part in (*(x.read_bytes() for x in (source, *_HEADERS)), path.encode(), _processor()):
-        key.update(part)
-    built = f"{name}-{key.hexdigest()[:16]}.so"
-    for folder in _folders():
-        kept = folder / built
-        try:
-            if not _loads(kept):
-                _build(path, source, kept)
-            return ctypes.CDLL(str(kept))
-        except OSError:
-            continue
+def _compiler() -> list[str] | None:
+    for name in filter(None, (os.environ.get("CC"), *_COMPILERS)):
+        words = shlex.split(name)
+        if words and (path := shutil.which(words[0])):
+            return [path, *words[1:]]
     return None
 
 
-def _folders() -> Iterator[Path]:
-    """Where to keep what was compiled: for later runs, or where that cannot be, for this one."""
+_lock = threading.Lock()
+
+
+def _library() -> ctypes.CDLL | None:
+    with _lock:  # threads that come at once wait for the one that compiles
+        return _found()
+
+
+@functools.cache
+def _found() -> ctypes.CDLL | None:
+    command = _compiler()
+    if command is None:
+        return None
+    key, kept = _key(command), None
     try:
-        (home() / "kernels").mkdir(parents=True, exist_ok=True)
-        yield home() / "kernels"
-    except OSError:
+        kept = home() / "kernels"
+        for file in kept.glob(f"{key}-*.so"):
+            if (loaded := _load(file)) is not None:
+                return loaded
+    except (OSError, RuntimeError):  # a home that cannot be read, or none
         pass
-    yield Path(_own_folder().name)
+    try:
+        made = _build(command, Path(_own_folder().name))
+        return None if made is None else _load(_keep(made, key, kept)) or _load(made)
+    except OSError:  # nor is there a place for temporary files
+        return None
 
 
 @functools.cache
@@ -115,45 +130,98 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="kvtool-kernels-")
 
 
-def _build(path: str, source: Path, kept: Path) -> None:
-    """Compiles with what the compiler can do of threads and of this processor.
+def _key(command: list[str]) -> str:
+    """What was compiled from these sources, by this compiler, for this processor and torch."""
+    key, compiler = hashlib.sha256(), Path(command[0]).stat()
+    for source in (_FOLDER / "attention.h", *(_FOLDER / name / "cpu.c" for name in NAMES)):
+        key.update(source.read_bytes())
+    found = command, compiler.st_size, compiler.st_mtime_ns, _processor(), torch.__version__
+    key.update(repr((_FLAGS, found)).encode())
+    return key.hexdigest()[:16]
 
-    Raises:
-        OSError: It can do nothing of it, or what it made cannot be loaded.
-    """
-    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-        made, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
-        for threads in _THREADS:
-            for processor in _PROCESSOR:
-                flags = [*_FLAGS, *(x for x in (threads, processor) if x)]
-                compiled = _run(path, *flags, f"-I{source.parents[1]}", "-c", source, "-o", made)
-                if compiled and _run(path, "-shared", made, "-o", linked, "-lm") and _loads(linked):
-                    linked.replace(kept)
-                    return
-    raise OSError(f"{path} cannot compile {source}")
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _load(file: Path) -> ctypes.CDLL | None:
+    """None if it cannot be, or is not what was written: half a library would end the process."""
+    if file.stem.rpartition("-")[2] != _digest(file):
+        return None
+    try:
+        loaded = ctypes.CDLL(str(file))
+        for name in NAMES:
+            getattr(loaded, name)
+    except (OSError, AttributeError):
+        return None
+    return loaded
+
+
+def _keep(made: Path, key: str, folder: Path | None) -> Path:
+    """Puts it where later runs look for it, if that can be."""
+    if folder is None:
+        return made
+    kept = folder / f"{key}-{_digest(made)}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            copy = Path(shutil.copy(made, beside))
+            copy.replace(kept)
+    except OSError:
+        return made
+    return kept
+
+
+def _build(command: list[str], folder: Path) -> Path | None:
+    """Compiles with what the compiler can do of threads and of this processor; None if nothing."""
+    for threads in _THREADS:
+        for processor in _PROCESSOR:
+            flags = [*_FLAGS, *(x for x in (threads, processor) if x)]
+            try:
+                made = _compiled(command, flags, folder)
+            except subprocess.TimeoutExpired:
+                return None
+            if made is not None and _load(made) is not None:
+                return made
+    return None
+
+
+def _compiled(command: list[str], flags: list[str], folder: Path) -> Path | None:
+    linked, objects = folder / "kernels.so", [folder / f"{name}.o" for name in NAMES]
+    for name, made in zip(NAMES, objects, strict=True):
+        if not _run(*command, *flags, f"-I{_FOLDER}", "-c", _FOLDER / name / "cpu.c", "-o", made):
+            return None
+    if not _run(*command, "-shared", *objects, "-o", linked, "-lm"):
+        return None
+    return linked.rename(folder / f"kernels-{_digest(linked)}.so")
 
 
 def _run(*command: str | Path) -> bool:
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
+    """Whether it came to a good end.
 
-
-def _loads(file: Path) -> bool:
+    Raises:
+        subprocess.TimeoutExpired: It came to none; it is stopped with all that it has started.
+    """
+    nothing = subprocess.DEVNULL
     try:
-        ctypes.CDLL(str(file))
+        running = subprocess.Popen(
+            command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+        )
     except OSError:
         return False
-    return True
+    try:
+        return running.wait(_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        raise
 
 
-def _processor() -> bytes:
+def _processor() -> str:
     """What distinguishes processors that one folder of kernels may serve."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         flags = platform.processor()
-    return f"{platform.machine()} {flags}".encode()
+    return f"{platform.machine()} {flags}"

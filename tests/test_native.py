@@ -187,13 +187,68 @@ def test_what_a_kernel_cannot_read_runs_in_plain_torch():
     assert not fits(keys, *[keys.double()] * 2)
     assert not fits(keys, *[torch.randn(1, 2, 5, WIDEST + 1)] * 2)
     assert not fits(keys.clone().requires_grad_(), keys, keys)
+    assert not fits(keys, keys.clone().requires_grad_(), keys)
     assert not fits(keys.to("meta"), keys, keys)
+    assert not fits(keys, keys.mT.contiguous().mT, keys)
+    assert not fits(keys, *[torch.randn(1, 2, 5, 16)[..., ::2]] * 2)
+    assert not fits(keys, *[torch.ones(1, 2, 5, 8, dtype=torch.uint8)] * 2)
+    assert not fits(keys[..., :4], keys, keys)
+    q, between = keys[:, :, 0], torch.randn(1, 5, 2, 8).transpose(1, 2)
+    expected = decode_attention(q, between.contiguous(), between.contiguous(), [5], 0.3)
+    torch.testing.assert_close(decode_attention(q, between, between, [5], 0.3), expected)
+    with pytest.raises(AssertionError):
+        decode_attention(q, keys, keys, [6], 0.3)
+
+
+@compiled
+@pytest.mark.parametrize("change", ["wide", "small blocks", "double", "mixed", "part", "learns"])
+def test_packed_heads_that_a_kernel_cannot_read_run_in_plain_torch(change):
+    size, width = (8 if change == "small blocks" else 32), (576 if change == "wide" else 24)
+    ring, blocks, lengths = packed_memory(8, 8, size=size, width=width, lengths=(90,))
+    q = torch.randn(1, 4, width, requires_grad=change == "learns")
+    if change == "double":
+        ring = ring._replace(keys=ring.keys.double(), values=ring.values.double())
+    if change == "mixed":
+        ring = ring._replace(values=ring.values.bfloat16())
+    if change == "part":
+        ring = ring._replace(values=torch.cat((ring.values,) * 2, dim=-1)[..., :width])
+    expected = paged.packed_attention(q, ring, blocks, lengths, 0.1)
+    found = packed_attention(q, ring, blocks, lengths, 0.1)
+    assert torch.equal(found, expected)
+    assert found.requires_grad == (change == "learns")
+
+
+@compiled
+def test_scores_without_end_are_weights_of_zero():
+    """A part whose scores are all -inf adds nothing, and hides nothing that is no number."""
+    keys, values = torch.ones(1, 1, PART + 1, 8), torch.ones(1, 1, PART + 1, 8)
+    q = torch.ones(1, 1, 8)
+    for at in (5, PART):
+        keys[0, 0, at] = -torch.inf
+        assert (decode_attention(q, keys, values, [PART + 1], 1.0) == 1).all()
+    assert decode_attention(q, keys[:, :, PART:], values[:, :, PART:], [1], 1.0).isnan().all()
+    keys[0, 0, PART] = torch.nan
+    assert decode_attention(q, keys, values, [PART + 1], 1.0).isnan().all()
+
+
+@compiled
+def test_small_numbers_are_read_where_subnormal_ones_are_flushed():
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 1, 256)
+    halves = torch.arange(-40, 41).mul(2.0**-24).half().view(1, 1, 81)
+    expected = codes[0].view(torch.float8_e4m3fn).float()
+    assert torch.set_flush_denormal(True)
+    run = Run(torch.zeros_like(codes), codes, 1)
+    found = decode_runs(torch.zeros(1, 1, 256), [[run]], 1, 1.0)[0]
+    read = decode_runs(torch.zeros(1, 1, 81), [[Run(halves * 0, halves, 1)]], 1, 1.0)[0]
+    torch.set_flush_denormal(False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(read, halves[0].float())
 
 
 @pytest.fixture
 def forgetful():
     """Forgets which compiler there is, before and after."""
-    caches = (native._compiler, native._library, native._own_folder)
+    caches = (native._found, native._own_folder)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -224,15 +279,18 @@ def test_without_a_compiler_plain_torch_runs(forgetful, monkeypatch, tmp_path, c
 def test_what_was_compiled_is_kept_and_mended(forgetful, monkeypatch, tmp_path):
     monkeypatch.setenv("KVTOOL_HOME", str(tmp_path))
     assert native.compiler() is not None
-    kept = sorted((tmp_path / "kernels").glob("*.so"))
-    assert [x.name.rpartition("-")[0] for x in kept] == list(native.NAMES)
-    assert [x.name for x in (tmp_path / "kernels").iterdir() if x not in kept] == []
-    for file in kept:
-        file.unlink()
-        file.write_bytes(b"")  # as a full disk leaves it
-    native._library.cache_clear()
-    assert native.compiler() is not None
+    (kept,) = (tmp_path / "kernels").iterdir()
+    content = kept.read_bytes()
+    for broken in (b"", b"no library", content[:4096], content[: len(content) // 2]):
+        kept.unlink()
+        kept.write_bytes(broken)  # as a full disk leaves it
+        native._found.cache_clear()
+        assert native.compiler() is not None
+        assert kept.read_bytes() == content
     assert "in C" in kernels_found()
+    monkeypatch.setattr(native, "_build", None)  # the next process finds it
+    native._found.cache_clear()
+    assert native.compiler() is not None
 
 
 @compiled
@@ -240,6 +298,29 @@ def test_a_home_that_cannot_be_written_is_done_without(forgetful, monkeypatch, t
     (tmp_path / "file").touch()
     monkeypatch.setenv("KVTOOL_HOME", str(tmp_path / "file"))
     assert native.compiler() is not None
+    native._found.cache_clear()
+    monkeypatch.setattr(native, "home", raising_nobody)
+    assert native.compiler() is not None
+    native._found.cache_clear()
+    native._own_folder.cache_clear()
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert native.compiler() is None
+
+
+def raising_nobody() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_compiler_that_hangs_is_stopped_once(forgetful, monkeypatch, tmp_path):
+    hanging = tmp_path / "cc"
+    hanging.write_text(f"#!/bin/sh\necho >> {tmp_path}/runs\nsleep 1000\n")
+    hanging.chmod(0o755)
+    monkeypatch.setenv("CC", str(hanging))
+    monkeypatch.setenv("KVTOOL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(native, "_SECONDS", 0.5)
+    assert native.compiler() is None
+    assert native.compiler() is None
+    assert (tmp_path / "runs").read_text() == "\n"
 
 
 @compiled

@@ -15,6 +15,7 @@ from kvtool.kernels.decode_attention import e4m3, reference
 from kvtool.kernels.decode_attention.e4m3 import widen
 from kvtool.kernels.decode_attention.native import Run, decode_runs, fits
 from kvtool.kernels.dispatch import use_triton
+from kvtool.kernels.native import learns
 
 __all__ = [
     "Run",
@@ -39,7 +40,7 @@ def decode_attention(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """See :func:`kvtool.kernels.decode_attention.reference.decode_attention`."""
-    if not fits(q, keys, values):
+    if not fits(q, keys, values) or learns(sink_logits):
         return reference.decode_attention(q, keys, values, lengths, scaling, sink_logits)
     read = [[Run(k, v, n)] for k, v, n in zip(keys, values, lengths, strict=True)]
     return decode_runs(q, read, keys.shape[1], scaling, sink_logits)
@@ -54,7 +55,8 @@ def decode_rows(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """The same with a tensor `[1, H, ·, D]` for each row's keys and values."""
-    if fits(q, keys[0], values[0]):
+    alike = zip(keys, values, strict=True)
+    if all(fits(q, k, v) for k, v in alike) and not learns(sink_logits):
         read = [[Run(k[0], v[0], n)] for k, v, n in zip(keys, values, lengths, strict=True)]
         return decode_runs(q, read, keys[0].shape[1], scaling, sink_logits)
     rows = zip(q.split(1), keys, values, lengths, strict=True)
@@ -72,9 +74,11 @@ def decode_attention_e4m3(
     exact: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See :func:`kvtool.kernels.decode_attention.e4m3.decode_attention_e4m3`."""
-    if not fits(q, keys, values):
+    reads = fits(q, keys, values, e4m3=True) and (exact is None or fits(q, *exact))
+    if not reads or learns(sink_logits, *scales):
         return e4m3.decode_attention_e4m3(q, keys, values, scaling, scales, sink_logits, exact)
-    runs = [Run(keys, values, keys.shape[1], scales=scales)]
+    own = scales[0].float().contiguous(), scales[1].float().contiguous()
+    runs = [Run(keys, values, keys.shape[1], scales=own)]
     if exact is not None:
         runs.append(Run(*exact, exact[0].shape[1]))
     return decode_runs(q[None], [runs], keys.shape[0], scaling, sink_logits)[0]

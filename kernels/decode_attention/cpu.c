@@ -13,6 +13,7 @@ typedef struct {
 typedef struct {
     int64_t rows, heads, group, width; /* B, H, query heads of each, D */
     int64_t runs, most;                /* of a row; and the most parts of a KV head */
+    int64_t threads;
     const float *q;                    /* [B, H, g, D] */
     const Run *read;                   /* [B, runs] */
     const float *sink_logits;          /* [H, g], or none */
@@ -64,7 +65,7 @@ static void merge(const Call *call, int64_t query) {
 
 void decode_attention(const Call *call) {
     const int64_t heads = call->rows * call->heads, queries = heads * call->group;
-#pragma omp parallel if (heads * call->most > 1)
+#pragma omp parallel num_threads(call->threads) if (heads * call->most > 1)
     {
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < heads * call->most; item++) read_part(call, item / call->most, item % call->most);

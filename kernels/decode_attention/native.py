@@ -10,18 +10,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvtool.kernels.native import DTYPES, PART, address, library, use_native
-
-WIDEST = 512
-"""Numbers of a head."""
+from kvtool.kernels.native import (
+    DTYPES,
+    E4M3,
+    PART,
+    WIDEST,
+    address,
+    learns,
+    library,
+    use_native,
+)
 
 
 class Run(NamedTuple):
     """Some tokens of a row, which all its queries read.
 
     Attributes:
-        keys, values: `[H, capacity, D]`, lines without gaps, or with `starts` `[S, D]`; bytes hold
-            e4m3.
+        keys, values: `[H, capacity, D]`, lines without gaps, or with `starts` `[S, D]`, of one
+            float dtype; bytes hold e4m3.
         length: Tokens of each head; of heads behind each other, of the longest.
         starts: `[H + 1]` int64, where heads begin that lie behind each other.
         scales: `[H]` fp32 each, what keys and values are multiplied by.
@@ -44,18 +50,26 @@ class _Run(ctypes.Structure):  # as in cpu.c
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("rows", "heads", "group", "width", "runs", "most")),
+        *((name, c_int64) for name in ("rows", "heads", "group", "width")),
+        *((name, c_int64) for name in ("runs", "most", "threads")),
         *((name, c_void_p) for name in ("q", "read", "sink_logits", "parts", "out")),
         ("scaling", c_float),
     )
 
 
-def fits(q: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the kernel reads such keys and values, `[..., H, ·, D]`."""
+def fits(q: Tensor, keys: Tensor, values: Tensor, *, e4m3: bool = False) -> bool:
+    """Whether the kernel reads such keys and values, `[..., H, ·, D]`.
+
+    Args:
+        e4m3: Whether they are bytes.
+    """
+    width = q.shape[-1]
     alike = keys.dtype == values.dtype and keys.shape == values.shape
-    known = keys.dtype in DTYPES and q.dtype in DTYPES and keys.shape[-1] <= WIDEST
-    learns = torch.is_grad_enabled() and q.requires_grad
-    return alike and known and not learns and use_native(q, keys)
+    known = (keys.dtype == torch.uint8) if e4m3 else (keys.dtype in DTYPES)
+    lie = all(x.stride()[-2:] == (width, 1) for x in (keys, values)) and width <= WIDEST
+    same = keys.dim() < 3 or keys.stride(-3) == values.stride(-3)
+    fine = alike and known and lie and same and q.dtype in DTYPES
+    return fine and not learns(q, keys, values) and use_native(q, keys, values)
 
 
 def decode_runs(
@@ -78,6 +92,8 @@ def decode_runs(
         `[B, Q, D]`; zeros of rows without a token.
     """
     rows, queries, width = q.shape
+    assert len(read) == rows
+    assert all(len(runs) == len(read[0]) for runs in read)
     most = max(sum(-(-run.length // PART) for run in runs) for runs in read)
     group, asked = queries // heads, q.float().contiguous()
     parts = asked.new_empty(rows * heads * most * group * (2 + width))
@@ -91,6 +107,7 @@ def decode_runs(
         width=width,
         runs=len(read[0]),
         most=most,
+        threads=torch.get_num_threads(),
         q=address(asked),
         read=ctypes.addressof(runs),
         sink_logits=address(logits),
@@ -98,7 +115,7 @@ def decode_runs(
         out=address(out),
         scaling=scaling,
     )
-    library("decode_attention").decode_attention(ctypes.byref(call))
+    library().decode_attention(ctypes.byref(call))
     return out.to(q.dtype)
 
 
@@ -107,8 +124,11 @@ def _of(run: Run) -> _Run:
     width = keys.shape[-1]
     assert keys.stride()[-2:] == values.stride()[-2:] == (width, 1)
     assert keys.stride(0) == values.stride(0)
+    assert length <= keys.shape[-2]
+    assert scales is None or all(x.dtype == torch.float32 and x.is_contiguous() for x in scales)
+    dtype = E4M3 if keys.dtype == torch.uint8 else DTYPES[keys.dtype]
     by = (None, None) if scales is None else [address(x) for x in scales]
     return _Run(
         keys.data_ptr(), values.data_ptr(), address(starts), keys.stride(0) // width, length,
-        DTYPES[keys.dtype], *by,
+        dtype, *by,
     )  # fmt: skip

@@ -8,8 +8,8 @@ on a processor.
 from torch import Tensor
 
 from kvtool.kernels.dispatch import use_triton
-from kvtool.kernels.native import use_native
-from kvtool.kernels.packed_attention import paged
+from kvtool.kernels.packed_attention import native, paged
+from kvtool.kernels.packed_attention.native import fits_sizes
 from kvtool.kernels.packed_attention.paged import Blocks, Ring, fits
 from kvtool.kernels.packed_attention.reference import (
     channel_scores,
@@ -24,6 +24,7 @@ __all__ = [
     "channel_scores",
     "channel_sums",
     "fits",
+    "fits_sizes",
     "pack_blocks",
     "packed_attention",
     "token_scores",
@@ -51,6 +52,6 @@ def packed_attention(
     run = paged.packed_attention
     if use_triton(q):
         from kvtool.kernels.packed_attention.triton import packed_attention as run
-    elif use_native(q):
-        from kvtool.kernels.packed_attention.native import packed_attention as run
+    elif native.fits(q, ring, blocks, sink_logits):
+        run = native.packed_attention
     return run(q, ring, blocks, lengths, scaling, sink_logits)

@@ -16,7 +16,7 @@ typedef struct {
     int64_t columns;                          /* of the table */
     int64_t turned;                           /* whether packed values are behind a Hadamard transform */
     int64_t sink, window, room, dtype;        /* of the ring, and how many tokens it has place for */
-    int64_t most;                             /* parts of the longest row */
+    int64_t most, threads;                    /* parts of the longest row */
     const float *q;                           /* [B, H, g, D] */
     const void *ring_keys, *ring_values;      /* [R, H, room, D] */
     const int64_t *ring_rows;                 /* [B] */
@@ -275,7 +275,7 @@ static void merge(const Call *call, int64_t query) {
 
 void packed_attention(const Call *call) {
     const int64_t heads = call->rows * call->heads, queries = heads * call->group;
-#pragma omp parallel if (heads * call->most > 1)
+#pragma omp parallel num_threads(call->threads) if (heads * call->most > 1)
     {
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < heads * call->most; item++) read_part(call, item / call->most, item % call->most);

@@ -8,20 +8,38 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from kvtool.kernels.native import DTYPES, PART, address, library
-from kvtool.kernels.packed_attention.paged import Blocks, Ring, packed_blocks
+from kvtool.kernels.native import DTYPES, PART, WIDEST, address, learns, library, use_native
+from kvtool.kernels.packed_attention.paged import PAGE, Blocks, Ring, packed_blocks
 
 
 class _Call(ctypes.Structure):  # as in cpu.c
     _fields_ = (
         *((name, c_int64) for name in ("rows", "heads", "group", "width")),
         *((name, c_int64) for name in ("size", "key_bits", "value_bits", "each", "columns")),
-        *((name, c_int64) for name in ("turned", "sink", "window", "room", "dtype", "most")),
+        *((name, c_int64) for name in ("turned", "sink", "window", "room", "dtype")),
+        *((name, c_int64) for name in ("most", "threads")),
         *((name, c_void_p) for name in ("q", "ring_keys", "ring_values", "ring_rows")),
         *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         *((name, c_void_p) for name in ("table", "lengths", "sink_logits", "parts", "out")),
         ("scaling", c_float),
     )
+
+
+def fits(q: Tensor, ring: Ring, blocks: Blocks, sink_logits: Tensor | None = None) -> bool:
+    """Whether the kernel reads these."""
+    exact, width = (ring.keys, ring.values), q.shape[-1]
+    lie = all(x.is_contiguous() and x.shape == ring.keys.shape for x in exact)
+    known = q.dtype in DTYPES and ring.keys.dtype == ring.values.dtype
+    sized = width == ring.keys.shape[-1] and fits_sizes(width, blocks.size, ring.keys.dtype)
+    return lie and known and sized and not learns(q, *exact, sink_logits) and use_native(q, *exact)
+
+
+def fits_sizes(width: int, size: int, dtype: torch.dtype) -> bool:
+    """Whether it reads heads of this width and dtype in blocks of N = `size` tokens.
+
+    N is a multiple of what a vector holds, which groups of channels begin with.
+    """
+    return width <= WIDEST and size <= PAGE and size % 16 == 0 and dtype in DTYPES
 
 
 def packed_attention(
@@ -34,9 +52,7 @@ def packed_attention(
 ) -> Tensor:
     """See `paged.py`."""
     (rows, queries, width), heads, size = q.shape, ring.keys.shape[1], blocks.size
-    assert size % 16 == 0, "groups of channels begin where vectors do"
-    assert ring.keys.is_contiguous()
-    assert ring.values.is_contiguous()
+    assert len(lengths) == len(ring.rows) == len(blocks.table) == rows
     keys, key_scales, values, value_scales = blocks.planes
     exact, packed = 0, 0
     for length in lengths.tolist():
@@ -64,6 +80,7 @@ def packed_attention(
         room=ring.keys.shape[2],
         dtype=DTYPES[ring.keys.dtype],
         most=most,
+        threads=torch.get_num_threads(),
         q=address(asked),
         ring_keys=address(ring.keys),
         ring_values=address(ring.values),
@@ -79,5 +96,5 @@ def packed_attention(
         out=address(out),
         scaling=scaling,
     )
-    library("packed_attention").packed_attention(ctypes.byref(call))
+    library().packed_attention(ctypes.byref(call))
     return out.to(q.dtype)

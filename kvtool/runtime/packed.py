@@ -40,6 +40,7 @@ from kvtool.kernels.packed_attention import (
     Ring,
     channel_scores,
     fits,
+    fits_sizes,
     pack_blocks,
     packed_attention,
     token_scores,
@@ -97,7 +98,8 @@ class PackedHeads(PackedStore):
             attention = like.new_zeros((rows, heads.count, bits.group), dtype=torch.float32)
             self.exact.planes["attention"] = attention
         self.bits, self.order, self.positions = bits, order, positions
-        self.fused = self.possible(bits, head_dim) and use_native(like)
+        sizes = fits_sizes(head_dim, bits.group, like.dtype)
+        self.fused = self.possible(bits, head_dim) and sizes and use_native(like)
         self.key_balance, self.value_balance = balances
         self.tokens, self.planes = capacity, {}
         for prefix, tier in zip(_PREFIXES, bits.tiers, strict=False):

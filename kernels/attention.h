@@ -15,14 +15,13 @@
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define QUERIES 4 /* whose sums fit into the registers together */
 #elif defined(__AVX2__)
 #define LANES 8
-#define QUERIES 2
 #else
 #define LANES 4
-#define QUERIES 4
 #endif
+
+#define QUERIES 4 /* whose sums fit into the registers together */
 
 /* PART, tokens, and WIDEST, numbers of a head, are given by native.py. */
 
@@ -82,12 +81,44 @@ enum { FP32, BF16, FP16, E4M3 };
 
 INLINE int64_t bytes_of(int dtype) { return dtype == FP32 ? 4 : dtype == E4M3 ? 1 : 2; }
 
+/* The same from memory. Processors convert halves, also subnormal ones; e4m3 are halves with three
+   digits, times 2^8. */
+INLINE Floats load_fp16(const void *at) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
+#else
+    return from_fp16(widen_halves(at));
+#endif
+}
+
+INLINE Floats load_e4m3(const void *at) {
+#if defined(__AVX512F__)
+    const __m256i x = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)at)), 8);
+    const __m256i half = _mm256_and_si256(_mm256_srai_epi16(x, 1), _mm256_set1_epi16((short)0xbfff));
+    const __m256i size = _mm256_and_si256(half, _mm256_set1_epi16(0x3fff));
+    const __m256i none = _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3f80));
+    const __m256i found = _mm256_or_si256(half, _mm256_and_si256(none, _mm256_set1_epi16(0x7e00)));
+    return (Floats)_mm512_cvtph_ps(found) * 0x1p8f;
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m128i x = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)at)), 8);
+    const __m128i half = _mm_and_si128(_mm_srai_epi16(x, 1), _mm_set1_epi16((short)0xbfff));
+    const __m128i size = _mm_and_si128(half, _mm_set1_epi16(0x3fff));
+    const __m128i none = _mm_cmpeq_epi16(size, _mm_set1_epi16(0x3f80));
+    const __m128i found = _mm_or_si128(half, _mm_and_si128(none, _mm_set1_epi16(0x7e00)));
+    return (Floats)_mm256_cvtph_ps(found) * 0x1p8f;
+#else
+    return from_e4m3(widen_bytes(at));
+#endif
+}
+
 INLINE Floats load_whole(const void *at, int dtype) {
     switch (dtype) {
     case FP32: return *(const Floats *)at;
     case BF16: return (Floats)(widen_halves(at) << 16);
-    case FP16: return from_fp16(widen_halves(at));
-    default: return from_e4m3(widen_bytes(at));
+    case FP16: return load_fp16(at);
+    default: return load_e4m3(at);
     }
 }
 
@@ -100,9 +131,17 @@ INLINE Floats load(const void *at, int64_t left, int dtype) {
 }
 
 INLINE float sum_of(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x); /* which the loop would not become */
+#elif defined(__AVX2__)
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += x[i];
     return sum;
+#endif
 }
 
 /* e^x for x <= 0 with a relative error below 1e-7, and 0 below -87. NaN stays. */
@@ -188,10 +227,8 @@ INLINE void read_rows_of(Found *found, float queries[][WIDEST + LANES], int n, i
     switch (n) {
     case 1: read_rows(found, queries, 1, width, keys, values, rows, tokens, dtype); break;
     case 2: read_rows(found, queries, 2, width, keys, values, rows, tokens, dtype); break;
-#if QUERIES > 2
     case 3: read_rows(found, queries, 3, width, keys, values, rows, tokens, dtype); break;
     case 4: read_rows(found, queries, 4, width, keys, values, rows, tokens, dtype); break;
-#endif
     }
 }
 

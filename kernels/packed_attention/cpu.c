@@ -146,10 +146,8 @@ static void products(float *out, int64_t out_stride, const float *weights, int64
     switch (n) { /* numbers of queries that the compiler knows, so that sums stay in registers */
     case 1: add_products(out, out_stride, weights, weight_stride, codes, stride, lines, columns, 1); break;
     case 2: add_products(out, out_stride, weights, weight_stride, codes, stride, lines, columns, 2); break;
-#if QUERIES > 2
     case 3: add_products(out, out_stride, weights, weight_stride, codes, stride, lines, columns, 3); break;
     case 4: add_products(out, out_stride, weights, weight_stride, codes, stride, lines, columns, 4); break;
-#endif
     }
 }
 

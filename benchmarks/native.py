@@ -166,12 +166,12 @@ def main() -> None:
                     "model": model, "tokens": tokens, "kind": kind, "us": round(own * 1e6, 1),
                     "times plain torch": round(other / own, 2),
                     "share of a copy": round(read / own / (2 * source.nbytes / copy), 3),
-                    "error": error,
+                    "error": float(f"{error:.1e}"),
                 }  # fmt: skip
                 rows.append(row)
                 print(*row.values(), sep="\t", file=sys.stderr)
     said = {
-        "command": "python -m benchmarks.native",
+        "command": f"python -m benchmarks.native --out {given.out}",
         "machine": cpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -1,7 +1,10 @@
-"""Decode speed of coded caches beside the full one: where does the smaller cache become faster?
+"""Decode speed of what plans keep beside the full cache: where does the smaller one become faster?
 
+    kvtool calibrate retrieval-heads smollm2 -o heads.plan
+    kvtool calibrate quantization smollm2 --bits auto --kv-budget 28% -o bits.plan
+    kvtool calibrate quantization smollm2 --bits fp8 -o fp8.plan
     kvtool calibrate projections smollm2 --kv-budget 50% --context 8192 -o half.plan
-    python benchmarks/decode_codes.py smollm2 half.plan -o benchmarks/results/decode_codes.json
+    python benchmarks/decode_plans.py smollm2 heads.plan bits.plan fp8.plan half.plan -o FILE
 
 One token at a time in one process, full cache and plans in turn, medians over the steps. Only the
 lengths count, so the caches hold random numbers.
@@ -22,18 +25,23 @@ from kvtool.evaluate.throughput import environment
 from kvtool.plan import Plan
 from kvtool.runtime import Engine
 from kvtool.runtime.cache import KVCache
+from kvtool.runtime.split import SplitStore
 
 LENGTHS = (512, 1024, 2048, 4096, 6144, 8100)
-STEPS = 32
+STEPS = 40
 
 
 def filled(engine: Engine, length: int) -> KVCache:
     """A cache that holds so many tokens of random numbers."""
     cache = engine.new_cache(1, length + STEPS + 1)
     for store in cache.stores:
-        for part in (store, getattr(store, "exact", store)):
-            for plane in part.planes.values():
-                plane.normal_()
+        for part in store.parts if isinstance(store, SplitStore) else [store]:
+            for held in (part, getattr(part, "exact", None) or part):
+                for plane in held.planes.values():
+                    if plane.dtype == torch.uint8:
+                        plane.random_(120)  # codes of any width; in e4m3, numbers up to 240
+                    else:
+                        plane.normal_()
     cache.lengths = [length]
     return cache
 

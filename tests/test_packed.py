@@ -45,6 +45,7 @@ LENGTH = 96
 SMALL = {"group": 16, "sink": 3, "window": 5}
 WAYS = {
     "kivi": {},
+    "turned": {"hadamard": "values"},
     "before RoPE": {"kind": "unrotated"},
     "per token": {"axis": "token", "hadamard": "both"},
     "rotatekv": {"axis": "token", "kind": "unrotated", "hadamard": "both", "order": True},

@@ -13,6 +13,7 @@ from _code_tools import WINDOWED, coded
 from _convert_tools import one_thread
 from _family_tools import open_case
 from _hybrid_tools import write_hybrid
+from _packed import assert_same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_coded_bits import coded as packed
@@ -27,6 +28,8 @@ from kvtool.checkpoint import Checkpoint
 from kvtool.cli.serve import room
 from kvtool.convert import conversion, planning
 from kvtool.errors import ResourceError, UsageError
+from kvtool.kernels.dispatch import VARIABLE
+from kvtool.kernels.native import compiler
 from kvtool.runtime import Engine, Sampling
 from kvtool.runtime.requests import Request
 from kvtool.runtime.scheduler import Scheduler
@@ -41,6 +44,7 @@ PLANS = (
     "coded",
     "shared codes",
     "packed codes",
+    "few bits",
     "two tiers",
     "gear",
     "sparse",
@@ -50,7 +54,9 @@ PLANS = (
     "fp8, window",
 )
 MLA = ("mla", "kvtool-mla", "packed mla")
-DROPPING = ("split", "coded", "shared codes", "packed codes", "two tiers", "gear", "packed mla")
+DROPPING = (
+    "split", "coded", "shared codes", "packed codes", "few bits", "two tiers", "gear", "packed mla",
+)  # fmt: skip
 STREAMED = [f"{kind}, streamed" for kind in DROPPING]
 KINDS = ("dense", "windowed", "some windows", "shared layers", *PLANS, *MLA, "packed states")
 KINDS += tuple(kind for kind in STREAMED if kind not in KINDS)
@@ -112,8 +118,9 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
             window = 5 if kind.endswith("window") else 0
             plan = floats(checkpoint, prefill, heads, window=window)
             return Engine.load(checkpoint, plan=plan)
-        if kind in ("two tiers", "gear"):
-            return Engine.load(checkpoint, plan=few_bits(checkpoint, kind, streaming=MIXED))
+        if kind in ("few bits", "two tiers", "gear"):
+            way = "turned" if kind == "few bits" else kind
+            return Engine.load(checkpoint, plan=few_bits(checkpoint, way, streaming=MIXED))
         if kind == "packed mla":
             latents = get("mla").checkpoint
             return Engine.load(latents, plan=packed_latents(latents))
@@ -216,6 +223,26 @@ def test_text_is_the_same_alone_and_in_any_batch(engine, kind, data):
     found = drain(scheduler, [(arrivals[i][0], requests[i]) for i in order])
     for one, (_, *what) in zip(requests, arrivals, strict=True):
         assert found[one] == bits_alone(runtime, request(*what))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["dense", "windowed", "some windows", "shared layers", "split", "budgeted", "few bits",
+     "fp8 alone", "fp8, window"],
+)  # fmt: skip
+def test_kernels_in_c_predict_what_plain_torch_does(engine, kind, monkeypatch):
+    own, ids = engine(kind), torch.tensor(prompt(150))
+
+    def predicted(kernels: str) -> torch.Tensor:
+        monkeypatch.setenv(VARIABLE, kernels)
+        cache = own.new_cache(2, len(ids))
+        for row, length in enumerate((90, 70)):
+            own.extend(cache, ids[:length], row)
+        return torch.stack([own.decode(cache, pair) for pair in ids[90:].view(-1, 2)])
+
+    if compiler() is None:
+        pytest.skip("there is no C compiler")
+    assert_same(predicted("native"), predicted("reference"))
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def decode_runs(
     """
     rows, queries, width = q.shape
     assert len(read) == rows
+    assert queries % heads == 0
     assert all(len(runs) == len(read[0]) for runs in read)
     most = max(sum(-(-run.length // PART) for run in runs) for runs in read)
     group, asked = queries // heads, q.float().contiguous()

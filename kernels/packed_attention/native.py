@@ -39,7 +39,8 @@ def fits_sizes(width: int, size: int, dtype: torch.dtype) -> bool:
 
     N is a multiple of what a vector holds, which groups of channels begin with.
     """
-    return width <= WIDEST and size <= PAGE and size % 16 == 0 and dtype in DTYPES
+    sized = width <= WIDEST and size <= PAGE
+    return sized and width % 8 == 0 and size % 16 == 0 and dtype in DTYPES
 
 
 def packed_attention(

@@ -99,7 +99,7 @@ class PackedHeads(PackedStore):
             self.exact.planes["attention"] = attention
         self.bits, self.order, self.positions = bits, order, positions
         sizes = fits_sizes(head_dim, bits.group, like.dtype)
-        self.fused = self.possible(bits, head_dim) and sizes and use_native(like)
+        self.fused = self.read_as_stored(bits) and sizes and use_native(like)
         self.key_balance, self.value_balance = balances
         self.tokens, self.planes = capacity, {}
         for prefix, tier in zip(_PREFIXES, bits.tiers, strict=False):
@@ -133,12 +133,12 @@ class PackedHeads(PackedStore):
         return stored - self.bits.ring <= self.first_exact(length)
 
     @staticmethod
-    def possible(bits: Bits, head_dim: int) -> bool:
-        """Whether a kernel reads such blocks."""
-        read_as_stored = bits.kind == "rotated" and bits.axis == "channel"
+    def read_as_stored(bits: Bits) -> bool:
+        """Whether kernels read blocks of this kind."""
+        rotated = bits.kind == "rotated" and bits.axis == "channel"
         more = (bits.order, bits.rest, bits.key_balance, bits.value_balance, bits.kept)
         plain = bits.hadamard != "both" and not bits.rank and all(x is None for x in more)
-        return read_as_stored and plain and fits(head_dim, bits.keys, bits.values, bits.group)
+        return rotated and plain
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         """Stores new tokens and returns what they read, `[B, Q, T, D]`."""
@@ -460,6 +460,11 @@ class PagedPacked(PagedBlocks, PackedHeads):
 
     def new_exact(self, rows: int, bits: Bits) -> StreamingHeads:
         return super().new_exact(self.pages.rows, bits)
+
+    @classmethod
+    def possible(cls, bits: Bits, head_dim: int) -> bool:
+        """Whether Triton's kernel reads such blocks."""
+        return cls.read_as_stored(bits) and fits(head_dim, bits.keys, bits.values, bits.group)
 
     def add(self, new: NewTokens, step: Step) -> Tensor:
         if not self.turned:

@@ -4,8 +4,7 @@ import importlib
 
 import pytest
 import torch
-from _kernel_tools import DEVICE, DTYPES, TOLERANCE, Pages, random, rms_ratio
-from test_packed_attention import memory
+from _kernel_tools import DEVICE, DTYPES, TOLERANCE, Pages, packed_memory, random, rms_ratio
 from torch.nn import functional as F
 
 from kvtool.attention import causal_attention
@@ -203,7 +202,7 @@ def test_minus_infinity_is_none():
 
 def test_packed_blocks():
     lengths = 0, 1, 100, 217
-    ring, blocks, own = memory(4, 3, lengths=lengths)
+    ring, blocks, own = packed_memory(4, 3, lengths=lengths)
     q, logits = random(len(lengths), 6, 64), logits_of(6)
     found = packed.packed_attention(q, ring, blocks, own, 0.125, logits)
     expected = packed_reference.packed_attention(q, ring, blocks, own, 0.125, logits)

@@ -13,7 +13,9 @@ import torch
 from _kernel_tools import TOLERANCE, packed_memory, rms_ratio
 from hypothesis import strategies as st
 
+from kvtool.checkpoint import Checkpoint
 from kvtool.doctor import examine
+from kvtool.errors import UsageError
 from kvtool.kernels import native
 from kvtool.kernels.decode_attention import (
     Run,
@@ -29,6 +31,7 @@ from kvtool.kernels.dispatch import VARIABLE
 from kvtool.kernels.native import PART
 from kvtool.kernels.packed_attention import packed_attention, paged
 from kvtool.kernels.packed_attention.native import packed_attention as packed_kernel
+from kvtool.runtime import Engine
 
 compiled = pytest.mark.skipif(native.compiler() is None, reason="there is no C compiler")
 
@@ -261,7 +264,7 @@ def kernels_found() -> str:
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
-def test_without_a_compiler_plain_torch_runs(forgetful, monkeypatch, tmp_path, compiler):
+def test_without_a_compiler_plain_torch_runs(forgetful, tiny, monkeypatch, tmp_path, compiler):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("KVTOOL_HOME", str(tmp_path))
     monkeypatch.setattr(native, "_COMPILERS", ())
@@ -273,6 +276,8 @@ def test_without_a_compiler_plain_torch_runs(forgetful, monkeypatch, tmp_path, c
     monkeypatch.setenv(VARIABLE, "native")
     with pytest.raises(ValueError, match="needs a C compiler"):
         fits(keys, keys, keys)
+    with pytest.raises(UsageError, match="needs a C compiler"):
+        Engine.load(Checkpoint.open(str(tiny("llama"))))
 
 
 @compiled

@@ -14,6 +14,7 @@ from kvtool.errors import CheckpointError, UsageError
 from kvtool.factors import embedding_factor, finish_of, layer_inputs
 from kvtool.kernels.dispatch import use_triton
 from kvtool.kernels.linear import LEAST_ROWS
+from kvtool.kernels.native import use_native
 from kvtool.latent import FactoredAttention
 from kvtool.layout import decoder_layers
 from kvtool.plan import Plan
@@ -344,8 +345,10 @@ class Engine:
         return hidden if self._embedding_factor == 1 else hidden * self._embedding_factor
 
     def _has_paged_stores(self) -> bool:
+        anything = torch.empty(0, device=self.device)
         try:
-            triton = use_triton(torch.empty(0, device=self.device))
+            triton = use_triton(anything)
+            use_native(anything)
         except ValueError as error:  # of an environment variable
             raise UsageError(str(error)) from error
         if not triton:

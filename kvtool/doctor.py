@@ -105,10 +105,9 @@ def _native() -> Finding:
     from kvtool.kernels.dispatch import VARIABLE, forced
     from kvtool.kernels.native import compiler
 
-    path = compiler()
     if forced() == "reference":
         return Finding("kernels", f"plain torch, since {VARIABLE} says so")
-    if path is not None:
+    if (path := compiler()) is not None:
         return Finding("kernels", f"in C, compiled by {path}")
     hint = "a C compiler (gcc, clang; CC names another one) makes decoding faster"
     wrong = forced() == "native"

@@ -36,7 +36,8 @@ from kvtool.plan import Plan, base_of
 from kvtool.rope import rotate
 from kvtool.runtime import Engine
 from kvtool.runtime.memory import RowMemory
-from kvtool.runtime.packed import PackedHeads, PagedPacked
+from kvtool.runtime.packed import PackedHeads
+from kvtool.runtime.packed_attention import PagedPacked
 from kvtool.slices import compose
 
 one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)

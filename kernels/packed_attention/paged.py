@@ -56,7 +56,7 @@ class Blocks(NamedTuple):
         key_bits, value_bits: Of a number.
         key_clip, value_clip: Share of a range that codes are spread over.
         turned: Whether values are stored behind a Hadamard transform, which those of the ring are
-            not. Triton's kernels take none: there both are (`kvtool/runtime/packed.py`).
+            not. Triton's kernels take none: there both are (`runtime/packed_attention.py`).
     """
 
     keys: Tensor

@@ -27,7 +27,7 @@ from kvtool.runtime.layers import (
     LatentRuntimeAttention,
     RuntimeAttention,
 )
-from kvtool.runtime.packed import PackedAttention
+from kvtool.runtime.packed_attention import PackedAttention
 from kvtool.runtime.packed_latents import PackedLatentAttention
 from kvtool.runtime.recurrent import RuntimeMixer
 from kvtool.runtime.shared import SharedAttention

@@ -15,7 +15,7 @@ from kvtool.runtime.streams import at_once
 
 if TYPE_CHECKING:
     from kvtool.runtime.floats import PagedFloats
-    from kvtool.runtime.packed import PagedPacked
+    from kvtool.runtime.packed_attention import PagedPacked
 
 
 class PagedRings(PerRow, StreamingHeads):

@@ -28,7 +28,7 @@ def test_a_sound_machine_is_told_with_its_versions(capsys, monkeypatch, tmp_path
     monkeypatch.setenv("KVTOOL_HOME", str(tmp_path / "new"))
     code, found = findings(capsys)
     assert code == 0
-    assert found["torch"]["found"] == torch.__version__
+    assert found["torch"]["found"] == installed_version("torch")
     assert not any(finding["wrong"] for finding in found.values())
     if not torch.cuda.is_available():
         how = "plain torch: no C" if native.compiler() is None else "in C, compiled by"
@@ -36,7 +36,7 @@ def test_a_sound_machine_is_told_with_its_versions(capsys, monkeypatch, tmp_path
     assert found["kvtool's cache"]["found"].startswith(f"{tmp_path / 'new'}, 0.0 GB")
     assert not (tmp_path / "new").exists()  # it only looks
     assert run_command(["doctor"]) == 0
-    assert torch.__version__ in capsys.readouterr().out
+    assert installed_version("torch") in capsys.readouterr().out
 
 
 def test_a_narrow_terminal_shows_whole_paths(monkeypatch, tmp_path):
@@ -69,7 +69,7 @@ def test_a_source_tree_that_is_not_installed_is_told_and_no_reason_to_stop(capsy
     assert code == 0
     assert "not installed" in said["kvtool"]["found"]
     assert said["kvtool"]["hint"] == "pip install -e ."
-    assert said["torch"]["found"] == torch.__version__
+    assert said["torch"]["found"] == installed_version("torch")
     assert "kvtool's cache" in said
 
 

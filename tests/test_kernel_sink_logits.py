@@ -52,7 +52,7 @@ def test_weights_lack_what_the_logit_holds():
     torch.testing.assert_close(softmax(scores.flatten(0, 1)[None], logits, first=1)[0].sum(-1),
                                1 - whole[..., -1].flatten(0, 1))  # fmt: skip
     assert torch.equal(softmax(scores, None), scores.softmax(-1))
-    assert torch.equal(softmax(scores, torch.full((6,), -torch.inf)), scores.softmax(-1))
+    assert torch.equal(softmax(scores, scores.new_full((6,), -torch.inf)), scores.softmax(-1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

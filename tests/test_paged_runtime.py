@@ -65,7 +65,7 @@ def budgeted(checkpoint: Checkpoint, mixed: bool) -> Plan:
 def packed_latents(checkpoint: Checkpoint, prefill: str) -> Plan:
     """Random widths; in some layers all, in others one."""
     generator, layers = torch.Generator().manual_seed(0), []
-    for attention in Engine.load(checkpoint).attentions:
+    for attention in Engine.load(checkpoint, device=DEVICE).attentions:
         rank, rope = attention.stages.rank, attention.stages.rope_dim
         widths = torch.tensor(BITS if len(layers) else (4,))
         drawn = widths[torch.randint(len(widths), (rank + rope,), generator=generator)]

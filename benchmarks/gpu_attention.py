@@ -180,27 +180,22 @@ def split_cases(device: torch.device, batch: int, tokens: int) -> Iterator[Case]
     keys, values, table, lengths = paged(device, batch, tokens, half, width, width)
     near = [normal(device, batch, half, ring, width) for _ in range(2)]
     near_lengths = lengths.clamp(max=ring)
-    own = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    own = torch.arange(batch, dtype=torch.int32, device=device)
     q = normal(device, batch, queries, width)
-    full, streaming = q[:, : queries // 2].contiguous(), q[:, queries // 2 :].contiguous()
+    both = torch.stack((lengths, near_lengths), dim=1).repeat_interleave(half, dim=1)
 
     def split() -> Tensor:
-        out = torch.empty_like(q)
-        close, far = out[:, queries // 2 :], out[:, : queries // 2]
-        at_once(
-            device,
-            lambda: paged_decode_attention(streaming, *near, near_lengths, scaling, own, out=close),
-            lambda: paged_decode_attention(full, keys, values, lengths, scaling, table, out=far),
-        )
-        return out
+        return paged_decode_attention(
+            q, keys, values, both, scaling, table, rings=(near[0], near[1], own)
+        )[0]
 
     def split_error() -> float:
         planes = first_row(table, lengths, keys, values)
         far, _ = decode_reference.paged_decode_attention(
-            full[:1].float(), *planes[:2], planes[3], scaling, planes[2]
+            q[:1, : queries // 2].float(), *planes[:2], planes[3], scaling, planes[2]
         )
         close, _ = decode_reference.paged_decode_attention(
-            streaming[:1].float(), *(x[:1] for x in near), near_lengths[:1], scaling
+            q[:1, queries // 2 :].float(), *(x[:1] for x in near), near_lengths[:1], scaling
         )
         return rms_ratio(split()[:1], torch.cat((far, close), dim=1))
 

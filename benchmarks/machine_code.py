@@ -199,6 +199,10 @@ def cases(*, few: bool = False) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "32 on 8 heads of 128", partial(attend, q, pages(D), pages(D))
     sinks = partial(attend, q, pages(D), pages(D), sink_logits=half(Q))
     yield "32 on 8 heads of 128, sink logits", sinks
+    near, half_full = [half(3, 4, 132, D)] * 2, [pages(D, 4)] * 2
+    both, places = torch.ones(2, 8, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    split = partial(attend, q, *half_full, lengths=both, rings=(*near, places))
+    yield "32 on 8 heads of 128, 4 in rings", split
     for width in (64, D, 256, 512):
         yield f"32 on 8 heads of {width}, fp8", partial(floats_step, width)
     for heads, rank, turned in ((16, 512, 64), (32, 448, 64), (128, 512, 64), (64, 1024, 64)):

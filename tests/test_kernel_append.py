@@ -78,6 +78,29 @@ def test_keys_are_rotated_and_all_is_written(kernel, batch, width, dtype):
     assert int((~planes[0][0].isnan()).sum()) == 3 * width * int((slots >= 0).sum())
 
 
+@pytest.mark.parametrize("append", ["kernel", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_further_heads_go_into_rings(append, dtype, request):
+    """As by two calls; rows that are padding in one memory may not be so in the other."""
+    append = reference if append == "reference" else request.getfixturevalue("kernel")
+    q, k, v = heads_of_one_matrix(3, dtype, (10, 48), (5, 48), (5, 40))
+    cos, sin = tables(3, 48, dtype)
+    slots = scattered(3, 4, padding=(1,))
+    places = torch.tensor([6 * 11 + 10, 2 * 11, -1], device=DEVICE)
+    both = [
+        ([poisoned(4, 2, PAGE, n, dtype=dtype) for n in (48, 40)],
+         [poisoned(7, 3, 11, n, dtype=dtype) for n in (48, 40)])
+        for _ in range(2)
+    ]  # fmt: skip
+    (pages, rings), (own_pages, own_rings) = both
+    got = append(k, v, cos, sin, *pages, slots, q, rings=(*rings, places))
+    expected = reference(k[:, :2], v[:, :2], cos, sin, *own_pages, slots, q)
+    assert reference(k[:, 2:], v[:, 2:], cos, sin, *own_rings, places) is None
+    assert rms_ratio(got, expected) <= TOLERANCE[dtype]
+    assert_same_planes(pages, own_pages, dtype)
+    assert_same_planes(rings, own_rings, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("poison")
 def test_pages_of_e4m3_get_the_nearest_number_and_no_larger_one(kernel, dtype):

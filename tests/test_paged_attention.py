@@ -133,6 +133,40 @@ def test_numbers_in_e4m3_are_read_by_the_scales_of_their_heads(key_width, value_
         assert_same(run(*args, scales=own), expected, dtype)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "page"), [(64, 64), (80, 16), (128, 64)])
+def test_further_heads_lie_in_rings(width, page, dtype, sinks):
+    """In places of any order, some with a single token; a table may end before a ring does."""
+    pages = Pages.of([20, 0, 131, 60], page)
+    keys, values = (pages.plane(2, width, dtype) for _ in range(2))
+    rings = [random(9, 3, 150, width, dtype=dtype) for _ in range(2)]
+    filled, places = torch.tensor([150, 1, 67, 0]), torch.tensor([7, 0, 3, 8])
+    for plane in rings:
+        for place, n in zip(places, filled, strict=True):
+            plane[place, :, n:] = torch.nan
+        plane[[1, 2, 4, 5, 6]] = torch.nan
+    lengths = torch.cat((pages.lengths[:, None].expand(4, 2), filled.to(pages.lengths)[:, None]
+                         .expand(4, 3)), dim=1)  # fmt: skip
+    q, out = random(4, 10, width, dtype=dtype), random(4, 12, width, dtype=dtype)
+    more = {
+        "rings": (*rings, places.int().to(DEVICE)),
+        "sink_logits": random(10) if sinks else None,
+    }
+    args = (q, keys, values, lengths, 0.1, pages.table)
+    expected = contract(*args, **more)
+    apart = [
+        contract(q[:, :4], keys, values, pages.lengths, 0.1, pages.table),
+        contract(q[:, 4:], *rings, filled.int().to(DEVICE), 0.1, places[:, None].to(DEVICE)),
+    ]
+    if not sinks:
+        assert torch.equal(expected[0], torch.cat([found for found, _ in apart], dim=1))
+    assert_same(paged(*args, out=out[:, 1:11], **more), expected, dtype)
+    assert torch.equal(out[:, 1:11], paged(*args, **more)[0])
+    split = kernel.Config(block_n=16, least=1, items=7, warps=4, stages=2)
+    assert_same(paged(*args, config=split, **more), expected, dtype)
+
+
 @pytest.mark.parametrize("heads", [slice(0, 4), slice(4, 10)], ids=str)
 def test_the_result_goes_to_some_heads_of_a_larger_one(heads):
     pages = Pages.of([70, 0, 131], 64)

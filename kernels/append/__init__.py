@@ -25,6 +25,7 @@ def append(
     code_slots: Tensor | None = None,
     code_rotated: bool = True,
     scales: tuple[Tensor, Tensor] | None = None,
+    rings: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor | None:
     """Writes one new token per sequence and returns its rotated queries; see `reference.py`."""
     if use_triton(k):
@@ -34,5 +35,5 @@ def append(
     return run(
         k, v, cos, sin, key_pages, value_pages, slots, q, out=out,
         key_code=key_code, value_code=value_code, code_slots=code_slots, code_rotated=code_rotated,
-        scales=scales,
+        scales=scales, rings=rings,
     )  # fmt: skip

@@ -47,6 +47,7 @@ def append(
     code_slots: Tensor | None = None,
     code_rotated: bool = True,
     scales: tuple[Tensor, Tensor] | None = None,
+    rings: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor | None:
     """Rotates keys and queries of one new token per sequence, and writes keys, values and codes.
 
@@ -66,11 +67,19 @@ def append(
             otherwise.
         scales: `[H]` fp32 each: what keys and values are divided by in pages of e4m3, into which
             larger numbers than it has go as its largest.
+        rings: Where the last H' of the heads go instead, without codes or scales: keys and values
+            `[R, H', C, D and Dv]`, and `[B]` int64 slots in them, place · C + where in it.
 
     Returns:
         The rotated `q`, `[B, Q, D]`; what it has in padding means nothing.
     """
     rotated = _rotate(k, cos, sin)
+    if rings is not None:
+        *planes, places = rings
+        count = key_pages.shape[1]
+        for plane, x in zip(planes, (rotated, v), strict=True):
+            _write(plane, places, x[:, count:])
+        rotated, v = rotated[:, :count], v[:, :count]
     for pages, x, of in zip(
         (key_pages, value_pages), (rotated, v), scales or (None, None), strict=True
     ):

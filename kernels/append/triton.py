@@ -32,6 +32,7 @@ def append(
     code_slots: Tensor | None = None,
     code_rotated: bool = True,
     scales: tuple[Tensor, Tensor] | None = None,
+    rings: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor | None:
     """See `reference.py`."""
     k, v = lying_together(k), lying_together(v)
@@ -50,13 +51,14 @@ def append(
     grid = (batch * (queries + heads) + sum(blocks),)
     _append[grid](
         q, out, k, v, cos, sin, slots, code_slots, key_pages, value_pages,
-        *(scales or (None, None)),
+        *(scales or (None, None)), *(rings or (None,) * 3),
         *_encoder_arguments(key_code), *_encoder_arguments(value_code), batch, blocks[0],
         *(stride for x in (q, out) for stride in ((0, 0) if x is None else x.stride()[:2])),
         *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
         *key_pages.stride()[:3], *value_pages.stride()[:3],
         key_pages.shape[2], value_pages.shape[2],
-        QUERIES=queries, HEADS=heads, HALF=width // 2, VALUES=v.shape[2],
+        *((0,) * 7 if rings is None else _ring_arguments(*rings[:2])),
+        QUERIES=queries, HEADS=heads, PAGED=key_pages.shape[1], HALF=width // 2, VALUES=v.shape[2],
         ROWS=rows, CODES=_CODES, CODED=coded, KEYS_CODED=key_code is not None,
         VALUES_CODED=value_code is not None, CODE_ROTATED=code_rotated,
         PRECISION=precision(k.dtype),
@@ -76,10 +78,15 @@ def _encoder_arguments(code: Encoder | None) -> tuple[Tensor | int | None, ...]:
     return (code.weight, code.bias, code.pages, *code.weight.stride(), page, place, size, width)
 
 
+def _ring_arguments(keys: Tensor, values: Tensor) -> tuple[int, ...]:
+    return (*keys.stride()[:3], *values.stride()[:3], keys.shape[2])
+
+
 @triton.jit
 def _append(
     q_ptr, out_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, slots_ptr, code_slots_ptr,
     key_pages_ptr, value_pages_ptr, key_scales_ptr, value_scales_ptr,
+    ring_keys_ptr, ring_values_ptr, ring_slots_ptr,
     key_weight_ptr, key_bias_ptr, key_codes_ptr, key_weight_row, key_weight_column,
     key_codes_page, key_codes_place, key_codes_size, key_codes_width,
     value_weight_ptr, value_bias_ptr, value_codes_ptr, value_weight_row, value_weight_column,
@@ -87,7 +94,10 @@ def _append(
     batch, key_blocks,
     q_row, q_head, out_row, out_head, k_row, k_head, v_row, v_head, cos_row, sin_row,
     key_page, key_head, key_place, value_page, value_head, value_place, key_size, value_size,
-    QUERIES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, VALUES: tl.constexpr,
+    ring_key, ring_key_head, ring_key_place, ring_value, ring_value_head, ring_value_place,
+    ring_size,
+    QUERIES: tl.constexpr, HEADS: tl.constexpr, PAGED: tl.constexpr,
+    HALF: tl.constexpr, VALUES: tl.constexpr,
     ROWS: tl.constexpr, CODES: tl.constexpr, CODED: tl.constexpr, KEYS_CODED: tl.constexpr,
     VALUES_CODED: tl.constexpr, CODE_ROTATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,11 +115,26 @@ def _append(
                 _rotate_head(source, to, None, cos_ptr, sin_ptr, HALF)
         else:
             head -= QUERIES
+            place = head.to(tl.int64)  # of the head, in a page
+            if ring_keys_ptr is not None:  # as if rings were pages
+                rings = head >= PAGED
+                place = tl.where(rings, place - PAGED, place)
+                slots_ptr = tl.where(rings, ring_slots_ptr, slots_ptr)
+                key_pages_ptr = tl.where(rings, ring_keys_ptr, key_pages_ptr)
+                value_pages_ptr = tl.where(rings, ring_values_ptr, value_pages_ptr)
+                key_page = tl.where(rings, ring_key, key_page)
+                key_head = tl.where(rings, ring_key_head, key_head)
+                key_place = tl.where(rings, ring_key_place, key_place)
+                value_page = tl.where(rings, ring_value, value_page)
+                value_head = tl.where(rings, ring_value_head, value_head)
+                value_place = tl.where(rings, ring_value_place, value_place)
+                key_size = tl.where(rings, ring_size, key_size)
+                value_size = tl.where(rings, ring_size, value_size)
             slot = tl.load(slots_ptr + row)
             if slot >= 0:
                 to = key_pages_ptr + slot // key_size * key_page + slot % key_size * key_place
                 source = k_ptr + row * k_row + head * k_head
-                to += head.to(tl.int64) * key_head
+                to += place * key_head
                 key_scale, value_scale = None, None
                 if key_scales_ptr is not None:
                     key_scale = tl.load(key_scales_ptr + head)
@@ -118,7 +143,7 @@ def _append(
                 at = tl.arange(0, triton.next_power_of_2(VALUES))
                 values = tl.load(v_ptr + row * v_row + head * v_head + at, at < VALUES)
                 to = value_pages_ptr + slot // value_size * value_page
-                to += slot % value_size * value_place + head.to(tl.int64) * value_head
+                to += slot % value_size * value_place + place * value_head
                 _put(to + at, values, value_scale, at < VALUES)
     elif CODED:
         if KEYS_CODED and block < key_blocks:

@@ -96,12 +96,15 @@ def paged_decode_attention(
     out: Tensor | None = None,
     sink_logits: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    rings: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.decode_attention.reference.paged_decode_attention`."""
     run = reference.paged_decode_attention
     if use_triton(q):
         from kvtool.kernels.decode_attention.triton import paged_decode_attention as run
-    return run(q, keys, values, lengths, scaling, table, first, bias, out, sink_logits, scales)
+    return run(
+        q, keys, values, lengths, scaling, table, first, bias, out, sink_logits, scales, rings
+    )  # fmt: skip
 
 
 def reads_e4m3(device: torch.device) -> bool:

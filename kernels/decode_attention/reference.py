@@ -20,6 +20,7 @@ def paged_decode_attention(
     out: Tensor | None = None,
     sink_logits: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    rings: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query per row and head over the tokens `first` to `length - 1`.
 
@@ -41,6 +42,10 @@ def paged_decode_attention(
         sink_logits: `[Q]` or `[B, Q]`, a logit of each head that joins the softmax and has no value
             (`kernels/sink_logits`).
         scales: `[H]` fp32 each: what keys and values are multiplied by, which may be in e4m3 then.
+        rings: Keys and values `[R, H', C, D and Dv]` of H' heads more, behind those in pages, whose
+            tokens lie side by side; and in which of the R places those of each row do, `[B]` int32.
+            Then there is a table, H + H' divides Q, lengths are `[B, H + H']`, and neither bias nor
+            scales are given.
 
     Returns:
         `[B, Q, Dv]`, and the logarithm of the sum of `exp(score)`, `[B, Q]` fp32, the logit being
@@ -48,9 +53,24 @@ def paged_decode_attention(
     """
     rows, query_heads = q.shape[:2]
     heads, page = keys.shape[1:3]
-    group = query_heads // heads
     v_width = values if isinstance(values, int) else values.shape[-1]
     out = q.new_empty((rows, query_heads, v_width)) if out is None else out
+    if rings is not None:
+        ring_keys, ring_values, places = rings
+        cut = query_heads // (heads + ring_keys.shape[1]) * heads
+        sinks: Sequence[Tensor | None] = (None, None)
+        if sink_logits is not None:
+            sinks = sink_logits[..., :cut], sink_logits[..., cut:]
+        _, lse = paged_decode_attention(
+            q[:, :cut], keys, values, lengths[:, :heads], scaling, table, first,
+            out=out[:, :cut], sink_logits=sinks[0],
+        )  # fmt: skip
+        _, more = paged_decode_attention(
+            q[:, cut:], ring_keys, ring_values, lengths[:, heads:], scaling, places[:, None], first,
+            out=out[:, cut:], sink_logits=sinks[1],
+        )  # fmt: skip
+        return out, torch.cat((lse, more), dim=1)
+    group = query_heads // heads
     out.zero_()
     lse = q.new_full((rows, query_heads), -torch.inf, dtype=torch.float32)
     if sink_logits is not None:

@@ -178,11 +178,13 @@ def _summands(v, DTYPE: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, keys, values, bias, table, lengths, key_scales, value_scales, out, lse,
+    q, keys, values, bias, table, lengths, key_scales, value_scales,
+    ring_keys, ring_values, places, out, lse,
     stride_qb, stride_qh,
     stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt, stride_bp, stride_bh,
+    stride_rkp, stride_rkh, stride_rkt, stride_rvp, stride_rvh, stride_rvt,
     stride_table, stride_row, stride_head,
-    rows, heads, group, first, items, scale,
+    rows, heads, paged_heads, group, first, items, scale,
     K_WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     V_WIDTH: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     VALUES_IN_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -222,6 +224,17 @@ def _attend(
         v0_at = tl.arange(0, V0)
         if V1:
             v1_at = V0 + tl.arange(0, V1)
+    if ring_keys is not None:  # the heads behind those in pages
+        in_ring = head >= paged_heads
+        head = tl.where(in_ring, head - paged_heads, head)
+        place = tl.load(places + row).to(tl.int64)
+        keys, values = tl.where(in_ring, ring_keys, keys), tl.where(in_ring, ring_values, values)
+        stride_kp = tl.where(in_ring, stride_rkp, stride_kp)
+        stride_kh = tl.where(in_ring, stride_rkh, stride_kh)
+        stride_kt = tl.where(in_ring, stride_rkt, stride_kt)
+        stride_vp = tl.where(in_ring, stride_rvp, stride_vp)
+        stride_vh = tl.where(in_ring, stride_rvh, stride_vh)
+        stride_vt = tl.where(in_ring, stride_rvt, stride_vt)
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
@@ -231,9 +244,17 @@ def _attend(
     for tile in range(begin, end):
         token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (token < length) & (token >= first)
-        page, within = places_of(
-            tile, token, inside, row, table, stride_table, PAGED, PAGE, BLOCK_N
-        )
+        if ring_keys is None:
+            page, within = places_of(
+                tile, token, inside, row, table, stride_table, PAGED, PAGE, BLOCK_N
+            )
+        else:  # a table may end before a ring does
+            page, within = places_of(
+                tl.where(in_ring, 0, tile), token, inside & (not in_ring), row, table, stride_table,
+                PAGED, PAGE, BLOCK_N,
+            )  # fmt: skip
+            page = tl.where(in_ring, place, page)
+            within = tl.where(in_ring, token, within)
         k_at = page * stride_kp + head * stride_kh + within.to(tl.int64) * stride_kt
         k0 = load_columns(keys, k_at, k0_at, inside, K01, K0 <= K01).to(DTYPE)
         scores = dot(q0, tl.trans(k0), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
@@ -381,6 +402,10 @@ class Cut:
         return self.out, self.lse
 
 
+def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if x is None else x.stride()[:count]
+
+
 def paged_decode_attention(
     q: Tensor,
     keys: Tensor,
@@ -393,6 +418,7 @@ def paged_decode_attention(
     out: Tensor | None = None,
     sink_logits: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    rings: tuple[Tensor, Tensor, Tensor] | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvtool.kernels.decode_attention.reference.paged_decode_attention`.
@@ -402,7 +428,8 @@ def paged_decode_attention(
     """
     q = lying_together(q)
     query_heads, k_width = q.shape[1:]
-    heads, page = keys.shape[1:3]
+    paged_heads, page = keys.shape[1:3]
+    heads = paged_heads + (0 if rings is None else rings[0].shape[1])
     in_keys = isinstance(values, int)
     v = keys if isinstance(values, int) else values
     v_width = values if isinstance(values, int) else values.shape[-1]
@@ -416,13 +443,15 @@ def paged_decode_attention(
     if out is None:
         out = torch.empty((*q.shape[:2], v_width), dtype=q.dtype, device=q.device)
     tokens = page * (1 if table is None else table.shape[1])
+    if rings is not None:
+        tokens = max(tokens, rings[0].shape[2])
     cut = Cut(out, lengths, heads, first, config, tokens)
     _attend[cut.grid](
-        q, keys, v, bias, table, lengths, *(scales or (None, None)), cut.parts, cut.part_lse,
-        q.stride(0), q.stride(1), *keys.stride()[:3], *v.stride()[:3],
-        *(bias.stride()[:2] if bias is not None else (0, 0)),
-        table.stride(0) if table is not None else 0, *cut.strides,
-        cut.rows, heads, cut.group, first, cut.items, scaling * math.log2(math.e),
+        q, keys, v, bias, table, lengths, *(scales or (None, None)), *(rings or (None,) * 3),
+        cut.parts, cut.part_lse, *_strides(q, 2), *_strides(keys, 3), *_strides(v, 3),
+        *_strides(bias, 2), *_strides(rings and rings[0], 3), *_strides(rings and rings[1], 3),
+        *_strides(table, 1), *cut.strides,
+        cut.rows, heads, paged_heads, cut.group, first, cut.items, scaling * math.log2(math.e),
         K_WIDTH=k_width, K0=k0, K1=k1, K2=k2, V_WIDTH=v_width, V0=v0, V1=v1,
         VALUES_IN_KEYS=in_keys, HAS_BIAS=bias is not None,
         PAGED=table is not None, PAGE=page, PRECISION=precision(q.dtype),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kvtool.kernels.append import append
 from kvtool.kernels.decode_attention import paged_decode_attention
 from kvtool.runtime.pages import PagedHeads, Pages, PerRow, Place
-from kvtool.runtime.split import SplitStore, StreamingHeads
+from kvtool.runtime.split import BudgetedHeads, SplitStore, StreamingHeads
 from kvtool.runtime.stores import KVHeads
 from kvtool.runtime.streams import at_once
 
@@ -53,6 +54,17 @@ class PagedSplit(SplitStore):
     full: PagedHeads | PagedPacked | PagedFloats
     streaming: PagedRings | None
 
+    def __init__(
+        self,
+        full: PagedHeads | PagedPacked | PagedFloats,
+        streaming: PagedRings | None,
+        budgeted: BudgetedHeads | None = None,
+    ) -> None:
+        super().__init__(full, streaming, budgeted)
+        logits = [part.sink_logits for part in (full, streaming) if part is not None]
+        own = [x for x in logits if x is not None]
+        self.all_sink_logits = torch.cat(own) if own else None
+
     @property
     def page_bytes(self) -> int:
         """Of the full heads."""
@@ -77,6 +89,8 @@ class PagedSplit(SplitStore):
         there = k.shape[1] - streaming.kv_heads  # heads in pages come first
         if not there:
             return streaming.step(q, k, v, cos, sin, at)
+        if type(self.full) is PagedHeads:
+            return self._step_both(self.full, streaming, q, k, v, cos, sin, at)
         asked = there * (q.shape[1] // k.shape[1])
         out = q.new_empty((*q.shape[:2], v.shape[-1]))
         at.ring(streaming.sink, streaming.window)  # here, as packed heads may read the same
@@ -90,6 +104,23 @@ class PagedSplit(SplitStore):
             ),
         )
         return out
+
+    def _step_both(
+        self, full: PagedHeads, streaming: PagedRings,
+        q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Place,
+    ) -> Tensor:  # fmt: skip
+        """Pages and rings in the same launches."""
+        sink, window = streaming.sink, streaming.window
+        places, slots, _ = at.ring(sink, window)
+        keys, values, _ = full.stored()
+        rings = streaming.planes["keys"], streaming.planes["values"]
+        turned = append(k, v, cos, sin, keys, values, at.slots, q, rings=(*rings, slots))
+        assert turned is not None
+        lengths = at.beside_ring(keys.shape[1], k.shape[1], sink, window)
+        return paged_decode_attention(
+            turned, keys, values, lengths, full.scaling, at.table,
+            sink_logits=self.all_sink_logits, rings=(*rings, places[:, 0]),
+        )[0]  # fmt: skip
 
     def read_step(self, q: Tensor, at: Place) -> Tensor:
         """See :meth:`PagedHeads.read_step`."""

@@ -162,6 +162,7 @@ class Place:
     slots: Tensor
     lengths: Tensor
     _rings: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _beside: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     _before: dict[int, Tensor] = field(default_factory=dict)
 
     def ring(self, sink: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,6 +176,14 @@ class Place:
             slots, lengths = self.rows * capacity + within, (at + 1).clamp(max=capacity).int()
             self._rings[sink, window] = self.rows.int()[:, None], slots, lengths
         return self._rings[sink, window]
+
+    def beside_ring(self, paged: int, heads: int, sink: int, window: int) -> Tensor:
+        """`[B, heads]` int32, tokens of each head; the first `paged` keep all, others a ring."""
+        kind = heads, sink, window
+        if kind not in self._beside:
+            both = torch.stack((self.lengths, self.ring(sink, window)[2]), dim=1)
+            self._beside[kind] = both.repeat_interleave(heads, dim=1, output_size=2 * heads)
+        return self._beside[kind][:, heads - paged :][:, :heads]  # a view for all layers
 
     def before(self, window: int) -> Tensor:
         """`[B]` int32, tokens of each row before its last `window`; may be negative."""

@@ -27,6 +27,7 @@ from benchmarks.gpu_attention import (
     latent_cases,
     packed_cases,
     packed_latent_cases,
+    split_cases,
 )
 from benchmarks.gpu_bench import Bench, Case, asked_for
 from kvtool.kernels.decode_attention import triton as decode
@@ -41,13 +42,14 @@ class Sweep(NamedTuple):
     Attributes:
         module: Whose `config_for` is put aside,
         where: for calls with arguments of which this is true.
-        tried: Tokens of a tile, rows of queries, warps, stages, items per multiprocessor.
+        tried: Tokens of a tile, rows of queries, warps, stages, items per multiprocessor, and
+            perhaps whether tokens come first.
     """
 
     cases: Iterator[Case]
     module: ModuleType
     where: Callable[..., bool]
-    tried: list[tuple[int, int, int, int, int]]
+    tried: list[tuple[int, ...]]
 
 
 def always(*_: Any) -> bool:
@@ -59,6 +61,34 @@ def sweeps(device: torch.device, tiny: bool) -> Iterator[Sweep]:
     """All of them, the least known first."""
     batch, tokens = (1, 200) if tiny else (8, 32768)
     sizes = [(batch, tokens)]
+    llama = {"Llama-3-8B": (32, 8, 128)}
+    qwen = {"Qwen2.5-7B": (28, 4, 128)}
+    turned = [(64, 32, 4, 4, 1, 1), (64, 16, 4, 4, 1, 1), (64, 32, 8, 4, 1, 1)]
+    wide = [(64, 32, 4, 4, 1, 1), (64, 32, 8, 4, 1, 1), (64, 64, 8, 4, 1, 1)]
+    for name, shape, tried in (
+        ("Llama-3-8B, MLA at 25 %", (32, 448, 64), turned),
+        ("DeepSeek-V3", (128, 512, 64), wide),
+        ("16 heads, 512 + 64", (16, 512, 64), [(64, 16, 4, 4, 1, 1)]),
+    ):
+        yield Sweep(latent_cases(device, {name: shape}, sizes), decode, always, tried)
+    rows = [(1, tokens)]
+    wide = [(16, 8, 1, 5, 7, 1), (32, 8, 2, 5, 4, 1), (16, 8, 2, 5, 7, 1), (32, 8, 1, 5, 4, 1)]
+    yield Sweep(
+        float_cases(device, {"8 on 4 heads of 256": (8, 4, 256)}, sizes), decode, always, wide
+    )
+    own = [
+        (64, 16, 4, 4, 3),
+        (64, 16, 4, 4, 4),
+        (64, 16, 4, 4, 2),
+        (64, 16, 4, 5, 3),
+        (64, 16, 4, 5, 2),
+        (32, 16, 4, 6, 4),
+        (32, 16, 4, 6, 2),
+    ]
+    yield Sweep(split_cases(device, batch, tokens), decode, always, own)
+    rows = rows if tiny else [(1, tokens), (64, 4096)]
+    yield Sweep(decode_cases(device, llama, [*sizes, *rows]), decode, always, own)
+    yield Sweep(decode_cases(device, qwen, [*sizes, *rows]), decode, always, own)
     many = [(64, 64, 8, 3, 1), (64, 32, 8, 5, 1), (64, 32, 4, 5, 1), (32, 32, 4, 5, 2)]
     few = [(64, 16, 8, 5, 1), (64, 64, 8, 3, 1), (32, 16, 4, 6, 2)]
     codes = [(32, 64, 8, 3, 1), (32, 32, 8, 4, 1), (32, 32, 8, 4, 2), (32, 64, 8, 4, 1)]
@@ -79,20 +109,6 @@ def sweeps(device: torch.device, tiny: bool) -> Iterator[Sweep]:
         (64, 8, 4, 1, 2),
     ]
     yield Sweep(packed_cases(device, batch, tokens), packed, always, blocks)
-    floats = [
-        (64, 16, 4, 4, 4),
-        (64, 16, 2, 5, 4),
-        (64, 16, 1, 4, 8),
-        (32, 16, 4, 6, 4),
-        (32, 16, 1, 5, 12),
-        (128, 16, 4, 4, 2),
-    ]
-    cases = float_cases(device, {"Llama-3-8B": (32, 8, 128)}, sizes)
-    yield Sweep(cases, decode, always, floats)
-    own = [(64, 16, 4, 4, 4), (64, 16, 4, 5, 2), (32, 16, 4, 6, 4), (128, 16, 4, 3, 2)]
-    rows = [(1, tokens)] if tiny else [(1, tokens), (64, tokens)]
-    cases = decode_cases(device, {"Llama-3-8B": (32, 8, 128)}, rows)
-    yield Sweep(cases, decode, always, own)
     for heads, rank in ((16, 512), (32, 448)):
         tried = [
             (64, heads, 4, 3, 2),
@@ -114,8 +130,8 @@ def measure(bench: Bench, sweep: Sweep, only: int | None) -> None:
         if case.error is None:  # packing, which has nothing to choose
             continue
         others = [
-            Config(block_n=tile, least=2, items=items, warps=warps, stages=stages, heads=rows)
-            for tile, rows, warps, stages, items in sweep.tried[:only]
+            Config(tile, 2, items, warps, stages, rows, tokens_first=bool(turned))
+            for tile, rows, warps, stages, items, *turned in sweep.tried[:only]
         ]
         for config in (None, *others):
             if bench.late(10):

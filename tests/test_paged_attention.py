@@ -116,15 +116,18 @@ def test_a_bias_counts_merged_tokens(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("key_width", "value_width"), [(64, 64), (80, 96), (128, 128)])
-def test_numbers_in_e4m3_are_read_by_the_scales_of_their_heads(key_width, value_width, dtype):
+@pytest.mark.parametrize("group", [3, 9])
+@pytest.mark.parametrize(("key_width", "value_width"), [(64, 64), (80, 96), (128, 128), (256, 256)])
+def test_numbers_in_e4m3_are_read_by_the_scales_of_their_heads(
+    key_width, value_width, group, dtype
+):
     """As the same numbers in float32, multiplied before: scales of 1e-3 to 10 do no harm."""
     pages, scales = Pages.of([70, 0, 131], 64), torch.tensor([[1e-3, 10.0], [3.0, 2e-3]])
     planes = [
         (30 * pages.plane(2, width, torch.float32)).to(torch.float8_e4m3fn)
         for width in (key_width, value_width)
     ]
-    q = random(3, 6, key_width, dtype=dtype)
+    q = random(3, 2 * group, key_width, dtype=dtype)
     read = [x.float() * s[:, None, None] for x, s in zip(planes, scales.to(DEVICE), strict=True)]
     expected = contract(q.float(), *read, pages.lengths, 0.05, pages.table)
     args = (q, *planes, pages.lengths, 0.05, pages.table)
@@ -165,6 +168,23 @@ def test_further_heads_lie_in_rings(width, page, dtype, sinks):
     assert torch.equal(out[:, 1:11], paged(*args, **more)[0])
     split = kernel.Config(block_n=16, least=1, items=7, warps=4, stages=2)
     assert_same(paged(*args, config=split, **more), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [1, 8, 11])
+@pytest.mark.parametrize("widths", [(64, 64), (80, 96), (128, 128)], ids=str)
+def test_heads_may_be_the_columns_of_products(widths, group, dtype):
+    """As they are for e4m3, by one warp; here with a bias and ends of rows, too."""
+    pages = Pages.of([70, 0, 131], 64)
+    keys, values = (pages.plane(2, width, dtype) for width in widths)
+    bias = pages.plane(2, None, torch.float32)
+    q = random(3, 2 * group, widths[0], dtype=dtype)
+    config = kernel.Config(32, 1, items=5, warps=1, stages=3, heads=8, tokens_first=True)
+    args = (q, keys, values, pages.lengths, 0.1, pages.table, 3, bias)
+    assert_same(paged(*args, config=config), contract(*args), dtype)
+    if widths[0] > 64:
+        latents = (q, keys, 72, pages.lengths, 0.1, pages.table)
+        assert_same(paged(*latents, config=config), contract(*latents), dtype)
 
 
 @pytest.mark.parametrize("heads", [slice(0, 4), slice(4, 10)], ids=str)

@@ -45,6 +45,8 @@ class Config(NamedTuple):
         warps, stages: Of an item's program. Two of the stages go to finding the page.
         heads: Query heads in a program's products, where they are not to follow the group: more
             are several programs, fewer are filled up with zeros (wgmma takes 64 rows).
+        tokens_first: Whether tokens and channels are the rows of products, and heads the columns,
+            of which 8 are enough.
     """
 
     block_n: int
@@ -53,20 +55,35 @@ class Config(NamedTuple):
     warps: int
     stages: int
     heads: int | None = None
+    tokens_first: bool = False
 
 
-def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
+def config_for(group: int, width: int, itemsize: int, in_keys: bool, slots: float) -> Config:
     """What measured fastest on Hopper, but for codes above 640 numbers and fp32, where it is what
-    fits, and e4m3, which was not measured; nothing depends on the lengths.
+    fits, and e4m3 wider than 256; nothing depends on the lengths.
 
     Args:
         group: Query heads of a KV head.
         width: The larger of the keys' and the values' width.
         itemsize: Bytes of a number: 1 of e4m3, which is multiplied as float16.
         in_keys: Whether the values are a part of the keys.
+        slots: Rows times KV heads, per multiprocessor.
     """
-    if itemsize == 1:
-        return Config(block_n=64 if width <= 128 else 32, least=2, items=3, warps=4, stages=5)
+    if itemsize == 1:  # one warp waits for no other
+        few, lone = group <= 8, slots < 0.1
+        heads = 8 if few else None
+        if width <= 64 and lone:
+            return Config(block_n=64, least=2, items=3, warps=4, stages=5)
+        if width <= 64:
+            return Config(32, least=2, items=12, warps=1, stages=5, heads=heads, tokens_first=few)
+        if width <= 128:
+            items = 4 if lone else 8 if few else 7
+            return Config(
+                32, least=2, items=items, warps=1, stages=5, heads=heads, tokens_first=few
+            )
+        if width <= 256 and few:
+            return Config(16, least=2, items=7, warps=1, stages=5, heads=heads, tokens_first=True)
+        return Config(block_n=32, least=2, items=3, warps=4, stages=5)
     if itemsize == 4:
         return Config(
             block_n=16 if width > 256 else 32, least=2, items=2, warps=4, stages=2,
@@ -84,6 +101,8 @@ def config_for(group: int, width: int, itemsize: int, in_keys: bool) -> Config:
         few = None if group <= 32 else 32
         tile, stages = (64, 2) if width <= 640 else (16, 4)
         return Config(tile, least=2, items=1, warps=8, stages=stages, heads=few)
+    if 64 < width <= 128 and slots <= 2:  # beyond, an item of each would not run at once
+        return Config(block_n=64, least=2, items=2, warps=4, stages=5)
     if width > 64:
         return Config(block_n=32, least=2, items=4, warps=4, stages=6)
     return Config(block_n=64, least=2, items=3, warps=4, stages=6)
@@ -177,6 +196,35 @@ def _summands(v, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _scores(q, k, scores, TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds `q [M, K]` times `k [N, K]`: `[M, N]`, or `[N, M]`."""
+    if TOKENS_FIRST:
+        found = dot(k, tl.trans(q), scores, PRECISION)
+    else:
+        found = dot(q, tl.trans(k), scores, PRECISION)
+    return found
+
+
+@triton.jit
+def _add(sums, weights, v, TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds values `[N, V]` times weights: `[M, V]`, or `[V, M]`."""
+    if TOKENS_FIRST:
+        found = dot(tl.trans(v), weights, sums, PRECISION)
+    else:
+        found = dot(weights, v, sums, PRECISION)
+    return found
+
+
+@triton.jit
+def _zeros(HEADS: tl.constexpr, OTHERS: tl.constexpr, TOKENS_FIRST: tl.constexpr):
+    if TOKENS_FIRST:
+        found = tl.zeros((OTHERS, HEADS), tl.float32)
+    else:
+        found = tl.zeros((HEADS, OTHERS), tl.float32)
+    return found
+
+
+@triton.jit
 def _attend(
     q, keys, values, bias, table, lengths, key_scales, value_scales,
     ring_keys, ring_values, places, out, lse,
@@ -189,9 +237,10 @@ def _attend(
     V_WIDTH: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     VALUES_IN_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr,
     PAGED: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SLOTS: tl.constexpr,
-    PDL: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEAST: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    AXIS: tl.constexpr = 0 if TOKENS_FIRST else 1  # of tokens in scores
     item = tl.program_id(1)
     if PDL:  # the merge may start to wait
         gdc_launch_dependents()
@@ -238,9 +287,9 @@ def _attend(
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
-    sum0 = tl.zeros((BLOCK_M, V0), tl.float32)
+    sum0 = _zeros(BLOCK_M, V0, TOKENS_FIRST)
     if V1:
-        sum1 = tl.zeros((BLOCK_M, V1), tl.float32)
+        sum1 = _zeros(BLOCK_M, V1, TOKENS_FIRST)
     for tile in range(begin, end):
         token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (token < length) & (token >= first)
@@ -257,45 +306,50 @@ def _attend(
             within = tl.where(in_ring, token, within)
         k_at = page * stride_kp + head * stride_kh + within.to(tl.int64) * stride_kt
         k0 = load_columns(keys, k_at, k0_at, inside, K01, K0 <= K01).to(DTYPE)
-        scores = dot(q0, tl.trans(k0), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        scores = _scores(q0, k0, _zeros(BLOCK_M, BLOCK_N, TOKENS_FIRST), TOKENS_FIRST, PRECISION)
         if K1:
             k1 = load_columns(keys, k_at, k1_at, inside, K01, K0 + K1 <= K01).to(DTYPE)
-            scores = dot(q1, tl.trans(k1), scores, PRECISION)
+            scores = _scores(q1, k1, scores, TOKENS_FIRST, PRECISION)
         if K2:
             k2 = load_columns(keys, k_at, k2_at, inside, K_WIDTH, K01 + K2 <= K_WIDTH).to(DTYPE)
-            scores = dot(q2, tl.trans(k2), scores, PRECISION)
+            scores = _scores(q2, k2, scores, TOKENS_FIRST, PRECISION)
         scores *= scale
         if HAS_BIAS:
             b_at = page * stride_bp + head * stride_bh + within
-            scores += tl.load(bias + b_at, mask=inside, other=0.0).to(tl.float32)[None, :] * _LOG2_E
-        scores = tl.where(inside[None, :], scores, -float("inf"))
-        weights, shrink, top = weigh(scores, top, 1)
-        mass = mass * shrink + tl.sum(weights, 1)
-        sum0 *= shrink[:, None]
+            added = tl.load(bias + b_at, mask=inside, other=0.0).to(tl.float32) * _LOG2_E
+            scores += tl.expand_dims(added, 1 - AXIS)
+        scores = tl.where(tl.expand_dims(inside, 1 - AXIS), scores, -float("inf"))
+        weights, shrink, top = weigh(scores, top, AXIS)
+        mass = mass * shrink + tl.sum(weights, AXIS)
+        sum0 *= tl.expand_dims(shrink, AXIS)
         if V1:
-            sum1 *= shrink[:, None]
+            sum1 *= tl.expand_dims(shrink, AXIS)
         if VALUES_IN_KEYS:
             weights = weights.to(k0.dtype)
-            sum0 = dot(weights, k0, sum0, PRECISION)
+            sum0 = _add(sum0, weights, k0, TOKENS_FIRST, PRECISION)
             if V1:
-                sum1 = dot(weights, k1, sum1, PRECISION)
+                sum1 = _add(sum1, weights, k1, TOKENS_FIRST, PRECISION)
         else:
             v_at = page * stride_vp + head * stride_vh + within.to(tl.int64) * stride_vt
             v0 = load_columns(values, v_at, v0_at, inside, V_WIDTH, V0 <= V_WIDTH)
             weights = weights.to(DTYPE)
-            sum0 = dot(weights, _summands(v0, DTYPE), sum0, PRECISION)
+            sum0 = _add(sum0, weights, _summands(v0, DTYPE), TOKENS_FIRST, PRECISION)
             if V1:
                 v1 = load_columns(values, v_at, v1_at, inside, V_WIDTH, V0 + V1 <= V_WIDTH)
-                sum1 = dot(weights, _summands(v1, DTYPE), sum1, PRECISION)
+                sum1 = _add(sum1, weights, _summands(v1, DTYPE), TOKENS_FIRST, PRECISION)
 
     safe_mass = tl.where(mass == 0.0, 1.0, mass)
     part = item.to(tl.int64) * group + member
     tl.store(lse + part, top + tl.log2(safe_mass), mask=is_member)
     if value_scales is not None:
         safe_mass /= tl.load(value_scales + head)
+    if TOKENS_FIRST:
+        sum0 = tl.trans(sum0)
     at = part * V_WIDTH
     store_columns(out, at, tl.arange(0, V0), is_member, V_WIDTH, sum0 / safe_mass[:, None])
     if V1:
+        if TOKENS_FIRST:
+            sum1 = tl.trans(sum1)
         store_columns(out, at, V0 + tl.arange(0, V1), is_member, V_WIDTH, sum1 / safe_mass[:, None])
 
 
@@ -439,7 +493,8 @@ def paged_decode_attention(
     if config is None:
         width = max(k_width, v_width)
         itemsize = 4 if q.dtype == torch.float32 else keys.element_size()
-        config = config_for(query_heads // heads, width, itemsize, in_keys)
+        slots = len(q) * heads / processors(q.device)
+        config = config_for(query_heads // heads, width, itemsize, in_keys, slots)
     if out is None:
         out = torch.empty((*q.shape[:2], v_width), dtype=q.dtype, device=q.device)
     tokens = page * (1 if table is None else table.shape[1])
@@ -455,7 +510,8 @@ def paged_decode_attention(
         K_WIDTH=k_width, K0=k0, K1=k1, K2=k2, V_WIDTH=v_width, V0=v0, V1=v1,
         VALUES_IN_KEYS=in_keys, HAS_BIAS=bias is not None,
         PAGED=table is not None, PAGE=page, PRECISION=precision(q.dtype),
-        BLOCK_M=cut.block_m, num_warps=config.warps, num_stages=config.stages, **cut.constants,
+        TOKENS_FIRST=config.tokens_first, BLOCK_M=cut.block_m,
+        num_warps=config.warps, num_stages=config.stages, **cut.constants,
         enable_fp_fusion=True,
     )  # fmt: skip
     return cut.merge(sink_logits)

@@ -185,19 +185,27 @@ typedef struct {
     float largest[QUERIES], total[QUERIES], sums[QUERIES][WIDEST + LANES];
 } Found;
 
-/* Attention of n queries over rows of keys and values, up to PART of them.
+/* Tokens of a head: where the first lies, how many numbers there are of each, and how many lie from
+   one to the next. */
+typedef struct {
+    const void *keys, *values;
+    int64_t key_width, value_width, key_line, value_line, tokens, dtype;
+    const int64_t *rows; /* which lines they are; none for 0, 1, 2, ... */
+} Tokens;
 
-   queries: [n, width], scaled, zeros behind the width.
-   rows: where tokens lie, as rows of both; none for 0, 1, 2, ... */
-INLINE void read_rows(Found *found, float queries[][WIDEST + LANES], int n, int64_t width, const char *keys,
-                      const char *values, const int64_t *rows, int64_t tokens, int dtype) {
+/* Attention of n queries over up to PART tokens.
+
+   queries: [n, key width], scaled, zeros behind the width. */
+INLINE void read_rows(Found *found, float queries[][WIDEST + LANES], int n, const Tokens *read, int dtype) {
     float scores[QUERIES][PART + LANES];
-    const int64_t line = width * bytes_of(dtype), step = LANES * bytes_of(dtype);
+    const int64_t *rows = read->rows, tokens = read->tokens, bytes = bytes_of(dtype);
+    const int64_t key_width = read->key_width, key_line = read->key_line * bytes;
+    const int64_t value_width = read->value_width, value_line = read->value_line * bytes;
     for (int64_t t = 0; t < tokens; t++) {
-        const char *at = keys + (rows ? rows[t] : t) * line;
+        const char *at = (const char *)read->keys + (rows ? rows[t] : t) * key_line;
         Floats sums[QUERIES] = {{0}};
-        for (int64_t c = 0; c < width; c += LANES, at += step) {
-            const Floats x = load(at, width - c, dtype);
+        for (int64_t c = 0; c < key_width; c += LANES, at += LANES * bytes) {
+            const Floats x = load(at, key_width - c, dtype);
             for (int i = 0; i < n; i++) sums[i] += *(Floats *)(queries[i] + c) * x;
         }
         for (int i = 0; i < n; i++) scores[i][t] = sum_of(sums[i]);
@@ -208,12 +216,12 @@ INLINE void read_rows(Found *found, float queries[][WIDEST + LANES], int n, int6
     }
     for (int64_t first = 0; first < tokens; first += 16) { /* rows that stay in the nearest cache */
         const int64_t end = smaller(tokens, first + 16);
-        for (int64_t c = 0; c < width; c += LANES) {
+        for (int64_t c = 0; c < value_width; c += LANES) {
             Floats sums[QUERIES];
             for (int i = 0; i < n; i++) sums[i] = *(Floats *)(found->sums[i] + c);
             for (int64_t t = first; t < end; t++) {
-                const char *at = values + (rows ? rows[t] : t) * line + c * bytes_of(dtype);
-                const Floats x = load(at, width - c, dtype);
+                const char *at = (const char *)read->values + (rows ? rows[t] : t) * value_line + c * bytes;
+                const Floats x = load(at, value_width - c, dtype);
                 for (int i = 0; i < n; i++) sums[i] += scores[i][t] * x;
             }
             for (int i = 0; i < n; i++) *(Floats *)(found->sums[i] + c) = sums[i];
@@ -222,24 +230,28 @@ INLINE void read_rows(Found *found, float queries[][WIDEST + LANES], int n, int6
 }
 
 /* The same for a number of queries that the compiler knows, so that sums stay in registers. */
-INLINE void read_rows_of(Found *found, float queries[][WIDEST + LANES], int n, int64_t width, const char *keys,
-                         const char *values, const int64_t *rows, int64_t tokens, int dtype) {
+INLINE void read_rows_of(Found *found, float queries[][WIDEST + LANES], int n, const Tokens *read, int dtype) {
     switch (n) {
-    case 1: read_rows(found, queries, 1, width, keys, values, rows, tokens, dtype); break;
-    case 2: read_rows(found, queries, 2, width, keys, values, rows, tokens, dtype); break;
-    case 3: read_rows(found, queries, 3, width, keys, values, rows, tokens, dtype); break;
-    case 4: read_rows(found, queries, 4, width, keys, values, rows, tokens, dtype); break;
+    case 1: read_rows(found, queries, 1, read, dtype); break;
+    case 2: read_rows(found, queries, 2, read, dtype); break;
+    case 3: read_rows(found, queries, 3, read, dtype); break;
+    case 4: read_rows(found, queries, 4, read, dtype); break;
     }
 }
 
-static void read_tokens(Found *found, float queries[][WIDEST + LANES], int n, int64_t width, const void *keys,
-                        const void *values, const int64_t *rows, int64_t tokens, int64_t dtype) {
-    switch (dtype) {
-    case FP32: read_rows_of(found, queries, n, width, keys, values, rows, tokens, FP32); break;
-    case BF16: read_rows_of(found, queries, n, width, keys, values, rows, tokens, BF16); break;
-    case FP16: read_rows_of(found, queries, n, width, keys, values, rows, tokens, FP16); break;
-    default: read_rows_of(found, queries, n, width, keys, values, rows, tokens, E4M3);
+static void read_tokens(Found *found, float queries[][WIDEST + LANES], int n, const Tokens *read) {
+    switch (read->dtype) {
+    case FP32: read_rows_of(found, queries, n, read, FP32); break;
+    case BF16: read_rows_of(found, queries, n, read, BF16); break;
+    case FP16: read_rows_of(found, queries, n, read, FP16); break;
+    default: read_rows_of(found, queries, n, read, E4M3);
     }
+}
+
+/* How many of the query heads of a KV head are read for together: QUERIES, or evenly fewer. */
+INLINE int64_t queries_of(int64_t group) {
+    const int64_t times = (group + QUERIES - 1) / QUERIES;
+    return (group + times - 1) / times;
 }
 
 /* Queries [n, width] times a factor, with zeros behind the width. */
@@ -258,13 +270,15 @@ static void keep(float *to, const Found *found, int n, int64_t width, float fact
 }
 
 /* One softmax of the parts of a query head, `stride` apart; returns what sums are to be divided by.
-   logit: joins the softmax, and has no value; none if there is none. */
+   logit: joins the softmax, and has no value; none if there is none.
+   top: becomes the largest score. */
 static float add_parts(float *sums, float *far, const float *found, int64_t parts, int64_t near, int64_t stride,
-                       int64_t width, const float *logit) {
+                       int64_t width, const float *logit, float *top) {
     float largest = logit ? *logit : -INFINITY;
     for (int64_t p = 0; p < parts; p++)
         if (!(found[p * stride] <= largest)) largest = found[p * stride];
-    float total = logit ? expf(*logit - largest) : 0;
+    *top = largest;
+    float total = logit && *logit != -INFINITY ? expf(*logit - largest) : 0;
     for (int64_t p = 0; p < parts; p++) {
         if (found[p * stride + 1] == 0) continue; /* scores of -inf alone */
         float *to = p < near ? sums : far;

@@ -31,8 +31,8 @@ NAMES = ("decode_attention", "packed_attention")
 PART = 512
 """Tokens that are read together."""
 
-WIDEST = 512
-"""Numbers of a head."""
+WIDEST = 640
+"""Numbers of a head, or of a latent."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """As `attention.h` calls them."""

@@ -28,6 +28,8 @@ from kvtool.kernels.decode_attention import (
 )
 from kvtool.kernels.decode_attention.native import WIDEST
 from kvtool.kernels.dispatch import VARIABLE
+from kvtool.kernels.latent_attention import latent_decode_attention, latent_decode_rows
+from kvtool.kernels.latent_attention import reference as latent_reference
 from kvtool.kernels.native import PART
 from kvtool.kernels.packed_attention import packed_attention, paged
 from kvtool.kernels.packed_attention.native import packed_attention as packed_kernel
@@ -80,7 +82,7 @@ def test_runs_of_any_dtypes_are_one_softmax(width):
     near = tuple(torch.randn(3, 9, width).bfloat16() for _ in range(2))
     q = torch.randn(1, 6, width)
     runs = [Run(*kept, max(counts), starts), Run(*codes, 300, scales=scales), Run(*near, 9)]
-    found = decode_runs(q, [runs], 3, 0.2)[0]
+    found = decode_runs(q, [runs], 3, 0.2)[0][0]
     for head, n in enumerate(counts):
         own = slice(starts[head], starts[head] + n)
         keys, values = (
@@ -93,10 +95,65 @@ def test_runs_of_any_dtypes_are_one_softmax(width):
 
 
 @compiled
+@hypothesis.given(
+    heads=st.integers(1, 3), group=st.integers(1, 10), dtype=st.sampled_from(DTYPES),
+    widths=st.tuples(*[st.sampled_from((1, 8, 24, 64, 96, 130, WIDEST))] * 2), sink=st.booleans(),
+    lengths=st.lists(st.sampled_from((0, 1, 40, PART + 3)), min_size=1, max_size=3),
+)  # fmt: skip
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_keys_and_values_of_any_width_and_the_mass_of_their_scores(
+    heads, group, dtype, widths, sink, lengths
+):
+    """Two runs of each row, in lines and heads that lie apart."""
+    q = torch.randn(len(lengths), heads * group, widths[0]).to(dtype)
+    logits = torch.randn(heads * group) if sink else None
+    planes = [
+        torch.randn(len(lengths), 700, heads, n + 5).to(dtype).transpose(1, 2) for n in widths
+    ]
+    keys, values = (plane[..., 2:-3] for plane in planes)
+    read = [
+        [Run(k[:, 100:], v[:, 100:], n), Run(k, v, min(n, 9))]
+        for k, v, n in zip(keys, values, lengths, strict=True)
+    ]
+    found, mass = decode_runs(q, read, heads, 0.1, logits)
+    for b, n in enumerate(lengths):
+        at = [*range(100, 100 + n), *range(min(n, 9))]
+        k, v = keys[b][:, at].float(), values[b][:, at].float()
+        scores = 0.1 * q[b].float().unflatten(0, (heads, group)) @ k.mT
+        if sink:
+            scores = torch.cat((scores, logits.view(heads, group, 1)), dim=-1)
+            v = torch.cat((v, torch.zeros(heads, 1, widths[1])), dim=1)
+        torch.testing.assert_close(mass[b], scores.logsumexp(-1).flatten(), rtol=1e-5, atol=1e-5)
+        if n:
+            assert rms_ratio(found[b], (scores.softmax(-1) @ v).flatten(0, 1)) < TOLERANCES[dtype]
+        else:
+            assert not found[b].any()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "rank", "rope"), [(9, 160, 32), (1, 8, 0), (20, 512, 64), (5, 7, 3)]
+)
+def test_latents_are_read_as_by_plain_torch(heads, rank, rope, dtype):
+    lengths = [PART + 9, 1, 70]
+    latents = torch.full((3, PART + 20, rank + rope), torch.nan)
+    for plane, n in zip(latents, lengths, strict=True):
+        plane[:n] = torch.randn(n, rank + rope)
+    latents, q = latents.to(dtype), torch.randn(3, heads, rank + rope).to(dtype)
+    args = (rank, lengths, 0.1)
+    expected = latent_reference.latent_decode_attention(q.float(), latents.float(), *args)
+    found = latent_decode_attention(q, latents, *args)
+    assert found.dtype == dtype
+    assert rms_ratio(found, expected) < TOLERANCES[dtype]
+    assert torch.equal(latent_decode_rows(q, latents.split(1), *args), found)
+
+
+@compiled
 def test_a_row_without_tokens_is_zeros():
     keys = torch.full((1, 4, 8), torch.nan)
     full = [Run(torch.ones(1, 4, 8), torch.ones(1, 4, 8), 4)]
-    found = decode_runs(torch.ones(2, 2, 8), [[Run(keys, keys, 0)], full], 1, 1.0, torch.ones(2))
+    found = decode_runs(torch.ones(2, 2, 8), [[Run(keys, keys, 0)], full], 1, 1.0, torch.ones(2))[0]
     assert not found[0].any()
     assert found[1].all()
 
@@ -105,7 +162,7 @@ def test_a_row_without_tokens_is_zeros():
 def test_every_e4m3_number_is_read():
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 256)
     run = Run(torch.zeros_like(values), values, 1)
-    found = decode_runs(torch.zeros(1, 1, 256), [[run]], 1, 1.0)[0]
+    found = decode_runs(torch.zeros(1, 1, 256), [[run]], 1, 1.0)[0][0]
     expected = values[0].view(torch.float8_e4m3fn).float()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -136,7 +193,7 @@ def test_nothing_behind_the_memory_is_read():
         keys = plane.view(1, tokens, width)
         keys.fill_(1)
         assert libc.mprotect(ctypes.c_void_p(start + 2 * size), size, 0) == 0
-        found = decode_runs(torch.ones(1, 1, width), [[Run(keys, keys, tokens)]], 1, 1.0)
+        found = decode_runs(torch.ones(1, 1, width), [[Run(keys, keys, tokens)]], 1, 1.0)[0]
         assert libc.mprotect(ctypes.c_void_p(start + 2 * size), size, 3) == 0
         assert (found == (1 if itemsize > 1 else 2**-9)).all()
 
@@ -185,10 +242,12 @@ def test_packed_heads_are_read_as_by_plain_torch(
 def test_what_a_kernel_cannot_read_runs_in_plain_torch():
     keys = torch.randn(1, 2, 5, 8)
     assert fits(keys, keys, keys)
-    assert not fits(keys, keys, keys[..., :4])
+    assert fits(keys, keys, keys[..., :4])
+    assert not fits(keys, keys, keys[:, :, :4])
     assert not fits(keys, keys, keys.bfloat16())
     assert not fits(keys, *[keys.double()] * 2)
-    assert not fits(keys, *[torch.randn(1, 2, 5, WIDEST + 1)] * 2)
+    assert not fits(*[torch.randn(1, 2, 5, WIDEST + 1)] * 2, keys)
+    assert not fits(keys, keys, torch.randn(1, 2, 5, WIDEST + 1))
     assert not fits(keys.clone().requires_grad_(), keys, keys)
     assert not fits(keys, keys.clone().requires_grad_(), keys)
     assert not fits(keys.to("meta"), keys, keys)
@@ -206,7 +265,7 @@ def test_what_a_kernel_cannot_read_runs_in_plain_torch():
 @compiled
 @pytest.mark.parametrize("change", ["wide", "small blocks", "double", "mixed", "part", "learns"])
 def test_packed_heads_that_a_kernel_cannot_read_run_in_plain_torch(change):
-    size, width = (8 if change == "small blocks" else 32), (576 if change == "wide" else 24)
+    size, width = (8 if change == "small blocks" else 32), (WIDEST + 8 if change == "wide" else 24)
     ring, blocks, lengths = packed_memory(8, 8, size=size, width=width, lengths=(90,))
     q = torch.randn(1, 4, width, requires_grad=change == "learns")
     if change == "double":
@@ -241,8 +300,8 @@ def test_small_numbers_are_read_where_subnormal_ones_are_flushed():
     expected = codes[0].view(torch.float8_e4m3fn).float()
     assert torch.set_flush_denormal(True)
     run = Run(torch.zeros_like(codes), codes, 1)
-    found = decode_runs(torch.zeros(1, 1, 256), [[run]], 1, 1.0)[0]
-    read = decode_runs(torch.zeros(1, 1, 81), [[Run(halves * 0, halves, 1)]], 1, 1.0)[0]
+    found = decode_runs(torch.zeros(1, 1, 256), [[run]], 1, 1.0)[0][0]
+    read = decode_runs(torch.zeros(1, 1, 81), [[Run(halves * 0, halves, 1)]], 1, 1.0)[0][0]
     torch.set_flush_denormal(False)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(read, halves[0].float())

@@ -228,7 +228,7 @@ def test_text_is_the_same_alone_and_in_any_batch(engine, kind, data):
 @pytest.mark.parametrize(
     "kind",
     ["dense", "windowed", "some windows", "shared layers", "split", "budgeted", "few bits",
-     "fp8 alone", "fp8, window"],
+     "fp8 alone", "fp8, window", "coded", "shared codes", "mla", "kvtool-mla"],
 )  # fmt: skip
 def test_kernels_in_c_predict_what_plain_torch_does(engine, kind, monkeypatch):
     own, ids = engine(kind), torch.tensor(prompt(150))

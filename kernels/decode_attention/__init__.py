@@ -43,7 +43,7 @@ def decode_attention(
     if not fits(q, keys, values) or learns(sink_logits):
         return reference.decode_attention(q, keys, values, lengths, scaling, sink_logits)
     read = [[Run(k, v, n)] for k, v, n in zip(keys, values, lengths, strict=True)]
-    return decode_runs(q, read, keys.shape[1], scaling, sink_logits)
+    return decode_runs(q, read, keys.shape[1], scaling, sink_logits)[0]
 
 
 def decode_rows(
@@ -58,7 +58,7 @@ def decode_rows(
     alike = zip(keys, values, strict=True)
     if all(fits(q, k, v) for k, v in alike) and not learns(sink_logits):
         read = [[Run(k[0], v[0], n)] for k, v, n in zip(keys, values, lengths, strict=True)]
-        return decode_runs(q, read, keys[0].shape[1], scaling, sink_logits)
+        return decode_runs(q, read, keys[0].shape[1], scaling, sink_logits)[0]
     rows = zip(q.split(1), keys, values, lengths, strict=True)
     contract = reference.decode_attention
     return torch.cat([contract(x, k, v, [n], scaling, sink_logits) for x, k, v, n in rows])
@@ -81,7 +81,7 @@ def decode_attention_e4m3(
     runs = [Run(keys, values, keys.shape[1], scales=own)]
     if exact is not None:
         runs.append(Run(*exact, exact[0].shape[1]))
-    return decode_runs(q[None], [runs], keys.shape[0], scaling, sink_logits)[0]
+    return decode_runs(q[None], [runs], keys.shape[0], scaling, sink_logits)[0][0]
 
 
 def paged_decode_attention(

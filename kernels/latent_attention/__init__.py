@@ -1,15 +1,40 @@
 """One new query per row against cached latents, in absorbed form.
 
-The latent is the value too, so both operations are decode attention whose values are the first
+The latent is the value too, so all operations are decode attention whose values are the first
 columns of the keys: :func:`paged_latent_attention` loads every latent once for both.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from kvtool.kernels.decode_attention import paged_decode_attention
-from kvtool.kernels.latent_attention.reference import latent_decode_attention
+from kvtool.kernels.decode_attention import Run, decode_runs, fits, paged_decode_attention
+from kvtool.kernels.latent_attention import reference
 
-__all__ = ["latent_decode_attention", "paged_latent_attention"]
+__all__ = ["latent_decode_attention", "latent_decode_rows", "paged_latent_attention"]
+
+
+def latent_decode_attention(
+    q: Tensor, latents: Tensor, rank: int, lengths: Sequence[int], scaling: float
+) -> Tensor:
+    """See :func:`kvtool.kernels.latent_attention.reference.latent_decode_attention`."""
+    if fits(q, latents, latents[..., :rank]):
+        return latent_decode_rows(q, latents.split(1), rank, lengths, scaling)
+    return reference.latent_decode_attention(q, latents, rank, lengths, scaling)
+
+
+def latent_decode_rows(
+    q: Tensor, latents: Sequence[Tensor], rank: int, lengths: Sequence[int], scaling: float
+) -> Tensor:
+    """The same with a tensor `[1, ·, r + d_r]` for each row."""
+    if all(fits(q, x, x[..., :rank]) for x in latents):
+        pairs = zip(latents, lengths, strict=True)
+        read = [[Run(x, x[..., :rank], n)] for x, n in pairs]
+        return decode_runs(q, read, 1, scaling)[0]
+    rows = zip(q.split(1), latents, lengths, strict=True)
+    contract = reference.latent_decode_attention
+    return torch.cat([contract(x, own, rank, [n], scaling) for x, own, n in rows])
 
 
 def paged_latent_attention(

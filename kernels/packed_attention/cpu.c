@@ -168,7 +168,9 @@ static void read_exact(const Call *call, Found *found, float queries[][WIDEST + 
     int64_t rows[PART];
     for (int64_t t = start; t < end; t++)
         rows[t - start] = head + (t < call->sink ? t : call->sink + (t - call->sink + packed) % around);
-    read_tokens(found, queries, n, call->width, call->ring_keys, call->ring_values, rows, end - start, call->dtype);
+    const int64_t width = call->width;
+    const Tokens read = {call->ring_keys, call->ring_values, width, width, width, width, end - start, call->dtype, rows};
+    read_tokens(found, queries, n, &read);
 }
 
 /* Attention over the blocks from `start` to `end`. */
@@ -232,8 +234,9 @@ static void read_part(const Call *call, int64_t head, int64_t part) {
     if (part >= near && start >= blocks) return;
     float queries[QUERIES][WIDEST + LANES];
     Found found;
-    for (int64_t i = 0; i < call->group; i += QUERIES) {
-        const int n = smaller(QUERIES, call->group - i);
+    const int64_t each = queries_of(call->group);
+    for (int64_t i = 0; i < call->group; i += each) {
+        const int n = smaller(each, call->group - i);
         scale_queries(queries, call->q + (head * call->group + i) * width, n, width, call->scaling);
         if (part < near)
             read_exact(call, &found, queries, n, b, h, part * PART, smaller(exact, (part + 1) * PART));
@@ -261,12 +264,12 @@ static void merge(const Call *call, int64_t query) {
     const int64_t head = query / call->group, i = query % call->group, b = head / call->heads, width = call->width;
     const int64_t exact = exact_of(call, call->lengths[b]), near = parts_of(exact);
     const int64_t step = PART / call->size, parts = near + (blocks_of(call, call->lengths[b]) + step - 1) / step;
-    float *out = call->out + query * width, far[WIDEST] = {0};
+    float *out = call->out + query * width, far[WIDEST] = {0}, largest;
     memset(out, 0, 4 * width);
     if (!parts) return;
     const float *logit = call->sink_logits ? call->sink_logits + query % (call->heads * call->group) : 0;
     const float *found = call->parts + (head * call->most * call->group + i) * (2 + width);
-    const float total = add_parts(out, far, found, parts, near, call->group * (2 + width), width, logit);
+    const float total = add_parts(out, far, found, parts, near, call->group * (2 + width), width, logit, &largest);
     if (call->turned) turn(far, width);
     for (int64_t c = 0; c < width; c++) out[c] = (out[c] + far[c]) / total;
 }

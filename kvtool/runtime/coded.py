@@ -12,6 +12,7 @@ Layers with a sliding window may lie between them: these keep their own, and ask
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from kvtool.attention import GroupedQueryAttention
 from kvtool.codes import Code, Part
 from kvtool.kernels.append import Encoder, append
-from kvtool.kernels.decode_attention import merge, paged_decode_attention
+from kvtool.kernels.decode_attention import Run, decode_runs, fits, merge, paged_decode_attention
 from kvtool.kernels.quantise import dequantise, groups_of, packed_bytes, quantise
 from kvtool.kernels.sink_logits import softmax
 from kvtool.rope import Rope
@@ -29,7 +30,7 @@ from kvtool.runtime.layers import GroupedAttention, NewTokens, Step, step_of
 from kvtool.runtime.paged_split import PagedRings
 from kvtool.runtime.pages import WIDEST, PagedStore, Pages, Place
 from kvtool.runtime.split import StreamingHeads
-from kvtool.runtime.stores import Store
+from kvtool.runtime.stores import Store, with_spare_rows
 from kvtool.runtime.streams import at_once
 
 _ROWS = 256  # queries whose scores are written out at once
@@ -149,6 +150,9 @@ class CodedStore(DroppingHeads):
         slots = [self.exact.slot(start) for start in step.starts]
         self.exact.write(step.row, slots, {"keys": new.k_rotated, "values": new.v})
         first = 0 if step.row is None else step.row
+        rows = [self._runs(first + b, n) for b, n in enumerate(step.lengths)]
+        if self._fits(new.q_rotated, *rows[0]):
+            return self._read_runs(new.q_rotated, rows)
         parts = []
         for b, n in enumerate(step.lengths):
             row = slice(first + b, first + b + 1)
@@ -158,6 +162,46 @@ class CodedStore(DroppingHeads):
             one = Tokens(*(x[b : b + 1] for x in new))
             parts.append(self._attend(one, keys, values, self._codes(row, n)))
         return torch.cat(parts)
+
+    @staticmethod
+    def add_together(stores: Sequence[CodedStore], new: Tokens, step: Step) -> Tensor:
+        rows = [store._runs(0, n) for store, n in zip(stores, step.lengths, strict=True)]
+        own = stores[0]
+        if not own._fits(new.q_rotated, *rows[0]):
+            return Store.add_together(stores, new, step)
+        for b, (store, start, n) in enumerate(zip(stores, step.starts, step.lengths, strict=True)):
+            one = Tokens(*(x[b : b + 1] for x in new))
+            store.codes.collect(store.layer, one, replace(step, starts=[start], lengths=[n]))
+            slots = [store.exact.slot(start)]
+            store.exact.write(None, slots, {"keys": one.k_rotated, "values": one.v})
+        read = own._read_runs(new.q_rotated[: len(stores)], rows)
+        return with_spare_rows([read], len(new.q))
+
+    def _runs(self, row: int, length: int) -> tuple[Run, Run]:
+        """The exact tokens of a row of so many, and the codes of those between them."""
+        exact, parts = self.exact, self.codes.code.plan.parts
+        near, far = exact.planes, self.planes
+        keys, values = (far[part][row, exact.sink :][None] for part in (parts[0], parts[-1]))
+        coded = max(0, length - exact.window - exact.sink)
+        filled = min(length, exact.capacity)
+        return Run(near["keys"][row], near["values"][row], filled), Run(keys, values, coded)
+
+    def _fits(self, q: Tensor, near: Run, far: Run) -> bool:
+        """Whether one kernel reads both as they lie, with queries `[B, Q, 1, D]`."""
+        absorbed = q.new_empty((0, far.keys.shape[-1]))
+        both = fits(q, near.keys, near.values) and fits(absorbed, far.keys, far.values)
+        return self.reader.rotated and both
+
+    def _read_runs(self, q: Tensor, rows: Sequence[tuple[Run, Run]]) -> Tensor:
+        """What the newest token of each row reads, `q [B, Q, 1, D]`: as :meth:`PagedCoded.step`."""
+        q = q[:, :, 0]
+        near, far = ([[run] for run in runs] for runs in zip(*rows, strict=True))
+        read, mass = decode_runs(q, near, self.exact.kv_heads, self.scaling, self.sink_logits)
+        if any(run.length for (run,) in far):
+            mixed, far_mass = decode_runs(self.reader.absorb(q), far, 1, self.scaling)
+            far_mass = self.reader.add_key_mean(far_mass, q, self.scaling)
+            read = merge((read, self.reader.decode(mixed)), (mass, far_mass))
+        return read[:, :, None]
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
         self.exact.keep_last(row, 0, keys, values)

@@ -253,9 +253,8 @@ class BudgetedHeads(DroppingHeads):
                 for row, n in zip(rows, lengths, strict=True)
             ]
             asked = new.q[:, :, 0]
-            return decode_runs(asked, read, self.kv_heads, self.scaling, self.sink_logits)[
-                :, :, None
-            ]
+            found, _ = decode_runs(asked, read, self.kv_heads, self.scaling, self.sink_logits)
+            return found[:, :, None]
         contexts = []
         for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
             keys, values = (plane[row, :, :n] for plane in self.planes.values())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvtool.attention import causal_attention
 from kvtool.kernels.decode_attention import decode_attention, decode_rows
-from kvtool.kernels.latent_attention import latent_decode_attention
+from kvtool.kernels.latent_attention import latent_decode_attention, latent_decode_rows
 
 Seen = tuple[Tensor, Tensor]
 """Keys and values `[1, H, ·, D]`, the newest last."""
@@ -228,7 +228,7 @@ class DenseStore(Store):
         keys, values = ([store.planes[name] for store in stores] for name in ("keys", "values"))
         scaling, logits = stores[0].scaling, stores[0].sink_logits
         read = decode_rows(q[: len(stores), :, 0], keys, values, lengths, scaling, logits)
-        return with_spare_rows([*read[:, :, None].split(1)], len(q))
+        return with_spare_rows([read[:, :, None]], len(q))
 
 
 class LatentStore(Store):
@@ -255,6 +255,13 @@ class LatentStore(Store):
             latents = latents[row : row + 1]
         return latent_decode_attention(q, latents, self.rank, lengths, self.scaling)
 
+    @staticmethod
+    def attend_together(stores: Sequence[Any], q: Tensor, lengths: Sequence[int]) -> Tensor:
+        """See :meth:`DenseStore.attend_together`; `[B, Q, r]`."""
+        latents, own = [store.planes["latents"] for store in stores], stores[0]
+        read = latent_decode_rows(q[: len(stores)], latents, own.rank, lengths, own.scaling)
+        return with_spare_rows([read], len(q))
+
 
 class Rows(Store):
     """Stores of one row each, decoded together: every row has memory of its own.
@@ -272,7 +279,7 @@ class Rows(Store):
 
     def attend(self, q: Tensor, row: int | None, lengths: Sequence[int]) -> Tensor:
         """What each row reads of its own store, `[B, ...]`."""
-        if isinstance(self.stores[0], DenseStore):
+        if isinstance(self.stores[0], DenseStore | LatentStore):
             return self.stores[0].attend_together(self.stores, q, lengths)
         parts = [
             store.attend(q[b : b + 1], None, [n])
@@ -296,8 +303,9 @@ class Rows(Store):
         return read
 
 
-def with_spare_rows(parts: list[Tensor], rows: int) -> Tensor:
-    """One row behind the other, and zeros up to so many."""
-    if rows > len(parts):
-        parts.append(parts[0].new_zeros((rows - len(parts), *parts[0].shape[1:])))
-    return torch.cat(parts)
+def with_spare_rows(parts: Sequence[Tensor], rows: int) -> Tensor:
+    """Rows behind each other, and zeros up to so many."""
+    spare = rows - sum(map(len, parts))
+    if spare:
+        parts = [*parts, parts[0].new_zeros((spare, *parts[0].shape[1:]))]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

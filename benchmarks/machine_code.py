@@ -36,6 +36,7 @@ from triton.runtime.jit import JITFunction
 
 from kvtool.kernels.append import Encoder
 from kvtool.kernels.append.triton import append
+from kvtool.kernels.decode_attention import triton as decode
 from kvtool.kernels.decode_attention.merge_triton import merge
 from kvtool.kernels.decode_attention.triton import paged_decode_attention
 from kvtool.kernels.gated_delta.triton import gated_delta_step
@@ -262,6 +263,7 @@ def compiled(*, few: bool = False) -> Iterator[dict[str, Any]]:
         return launch
 
     driver.set_active(Hopper())
+    decode.processors = lambda device: 132  # of an H100 or H200
     JITFunction.__getitem__ = compile_only
     for case, call in cases(few=few):
         call()

@@ -308,4 +308,4 @@ def with_spare_rows(parts: Sequence[Tensor], rows: int) -> Tensor:
     spare = rows - sum(map(len, parts))
     if spare:
         parts = [*parts, parts[0].new_zeros((spare, *parts[0].shape[1:]))]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]

@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +20,8 @@ import torch
 from kvtool.kernels.decode_attention import decode_attention, decode_attention_e4m3, reference
 from kvtool.kernels.decode_attention.e4m3 import decode_attention_e4m3 as plain_e4m3
 from kvtool.kernels.decode_attention.e4m3 import widen
+from kvtool.kernels.latent_attention import latent_decode_attention
+from kvtool.kernels.latent_attention import reference as latent_reference
 from kvtool.kernels.native import compiler
 from kvtool.kernels.packed_attention import (
     Blocks,
@@ -119,6 +121,22 @@ def packed(heads: int, group: int, width: int, tokens: int, bits: int) -> Case:
     )
 
 
+def latents(heads: int, rank: int, rope: int, tokens: int, dtype: torch.dtype) -> Case:
+    q, shape = torch.randn(1, heads, rank + rope).to(dtype), (1, tokens, rank + rope)
+    held = copies_of(
+        tokens * (rank + rope) * dtype.itemsize, lambda: (torch.randn(shape).to(dtype),)
+    )
+    contract = latent_reference.latent_decode_attention
+    wanted = contract(q.float(), held[0][0].float(), rank, [tokens], 0.1)
+    error = rms_ratio(latent_decode_attention(q, *held[0], rank, [tokens], 0.1), wanted)
+    ours, theirs = cycle(held), cycle(held)
+    return (
+        lambda: latent_decode_attention(q, *next(ours), rank, [tokens], 0.1),
+        lambda: contract(q, *next(theirs), rank, [tokens], 0.1),
+        error,
+    )
+
+
 KINDS: dict[str, tuple[Callable[..., Case], float, float]] = {
     "fp32": (lambda *x: floats(*x, torch.float32), 4, 1e-5),
     "bf16": (lambda *x: floats(*x, torch.bfloat16), 2, 8e-3),
@@ -127,6 +145,29 @@ KINDS: dict[str, tuple[Callable[..., Case], float, float]] = {
     "K2V2": (lambda *x: packed(*x, 2), 0.3125, 1e-5),
 }
 """How a case is made, bytes of a number with its scales, and the error that is let pass."""
+
+LATENT_KINDS = {name: KINDS[name][1:] for name in ("fp32", "bf16")}
+LATENT_SHAPES = {
+    "SmolLM2-135M, MLA at 50 %": (9, 160, 32),
+    "16 heads, 512 + 64": (16, 512, 64),
+    "Llama-3-8B, MLA at 25 %": (32, 448, 64),
+}
+"""Query heads, r, d_r."""
+
+
+def cases() -> Iterator[tuple[str, int, str, Case, float, float]]:
+    """Model, tokens and kind, the case, the bytes that it reads, and the error that is let pass."""
+    for model, shape in SHAPES.items():
+        for tokens in LENGTHS:
+            for kind, (make, nbytes, allowed) in KINDS.items():
+                read = 2 * shape[0] * tokens * shape[2] * nbytes
+                yield model, tokens, kind, make(*shape, tokens), read, allowed
+    for model, (heads, rank, rope) in LATENT_SHAPES.items():
+        for tokens in LENGTHS:
+            for kind, (nbytes, allowed) in LATENT_KINDS.items():
+                dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+                case = latents(heads, rank, rope, tokens, dtype)
+                yield model, tokens, kind, case, tokens * (rank + rope) * nbytes, allowed
 
 
 def seconds(*runs: Callable[[], object], rounds: int) -> list[float]:
@@ -154,22 +195,18 @@ def main() -> None:
     target = torch.empty_like(source)
     (copy,) = seconds(lambda: target.copy_(source), rounds=9)
     rows = []
-    for model, shape in SHAPES.items():
-        for tokens in LENGTHS:
-            for kind, (make, nbytes, allowed) in KINDS.items():
-                ours, plain, error = make(*shape, tokens)
-                if error > allowed:
-                    sys.exit(f"{kind} of {model} is wrong by {error:.1e}")
-                own, other = seconds(ours, plain, rounds=given.rounds)
-                read = 2 * shape[0] * tokens * shape[2] * nbytes
-                row = {
-                    "model": model, "tokens": tokens, "kind": kind, "us": round(own * 1e6, 1),
-                    "times plain torch": round(other / own, 2),
-                    "share of a copy": round(read / own / (2 * source.nbytes / copy), 3),
-                    "error": float(f"{error:.1e}"),
-                }  # fmt: skip
-                rows.append(row)
-                print(*row.values(), sep="\t", file=sys.stderr)
+    for model, tokens, kind, (ours, plain, error), read, allowed in cases():
+        if error > allowed:
+            sys.exit(f"{kind} of {model} is wrong by {error:.1e}")
+        own, other = seconds(ours, plain, rounds=given.rounds)
+        row = {
+            "model": model, "tokens": tokens, "kind": kind, "us": round(own * 1e6, 1),
+            "times plain torch": round(other / own, 2),
+            "share of a copy": round(read / own / (2 * source.nbytes / copy), 3),
+            "error": float(f"{error:.1e}"),
+        }  # fmt: skip
+        rows.append(row)
+        print(*row.values(), sep="\t", file=sys.stderr)
     said = {
         "command": f"python -m benchmarks.native --out {given.out}",
         "machine": cpu(),

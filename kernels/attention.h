@@ -125,6 +125,13 @@ INLINE Floats load_whole(const void *at, int dtype) {
 /* The next numbers of a line of which `left` are left, zeros behind them: nothing else is read. */
 INLINE Floats load(const void *at, int64_t left, int dtype) {
     if (left >= LANES) return load_whole(at, dtype);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 there = (1u << left) - 1;
+    if (dtype == FP32) return (Floats)_mm512_maskz_loadu_ps(there, at);
+    if (dtype == BF16)
+        return (Floats)((Ints)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, at)) << 16);
+    if (dtype == FP16) return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, at));
+#endif
     Floats some = {0};
     memcpy(&some, at, left * bytes_of(dtype));
     return load_whole(&some, dtype);

@@ -1,4 +1,4 @@
-"""Decode attention in plain torch: the contract, and the CPU path."""
+"""Decode attention in plain torch: the contract, and the path without a C compiler."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Absorbed MLA decode in plain torch: the contract, and the CPU path.
+"""Absorbed MLA decode in plain torch: the contract, and the path without a C compiler.
 
 Multi-query attention whose keys are `[latent ; RoPE key]` and whose values are the latent again
 (DeepSeek-V2, section 2.1.2: the up-projections are absorbed into query and output).

@@ -258,7 +258,7 @@ static void read_tokens(Found *found, float queries[][WIDEST + LANES], int n, co
 /* How many of the query heads of a KV head are read for together: QUERIES, or evenly fewer. */
 INLINE int64_t queries_of(int64_t group) {
     const int64_t times = (group + QUERIES - 1) / QUERIES;
-    return (group + times - 1) / times;
+    return times ? (group + times - 1) / times : 1;
 }
 
 /* Queries [n, width] times a factor, with zeros behind the width. */

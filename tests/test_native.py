@@ -116,6 +116,12 @@ def test_keys_and_values_of_any_width_and_the_mass_of_their_scores(
         for k, v, n in zip(keys, values, lengths, strict=True)
     ]
     found, mass = decode_runs(q, read, heads, 0.1, logits)
+    # The same from each run by itself, the first of which the second is told.
+    first = decode_runs(q, [runs[:1] for runs in read], heads, 0.1)
+    told, its_mass = decode_runs(q, [runs[1:] for runs in read], heads, 0.1, logits, first)
+    torch.testing.assert_close(its_mass, mass, rtol=1e-6, atol=1e-6)
+    if max(lengths):
+        assert rms_ratio(told, found) < 2 * TOLERANCES[dtype]
     for b, n in enumerate(lengths):
         at = [*range(100, 100 + n), *range(min(n, 9))]
         k, v = keys[b][:, at].float(), values[b][:, at].float()
@@ -128,6 +134,29 @@ def test_keys_and_values_of_any_width_and_the_mass_of_their_scores(
             assert rms_ratio(found[b], (scores.softmax(-1) @ v).flatten(0, 1)) < TOLERANCES[dtype]
         else:
             assert not found[b].any()
+
+
+@compiled
+@pytest.mark.parametrize("queries", [0, 9, 14])
+def test_a_row_is_the_same_beside_any_others(queries):
+    """And with threads for its query heads alone, where there are fewer parts than threads."""
+    lengths, width = [300, 1, 0, PART + 1], 96
+    keys, values = torch.randn(4, 1, 600, width), torch.randn(4, 1, 600, 40)
+    q = torch.randn(4, queries, width)
+    other = torch.randn(4, queries, 40), torch.randn(4, queries)
+    read = [[Run(k, v, n)] for k, v, n in zip(keys, values, lengths, strict=True)]
+    before = torch.get_num_threads()
+    for beside in (None, other):
+        torch.set_num_threads(1)
+        together = decode_runs(q, read, 1, 0.1, None, beside)
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            for b in range(4):
+                own = beside and tuple(x[b : b + 1] for x in beside)
+                alone = decode_runs(q[b : b + 1], read[b : b + 1], 1, 0.1, None, own)
+                for one, all_of_them in zip(alone, together, strict=True):
+                    assert torch.equal(one[0], all_of_them[b])
+    torch.set_num_threads(before)
 
 
 @compiled
@@ -265,7 +294,7 @@ def test_what_a_kernel_cannot_read_runs_in_plain_torch():
 @compiled
 @pytest.mark.parametrize("change", ["wide", "small blocks", "double", "mixed", "part", "learns"])
 def test_packed_heads_that_a_kernel_cannot_read_run_in_plain_torch(change):
-    size, width = (8 if change == "small blocks" else 32), (WIDEST + 8 if change == "wide" else 24)
+    size, width = (8 if change == "small blocks" else 32), (576 if change == "wide" else 24)
     ring, blocks, lengths = packed_memory(8, 8, size=size, width=width, lengths=(90,))
     q = torch.randn(1, 4, width, requires_grad=change == "learns")
     if change == "double":

@@ -509,6 +509,16 @@ def test_what_two_streams_read_is_there_before_they_part(engines, monkeypatch):
     assert not made["beside"]
 
 
+def test_a_prompt_of_one_token_is_read_in_a_row_behind_all_pages(engines, monkeypatch):
+    _, paged = engines("codes")
+    monkeypatch.setenv(VARIABLE, "triton")
+    found = []
+    for row in (0, 3):
+        cache = paged.new_cache(4, 0)
+        found.append(paged.extend(cache, tokens(1), row))
+    assert torch.equal(*found)
+
+
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA has streams")
 @pytest.mark.parametrize("kind", ["streaming", "packed", "codes", "budgets-mixed"])
 def test_a_recorded_step_gives_what_its_kernels_give_one_by_one(engines, monkeypatch, kind):

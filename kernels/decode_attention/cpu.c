@@ -20,6 +20,7 @@ typedef struct {
     const float *q;                 /* [B, H, g, D] */
     const Run *read;                /* [B, runs] */
     const float *sink_logits;       /* [H, g], or none */
+    const float *beside, *weight;   /* [B, H, g, Dv] and [B, H, g]: what else was found, and its mass; or none */
     float *parts;                   /* [B, H, most, g, 2 + Dv] */
     float *out, *masses;            /* [B, H, g, Dv]; [B, H, g], log Σ e^score */
     float scaling;
@@ -31,7 +32,8 @@ static int64_t tokens_of(const Run *run, int64_t h) {
 
 static int64_t parts_of(const Run *run, int64_t h) { return (tokens_of(run, h) + PART - 1) / PART; }
 
-static void read_part(const Call *call, int64_t head, int64_t part) {
+/* For the query heads from `start` to `end` of a KV head. */
+static void read_part(const Call *call, int64_t head, int64_t part, int64_t start, int64_t end) {
     const int64_t b = head / call->heads, h = head % call->heads;
     const Run *run = call->read + b * call->runs;
     int64_t own = part; /* its number among those of the run */
@@ -49,8 +51,8 @@ static void read_part(const Call *call, int64_t head, int64_t part) {
     const int64_t each = queries_of(call->group), width = call->key_width;
     float queries[QUERIES][WIDEST + LANES];
     Found found;
-    for (int64_t i = 0; i < call->group; i += each) {
-        const int n = smaller(each, call->group - i);
+    for (int64_t i = start; i < end; i += each) {
+        const int n = smaller(each, end - i);
         scale_queries(queries, call->q + (head * call->group + i) * width, n, width, call->scaling * key_scale);
         read_tokens(&found, queries, n, &read);
         float *to = call->parts + ((head * call->most + part) * call->group + i) * (2 + call->value_width);
@@ -67,18 +69,32 @@ static void merge(const Call *call, int64_t query) {
     memset(out, 0, 4 * width);
     const float *logit = call->sink_logits ? call->sink_logits + query % (call->heads * call->group) : 0;
     const float *found = call->parts + (head * call->most * call->group + i) * (2 + width);
-    const float total = add_parts(out, out, found, parts, 0, call->group * (2 + width), width, logit, &largest);
+    float total = add_parts(out, out, found, parts, 0, call->group * (2 + width), width, logit, &largest);
+    if (call->beside && call->weight[query] != -INFINITY) {
+        const float mass = call->weight[query], top = mass <= largest ? largest : mass;
+        const float own = total == 0 ? 0 : expf(largest - top), other = expf(mass - top);
+        for (int64_t c = 0; c < width; c++) out[c] = own * out[c] + other * call->beside[query * width + c];
+        total = own * total + other;
+        largest = top;
+        parts++;
+    }
     if (parts)
         for (int64_t c = 0; c < width; c++) out[c] /= total;
     call->masses[query] = largest + logf(total);
 }
 
 void decode_attention(const Call *call) {
-    const int64_t heads = call->rows * call->heads, queries = heads * call->group;
-#pragma omp parallel num_threads(call->threads) if (heads * call->most > 1)
+    const int64_t heads = call->rows * call->heads, queries = heads * call->group, parts = heads * call->most;
+    /* Where there are fewer parts than threads, several of these read one, for some query heads each. */
+    const int64_t each = parts < call->threads ? queries_of(call->group) : call->group;
+    const int64_t times = each ? (call->group + each - 1) / each : 0;
+#pragma omp parallel num_threads(call->threads) if (parts * times > 1)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < heads * call->most; item++) read_part(call, item / call->most, item % call->most);
+        for (int64_t item = 0; item < parts * times; item++) {
+            const int64_t part = item / times, start = item % times * each;
+            read_part(call, part / call->most, part % call->most, start, smaller(start + each, call->group));
+        }
 #pragma omp for
         for (int64_t query = 0; query < queries; query++) merge(call, query);
     }

@@ -53,7 +53,8 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("rows", "heads", "group", "key_width", "value_width")),
         *((name, c_int64) for name in ("runs", "most", "threads")),
-        *((name, c_void_p) for name in ("q", "read", "sink_logits", "parts", "out", "masses")),
+        *((name, c_void_p) for name in ("q", "read", "sink_logits", "beside", "weight")),
+        *((name, c_void_p) for name in ("parts", "out", "masses")),
         ("scaling", c_float),
     )
 
@@ -78,6 +79,7 @@ def decode_runs(
     heads: int,
     scaling: float,
     sink_logits: Tensor | None = None,
+    beside: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query per row and head over all tokens of its runs.
 
@@ -87,6 +89,7 @@ def decode_runs(
         heads: H, of keys and values.
         scaling: Factor on the scores.
         sink_logits: `[Q]`, a logit of each head that joins the softmax (`kernels/sink_logits`).
+        beside: What this returned for other tokens, which join the softmax, too.
 
     Returns:
         `[B, Q, Dv]`; zeros of rows without a token. And `[B, Q]` fp32, the log-sum-exp of scores.
@@ -103,6 +106,8 @@ def decode_runs(
     parts = asked.new_empty(rows * heads * most * group * (2 + value_width))
     out, masses = asked.new_empty((rows, queries, value_width)), asked.new_empty((rows, queries))
     logits = None if sink_logits is None else sink_logits.float().contiguous()
+    other, weight = (None, None) if beside is None else (x.float().contiguous() for x in beside)
+    assert other is None or other.shape == out.shape
     runs = (_Run * (rows * len(read[0])))(*(_of(run) for runs in read for run in runs))
     call = _Call(
         rows=rows,
@@ -116,6 +121,8 @@ def decode_runs(
         q=address(asked),
         read=ctypes.addressof(runs),
         sink_logits=address(logits),
+        beside=address(other),
+        weight=address(weight),
         parts=address(parts),
         out=address(out),
         masses=address(masses),

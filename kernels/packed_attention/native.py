@@ -8,8 +8,8 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from kvtool.kernels.native import DTYPES, PART, WIDEST, address, learns, library, use_native
-from kvtool.kernels.packed_attention.paged import PAGE, Blocks, Ring, packed_blocks
+from kvtool.kernels.native import DTYPES, PART, address, learns, library, use_native
+from kvtool.kernels.packed_attention.paged import PAGE, WIDEST, Blocks, Ring, packed_blocks
 
 
 class _Call(ctypes.Structure):  # as in cpu.c

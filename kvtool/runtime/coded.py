@@ -150,8 +150,8 @@ class CodedStore(DroppingHeads):
         slots = [self.exact.slot(start) for start in step.starts]
         self.exact.write(step.row, slots, {"keys": new.k_rotated, "values": new.v})
         first = 0 if step.row is None else step.row
-        rows = [self._runs(first + b, n) for b, n in enumerate(step.lengths)]
-        if self._fits(new.q_rotated, *rows[0]):
+        if self.fused(new.q_rotated):
+            rows = [self._runs(first + b, n) for b, n in enumerate(step.lengths)]
             return self._read_runs(new.q_rotated, rows)
         parts = []
         for b, n in enumerate(step.lengths):
@@ -165,43 +165,45 @@ class CodedStore(DroppingHeads):
 
     @staticmethod
     def add_together(stores: Sequence[CodedStore], new: Tokens, step: Step) -> Tensor:
-        rows = [store._runs(0, n) for store, n in zip(stores, step.lengths, strict=True)]
         own = stores[0]
-        if not own._fits(new.q_rotated, *rows[0]):
+        if not own.fused(new.q_rotated):
             return Store.add_together(stores, new, step)
         for b, (store, start, n) in enumerate(zip(stores, step.starts, step.lengths, strict=True)):
             one = Tokens(*(x[b : b + 1] for x in new))
             store.codes.collect(store.layer, one, replace(step, starts=[start], lengths=[n]))
             slots = [store.exact.slot(start)]
             store.exact.write(None, slots, {"keys": one.k_rotated, "values": one.v})
+        rows = [store._runs(0, n) for store, n in zip(stores, step.lengths, strict=True)]
         read = own._read_runs(new.q_rotated[: len(stores)], rows)
         return with_spare_rows([read], len(new.q))
+
+    def fused(self, q: Tensor) -> bool:
+        """Whether a kernel reads both as they lie, with queries `[B, Q, 1, D]`."""
+        exact, parts = self.exact.planes, self.codes.code.plan.parts
+        keys, values = self.planes[parts[0]], self.planes[parts[-1]]
+        absorbed = q.new_empty((0, keys.shape[-1]))
+        both = fits(q, exact["keys"], exact["values"]) and fits(absorbed, keys, values)
+        return self.reader.rotated and both
 
     def _runs(self, row: int, length: int) -> tuple[Run, Run]:
         """The exact tokens of a row of so many, and the codes of those between them."""
         exact, parts = self.exact, self.codes.code.plan.parts
-        near, far = exact.planes, self.planes
-        keys, values = (far[part][row, exact.sink :][None] for part in (parts[0], parts[-1]))
-        coded = max(0, length - exact.window - exact.sink)
-        filled = min(length, exact.capacity)
-        return Run(near["keys"][row], near["values"][row], filled), Run(keys, values, coded)
-
-    def _fits(self, q: Tensor, near: Run, far: Run) -> bool:
-        """Whether one kernel reads both as they lie, with queries `[B, Q, 1, D]`."""
-        absorbed = q.new_empty((0, far.keys.shape[-1]))
-        both = fits(q, near.keys, near.values) and fits(absorbed, far.keys, far.values)
-        return self.reader.rotated and both
+        keys, values = (
+            self.planes[part][row, exact.sink :][None] for part in (parts[0], parts[-1])
+        )
+        near, filled = exact.planes, min(length, exact.capacity)
+        coded = Run(keys, values, max(0, length - exact.window - exact.sink))
+        return Run(near["keys"][row], near["values"][row], filled), coded
 
     def _read_runs(self, q: Tensor, rows: Sequence[tuple[Run, Run]]) -> Tensor:
         """What the newest token of each row reads, `q [B, Q, 1, D]`: as :meth:`PagedCoded.step`."""
-        q = q[:, :, 0]
+        q, beside = q[:, :, 0] * self.scaling, None
         near, far = ([[run] for run in runs] for runs in zip(*rows, strict=True))
-        read, mass = decode_runs(q, near, self.exact.kv_heads, self.scaling, self.sink_logits)
         if any(run.length for (run,) in far):
-            mixed, far_mass = decode_runs(self.reader.absorb(q), far, 1, self.scaling)
-            far_mass = self.reader.add_key_mean(far_mass, q, self.scaling)
-            read = merge((read, self.reader.decode(mixed)), (mass, far_mass))
-        return read[:, :, None]
+            mixed, mass = decode_runs(self.reader.absorb(q), far, 1, 1.0)
+            beside = self.reader.decode(mixed), self.reader.add_key_mean(mass, q, 1.0)
+        heads = self.exact.kv_heads
+        return decode_runs(q, near, heads, 1.0, self.sink_logits, beside)[0][:, :, None]
 
     def end_prompt(self, row: int, keys: Tensor, values: Tensor) -> None:
         self.exact.keep_last(row, 0, keys, values)
@@ -294,6 +296,9 @@ class PagedCoded(CodedStore):
         for part, projection in codes.code.projections.items():
             bias = -(projection.encode @ projection.mean) if projection.mean.any() else None
             self.encoders[part] = projection.encode.T, bias
+
+    def fused(self, q: Tensor) -> bool:
+        return False  # codes lie in pages
 
     @property
     def page_bytes(self) -> int:

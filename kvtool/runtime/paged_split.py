@@ -61,9 +61,10 @@ class PagedSplit(SplitStore):
         budgeted: BudgetedHeads | None = None,
     ) -> None:
         super().__init__(full, streaming, budgeted)
-        logits = [part.sink_logits for part in (full, streaming) if part is not None]
-        own = [x for x in logits if x is not None]
-        self.all_sink_logits = torch.cat(own) if own else None
+        self.both_sink_logits: Tensor | None = None
+        if type(full) is PagedHeads and streaming is not None and full.sink_logits is not None:
+            assert streaming.sink_logits is not None
+            self.both_sink_logits = torch.cat((full.sink_logits, streaming.sink_logits))
 
     @property
     def page_bytes(self) -> int:
@@ -119,7 +120,7 @@ class PagedSplit(SplitStore):
         lengths = at.beside_ring(keys.shape[1], k.shape[1], sink, window)
         return paged_decode_attention(
             turned, keys, values, lengths, full.scaling, at.table,
-            sink_logits=self.all_sink_logits, rings=(*rings, places[:, 0]),
+            sink_logits=self.both_sink_logits, rings=(*rings, places[:, 0]),
         )[0]  # fmt: skip
 
     def read_step(self, q: Tensor, at: Place) -> Tensor:

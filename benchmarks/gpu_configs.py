@@ -31,7 +31,7 @@ from benchmarks.gpu_attention import (
 )
 from benchmarks.gpu_bench import Bench, Case, asked_for
 from kvtool.kernels.decode_attention import triton as decode
-from kvtool.kernels.decode_attention.triton import Config
+from kvtool.kernels.decode_attention.cut_triton import Config
 from kvtool.kernels.packed_attention import triton as packed
 from kvtool.kernels.packed_latents import triton as packed_latents
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode_attention.triton import Config, Cut, find_item
+from kvtool.kernels.decode_attention.cut_triton import Config, Cut, find_item
 from kvtool.kernels.packed_attention import Ring
 from kvtool.kernels.packed_attention.pack_triton import due_block, pack_channels
 from kvtool.kernels.packed_attention.paged import PAGE

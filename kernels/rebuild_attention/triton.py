@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode_attention.triton import Config, Cut, find_item, places_of
+from kvtool.kernels.decode_attention.cut_triton import Config, Cut, find_item
+from kvtool.kernels.decode_attention.triton import places_of
 from kvtool.kernels.tiles import (
     dot,
     gdc_launch_dependents,

@@ -63,14 +63,8 @@ def sweeps(device: torch.device, tiny: bool) -> Iterator[Sweep]:
     sizes = [(batch, tokens)]
     llama = {"Llama-3-8B": (32, 8, 128)}
     qwen = {"Qwen2.5-7B": (28, 4, 128)}
-    turned = [(64, 32, 4, 4, 1, 1), (64, 16, 4, 4, 1, 1), (64, 32, 8, 4, 1, 1)]
-    wide = [(64, 32, 4, 4, 1, 1), (64, 32, 8, 4, 1, 1), (64, 64, 8, 4, 1, 1)]
-    for name, shape, tried in (
-        ("Llama-3-8B, MLA at 25 %", (32, 448, 64), turned),
-        ("DeepSeek-V3", (128, 512, 64), wide),
-        ("16 heads, 512 + 64", (16, 512, 64), [(64, 16, 4, 4, 1, 1)]),
-    ):
-        yield Sweep(latent_cases(device, {name: shape}, sizes), decode, always, tried)
+    floats = [(32, 8, 1, 5, 7, 1), (16, 8, 1, 5, 15, 1), (64, 8, 2, 5, 4, 1), (32, 16, 1, 5, 7)]
+    yield Sweep(float_cases(device, llama, sizes), decode, always, floats)
     rows = [(1, tokens)]
     wide = [(16, 8, 1, 5, 7, 1), (32, 8, 2, 5, 4, 1), (16, 8, 2, 5, 7, 1), (32, 8, 1, 5, 4, 1)]
     yield Sweep(
@@ -89,8 +83,8 @@ def sweeps(device: torch.device, tiny: bool) -> Iterator[Sweep]:
     rows = rows if tiny else [(1, tokens), (64, 4096)]
     yield Sweep(decode_cases(device, llama, [*sizes, *rows]), decode, always, own)
     yield Sweep(decode_cases(device, qwen, [*sizes, *rows]), decode, always, own)
-    many = [(64, 64, 8, 3, 1), (64, 32, 8, 5, 1), (64, 32, 4, 5, 1), (32, 32, 4, 5, 2)]
-    few = [(64, 16, 8, 5, 1), (64, 64, 8, 3, 1), (32, 16, 4, 6, 2)]
+    many = [(64, 64, 8, 3, 1), (64, 32, 8, 5, 1), (32, 32, 4, 5, 2), (64, 32, 8, 4, 1, 1)]
+    few = [(64, 16, 8, 5, 1), (64, 64, 8, 3, 1), (32, 16, 4, 6, 2), (64, 16, 4, 4, 1, 1)]
     codes = [(32, 64, 8, 3, 1), (32, 32, 8, 4, 1), (32, 32, 8, 4, 2), (32, 64, 8, 4, 1)]
     for name, shape, tried in (
         ("DeepSeek-V3", (128, 512, 64), many),

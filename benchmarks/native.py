@@ -208,7 +208,7 @@ def main() -> None:
         rows.append(row)
         print(*row.values(), sep="\t", file=sys.stderr)
     said = {
-        "command": f"python -m benchmarks.native --out {given.out}",
+        "command": f"python -m benchmarks.native --rounds {given.rounds} --out {given.out}",
         "machine": cpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
